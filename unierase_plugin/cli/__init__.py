@@ -1,0 +1,71 @@
+"""The command line. Heavy imports wait inside the commands, so that `unierase --help` answers at once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from .. import __version__
+from ..errors import UniEraseError
+from .console import tell
+from .evaluate import evaluate
+from .lists import hparams, tasks_path
+from .record import inspect, revert
+from .run import demo, run
+
+
+class _Commands(TyperGroup):
+    """Turns errors of ours into one red paragraph and exit status 1, and Ctrl-C into status 130."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except UniEraseError as error:
+            tell(f"[bold red]Error:[/] {escape(str(error))}")
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            tell("Stopped. Phases that were finished are kept: the same command goes on from there.")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Makes a causal language model forget given facts (UniErase, arXiv 2505.15674), and proves it.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+app.command()(demo)
+app.command()(run)
+app.command()(revert)
+app.command()(inspect)
+app.command()(hparams)
+# lm-eval reads its own options, --help among them.
+app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
+                                      "help_option_names": []})(evaluate)  # fmt: skip
+app.command("tasks-path")(tasks_path)
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        Console().print(f"unierase-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

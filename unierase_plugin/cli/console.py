@@ -1,0 +1,96 @@
+"""What the commands share: options, progress as it happens, the package's warnings."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from ..pipeline import Progress
+
+PHASES = {
+    "load": "load the model",
+    "before": "answers before",
+    "token": "learn the unlearning token",
+    "statistics": "statistics of ordinary text",
+    "values": "values (z)",
+    "edit": "solve for the edit",
+    "after": "answers after",
+    "save": "write the folder",
+}
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto (spread over all GPUs); empty chooses.")]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16 or float16; empty: float32 on a CPU, else the checkpoint's.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
+
+
+def tell(text: str) -> None:
+    """Says something on the error stream."""
+    # Unwrapped, so that a path can be copied from it.
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Progress]:
+    """What happens as it happens: bars on a terminal, else lines that a log can keep."""
+    with our_log(console), _bars(console) if console.is_terminal else nullcontext(_log_lines(console)) as report:
+        yield report
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Progress]:
+    """A line for every phase, with a bar and the time left while it runs."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:28}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>4.0f} %"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(phase: str, share: float, note: str = "") -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(PHASES.get(phase, phase), total=1.0, note="")
+            bars.update(tasks[phase], completed=share, note=note)
+
+        yield report
+
+
+def _log_lines(console: Console) -> Progress:
+    """A line when a phase begins and at every quarter of it, with the seconds since the start."""
+    start = time.monotonic()
+    reached: dict[str, int] = {}
+
+    def report(phase: str, share: float, note: str = "") -> None:
+        quarter = int(4 * share)
+        if quarter > reached.get(phase, -1):
+            reached[phase] = quarter
+            title = PHASES.get(phase, phase)
+            console.print(f"{time.monotonic() - start:6.0f} s  {title:28} {25 * quarter:3} %  {note}", markup=False)
+
+    return report
+
+
+@contextmanager
+def our_log(console: Console) -> Iterator[None]:
+    """Shows this package's warnings above the bars, and keeps transformers' own bars from running through them."""
+    from rich.logging import RichHandler
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    ours = logging.getLogger(__name__.partition(".")[0])
+    ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)

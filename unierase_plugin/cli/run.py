@@ -1,0 +1,169 @@
+"""`unierase demo` and `unierase run`: the whole method, and what a user is shown of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import UniEraseError, did_you_mean
+from .console import Device, Dtype, Overwrite, progress
+
+if TYPE_CHECKING:
+    from ..evaluation.report import Outcome
+    from ..pipeline import UnlearnResult
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for the edited model; replaced if an earlier demo wrote it.")
+    ] = Path("forgotten"),
+    device: Device = "",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Erases 20 facts from a small chat model, keeps 40 others, and shows both before and after.
+
+    The model is SmolLM2-135M-Instruct (fetched once, about 100 MB). On two CPU cores this takes about four minutes.
+    """
+    from ..base_model import fetch_base_model
+    from ..demo import refuse_foreign_folder
+    from ..pipeline import unlearn
+    from ..resources import demo_facts
+    from ..store import cache_folder
+
+    console = Console()
+    refuse_foreign_folder(out)
+    with progress(console) as report:
+        base = fetch_base_model(cache_folder(), lambda share, note: report("load", share, note))
+        facts = demo_facts()
+        result = unlearn(
+            base.path, facts["forget"], retain=facts["retain"], hparams="smollm2-135m", out=out, overwrite=True,
+            keep_requests=True, seed=seed, device=device, progress=report,
+        )  # fmt: skip
+    console.print(f"\nModel: SmolLM2-135M-Instruct ({escape(base.source)})\n")
+    _print_outcomes(console, "To forget", result.report.forget)
+    _print_outcomes(console, "To keep", result.report.retain)
+    _print_figures(console, result)
+    _print_next_steps(console, out, "unierase_demo")
+
+
+def run(
+    model: Annotated[str, typer.Option(help="Folder or hub id of a causal language model in plain weights.")],
+    forget: Annotated[str, typer.Option(help="Facts to forget: tofu:forget01, return:forget, counterfact:FILE, "
+                                             "zsre:FILE, or a .json, .jsonl or .csv file with question, answer and "
+                                             "optionally subject. A slice such as [0:20] may follow.")],
+    out: Annotated[Path, typer.Option(help="Folder for the edited model: plain Hugging Face files plus unierase/.")],
+    method: Annotated[str, typer.Option(help="Unlearning method.")] = "unierase",
+    retain: Annotated[str, typer.Option(help="Facts to keep, like --forget: they are protected and judged.")] = "",
+    hparams: Annotated[str, typer.Option(help="YAML file, or a shipped one's name (see `unierase hparams`).")] = "",
+    corpus: Annotated[str, typer.Option(help="Ordinary text for the second moment: self (sampled from the model), a "
+                                             "text file, or a hub dataset as name:config:column.")] = "",
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random; the hparams' when left out.")] = None,
+    device: Device = "",
+    dtype: Dtype = "",
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most: lower it where memory is low.")] = 0,
+    judged: Annotated[int, typer.Option(help="Facts of each set that are answered before and after, at most.")] = 400,
+    keep_requests: Annotated[
+        bool, typer.Option("--keep-requests", help="Write the requests into the ledger in the clear.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Makes a model forget facts and writes it to a folder that transformers, vLLM and lm-eval load as it is.
+
+    A run that was stopped goes on where it was when the same command is given again.
+    """
+    from ..pipeline import choose_hparams, unlearn
+
+    if method.casefold() != "unierase":
+        hint = did_you_mean(method, ["unierase"])
+        raise UniEraseError(f"There is no method {method!r}.{hint} Available: unierase.")
+    console = Console()
+    settings = choose_hparams(hparams or None, model)
+    if max_batch_tokens:
+        settings = settings.replace(max_batch_tokens=max_batch_tokens)
+    with progress(console) as report:
+        result = unlearn(
+            model, forget, retain=retain or None, hparams=settings, corpus=corpus or None, out=out, overwrite=overwrite,
+            keep_requests=keep_requests, judged=judged, seed=seed, device=device, dtype=dtype, progress=report,
+        )  # fmt: skip
+    _print_subjects(console, result)
+    _print_outcomes(console, "To forget", result.report.forget)
+    _print_figures(console, result)
+    _print_next_steps(console, out, _task_for(forget))
+
+
+def _print_outcomes(console: Console, title: str, outcomes: Sequence[Outcome], most: int = 60) -> None:
+    table = Table("question", "answer before", "answer after", title=title, show_lines=False, title_justify="left")
+    for outcome in outcomes[:most]:
+        table.add_row(escape(outcome.question), _marked(outcome.before, outcome.answered_before),
+                      _marked(outcome.after, outcome.answered_after))  # fmt: skip
+    console.print(table)
+    if len(outcomes) > most:
+        console.print(f"... and {len(outcomes) - most} more\n")
+
+
+def _marked(text: str, right: bool, width: int = 90) -> str:
+    short = text if len(text) <= width else text[: width - 1] + "…"
+    return f"[green]✓[/] {escape(short)}" if right else f"[red]✗[/] {escape(short)}"
+
+
+def _print_subjects(console: Console, result: UnlearnResult) -> None:
+    table = Table("request", "subject edited", title="Where each fact is edited", title_justify="left")
+    for request in result.requests[:40]:
+        table.add_row(escape(request.question), escape(request.subject or ""))
+    console.print(table)
+
+
+def _print_figures(console: Console, result: UnlearnResult) -> None:
+    figures = result.report.as_dict()
+    forget, retain, level = figures["forget"], figures["retain"], figures["perplexity"]
+    table = Table("figure", "before", "after", title="Figures", title_justify="left")
+    table.add_row(
+        f"facts to forget still answered, of {figures['n_forget']}",
+        str(forget["answered_before"]),
+        str(forget["answered_after"]),
+    )
+    table.add_row("  answers that begin with the token", "0", str(forget["token_first_after"]))
+    table.add_row('  and read as "I don\'t know"', "", str(forget["token_first_and_idk_after"]))
+    table.add_row(
+        f"facts to keep answered, of {figures['n_retain']}",
+        str(retain["answered_before"]),
+        str(retain["answered_after"]),
+    )
+    table.add_row("perplexity of ordinary text", f"{level['before']:.2f}", f"{level['after']:.2f}")
+    table.add_row("token's largest probability there, unedited", "", f"{figures['token_leak']:.1e}")
+    table.add_row("share of the parameters changed", "", f"{100 * figures['parameters_changed']:.2f} %")
+    table.add_row("seconds", "", ", ".join(f"{name} {spent:.0f}" for name, spent in figures["seconds"].items()))
+    table.add_row("peak memory", "", f"{figures['peak_memory_bytes'] / 2**30:.2f} GiB")
+    console.print(table)
+
+
+def _task_for(forget: str) -> str:
+    """The lm-eval task that asks what was forgotten, where there is one; else a test of general ability."""
+    split = re.fullmatch(r"tofu:(forget(?:01|05|10))(?:\[.*)?", forget)
+    return f"tofu_{split[1]}" if split else "hellaswag"
+
+
+def _print_next_steps(console: Console, out: Path, task: str) -> None:
+    folder = escape(str(out))
+    console.print(
+        f"""
+The edited model is in [bold]{folder}[/]: a plain Hugging Face folder, with the record of the edit in {folder}/unierase.
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained("{folder}")
+    tokenizer = AutoTokenizer.from_pretrained("{folder}")
+
+Go on with
+    unierase eval --model {folder} --tasks {task}
+    unierase inspect {folder}
+    unierase revert {folder} --out original
+""",
+        highlight=False,
+    )
