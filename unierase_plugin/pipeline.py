@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import checkpoint as files
 from .architecture import Architecture, find_architecture, refuse_unfit
-from .corpus import corpus_tokens
+from .corpus import corpus_identity
 from .errors import CheckpointError, HyperParamsError, RequestError, UniEraseError
 from .evaluation.generate import answers, context_limit, continue_greedily, pad_token_id, perplexity, token_leak
 from .evaluation.metrics import reads_as_idk
@@ -41,6 +41,7 @@ from .locate_then_edit.values import Values, ValueTarget, optimise_values
 from .readers import read_requests
 from .request import ForgetRequest, check_requests, with_subjects
 from .resources import lines, paragraphs
+from .second_moment import Corpus, CorpusMoment
 from .store import (
     Packed,
     Store,
@@ -55,6 +56,7 @@ from .store import (
     unpack_token,
     unpack_values,
 )
+from .team import Team
 from .unlearning_token import (
     UnlearningToken,
     add_to_tokenizer,
@@ -76,6 +78,8 @@ ANSWER_ROOM, ANSWER_LEAST, ANSWER_MOST = 8, 32, 128
 SENTENCE_MOST = 24
 #: Bundled questions whose declined form joins what is to be kept.
 DECLINED_QUESTIONS = 40
+#: Of the progress of the statistics, what is over when the corpus' own are done.
+CORPUS_SHARE = 0.9
 
 Requests = str | os.PathLike[str] | Iterable[ForgetRequest | Mapping[str, Any]]
 #: Called with (phase, share done from 0 to 1, note).
@@ -145,6 +149,32 @@ def unlearn(
     return replace(result, folder=folder)
 
 
+def corpus_moment(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    hparams: UniEraseHyperParams | str | os.PathLike[str] | None = None,
+    corpus: str | None = None,
+    sources: Sequence[Path] = (),
+    seed: int | None = None,
+    device: str = "",
+    dtype: str = "",
+    team: Team | None = None,
+    progress: Progress = lambda phase, share, note: None,
+) -> CorpusMoment:
+    """The second moment of ordinary text alone, left where a later `unlearn` with the same settings finds it.
+
+    sources   files to import it from instead (`moment_files.read_moments`)
+    team      processes that share the work; each calls this with the same arguments
+    The rest is as for `unlearn`. Raises a UniEraseError for a corpus or files that do not do.
+    """
+    run = _Run.begin(model, tokenizer, (), (), hparams, corpus, seed, device, dtype, None, 0, progress)
+    with _frozen(run.model):
+        found = run.corpus.take(sources) if sources else run.corpus.moment(team)
+    progress("statistics", 1.0, "")
+    return found
+
+
 class _Run:
     """One run: what every phase needs, and the caches that let it go on after a kill."""
 
@@ -169,6 +199,11 @@ class _Run:
         self.fingerprint = model_fingerprint(model)
         self.words = tokenizer_fingerprint(tokenizer)
         self.cache = Store(cache_folder(hparams.stats_dir))
+        self.corpus = Corpus(
+            model, tokenizer, name, hparams, self.cache, self.fingerprint, self.words, lines("questions"),
+            paragraphs("ordinary_text_train"), self.max_tokens,
+            progress=lambda share, note: progress("statistics", share * CORPUS_SHARE, note),
+        )  # fmt: skip
         key = digest(
             CACHE_VERSION, self.fingerprint, self.words, hparams.as_dict(), _plain(requests), _plain(retain), [judged]
         )[:32]
@@ -206,8 +241,9 @@ class _Run:
         with _frozen(self.model):
             contexts = self._contexts()
             self._check_fit(contexts)
-            self._check_corpus()
+            self.corpus.check()
             before, perplexity_before = self._before()
+            corpus = self._statistics()
             vocabulary = self.model.get_input_embeddings().weight.shape[0]
             arch, token = self._token()
             self.originals = files.take_originals(
@@ -216,7 +252,7 @@ class _Run:
             with self._timed("token"):
                 install_token(arch, token)
                 leak = token_leak(self.model, self.tokenizer, paragraphs("ordinary_text"), token.id)
-            corpus, retain = self._statistics(arch, token)
+            retain = self._retain_statistics(arch, token)
             with self._timed("values"):
                 targets = self._targets(contexts, token.id, self._own_sentences(token))
             values = self._values(arch, targets, token)
@@ -267,11 +303,6 @@ class _Run:
                     f"the model's context holds {self.context}. Shorten it, or leave it out."
                 )
 
-    def _check_corpus(self) -> None:
-        """Whatever is wrong with the corpus, before anything takes time; not where its statistics are at hand."""
-        if self.hparams.mom2_dataset != "self" and not self.cache.path("statistics", self._statistics_key()).is_file():
-            self._corpus(samples=1)
-
     def _before(self) -> tuple[list[str], float]:
         """The unedited model's answers to what is to be forgotten, then to what is to be kept; and its perplexity."""
 
@@ -311,42 +342,25 @@ class _Run:
             )))  # fmt: skip
         return arch, unpack_token(*packed)
 
-    def _statistics(self, arch: Architecture, token: UnlearningToken) -> tuple[SecondMoment, SecondMoment | None]:
-        """Second moments of the corpus, and of what is to be kept: the retain set, and what follows the token."""
-        h = self.hparams
-        dtype = torch.float64 if h.mom2_dtype == "float64" else torch.float32
+    def _statistics(self) -> SecondMoment:
+        """Before the token has room, since text is sampled from the model: what `unierase stats` finds is the same."""
         with self._timed("statistics"):
-            corpus = unpack_moment(*_cached(
-                self.cache, "statistics", self._statistics_key(),
-                lambda: pack_moment(self._moments(arch, self._corpus(h.mom2_n_samples), dtype, 0.5)),
-            ))  # fmt: skip
-            if not h.retain_update_weight:
-                return corpus, None
+            return self.corpus.moment().moment
+
+    def _retain_statistics(self, arch: Architecture, token: UnlearningToken) -> SecondMoment | None:
+        """The second moment of what is to be kept: the retain set, and what follows the token."""
+        h = self.hparams
+        if not h.retain_update_weight:
+            self.progress("statistics", 1.0, "")
+            return None
+        with self._timed("statistics"):
             # Beside the output folder, not in the cache: the next run has other facts to keep.
-            return corpus, unpack_moment(*self._resumed(
-                "retain", _row_key(token),
-                lambda: pack_moment(self._moments(arch, self._retain_tokens(token), dtype, 0.9)),
-            ))  # fmt: skip
-
-    def _statistics_key(self) -> str:
-        h = self.hparams
-        return digest(
-            CACHE_VERSION, self.fingerprint, self.words, h.layers, h.mom2_dataset, _file_identity(h.mom2_dataset),
-            h.mom2_n_samples, h.mom2_max_length, h.mom2_dtype, h.seed, lines("questions"),
-            paragraphs("ordinary_text_train"),
-        )[:32]  # fmt: skip
-
-    def _corpus(self, samples: int) -> list[list[int]]:
-        h = self.hparams
-        longest = min(h.mom2_max_length, self.context)
-        own = [self.tokenizer(text)["input_ids"][:longest] for text in paragraphs("ordinary_text_train")]
-        sequences = corpus_tokens(
-            h.mom2_dataset, self.model, self.tokenizer, samples=samples, max_length=longest, seed=h.seed,
-            openings=lines("questions"),
-            progress=lambda share: self.progress("statistics", share / 2, "reading the corpus"),
-        )  # fmt: skip
-        # Sampled text is what the model says; the bundled prose adds what others say to it.
-        return sequences + own if h.mom2_dataset == "self" else sequences
+            return unpack_moment(*self._resumed("retain", _row_key(token), lambda: pack_moment(second_moments(
+                arch, self._retain_tokens(token), h.layers, max_tokens=self.max_tokens, dtype=self.corpus.dtype,
+                pad_id=self.pad_id, progress=lambda share: self.progress(
+                    "statistics", CORPUS_SHARE + (1 - CORPUS_SHARE) * share, "keys to keep"
+                ),
+            ))))  # fmt: skip
 
     def _retain_tokens(self, token: UnlearningToken) -> list[list[int]]:
         """The facts to keep with their answers, and bundled questions with the token and its sentence.
@@ -365,12 +379,6 @@ class _Run:
             for question, answer in pairs
             for form in forms_of(self.tokenizer, self.hparams)
         ]
-
-    def _moments(self, arch: Architecture, sequences: list[list[int]], dtype: torch.dtype, base: float) -> SecondMoment:
-        return second_moments(
-            arch, sequences, self.hparams.layers, max_tokens=self.max_tokens, dtype=dtype, pad_id=self.pad_id,
-            progress=lambda share: self.progress("statistics", base + (1 - base) * share, "keys of the corpus"),
-        )  # fmt: skip
 
     def _targets(
         self, contexts: Sequence[str], token_id: int, own: Mapping[tuple[str, str], tuple[int, ...]]
@@ -490,7 +498,7 @@ class _Run:
 
     def _edit_key(self, token: UnlearningToken) -> str:
         """What the edit depends on beyond the run's own key: the token's row, and a corpus file's content."""
-        return digest(_row_key(token), _file_identity(self.hparams.mom2_dataset))[:32]
+        return digest(_row_key(token), corpus_identity(self.hparams.mom2_dataset))[:32]
 
     def _resumed(self, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:
         return compute() if self.work is None else _cached(self.work, kind, key, compute)
@@ -616,12 +624,6 @@ def _cached(store: Store, kind: str, key: str, compute: Callable[[], Packed]) ->
 
 def _plain(requests: Sequence[ForgetRequest]) -> list[list[str | None]]:
     return [[request.question, request.answer, request.subject] for request in requests]
-
-
-def _file_identity(spec: str) -> list[int | str]:
-    """What tells a local corpus' content from another's under the same name."""
-    path = Path(spec)
-    return [digest(path.read_bytes())] if path.is_file() else []
 
 
 def _value_figures(values: Values) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import CheckpointError, did_you_mean
-from .locate_then_edit.statistics import SecondMoment
+from .locate_then_edit.statistics import MomentSums, SecondMoment
 from .locate_then_edit.values import Values
 from .unlearning_token import UnlearningToken
 
@@ -249,6 +249,14 @@ def pack_moment(moment: SecondMoment) -> Packed:
 
 def unpack_moment(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> SecondMoment:
     return _unpack(SecondMoment, tensors, metadata)
+
+
+def pack_sums(sums: MomentSums) -> Packed:
+    return _pack(sums)
+
+
+def unpack_sums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> MomentSums:
+    return _unpack(MomentSums, tensors, metadata)
 
 
 def pack_values(values: Values) -> Packed:

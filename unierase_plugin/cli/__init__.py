@@ -16,6 +16,7 @@ from .evaluate import evaluate
 from .lists import hparams, tasks_path
 from .record import inspect, revert
 from .run import demo, run
+from .stats import stats
 
 
 class _Commands(TyperGroup):
@@ -42,6 +43,7 @@ app = typer.Typer(
 
 app.command()(demo)
 app.command()(run)
+app.command()(stats)
 app.command()(revert)
 app.command()(inspect)
 app.command()(hparams)
