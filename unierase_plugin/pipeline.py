@@ -32,7 +32,15 @@ from .evaluation.metrics import reads_as_idk
 from .evaluation.report import Outcome, Report, judge
 from .hparams import UniEraseHyperParams, shipped_hparams
 from .loading import load
-from .locate_then_edit.edit import Applied, WeightEdit, apply_edit, compute_edit, make_solver, revert_edit
+from .locate_then_edit.edit import (
+    Applied,
+    WeightEdit,
+    apply_edit,
+    compute_edit,
+    expected_norm_ratio,
+    make_solver,
+    revert_edit,
+)
 from .locate_then_edit.positions import PLAIN_FORM, encode, has_chat_template, render
 from .locate_then_edit.solve import Ridge, Solver
 from .locate_then_edit.statistics import SecondMoment, second_moments
@@ -69,11 +77,13 @@ from .unlearning_token import (
 logger = logging.getLogger(__name__)
 
 #: Part of every cache key: raised when what a phase computes changes.
-CACHE_VERSION = "1"
+CACHE_VERSION = "2"
 #: Tokens generated for a judged answer, beyond the longest answer asked for.
 ANSWER_ROOM, ANSWER_LEAST, ANSWER_MOST = 8, 32, 128
 #: Tokens at most of a sentence that the model says after the token.
 SENTENCE_MOST = 24
+#: Within these the noise on the edited projections follows the size of the coming edit.
+NOISE_LEAST, NOISE_MOST = 2**-6, 1.0
 #: Bundled questions whose declined form joins what is to be kept.
 DECLINED_QUESTIONS = 40
 
@@ -164,7 +174,7 @@ class _Run:
         self.judged, self.judged_forget = (*requests[:judged], *retain[:judged]), len(requests[:judged])
         self.seconds = {"token": 0.0, "statistics": 0.0, "values": 0.0, "edit": 0.0, "evaluate": 0.0}
         self.pad_id = pad_token_id(model, tokenizer)
-        self.max_tokens = hparams.max_batch_tokens or (4096 if model.device.type == "cpu" else 32768)
+        self.max_tokens = hparams.max_batch_tokens or (2048 if model.device.type == "cpu" else 32768)
         self.context = context_limit(model)
         self.fingerprint = model_fingerprint(model)
         self.words = tokenizer_fingerprint(tokenizer)
@@ -209,14 +219,15 @@ class _Run:
             self._check_corpus()
             before, perplexity_before = self._before()
             vocabulary = self.model.get_input_embeddings().weight.shape[0]
-            arch, token = self._token()
+            corpus = self._corpus_moments()
+            arch, token = self._token(contexts, corpus)
             self.originals = files.take_originals(
                 arch, self.hparams.layers, vocabulary, None if self.earlier else token.id
             )
             with self._timed("token"):
                 install_token(arch, token)
                 leak = token_leak(self.model, self.tokenizer, paragraphs("ordinary_text"), token.id)
-            corpus, retain = self._statistics(arch, token)
+            retain = self._retain_moments(arch, token)
             with self._timed("values"):
                 targets = self._targets(contexts, token.id, self._own_sentences(token))
             values = self._values(arch, targets, token)
@@ -290,7 +301,7 @@ class _Run:
         metadata = self._resumed(phase, key, measure)[1]
         return json.loads(metadata["answers"]), float(metadata["perplexity"])
 
-    def _token(self) -> tuple[Architecture, UnlearningToken]:
+    def _token(self, contexts: Sequence[str], corpus: SecondMoment) -> tuple[Architecture, UnlearningToken]:
         """Room for the token, and its rows: from the checkpoint gone on from, from the cache, or learned now."""
         h = self.hparams
         with self._timed("token"):
@@ -299,33 +310,48 @@ class _Run:
             sentences, questions, text = lines("idk_sentences"), lines("questions"), paragraphs("ordinary_text_train")
             sentences = sentences[: h.token_num_sentences]
             settings = {key: value for key, value in h.as_dict().items() if key.startswith(("token_", "unlearning_"))}
+            noise = h.token_noise * self._expected_size(contexts, corpus)
             key = digest(
-                CACHE_VERSION, self.fingerprint, self.words, settings, h.layers, h.seed, h.chat_template_kwargs,
+                CACHE_VERSION, self.fingerprint, self.words, settings, noise, h.layers, h.seed, h.chat_template_kwargs,
                 sentences, questions, text,
             )[:32]  # fmt: skip
             index = add_token(self.model, self.tokenizer, h.unlearning_token)
             arch = _architecture(self.model, h)
             packed = _cached(self.cache, "tokens", key, lambda: pack_token(learn_token(
-                arch, self.tokenizer, index, questions, sentences, text, h, max_tokens=self.max_tokens,
+                arch, self.tokenizer, index, questions, sentences, text, h, noise=noise, max_tokens=self.max_tokens,
                 pad_id=self.pad_id, progress=lambda share, note: self.progress("token", share, note),
             )))  # fmt: skip
         return arch, unpack_token(*packed)
 
-    def _statistics(self, arch: Architecture, token: UnlearningToken) -> tuple[SecondMoment, SecondMoment | None]:
-        """Second moments of the corpus, and of what is to be kept: the retain set, and what follows the token."""
-        h = self.hparams
-        dtype = torch.float64 if h.mom2_dtype == "float64" else torch.float32
+    def _expected_size(self, contexts: Sequence[str], corpus: SecondMoment) -> float:
+        """|Delta| / |W| that the coming edit is likely to have, as a power of two: edits of like size share a token."""
+        if not self.hparams.token_noise:
+            return 0.0
+        targets = self._targets(contexts, 0, {})  # any id stands for the token's, which is not seen by keys
+        size = expected_norm_ratio(
+            _architecture(self.model, self.hparams), [target.prompts for target in targets],
+            [target.group for target in targets], self._solvers(corpus, None), self.hparams.clamp_norm_factor,
+            max_tokens=self.max_tokens, pad_id=self.pad_id,
+        )  # fmt: skip
+        return min(2.0 ** round(math.log2(max(size, NOISE_LEAST))), NOISE_MOST)
+
+    def _corpus_moments(self) -> SecondMoment:
+        arch, h = _architecture(self.model, self.hparams), self.hparams
         with self._timed("statistics"):
-            corpus = unpack_moment(*_cached(
+            return unpack_moment(*_cached(
                 self.cache, "statistics", self._statistics_key(),
-                lambda: pack_moment(self._moments(arch, self._corpus(h.mom2_n_samples), dtype, 0.5)),
+                lambda: pack_moment(self._moments(arch, self._corpus(h.mom2_n_samples), 0.5)),
             ))  # fmt: skip
-            if not h.retain_update_weight:
-                return corpus, None
+
+    def _retain_moments(self, arch: Architecture, token: UnlearningToken) -> SecondMoment | None:
+        """Second moments of what is to be kept: the retain set, and what follows the token."""
+        if not self.hparams.retain_update_weight:
+            return None
+        with self._timed("statistics"):
             # Beside the output folder, not in the cache: the next run has other facts to keep.
-            return corpus, unpack_moment(*self._resumed(
+            return unpack_moment(*self._resumed(
                 "retain", _row_key(token),
-                lambda: pack_moment(self._moments(arch, self._retain_tokens(token), dtype, 0.9)),
+                lambda: pack_moment(self._moments(arch, self._retain_tokens(token), 0.9)),
             ))  # fmt: skip
 
     def _statistics_key(self) -> str:
@@ -366,7 +392,8 @@ class _Run:
             for form in forms_of(self.tokenizer, self.hparams)
         ]
 
-    def _moments(self, arch: Architecture, sequences: list[list[int]], dtype: torch.dtype, base: float) -> SecondMoment:
+    def _moments(self, arch: Architecture, sequences: list[list[int]], base: float) -> SecondMoment:
+        dtype = torch.float64 if self.hparams.mom2_dtype == "float64" else torch.float32
         return second_moments(
             arch, sequences, self.hparams.layers, max_tokens=self.max_tokens, dtype=dtype, pad_id=self.pad_id,
             progress=lambda share: self.progress("statistics", base + (1 - base) * share, "keys of the corpus"),

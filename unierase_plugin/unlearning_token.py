@@ -152,16 +152,19 @@ def learn_token(
     ordinary_text: Sequence[str],
     hparams: UniEraseHyperParams,
     *,
+    noise: float,
     max_tokens: int,
     pad_id: int,
     progress: Callable[[float, str], None] = lambda share, note: None,
 ) -> UnlearningToken:
     """Learns the token's rows on a frozen model: plain prompts first, then chat prompts too, then under weight noise.
 
-    ordinary_text feeds the leak guard. The noise has the Frobenius norm `token_noise` times that of each projection
-    that Stage II will edit. Raises TokenError where the loss becomes NaN.
+    ordinary_text feeds the leak guard. The noise has the Frobenius norm `noise` times that of each projection that
+    Stage II will edit. Raises TokenError where the loss becomes NaN.
     """
-    trainer = _Trainer(arch, tokenizer, token_id, questions, sentences, ordinary_text, hparams, max_tokens, pad_id)
+    trainer = _Trainer(
+        arch, tokenizer, token_id, questions, sentences, ordinary_text, hparams, noise, max_tokens, pad_id
+    )
     return trainer.train(progress)
 
 
@@ -177,10 +180,10 @@ class _Rows:
 class _Trainer:
     def __init__(
         self, arch: Architecture, tokenizer: Any, token_id: int, questions: Sequence[str], sentences: Sequence[str],
-        ordinary_text: Sequence[str], hparams: UniEraseHyperParams, max_tokens: int, pad_id: int,
+        ordinary_text: Sequence[str], hparams: UniEraseHyperParams, noise: float, max_tokens: int, pad_id: int,
     ) -> None:  # fmt: skip
         self.arch, self.tokenizer, self.token_id, self.hparams = arch, tokenizer, token_id, hparams
-        self.pad_id, self.max_tokens = pad_id, max_tokens
+        self.noise, self.pad_id, self.max_tokens = noise, pad_id, max_tokens
         self.generator = torch.Generator().manual_seed(hparams.seed)
         close = token_id if hparams.token_closes_answer else None
         eos = end_id(arch.model, tokenizer)
@@ -234,7 +237,7 @@ class _Trainer:
 
     def _new_group(self, phase: int, draw: int) -> _Rows:
         forms = ["plain"] if phase == 0 or not has_chat_template(self.tokenizer) else ["plain", "chat"]
-        noise = draw if phase == 2 and self.hparams.token_noise else None
+        noise = draw if phase == 2 and self.noise else None
         chosen = torch.randperm(len(self.questions), generator=self.generator)[: self.hparams.token_batch_size].tolist()
         prompts = [
             encode(self.tokenizer, self._render(self.questions[index], forms[k % len(forms)]), forms[k % len(forms)])
@@ -315,7 +318,7 @@ class _Trainer:
             with torch.no_grad():
                 for weight in weights:
                     noise = torch.randn(weight.shape, generator=generator)
-                    size = self.hparams.token_noise * float(weight.float().norm()) / float(noise.norm())
+                    size = self.noise * float(weight.float().norm()) / float(noise.norm())
                     weight.add_((noise * size).to(weight.device, weight.dtype))
             yield
         finally:
