@@ -58,13 +58,11 @@ def make_solver(
     """
     if hparams.solver == "null_space":
         protected = corpus if retain is None else corpus + hparams.retain_update_weight * retain
-        return NullSpace.of(protected, hparams.nullspace_threshold, hparams.L2, earlier)
-    moment = hparams.mom2_update_weight * corpus
-    if retain is not None:
-        moment = moment + hparams.retain_update_weight * retain
-    if earlier is not None:
-        moment = moment + earlier.to(moment.dtype) @ earlier.T.to(moment.dtype)
-    return Ridge.of(moment)
+        solver: Solver = NullSpace.of(protected, hparams.nullspace_threshold, hparams.L2)
+    else:
+        moment = hparams.mom2_update_weight * corpus
+        solver = Ridge.of(moment if retain is None else moment + hparams.retain_update_weight * retain)
+    return solver if earlier is None else solver.protecting(earlier)
 
 
 def compute_edit(
