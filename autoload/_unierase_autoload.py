@@ -25,10 +25,10 @@ class HostFinder:
     """Finds no module itself: asks the other finders for a host, and has `register` called when it has been loaded."""
 
     def __init__(self):
-        self.waiting = dict(HOSTS)
+        self.unierase_hosts = dict(HOSTS)
 
     def find_spec(self, name, path=None, target=None):
-        if name not in self.waiting or not _wanted():
+        if name not in self.unierase_hosts or not _wanted():
             return None
         for finder in [each for each in sys.meta_path if each is not self and hasattr(each, "find_spec")]:
             spec = finder.find_spec(name, path, target)
@@ -38,7 +38,7 @@ class HostFinder:
         return None
 
     def _call_after(self, spec):
-        """On this loader, not by a loader of our own: whoever looks at the module's loader finds the one that it has."""
+        """On the host's own loader, so that whoever looks at the module finds what is there without us."""
         loader = spec.loader
         execute = getattr(loader, "exec_module", None)
         if execute is None:  # a folder without __init__.py
@@ -48,14 +48,14 @@ class HostFinder:
             # First, since an archive has one loader for all its modules.
             vars(loader).pop("exec_module", None)
             execute(module)
-            if module.__name__ in self.waiting:
+            if module.__name__ in self.unierase_hosts:
                 self._register(module.__name__)
 
         loader.exec_module = exec_module
 
     def _register(self, name):
-        ours = self.waiting.pop(name)
-        if not self.waiting and self in sys.meta_path:
+        ours = self.unierase_hosts.pop(name)
+        if not self.unierase_hosts and self in sys.meta_path:
             sys.meta_path.remove(self)
         import importlib
 

@@ -17,7 +17,7 @@ __all__ = ["ForgetRequest", "UniEraseError", "UniEraseHyperParams", "UnlearnResu
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch, transformers and pluggy when they are first needed, so that `import unierase_plugin` is instant."""
+    """Imports torch, transformers and pluggy when first needed, so that `import unierase_plugin` is instant."""
     if name in ("unlearn", "UnlearnResult"):
         from . import pipeline
 

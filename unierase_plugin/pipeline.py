@@ -1,4 +1,6 @@
-"""The whole method on one page: requests in, token learned, edit computed and applied, both judged, folder written.
+"""The whole of a run on one page: requests in, model judged, changed by a method, judged again, folder written.
+
+`unlearn` does this for any method; `erase` is UniErase itself: token learned, edit computed and applied.
 
 Every phase that takes long is kept when it ends, so that a run that was killed goes on where it was: token and
 statistics in the user's cache, since other runs want them too; answers, values and the edit beside the output folder.
@@ -26,18 +28,20 @@ from torch import Tensor
 from . import checkpoint as files
 from .architecture import Architecture, find_architecture, refuse_unfit
 from .corpus import corpus_tokens
-from .errors import CheckpointError, HyperParamsError, RequestError, UniEraseError
+from .errors import CheckpointError, EditError, HyperParamsError, RequestError, UniEraseError
 from .evaluation.generate import answers, context_limit, continue_greedily, pad_token_id, perplexity, token_leak
 from .evaluation.metrics import reads_as_idk
 from .evaluation.report import Outcome, Report, judge
-from .hparams import UniEraseHyperParams, shipped_hparams
+from .hparams import PROMPT_FORMS, HyperParams, UniEraseHyperParams
 from .loading import load
-from .locate_then_edit.edit import Applied, WeightEdit, apply_edit, compute_edit, make_solver, revert_edit
+from .locate_then_edit.edit import WeightEdit, apply_edit, compute_edit, make_solver, revert_edit
 from .locate_then_edit.positions import PLAIN_FORM, encode, has_chat_template, render
 from .locate_then_edit.solve import Ridge, Solver
 from .locate_then_edit.statistics import SecondMoment, second_moments
 from .locate_then_edit.targets import context_texts, forms_of, make_targets
 from .locate_then_edit.values import Values, ValueTarget, optimise_values
+from .methods.contract import Changes, Job, Method, Progress
+from .plugins import registry
 from .readers import read_requests
 from .request import ForgetRequest, check_requests, with_subjects
 from .resources import lines, paragraphs
@@ -78,36 +82,49 @@ SENTENCE_MOST = 24
 DECLINED_QUESTIONS = 40
 
 Requests = str | os.PathLike[str] | Iterable[ForgetRequest | Mapping[str, Any]]
-#: Called with (phase, share done from 0 to 1, note).
-Progress = Callable[[str, float, str], None]
 
 
 @dataclass(frozen=True)
 class UnlearnResult:
-    """What a run leaves: the edited model in memory, the edit as data, and what was measured."""
+    """What a run leaves: the changed model in memory, the change as data, and what was measured."""
 
     model: Any
     tokenizer: Any
-    token: UnlearningToken
-    edit: WeightEdit
+    method: str
     requests: tuple[ForgetRequest, ...]
-    hparams: UniEraseHyperParams
+    hparams: Any
     report: Report
     folder: Path | None
-    applied: Applied = field(repr=False)
+    changes: Changes = field(repr=False)
+
+    @property
+    def token(self) -> UnlearningToken | None:
+        """The unlearning token, where the method has one."""
+        return self.changes.token
+
+    @property
+    def edit(self) -> WeightEdit | None:
+        """The edit as low-rank factors, where the method has it as data."""
+        return self.changes.edit
 
     def revert(self) -> None:
-        """Puts the edited projections back to the bit; the token's row, which nothing then calls, stays."""
-        revert_edit(_architecture(self.model, self.hparams), self.applied)
+        """Puts the edited weights back to the bit; the row of a token, which nothing then calls, stays.
+
+        Raises EditError for a method that trains the whole model and keeps no copy.
+        """
+        if self.changes.undo is None:
+            raise EditError(f"What {self.method!r} did cannot be taken back in memory. Load the model again.")
+        self.changes.undo()
 
 
 def unlearn(
     model: Any,
     forget: Requests,
     *,
+    method: str | Method[Any] = "unierase",
     tokenizer: Any = None,
     retain: Requests | None = None,
-    hparams: UniEraseHyperParams | str | os.PathLike[str] | None = None,
+    hparams: HyperParams | str | os.PathLike[str] | None = None,
     corpus: str | None = None,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -116,167 +133,190 @@ def unlearn(
     seed: int | None = None,
     device: str = "",
     dtype: str = "",
+    max_batch_tokens: int = 0,
     progress: Progress = lambda phase, share, note: None,
 ) -> UnlearnResult:
-    """Makes a model answer given questions with the unlearning token and "I don't know" (UniErase, both stages).
+    """Makes a model forget given facts; by UniErase it answers with the unlearning token and "I don't know".
 
+    method    name of a registered method, see `unierase methods`, or a Method
     model     folder, hub id, or a loaded causal LM (then give `tokenizer` too; it is edited in place)
     forget    a SPEC, or an iterable of ForgetRequest or mappings with question, answer and optionally subject
-    retain    the same for facts to be kept: their keys join the statistics, and they are judged
+    retain    the same for facts to be kept: the method protects them (UniErase: by their keys), and they are judged
     hparams   an object, a YAML file, a shipped file's stem; without it the shipped file for this model, else defaults
-    corpus    text for the second moment: "self", a text file, or a hub dataset as name[:config[:column]]
+    corpus    text for the second moment, where the method takes one: "self", a text file, or a hub dataset as
+              name[:config[:column]]
     out       output folder; without it nothing is written but the caches
     judged    how many facts of each set are answered before and after, since generating takes time
 
     Raises a UniEraseError that names the value, the alternatives and the remedy; no projection is then changed.
     """
-    requests = with_subjects(check_requests(read_requests(forget)))
-    kept = () if retain is None else tuple(read_requests(retain))
+    chosen = registry().methods.find(method) if isinstance(method, str) else method
+    requests = check_requests(read_requests(forget, registry().readers))
+    if chosen.needs_subjects:
+        requests = with_subjects(requests)
+    kept = () if retain is None else read_requests(retain, registry().readers)
     folder = None if out is None else files.check_output_folder(Path(out), overwrite)
-    run = _Run.begin(model, tokenizer, requests, kept, hparams, corpus, seed, device, dtype, folder, judged, progress)
+    options = {"seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None}
+    run = _Run.begin(
+        chosen, model, tokenizer, requests, kept, hparams, options, device, dtype, folder, judged, progress
+    )  # fmt: skip
     result = run.unlearn()
     if folder is None:
         return result
     try:
         run.save(result, folder, overwrite, keep_requests)
     except BaseException:
-        result.revert()
+        if result.changes.undo is not None:
+            result.changes.undo()
         raise
     return replace(result, folder=folder)
 
 
-class _Run:
-    """One run: what every phase needs, and the caches that let it go on after a kill."""
+def erase(job: Job[UniEraseHyperParams]) -> Changes:
+    """UniErase, both stages, on a loaded model: learns the token, computes the edit and applies it."""
+    return _Erasure(job).run()
+
+
+def check_erasable(job: Job[UniEraseHyperParams]) -> None:
+    """Raises a UniEraseError for a token, a fact or a corpus that `erase` could not take; quick."""
+    _Erasure(job).check()
+
+
+class _Phases:
+    """Times what a run does, and keeps what is finished beside the output folder."""
+
+    def __init__(self, work: Path | None) -> None:
+        self.work = None if work is None else Store(work)
+        self.seconds: dict[str, float] = {}
+
+    def _resumed(self, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:
+        return compute() if self.work is None else _cached(self.work, kind, key, compute)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class _Run(_Phases):
+    """One run of any method: the model loaded, asked before and after, and the folder written."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, name: str, requests: tuple[ForgetRequest, ...],
-        retain: tuple[ForgetRequest, ...], hparams: UniEraseHyperParams, folder: Path | None, judged: int,
-        progress: Progress, earlier: files.Checkpoint | None,
+        self, method: Method[Any], model: Any, tokenizer: Any, name: str, requests: tuple[ForgetRequest, ...],
+        retain: tuple[ForgetRequest, ...], hparams: HyperParams, seed: int, max_tokens: int, folder: Path | None,
+        judged: int, progress: Progress, earlier: files.Checkpoint | None,
     ) -> None:  # fmt: skip
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.requests, self.retain, self.hparams, self.progress, self.earlier = (
-            requests,
-            retain,
-            hparams,
-            progress,
-            earlier,
-        )
-        self.judged, self.judged_forget = (*requests[:judged], *retain[:judged]), len(requests[:judged])
-        self.seconds = {"token": 0.0, "statistics": 0.0, "values": 0.0, "edit": 0.0, "evaluate": 0.0}
-        self.pad_id = pad_token_id(model, tokenizer)
-        self.max_tokens = hparams.max_batch_tokens or (4096 if model.device.type == "cpu" else 32768)
-        self.context = context_limit(model)
-        self.fingerprint = model_fingerprint(model)
-        self.words = tokenizer_fingerprint(tokenizer)
-        self.cache = Store(cache_folder(hparams.stats_dir))
+        fingerprint, self.words = model_fingerprint(model), tokenizer_fingerprint(tokenizer)
         key = digest(
-            CACHE_VERSION, self.fingerprint, self.words, hparams.as_dict(), _plain(requests), _plain(retain), [judged]
-        )[:32]
-        self.work = files.work_folder(folder, key) if folder else None
+            CACHE_VERSION, method.name, fingerprint, self.words, hparams.as_dict(), seed, _plain(requests),
+            _plain(retain), [judged],
+        )[:32]  # fmt: skip
+        super().__init__(files.work_folder(folder, key).root if folder else None)
+        self.method, self.model, self.tokenizer = method, model, tokenizer
+        self.job = Job(
+            model, tokenizer, name, requests, retain, hparams, seed, max_tokens, fingerprint,
+            self.work.root if self.work else None, earlier, progress,
+        )  # fmt: skip
+        self.judged, self.judged_forget = (*requests[:judged], *retain[:judged]), len(requests[:judged])
+        self.form = getattr(hparams, "prompt_forms", PROMPT_FORMS)[0] if has_chat_template(tokenizer) else "plain"
+        self.template_kwargs: dict[str, Any] = getattr(hparams, "chat_template_kwargs", {})
 
     @classmethod
     def begin(
-        cls, model: Any, tokenizer: Any, requests: tuple[ForgetRequest, ...], retain: tuple[ForgetRequest, ...],
-        hparams: UniEraseHyperParams | str | os.PathLike[str] | None, corpus: str | None, seed: int | None,
-        device: str, dtype: str, folder: Path | None, judged: int, progress: Progress,
+        cls, method: Method[Any], model: Any, tokenizer: Any, requests: tuple[ForgetRequest, ...],
+        retain: tuple[ForgetRequest, ...], hparams: HyperParams | str | os.PathLike[str] | None,
+        options: Mapping[str, Any], device: str, dtype: str, folder: Path | None, judged: int, progress: Progress,
     ) -> _Run:  # fmt: skip
+        """options: settings by name that win over the hyper-parameters' where they are not None."""
         progress("load", 0.0, "")
         earlier = None
         if isinstance(model, (str, os.PathLike)):
             name = os.fspath(model)
-            settings = choose_hparams(hparams, name)
-            earlier = _earlier_checkpoint(name)
-            model, tokenizer = load(name, device or settings.device, dtype or _dtype_of(earlier))
+            settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
+            earlier = _earlier_checkpoint(name, method)
+            model, tokenizer = load(name, device or getattr(settings, "device", ""), dtype or _dtype_of(earlier))
             _check_unchanged(model, earlier, name)
         else:
             _check_loaded(model, tokenizer, device or dtype)
             name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-            settings = choose_hparams(hparams, name)
-        changes = {"mom2_dataset": corpus, "seed": seed}
-        settings = settings.replace(**{key: value for key, value in changes.items() if value is not None})
-        settings = _with_layers(settings, _architecture(model, settings))
-        if earlier is None:
-            # On a copy: what is refused leaves nothing behind.
-            add_to_tokenizer(copy.deepcopy(tokenizer), settings.unlearning_token)
+            settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
+        settings = method.settle(model, settings)
         _tell_form(name, tokenizer, settings)
+        seed = options["seed"] if options["seed"] is not None else getattr(settings, "seed", 0)
+        max_tokens = options["max_batch_tokens"] or getattr(settings, "max_batch_tokens", 0) or (
+            4096 if model.device.type == "cpu" else 32768
+        )  # fmt: skip
         progress("load", 1.0, name)
-        return cls(model, tokenizer, name, requests, retain, settings, folder, judged, progress, earlier)
+        return cls(
+            method, model, tokenizer, name, requests, retain, settings, seed, max_tokens, folder, judged, progress,
+            earlier,
+        )  # fmt: skip
 
     def unlearn(self) -> UnlearnResult:
+        job = self.job
         with _frozen(self.model):
-            contexts = self._contexts()
-            self._check_fit(contexts)
-            self._check_corpus()
-            before, perplexity_before = self._before()
-            vocabulary = self.model.get_input_embeddings().weight.shape[0]
-            arch, token = self._token()
-            self.originals = files.take_originals(
-                arch, self.hparams.layers, vocabulary, None if self.earlier else token.id
-            )
-            with self._timed("token"):
-                install_token(arch, token)
-                leak = token_leak(self.model, self.tokenizer, paragraphs("ordinary_text"), token.id)
-            corpus, retain = self._statistics(arch, token)
-            with self._timed("values"):
-                targets = self._targets(contexts, token.id, self._own_sentences(token))
-            values = self._values(arch, targets, token)
-            edit, solved = self._edit(arch, targets, values, token, corpus, retain)
-            applied = apply_edit(arch, edit)
+            self.method.check(job)
+            self._check_fit()
+            with self._timed("evaluate"):
+                before, perplexity_before = self._measured("before", "model")
+            start = time.perf_counter()
+            changes = self.method.run(job)
+            spent = changes.seconds or {self.method.name: time.perf_counter() - start}
+            self.model.eval()
             try:
-                forget, kept, perplexity_after = self._after(before, token)
+                with self._timed("evaluate"):
+                    key = model_fingerprint(self.model) if self.work else ""
+                    after, perplexity_after = self._measured("after", key)
+                outcomes = self._judged(before, after)
             except BaseException:
-                revert_edit(arch, applied)
+                if changes.undo is not None:
+                    changes.undo()
                 raise
-            details = {**solved, **_value_figures(values), "residual_norms": list(edit.residual_norms)}
-            report = self._report(arch, edit, forget, kept, perplexity_before, perplexity_after, leak, details)
+            total = sum(parameter.numel() for parameter in self.model.parameters())
+            report = Report(
+                job.name, self.method.name, outcomes[: self.judged_forget], outcomes[self.judged_forget :],
+                perplexity_before, perplexity_after, changes.token_leak,
+                changes.edit.norm_ratios if changes.edit else {},
+                (total if changes.parameters is None else changes.parameters) / total, {**spent, **self.seconds},
+                peak_memory_bytes(), changes.figures,
+            )  # fmt: skip
         return UnlearnResult(
-            self.model, self.tokenizer, token, edit, self.requests, self.hparams, report, None, applied
-        )
+            self.model, self.tokenizer, self.method.name, job.requests, job.hparams, report, None, changes
+        )  # fmt: skip
 
     def save(self, result: UnlearnResult, folder: Path, overwrite: bool, keep_requests: bool) -> None:
-        self.progress("save", 0.0, str(folder))
+        job, changes = self.job, result.changes
+        job.progress("save", 0.0, str(folder))
+        settings = job.hparams.as_dict()
         files.save_checkpoint(
-            folder, model=result.model, tokenizer=result.tokenizer, token=result.token, edit=result.edit,
-            originals=self.originals, requests=self.requests, hparams=self.hparams,
+            folder, model=result.model, tokenizer=result.tokenizer, token=changes.token, edit=changes.edit,
+            originals=changes.originals, requests=job.requests,
+            # A seed belongs into the record also where the method's settings have none.
+            hparams=job.hparams if "seed" in settings else {**settings, "seed": job.seed},
             manifest_extra={
-                "method": "unierase", "model": self.name, "model_fingerprint_before": self.fingerprint,
+                "method": self.method.name, "model": job.name, "model_fingerprint_before": job.fingerprint,
                 "tokenizer_fingerprint_before": self.words,
                 "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             },
-            report=result.report.as_dict(), overwrite=overwrite, keep_requests=keep_requests, earlier=self.earlier,
+            report=result.report.as_dict(), overwrite=overwrite, keep_requests=keep_requests, earlier=job.earlier,
         )  # fmt: skip
         files.discard_work(folder)
-        self.progress("save", 1.0, str(folder))
+        job.progress("save", 1.0, str(folder))
 
-    # --- phases, in order ---------------------------------------------------------------------------------------------
-
-    def _contexts(self) -> tuple[str, ...]:
-        return context_texts(self.model, self.tokenizer, self.hparams.context_template_length_params, self.pad_id)
-
-    def _check_fit(self, contexts: Sequence[str]) -> None:
+    def _check_fit(self) -> None:
         """RequestError for a fact that the model's context cannot hold, before anything takes time."""
-        # The token has no id yet; any stands for its length.
-        self._targets(contexts, 0, {})
-        form, room = forms_of(self.tokenizer, self.hparams)[0], self._answer_room()
+        context, room = context_limit(self.model), self._answer_room()
         for fact in self.judged:
-            text = self._rendered(fact.question, form)
-            needed = len(encode(self.tokenizer, text, form)) + room
-            if needed > self.context:
+            text = render(self.tokenizer, fact.question, self.form, self.template_kwargs)
+            needed = len(encode(self.tokenizer, text, self.form)) + room
+            if needed > context:
                 raise RequestError(
                     f"The question of {fact.case_id or fact.question[:60]!r} needs {needed} tokens with its answer; "
-                    f"the model's context holds {self.context}. Shorten it, or leave it out."
+                    f"the model's context holds {context}. Shorten it, or leave it out."
                 )
-
-    def _check_corpus(self) -> None:
-        """Whatever is wrong with the corpus, before anything takes time; not where its statistics are at hand."""
-        if self.hparams.mom2_dataset != "self" and not self.cache.path("statistics", self._statistics_key()).is_file():
-            self._corpus(samples=1)
-
-    def _before(self) -> tuple[list[str], float]:
-        """The unedited model's answers to what is to be forgotten, then to what is to be kept; and its perplexity."""
-
-        with self._timed("evaluate"):
-            return self._measured("before", "model")
 
     def _measured(self, phase: str, key: str) -> tuple[list[str], float]:
         """Answers to the judged facts and perplexity of ordinary text, by the model as it is now."""
@@ -284,11 +324,96 @@ class _Run:
         def measure() -> Packed:
             level = perplexity(self.model, self.tokenizer, paragraphs("ordinary_text"))
             if phase == "before" and not math.isfinite(level):
-                raise UniEraseError(_why_not_finite(self.name, self.model))
+                raise UniEraseError(_why_not_finite(self.job.name, self.model))
             return {}, {"answers": json.dumps(self._answers(phase)), "perplexity": repr(level)}
 
         metadata = self._resumed(phase, key, measure)[1]
         return json.loads(metadata["answers"]), float(metadata["perplexity"])
+
+    def _answers(self, phase: str) -> list[str]:
+        if not self.judged:
+            return []
+        return answers(
+            self.model, self.tokenizer, [fact.question for fact in self.judged],
+            form=self.form, template_kwargs=self.template_kwargs,
+            max_new_tokens=self._answer_room(), max_tokens=2 * self.job.max_tokens,
+            progress=lambda share: self.job.progress(phase, share, f"{len(self.judged)} answers"),
+        )  # fmt: skip
+
+    def _answer_room(self) -> int:
+        """Tokens generated for a judged answer."""
+        sizes = [len(self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.judged]
+        return min(max(max(sizes, default=0) + ANSWER_ROOM, ANSWER_LEAST), ANSWER_MOST)
+
+    def _judged(self, before: Sequence[str], after: Sequence[str]) -> list[Outcome]:
+        ends = [text for text in (self.tokenizer.eos_token, self.tokenizer.pad_token) if text]
+        # Where a method has no token, no answer begins with it.
+        token = getattr(self.job.hparams, "unlearning_token", UniEraseHyperParams.unlearning_token)
+        return [
+            judge(fact.question, fact.answer, old, new, token, ends, lines("idk_phrases"))
+            for fact, old, new in zip(self.judged, before, after, strict=True)
+        ]
+
+
+class _Erasure(_Phases):
+    """UniErase on one job: what its phases share, and the caches that let it go on after a kill."""
+
+    def __init__(self, job: Job[UniEraseHyperParams]) -> None:
+        super().__init__(job.work)
+        self.model, self.tokenizer, self.hparams, self.requests, self.retain = (
+            job.model, job.tokenizer, job.hparams, job.requests, job.retain,
+        )  # fmt: skip
+        self.progress, self.earlier, self.max_tokens, self.fingerprint = (
+            job.progress, job.earlier, job.max_tokens, job.fingerprint,
+        )  # fmt: skip
+        self.seconds = {"token": 0.0, "statistics": 0.0, "values": 0.0, "edit": 0.0}
+        self.pad_id = pad_token_id(job.model, job.tokenizer)
+        self.context = context_limit(job.model)
+        self.words = tokenizer_fingerprint(job.tokenizer)
+        self.cache = Store(cache_folder(job.hparams.stats_dir))
+
+    def check(self) -> None:
+        if self.earlier is None:
+            # On a copy: what is refused leaves nothing behind.
+            add_to_tokenizer(copy.deepcopy(self.tokenizer), self.hparams.unlearning_token)
+        # The token has no id yet; any stands for its length.
+        self._targets(self._contexts(), 0, {})
+        self._check_corpus()
+
+    def run(self) -> Changes:
+        contexts = self._contexts()
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        arch, token = self._token()
+        originals = files.take_originals(arch, self.hparams.layers, vocabulary, None if self.earlier else token.id)
+        with self._timed("token"):
+            install_token(arch, token)
+            leak = token_leak(self.model, self.tokenizer, paragraphs("ordinary_text"), token.id)
+        corpus, retain = self._statistics(arch, token)
+        with self._timed("values"):
+            targets = self._targets(contexts, token.id, self._own_sentences(token))
+        values = self._values(arch, targets, token)
+        edit, solved = self._edit(arch, targets, values, token, corpus, retain)
+        applied = apply_edit(arch, edit)
+        changed = sum(self.model.get_parameter(arch.weight_name(layer)).numel() for layer in edit.layers)
+        if self.earlier is None:  # a later step finds the token's rows as they are to be
+            changed += arch.hidden_size * (1 if arch.tied else 2)
+        figures = {
+            **solved, **_value_figures(values), "residual_norms": list(edit.residual_norms),
+            "ranks": {str(layer): edit.rank(layer) for layer in edit.layers},
+        }  # fmt: skip
+        return Changes(
+            edit, originals, token, leak, changed, self.seconds, figures, undo=lambda: revert_edit(arch, applied)
+        )  # fmt: skip
+
+    # --- phases, in order ---------------------------------------------------------------------------------------------
+
+    def _contexts(self) -> tuple[str, ...]:
+        return context_texts(self.model, self.tokenizer, self.hparams.context_template_length_params, self.pad_id)
+
+    def _check_corpus(self) -> None:
+        """Whatever is wrong with the corpus, before anything takes time; not where its statistics are at hand."""
+        if self.hparams.mom2_dataset != "self" and not self.cache.path("statistics", self._statistics_key()).is_file():
+            self._corpus(samples=1)
 
     def _token(self) -> tuple[Architecture, UnlearningToken]:
         """Room for the token, and its rows: from the checkpoint gone on from, from the cache, or learned now."""
@@ -448,74 +573,28 @@ class _Run:
             for layer in self.hparams.layers
         }
 
-    def _after(self, before: Sequence[str], token: UnlearningToken) -> tuple[list[Outcome], list[Outcome], float]:
-        with self._timed("evaluate"):
-            after, level = self._measured("after", self._edit_key(token))
-        ends = [text for text in (self.tokenizer.eos_token, self.tokenizer.pad_token) if text]
-        outcomes = [
-            judge(fact.question, fact.answer, old, new, token.name, ends, lines("idk_phrases"))
-            for fact, old, new in zip(self.judged, before, after, strict=True)
-        ]
-        return outcomes[: self.judged_forget], outcomes[self.judged_forget :], level
-
-    def _answers(self, phase: str) -> list[str]:
-        if not self.judged:
-            return []
-        return answers(
-            self.model, self.tokenizer, [fact.question for fact in self.judged],
-            form=forms_of(self.tokenizer, self.hparams)[0], template_kwargs=self.hparams.chat_template_kwargs,
-            max_new_tokens=self._answer_room(), max_tokens=2 * self.max_tokens,
-            progress=lambda share: self.progress(phase, share, f"{len(self.judged)} answers"),
-        )  # fmt: skip
-
-    def _answer_room(self) -> int:
-        """Tokens generated for a judged answer."""
-        sizes = [len(self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.judged]
-        return min(max(max(sizes, default=0) + ANSWER_ROOM, ANSWER_LEAST), ANSWER_MOST)
-
-    def _report(
-        self, arch: Architecture, edit: WeightEdit, forget: list[Outcome], kept: list[Outcome], before: float,
-        after: float, leak: float, details: Mapping[str, Any],
-    ) -> Report:  # fmt: skip
-        changed = sum(self.model.get_parameter(arch.weight_name(layer)).numel() for layer in edit.layers)
-        if self.earlier is None:  # a later step finds the token's rows as they are to be
-            changed += arch.hidden_size * (1 if arch.tied else 2)
-        share = changed / sum(parameter.numel() for parameter in self.model.parameters())
-        return Report(
-            self.name, "unierase", forget, kept, before, after, leak, edit.norm_ratios, share, dict(self.seconds),
-            peak_memory_bytes(), {**details, "ranks": {str(layer): edit.rank(layer) for layer in edit.layers}},
-        )  # fmt: skip
-
-    # --- helpers ------------------------------------------------------------------------------------------------------
-
     def _edit_key(self, token: UnlearningToken) -> str:
         """What the edit depends on beyond the run's own key: the token's row, and a corpus file's content."""
         return digest(_row_key(token), _file_identity(self.hparams.mom2_dataset))[:32]
 
-    def _resumed(self, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:
-        return compute() if self.work is None else _cached(self.work, kind, key, compute)
 
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - start
+def choose_hparams(
+    given: HyperParams | str | os.PathLike[str] | None, model: str, kind: type[HyperParams] = UniEraseHyperParams
+) -> HyperParams:
+    """The hyper-parameters given; else the shipped file whose model_name is this model's; else the defaults of `kind`.
 
-
-def choose_hparams(given: UniEraseHyperParams | str | os.PathLike[str] | None, model: str) -> UniEraseHyperParams:
-    """The hyper-parameters given; else the shipped file whose model_name is this model's; else the defaults."""
-    if isinstance(given, UniEraseHyperParams):
+    Raises HyperParamsError for an object of another kind, and for a file that does not fit.
+    """
+    if isinstance(given, HyperParams):
+        if not isinstance(given, kind):
+            raise HyperParamsError(f"This method takes {kind.__name__}, not {type(given).__name__}.")
         return given
-    if given is not None:
-        return UniEraseHyperParams.from_hparams(os.fspath(given))
-    wanted = Path(model).name.casefold()
-    for path in shipped_hparams().values():
-        hparams = UniEraseHyperParams.from_hparams(path)
-        if Path(hparams.model_name).name.casefold() == wanted:
-            return hparams
-    return UniEraseHyperParams()
+    return kind.for_model(model) if given is None else kind.from_hparams(os.fspath(given))
+
+
+def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
+    """The blocks to edit chosen by the model's depth, or checked against it."""
+    return _with_layers(hparams, _architecture(model, hparams))
 
 
 def default_layers(blocks: int) -> tuple[int, ...]:
@@ -548,12 +627,20 @@ def _with_layers(hparams: UniEraseHyperParams, arch: Architecture) -> UniEraseHy
     return hparams.replace(layers=layers)
 
 
-def _earlier_checkpoint(name: str) -> files.Checkpoint | None:
+def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Method[Any]) -> HyperParams:
+    """Options in the place of settings of their name; the seed and the size of a batch need not be settings."""
+    known = hparams.as_dict()
+    if options["mom2_dataset"] is not None and "mom2_dataset" not in known:
+        raise HyperParamsError(f"The method {method.name!r} reads no corpus. Leave corpus (--corpus) out.")
+    return hparams.replace(**{name: value for name, value in options.items() if value is not None and name in known})
+
+
+def _earlier_checkpoint(name: str, method: Method[Any]) -> files.Checkpoint | None:
     """The record of a folder that was edited before, whose steps this run goes on from."""
     if not (Path(name) / files.RECORD / "manifest.json").is_file():
         return None
     found = files.read_checkpoint(name)
-    if found.token is None:
+    if found.manifest["method"] != method.name:
         raise CheckpointError(
             f"{name!r} was made by another method; start from its base model {found.manifest['model']!r}."
         )
@@ -568,8 +655,8 @@ def _check_loaded(model: Any, tokenizer: Any, placement: str) -> None:
         raise UniEraseError("device and dtype are for models given by name; move the loaded model yourself.")
 
 
-def _tell_form(name: str, tokenizer: Any, hparams: UniEraseHyperParams) -> None:
-    if "chat" in hparams.prompt_forms and not has_chat_template(tokenizer):
+def _tell_form(name: str, tokenizer: Any, hparams: HyperParams) -> None:
+    if "chat" in getattr(hparams, "prompt_forms", PROMPT_FORMS) and not has_chat_template(tokenizer):
         logger.warning(
             "%s has no chat template: questions are edited and asked as %r. A chat model needs its chat_template.",
             name, PLAIN_FORM,

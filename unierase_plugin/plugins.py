@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from pluggy import PluginManager
 
@@ -36,14 +36,32 @@ BUILT_IN_MODULE = f"{PROJECT}.built_in"
 T = TypeVar("T")
 
 
-class Catalogue(Mapping[str, T]):
-    """What is registered of one kind, by name, and who registered it. Looking up a contested name raises PluginError."""
+@dataclass(frozen=True)
+class Plugin:
+    """One plugin, loaded or not."""
 
-    def __init__(self, kind: str, entries: Sequence[tuple[str, T, str]] = ()) -> None:
+    name: str
+    version: str
+    #: The hooks that it implements.
+    hooks: tuple[str, ...]
+    #: The package that it came with, and the module or object in it.
+    package: str
+    module: str
+    #: Why it could not be used; empty where it could.
+    error: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.package or self.module} {self.version})".replace(" )", ")")
+
+
+class Catalogue(Mapping[str, T]):
+    """What is registered of one kind, by name, and by whom. Looking up a contested name raises PluginError."""
+
+    def __init__(self, kind: str, entries: Sequence[tuple[str, T, Plugin]] = ()) -> None:
         """entries: name, thing, and the plugin that it is from."""
         self.kind = kind
         self._entries: dict[str, T] = {}
-        self._owners: dict[str, list[str]] = {}
+        self._owners: dict[str, list[Plugin]] = {}
         for name, thing, owner in entries:
             self._entries.setdefault(name, thing)
             self._owners.setdefault(name, []).append(owner)
@@ -67,7 +85,7 @@ class Catalogue(Mapping[str, T]):
             )
         return self[name]
 
-    def owner(self, name: str) -> str:
+    def owner(self, name: str) -> Plugin:
         """The plugin that registered the name."""
         return self._owners[name][0]
 
@@ -76,28 +94,11 @@ class Catalogue(Mapping[str, T]):
 
     def clash(self, name: str) -> str:
         """Says who claims a contested name, and what to do about it."""
+        owners = " and by ".join(map(str, self._owners[name]))
         return (
-            f"The {self.kind} {name!r} is registered by {' and by '.join(self._owners[name])}. Uninstall one of them, or leave it out of "
-            f"the list in {RESTRICTION}."
+            f"The {self.kind} {name!r} is registered by {owners}. Uninstall one of them, "
+            f"or name in {RESTRICTION} only those that are to be loaded."
         )
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """One plugin, loaded or not."""
-
-    name: str
-    version: str
-    #: The hooks that it implements.
-    hooks: tuple[str, ...]
-    #: The package that it came with, and the module or object in it.
-    package: str
-    module: str
-    #: Why it could not be used; empty where it could.
-    error: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name!r} ({self.package or self.module} {self.version})".replace(" )", ")")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def load_registry(only: str | None = None) -> Registry:
     built_in = Plugin(BUILT_IN, __version__, (), "unierase-plugin", module.__name__)
     loaded = [_register(module, built_in), *map(_load, _wanted(entry_points(group=PROJECT), only))]
     catalogues = [
-        Catalogue[Any](kind, [(name, thing, str(plugin)) for plugin, entries in loaded for name, thing in entries[hook]])
+        Catalogue[Any](kind, [(name, thing, plugin) for plugin, entries in loaded for name, thing in entries[hook]])
         for hook, kind in _KINDS.items()
     ]
     for catalogue in catalogues:
@@ -155,7 +156,7 @@ def _load(point: EntryPoint) -> tuple[Plugin, _Entries]:
     except Exception as error:  # another package's code may raise anything
         reason = f"{type(error).__name__}: {error}"
     logger.warning(
-        "The plugin %s cannot be used and is left out (%s). Repair or uninstall it, or leave it out of the list in %s.",
+        "The plugin %s cannot be used and is left out (%s). Repair or uninstall it, or name in %s only the others.",
         described, reason, RESTRICTION,
     )  # fmt: skip
     return replace(described, error=reason), {hook: [] for hook in _KINDS}

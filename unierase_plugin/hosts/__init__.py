@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
+from ..hookspecs import Host
 from ..plugins import registry
 
 
@@ -14,3 +18,13 @@ def register(name: str) -> None:
     Raises PluginError for an unknown name, DependencyError where the host is not installed or too old.
     """
     registry().hosts.find(name).register()
+
+
+def is_installed(host: Host) -> bool:
+    """Whether the host can be imported, told without importing it."""
+    return importlib.util.find_spec(host.module.partition(".")[0]) is not None
+
+
+def is_awaited(host: Host) -> bool:
+    """Whether this process registers itself with the host as soon as that is imported."""
+    return any(host.module in getattr(finder, "unierase_hosts", ()) for finder in sys.meta_path)
