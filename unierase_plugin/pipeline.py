@@ -263,7 +263,7 @@ class _Run(_Phases):
             with self._timed("evaluate"):
                 before, perplexity_before = self._measured("before", "model")
             start = time.perf_counter()
-            changes = self.method.run(job)
+            changes = self.method.run(job) or Changes()
             spent = changes.seconds or {self.method.name: time.perf_counter() - start}
             self.model.eval()
             try:
@@ -731,6 +731,7 @@ def _frozen(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        model.requires_grad_(False)  # a method may have trained what its caller had frozen
         for name in wanted:
             model.get_parameter(name).requires_grad_(True)
         model.train(training)

@@ -89,9 +89,9 @@ class Method(Generic[H]):
     paper: str
     #: Its settings: a frozen dataclass that derives from HyperParams.
     hparams: type[H]
-    #: Edits or trains `job.model` in place. Raises a UniEraseError that names value and remedy; the model is then to be
-    #: as it was.
-    run: Callable[[Job[H]], Changes] = field(repr=False)
+    #: Edits or trains `job.model` in place; None where there is nothing to record. Raises a UniEraseError that names
+    #: value and remedy; an edit is then to be undone.
+    run: Callable[[Job[H]], Changes | None] = field(repr=False)
     #: Raises a UniEraseError for what can be told without work, before the model is asked anything.
     check: Callable[[Job[H]], None] = field(default=lambda job: None, repr=False)
     #: Settings that depend on the model; raises HyperParamsError where they do not fit it.
