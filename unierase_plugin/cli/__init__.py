@@ -14,6 +14,7 @@ from ..errors import UniEraseError
 from .console import tell
 from .evaluate import evaluate
 from .lists import hparams, tasks_path
+from .plugins import hosts, methods, plugins
 from .record import inspect, revert
 from .run import demo, run
 
@@ -49,6 +50,9 @@ app.command()(hparams)
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                                       "help_option_names": []})(evaluate)  # fmt: skip
 app.command("tasks-path")(tasks_path)
+app.command()(methods)
+app.command()(plugins)
+app.command()(hosts)
 
 
 def main() -> None:
