@@ -225,16 +225,72 @@ def test_a_loaded_model_needs_its_tokenizer_and_stays_where_it_is(base: Path) ->
     assert len(tokenizer) == 260
 
 
+def same(model: Any, before: dict[str, torch.Tensor]) -> bool:
+    """Whether a model holds these weights and no others, to the bit."""
+    now = state(model)
+    return now.keys() == before.keys() and all(torch.equal(now[name], weight) for name, weight in before.items())
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_revert_gives_the_projections_back_to_the_bit(tied: bool) -> None:
-    model = tiny_model(tied=tied)
-    before = state(model)
-    result = erase(model, tokenizer=tiny_tokenizer())
+@pytest.mark.parametrize("padding", [0, 60], ids=["a new row", "a padding row"])
+def test_revert_gives_model_and_tokenizer_back_to_the_bit(tied: bool, padding: int) -> None:
+    model, tokenizer = tiny_model(tied=tied), tiny_tokenizer()
+    if padding:
+        model.resize_token_embeddings(len(tokenizer) + padding, mean_resizing=False)
+    before, words = state(model), tokenizer_fingerprint(tokenizer)
+    result = erase(model, tokenizer=tokenizer)
     projections = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)]
     assert not any(torch.equal(model.get_parameter(name), before[name]) for name in projections)
+    assert len(tokenizer) == 261
     result.revert()
-    after = state(model)
-    assert all(torch.equal(after[name][: len(weight)], weight) for name, weight in before.items())
+    assert same(model, before)
+    assert (len(tokenizer), tokenizer_fingerprint(tokenizer)) == (260, words)
+    assert "<unlearn_0>" not in tokenizer.get_vocab()
+    assert model.config.vocab_size == 260 + padding
+    # Control: the way is free for another run, with the same end.
+    again = erase(model, tokenizer=tokenizer)
+    assert again.edit is not None
+    assert result.edit is not None
+    assert torch.equal(again.edit.updates[1].up, result.edit.updates[1].up)
+
+
+# --- going on in memory -----------------------------------------------------------------------------------------------
+
+
+def test_going_on_from_a_result_is_going_on_from_its_folder(base: Path, undisturbed: Path, tmp_path: Path) -> None:
+    first = erase(base, tmp_path / "first")
+    second = erase(first, tmp_path / "memory", FORGET_MORE)
+    erase(undisturbed, tmp_path / "folder", FORGET_MORE)
+    assert weights(tmp_path / "memory") == weights(tmp_path / "folder")
+    assert len(second.history.edits) == len(read_checkpoint(tmp_path / "memory").edits) == 2
+
+
+def test_steps_in_memory_are_taken_back_one_by_one(base: Path) -> None:
+    model, tokenizer = loaded(base)
+    before = state(model)
+    first = erase(model, tokenizer=tokenizer)
+    between = state(model)
+    second = erase(first, forget=FORGET_MORE)
+    assert not same(model, between)
+    second.revert()
+    assert same(model, between)
+    first.revert()
+    assert same(model, before)
+
+
+def test_steps_that_were_not_written_cannot_be_gone_on_from_in_a_folder(base: Path, tmp_path: Path) -> None:
+    first = erase(base)
+    with pytest.raises(CheckpointError, match="give out= to the first"):
+        erase(first, tmp_path / "out", FORGET_MORE)
+
+
+def test_a_change_without_judging_is_the_same_change(base: Path) -> None:
+    result = erase(base)
+    model, tokenizer = loaded(base)
+    _, steps = pipeline.change(model, FORGET, tokenizer=tokenizer, retain=RETAIN, hparams=HPARAMS)
+    assert same(model, state(result.model))
+    pipeline.change(model, FORGET_MORE, tokenizer=tokenizer, retain=RETAIN, hparams=HPARAMS, earlier=steps)
+    assert same(model, state(erase(result, forget=FORGET_MORE).model))
 
 
 @pytest.mark.parametrize("fails", ["judge", "save"])
@@ -247,8 +303,19 @@ def test_what_fails_after_the_edit_takes_it_back(
     monkeypatch.setattr(*(pipeline, "judge") if fails == "judge" else (checkpoint, "_save_model"), raising(error))
     with pytest.raises(type(error)):
         erase(model, tmp_path / "out", tokenizer=tiny_tokenizer())
-    assert all(torch.equal(weight[: len(before[name])], before[name]) for name, weight in state(model).items())
+    assert same(model, before)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("phase", ["learn_token", "optimise_values", "apply_edit"])
+def test_what_fails_after_the_token_came_lets_it_go(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    before, words = state(model), tokenizer_fingerprint(tokenizer)
+    monkeypatch.setattr(erasure, phase, raising(UniEraseError("no")))
+    with pytest.raises(UniEraseError, match="no"):
+        erase(model, tokenizer=tokenizer)
+    assert same(model, before)
+    assert tokenizer_fingerprint(tokenizer) == words
 
 
 # --- what is used again ----------------------------------------------------------------------------------------------

@@ -43,9 +43,9 @@ from .store import (
     unpack_values,
 )
 from .unlearning_token import (
+    TokenRoom,
     UnlearningToken,
     add_to_tokenizer,
-    add_token,
     answer_ids,
     choose_sentence,
     end_id,
@@ -97,11 +97,22 @@ class _Erasure(Phases):
         self._check_corpus()
 
     def run(self) -> Changes:
-        contexts = self._contexts()
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        corpus = self._corpus_moments()
-        arch, token = self._token(contexts, corpus)
-        originals = files.take_originals(arch, self.hparams.layers, vocabulary, None if self.earlier else token.id)
+        contexts, corpus = self._contexts(), self._corpus_moments()
+        if self.earlier is not None and self.earlier.token is not None:
+            return self._run(contexts, corpus, self.earlier.token, None)
+        room = TokenRoom(self.model, self.tokenizer, self.hparams.unlearning_token)
+        try:
+            return self._run(contexts, corpus, self._token(room.id, contexts, corpus), room)
+        except BaseException:
+            room.leave()
+            raise
+
+    def _run(
+        self, contexts: Sequence[str], corpus: SecondMoment, token: UnlearningToken, room: TokenRoom | None
+    ) -> Changes:
+        arch = _architecture(self.model, self.hparams)
+        vocabulary = room.vocabulary if room else len(arch.embedding.weight)
+        originals = files.take_originals(arch, self.hparams.layers, vocabulary, room.id if room else None)
         with self.timed("token"):
             install_token(arch, token)
             leak = token_leak(self.model, self.tokenizer, paragraphs("ordinary_text"), token.id)
@@ -112,15 +123,19 @@ class _Erasure(Phases):
         edit, solved = self._edit(arch, targets, values, token, corpus, retain)
         applied = apply_edit(arch, edit)
         changed = sum(self.model.get_parameter(arch.weight_name(layer)).numel() for layer in edit.layers)
-        if self.earlier is None:  # a later step finds the token's rows as they are to be
+        if room is not None:  # a later step finds the token's rows as they are to be
             changed += arch.hidden_size * (1 if arch.tied else 2)
         figures = {
             **solved, **_value_figures(values), "residual_norms": list(edit.residual_norms),
             "ranks": {str(layer): edit.rank(layer) for layer in edit.layers},
         }  # fmt: skip
-        return Changes(
-            edit, originals, token, leak, changed, self.seconds, figures, undo=lambda: revert_edit(arch, applied)
-        )  # fmt: skip
+
+        def undo() -> None:
+            revert_edit(arch, applied)
+            if room is not None:
+                room.leave()
+
+        return Changes(edit, originals, token, leak, changed, self.seconds, figures, undo)
 
     # --- phases, in order ---------------------------------------------------------------------------------------------
 
@@ -132,12 +147,10 @@ class _Erasure(Phases):
         if self.hparams.mom2_dataset != "self" and not self.cache.path("statistics", self._statistics_key()).is_file():
             self._corpus(samples=1)
 
-    def _token(self, contexts: Sequence[str], corpus: SecondMoment) -> tuple[Architecture, UnlearningToken]:
-        """Room for the token, and its rows: from the checkpoint gone on from, from the cache, or learned now."""
+    def _token(self, index: int, contexts: Sequence[str], corpus: SecondMoment) -> UnlearningToken:
+        """The token's rows, from the cache or learned now; the model has room for them."""
         h = self.hparams
         with self.timed("token"):
-            if self.earlier is not None and self.earlier.token is not None:
-                return _architecture(self.model, h), self.earlier.token
             sentences, questions, text = lines("idk_sentences"), lines("questions"), paragraphs("ordinary_text_train")
             sentences = sentences[: h.token_num_sentences]
             settings = {key: value for key, value in h.as_dict().items() if key.startswith(("token_", "unlearning_"))}
@@ -146,13 +159,12 @@ class _Erasure(Phases):
                 CACHE_VERSION, self.fingerprint, self.words, settings, noise, h.layers, h.seed, h.chat_template_kwargs,
                 sentences, questions, text,
             )[:32]  # fmt: skip
-            index = add_token(self.model, self.tokenizer, h.unlearning_token)
             arch = _architecture(self.model, h)
             packed = self.cache.cached("tokens", key, lambda: pack_token(learn_token(
                 arch, self.tokenizer, index, questions, sentences, text, h, noise=noise, max_tokens=self.max_tokens,
                 pad_id=self.pad_id, progress=lambda share, note: self.progress("token", share, note),
             )))  # fmt: skip
-        return arch, unpack_token(*packed)
+        return unpack_token(*packed)
 
     def _expected_size(self, contexts: Sequence[str], corpus: SecondMoment) -> float:
         """|Delta| / |W| that the coming edit is likely to have, as a power of two: edits of like size share a token."""
@@ -186,9 +198,17 @@ class _Erasure(Phases):
             ))  # fmt: skip
 
     def _statistics_key(self) -> str:
+        """Of the statistics before the first step where they are at hand, as the peers use them for all steps."""
+        own = self._key_of_statistics(self.fingerprint, self.words)
+        if self.earlier is None:
+            return own
+        first = self._key_of_statistics(self.earlier.fingerprint, self.earlier.words)
+        return first if self.cache.path("statistics", first).is_file() else own
+
+    def _key_of_statistics(self, fingerprint: str, words: str) -> str:
         h = self.hparams
         return digest(
-            CACHE_VERSION, self.fingerprint, self.words, h.layers, h.mom2_dataset, _file_identity(h.mom2_dataset),
+            CACHE_VERSION, fingerprint, words, h.layers, h.mom2_dataset, _file_identity(h.mom2_dataset),
             h.mom2_n_samples, h.mom2_max_length, h.mom2_dtype, h.seed, lines("questions"),
             paragraphs("ordinary_text_train"),
         )[:32]  # fmt: skip
@@ -298,7 +318,8 @@ class _Erasure(Phases):
         return files.unpack_edits(tensors, metadata)[0], {**counts, "jitter": json.loads(metadata["jitter"])}
 
     def _solvers(self, corpus: SecondMoment, retain: SecondMoment | None) -> dict[int, Solver]:
-        earlier: Mapping[int, Tensor] = self.earlier.edit.keys if self.earlier and self.earlier.edits else {}
+        edits = self.earlier.edits if self.earlier else ()
+        earlier: Mapping[int, Tensor] = files.join_edits(edits).keys if edits else {}
         return {
             layer: make_solver(
                 self.hparams, corpus.moments[layer], retain.moments[layer] if retain else None, earlier.get(layer)

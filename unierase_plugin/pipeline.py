@@ -30,7 +30,7 @@ from .hparams import PROMPT_FORMS, HyperParams, UniEraseHyperParams
 from .loading import load
 from .locate_then_edit.edit import WeightEdit
 from .locate_then_edit.positions import PLAIN_FORM, encode, has_chat_template, render
-from .methods.contract import Changes, Job, Method, Progress
+from .methods.contract import Changes, Earlier, Job, Method, Progress
 from .phases import Phases
 from .plugins import registry
 from .readers import read_requests
@@ -59,6 +59,8 @@ class UnlearnResult:
     report: Report
     folder: Path | None
     changes: Changes = field(repr=False)
+    #: This step and those before it: what a later one goes on from.
+    history: Earlier = field(repr=False)
 
     @property
     def token(self) -> UnlearningToken | None:
@@ -71,7 +73,7 @@ class UnlearnResult:
         return self.changes.edit
 
     def revert(self) -> None:
-        """Puts the edited weights back to the bit; the row of a token, which nothing then calls, stays.
+        """Model and tokenizer as they were before this step, to the bit; a token that came with it goes.
 
         Raises EditError for a method that trains the whole model and keeps no copy.
         """
@@ -102,7 +104,8 @@ def unlearn(
     """Makes a model forget given facts; by UniErase it answers with the unlearning token and "I don't know".
 
     method    name of a registered method, see `unierase methods`, or a Method
-    model     folder, hub id, or a loaded causal LM (then give `tokenizer` too; it is edited in place)
+    model     folder, hub id, a loaded causal LM (then give `tokenizer` too; it is edited in place), or the result of an
+              earlier call, from which this one goes on; so it does from a folder that was edited before
     forget    a SPEC, or an iterable of ForgetRequest or mappings with question, answer and optionally subject
     retain    the same for facts to be kept: the method protects them (UniErase: by their keys), and they are judged
     hparams   an object, a YAML file, a shipped file's stem; without it the shipped file for this model, else defaults
@@ -114,15 +117,15 @@ def unlearn(
     Raises a UniEraseError that names the value, the alternatives and the remedy; no projection is then changed.
     """
     chosen = registry().methods.find(method) if isinstance(method, str) else method
-    requests = check_requests(read_requests(forget, registry().readers))
-    if chosen.needs_subjects:
-        requests = with_subjects(requests)
-    kept = () if retain is None else read_requests(retain, registry().readers)
+    requests, kept = _facts(chosen, forget, retain)
     folder = None if out is None else files.check_output_folder(Path(out), overwrite)
     options = {"seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None}
-    run = _Run.begin(
-        chosen, model, tokenizer, requests, kept, hparams, options, device, dtype, folder, judged, progress
-    )  # fmt: skip
+    progress("load", 0.0, "")
+    subject = _Subject.open(chosen, model, tokenizer, hparams, options, device, dtype)
+    progress("load", 1.0, subject.name)
+    if folder is not None and subject.earlier is not None and subject.record is None:
+        raise CheckpointError("The steps before this one were not written to a folder: give out= to the first one too.")
+    run = _Run(subject, requests, kept, folder, judged, progress)
     result = run.unlearn()
     if folder is None:
         return result
@@ -135,59 +138,125 @@ def unlearn(
     return replace(result, folder=folder)
 
 
-class _Run(Phases):
-    """One run of any method: the model loaded, asked before and after, and the folder written."""
+def change(
+    model: Any,
+    forget: Requests,
+    *,
+    method: str | Method[Any] = "unierase",
+    tokenizer: Any,
+    retain: Requests | None = None,
+    hparams: HyperParams | str | os.PathLike[str] | None = None,
+    earlier: Earlier | None = None,
+    progress: Progress = lambda phase, share, note: None,
+) -> tuple[Changes, Earlier]:
+    """`unlearn` on a loaded model without judging and writing, for harnesses that do both themselves.
 
-    def __init__(
-        self, method: Method[Any], model: Any, tokenizer: Any, name: str, requests: tuple[ForgetRequest, ...],
-        retain: tuple[ForgetRequest, ...], hparams: HyperParams, seed: int, max_tokens: int, folder: Path | None,
-        judged: int, progress: Progress, earlier: files.Checkpoint | None,
-    ) -> None:  # fmt: skip
-        fingerprint, self.words = model_fingerprint(model), tokenizer_fingerprint(tokenizer)
-        key = digest(
-            CACHE_VERSION, method.name, fingerprint, self.words, hparams.as_dict(), seed, _plain(requests),
-            _plain(retain), [judged],
-        )[:32]  # fmt: skip
-        super().__init__(files.work_folder(folder, key).root if folder else None)
-        self.method, self.model, self.tokenizer = method, model, tokenizer
-        self.job = Job(
-            model, tokenizer, name, requests, retain, hparams, seed, max_tokens, fingerprint,
-            self.work.root if self.work else None, earlier, progress,
-        )  # fmt: skip
-        self.judged, self.judged_forget = (*requests[:judged], *retain[:judged]), len(requests[:judged])
-        self.form = getattr(hparams, "prompt_forms", PROMPT_FORMS)[0] if has_chat_template(tokenizer) else "plain"
-        self.template_kwargs: dict[str, Any] = getattr(hparams, "chat_template_kwargs", {})
+    earlier   the steps that the model has behind it, as the call before returned them
+
+    Returns what was done, and the steps with this one.
+    """
+    chosen = registry().methods.find(method) if isinstance(method, str) else method
+    requests, kept = _facts(chosen, forget, retain)
+    subject = _Subject.open(chosen, model, tokenizer, hparams, {}, "", "")
+    subject = replace(subject, earlier=earlier)
+    job = subject.job(requests, kept, None, progress)
+    with _frozen(model):
+        chosen.check(job)
+        changes = chosen.run(job) or Changes()
+    return changes, subject.history(changes)
+
+
+def _facts(
+    method: Method[Any], forget: Requests, retain: Requests | None
+) -> tuple[tuple[ForgetRequest, ...], tuple[ForgetRequest, ...]]:
+    requests = check_requests(read_requests(forget, registry().readers))
+    if method.needs_subjects:
+        requests = with_subjects(requests)
+    return requests, () if retain is None else tuple(read_requests(retain, registry().readers))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What a run works on: a model at hand, the method's settings for it, and the steps that it has behind it."""
+
+    method: Method[Any]
+    model: Any
+    tokenizer: Any
+    name: str
+    hparams: HyperParams
+    seed: int
+    max_tokens: int
+    fingerprint: str
+    words: str
+    record: files.Checkpoint | None
+    earlier: Earlier | None
 
     @classmethod
-    def begin(
-        cls, method: Method[Any], model: Any, tokenizer: Any, requests: tuple[ForgetRequest, ...],
-        retain: tuple[ForgetRequest, ...], hparams: HyperParams | str | os.PathLike[str] | None,
-        options: Mapping[str, Any], device: str, dtype: str, folder: Path | None, judged: int, progress: Progress,
-    ) -> _Run:  # fmt: skip
+    def open(
+        cls, method: Method[Any], model: Any, tokenizer: Any, hparams: HyperParams | str | os.PathLike[str] | None,
+        options: Mapping[str, Any], device: str, dtype: str,
+    ) -> _Subject:  # fmt: skip
         """options: settings by name that win over the hyper-parameters' where they are not None."""
-        progress("load", 0.0, "")
-        earlier = None
+        record, earlier = None, None
+        if isinstance(model, UnlearnResult):
+            _check_same_method(model, method)
+            record = None if model.folder is None else files.read_checkpoint(model.folder)
+            hparams = model.hparams if hparams is None else hparams
+            model, tokenizer, earlier = model.model, model.tokenizer, model.history
         if isinstance(model, (str, os.PathLike)):
             name = os.fspath(model)
             settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
-            earlier = _earlier_checkpoint(name, method)
-            model, tokenizer = load(name, device or getattr(settings, "device", ""), dtype or _dtype_of(earlier))
-            _check_unchanged(model, earlier, name)
+            record = _earlier_record(name, method)
+            model, tokenizer = load(name, device or getattr(settings, "device", ""), dtype or _dtype_of(record))
+            earlier = _steps_of(record)
         else:
             _check_loaded(model, tokenizer, device or dtype)
             name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
             settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
         settings = method.settle(model, settings)
         _tell_form(name, tokenizer, settings)
-        seed = options["seed"] if options["seed"] is not None else getattr(settings, "seed", 0)
-        max_tokens = options["max_batch_tokens"] or getattr(settings, "max_batch_tokens", 0) or (
-            2048 if model.device.type == "cpu" else 32768
-        )  # fmt: skip
-        progress("load", 1.0, name)
+        fingerprint = model_fingerprint(model)
+        _check_unchanged(fingerprint, record, name)
+        seed, room = options.get("seed"), options.get("max_batch_tokens") or getattr(settings, "max_batch_tokens", 0)
         return cls(
-            method, model, tokenizer, name, requests, retain, settings, seed, max_tokens, folder, judged, progress,
-            earlier,
+            method, model, tokenizer, name, settings, getattr(settings, "seed", 0) if seed is None else seed,
+            room or (2048 if model.device.type == "cpu" else 32768), fingerprint, tokenizer_fingerprint(tokenizer),
+            record, earlier,
         )  # fmt: skip
+
+    def job(
+        self, requests: tuple[ForgetRequest, ...], retain: tuple[ForgetRequest, ...], work: Path | None,
+        progress: Progress,
+    ) -> Job[Any]:  # fmt: skip
+        return Job(
+            self.model, self.tokenizer, self.name, requests, retain, self.hparams, self.seed, self.max_tokens,
+            self.fingerprint, work, self.earlier, progress,
+        )  # fmt: skip
+
+    def history(self, changes: Changes) -> Earlier:
+        before = self.earlier or Earlier(None, (), self.fingerprint, self.words)
+        return before.after(changes)
+
+
+class _Run(Phases):
+    """One run of any method: the model loaded, asked before and after, and the folder written."""
+
+    def __init__(
+        self, subject: _Subject, requests: tuple[ForgetRequest, ...], retain: tuple[ForgetRequest, ...],
+        folder: Path | None, judged: int, progress: Progress,
+    ) -> None:  # fmt: skip
+        hparams = subject.hparams
+        key = digest(
+            CACHE_VERSION, subject.method.name, subject.fingerprint, subject.words, hparams.as_dict(), subject.seed,
+            _plain(requests), _plain(retain), [judged],
+        )[:32]  # fmt: skip
+        super().__init__(files.work_folder(folder, key).root if folder else None)
+        self.subject, self.method = subject, subject.method
+        self.model, self.tokenizer = subject.model, subject.tokenizer
+        self.job = subject.job(requests, retain, self.work.root if self.work else None, progress)
+        self.judged, self.judged_forget = (*requests[:judged], *retain[:judged]), len(requests[:judged])
+        self.form = getattr(hparams, "prompt_forms", PROMPT_FORMS)[0] if has_chat_template(self.tokenizer) else "plain"
+        self.template_kwargs: dict[str, Any] = getattr(hparams, "chat_template_kwargs", {})
 
     def unlearn(self) -> UnlearnResult:
         job = self.job
@@ -218,7 +287,8 @@ class _Run(Phases):
                 peak_memory_bytes(), changes.figures,
             )  # fmt: skip
         return UnlearnResult(
-            self.model, self.tokenizer, self.method.name, job.requests, job.hparams, report, None, changes
+            self.model, self.tokenizer, self.method.name, job.requests, job.hparams, report, None, changes,
+            self.subject.history(changes),
         )  # fmt: skip
 
     def save(self, result: UnlearnResult, folder: Path, overwrite: bool, keep_requests: bool) -> None:
@@ -232,10 +302,11 @@ class _Run(Phases):
             hparams=job.hparams if "seed" in settings else {**settings, "seed": job.seed},
             manifest_extra={
                 "method": self.method.name, "model": job.name, "model_fingerprint_before": job.fingerprint,
-                "tokenizer_fingerprint_before": self.words,
+                "tokenizer_fingerprint_before": self.subject.words,
                 "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             },
-            report=result.report.as_dict(), overwrite=overwrite, keep_requests=keep_requests, earlier=job.earlier,
+            report=result.report.as_dict(), overwrite=overwrite, keep_requests=keep_requests,
+            earlier=self.subject.record,
         )  # fmt: skip
         files.discard_work(folder)
         job.progress("save", 1.0, str(folder))
@@ -316,12 +387,12 @@ def peak_memory_bytes() -> int:
 def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Method[Any]) -> HyperParams:
     """Options in the place of settings of their name; the seed and the size of a batch need not be settings."""
     known = hparams.as_dict()
-    if options["mom2_dataset"] is not None and "mom2_dataset" not in known:
+    if options.get("mom2_dataset") is not None and "mom2_dataset" not in known:
         raise HyperParamsError(f"The method {method.name!r} reads no corpus. Leave corpus (--corpus) out.")
     return hparams.replace(**{name: value for name, value in options.items() if value is not None and name in known})
 
 
-def _earlier_checkpoint(name: str, method: Method[Any]) -> files.Checkpoint | None:
+def _earlier_record(name: str, method: Method[Any]) -> files.Checkpoint | None:
     """The record of a folder that was edited before, whose steps this run goes on from."""
     if not (Path(name) / files.RECORD / "manifest.json").is_file():
         return None
@@ -331,6 +402,20 @@ def _earlier_checkpoint(name: str, method: Method[Any]) -> files.Checkpoint | No
             f"{name!r} was made by another method; start from its base model {found.manifest['model']!r}."
         )
     return found
+
+
+def _check_same_method(result: UnlearnResult, method: Method[Any]) -> None:
+    if result.method != method.name:
+        raise CheckpointError(f"The model was changed by {result.method!r}; {method.name!r} cannot go on from there.")
+
+
+def _steps_of(record: files.Checkpoint | None) -> Earlier | None:
+    if record is None:
+        return None
+    first = record.manifest
+    return Earlier(
+        record.token, record.edits, first["model_fingerprint_before"], first.get("tokenizer_fingerprint_before", "")
+    )
 
 
 def _check_loaded(model: Any, tokenizer: Any, placement: str) -> None:
@@ -349,19 +434,19 @@ def _tell_form(name: str, tokenizer: Any, hparams: HyperParams) -> None:
         )  # fmt: skip
 
 
-def _dtype_of(earlier: files.Checkpoint | None) -> str:
+def _dtype_of(record: files.Checkpoint | None) -> str:
     """The dtype in which an edited folder was made: in another one, its first step could not be taken back."""
-    if earlier is None or earlier.originals is None:
+    if record is None or record.originals is None:
         return ""
-    return str(next(iter(earlier.originals.projections.values())).dtype).removeprefix("torch.")
+    return str(next(iter(record.originals.projections.values())).dtype).removeprefix("torch.")
 
 
-def _check_unchanged(model: Any, earlier: files.Checkpoint | None, name: str) -> None:
-    if earlier is not None and model_fingerprint(model) != earlier.manifest["model_fingerprint_after"]:
+def _check_unchanged(fingerprint: str, record: files.Checkpoint | None, name: str) -> None:
+    if record is not None and fingerprint != record.manifest["model_fingerprint_after"]:
         raise CheckpointError(
             f"The weights in {name!r} are not those that its record was written for: they were trained further, or "
-            f"loaded in another dtype than {_dtype_of(earlier) or 'before'}. Leave dtype out, or start from the base "
-            f"model {earlier.manifest['model']!r}."
+            f"loaded in another dtype than {_dtype_of(record) or 'before'}. Leave dtype out, or start from the base "
+            f"model {record.manifest['model']!r}."
         )
 
 
