@@ -41,6 +41,8 @@ from .unlearning_token import UnlearningToken
 
 logger = logging.getLogger(__name__)
 
+#: Tokens of a batch on a CPU, and at most on a GPU.
+CPU_TOKENS, GPU_TOKENS_MOST = 2048, 65536
 #: Tokens generated for a judged answer, beyond the longest answer asked for.
 ANSWER_ROOM, ANSWER_LEAST, ANSWER_MOST = 8, 32, 128
 
@@ -220,7 +222,7 @@ class _Subject:
         seed, room = options.get("seed"), options.get("max_batch_tokens") or getattr(settings, "max_batch_tokens", 0)
         return cls(
             method, model, tokenizer, name, settings, getattr(settings, "seed", 0) if seed is None else seed,
-            room or (2048 if model.device.type == "cpu" else 32768), fingerprint, tokenizer_fingerprint(tokenizer),
+            room or fitting_tokens(model), fingerprint, tokenizer_fingerprint(tokenizer),
             record, earlier,
         )  # fmt: skip
 
@@ -372,6 +374,23 @@ def choose_hparams(
             raise HyperParamsError(f"This method takes {kind.__name__}, not {type(given).__name__}.")
         return given
     return kind.for_model(model) if given is None else kind.from_hparams(os.fspath(given))
+
+
+def fitting_tokens(model: Any) -> int:
+    """Tokens of a batch that a pass with gradients through all blocks is likely to have room for.
+
+    On a GPU, from what is free on the fullest device; where the estimate is too bold, batches are halved. On a CPU
+    longer batches are no faster.
+    """
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    if not devices:
+        return CPU_TOKENS
+    config = model.config.get_text_config()
+    # What a block keeps for its backward pass: attention and norms in units of the hidden size, the MLP of its width.
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    kept = config.num_hidden_layers * (12 * config.hidden_size + 4 * wide) * model.dtype.itemsize / len(devices)
+    free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+    return max(CPU_TOKENS, min(int(free / 2 / kept), GPU_TOKENS_MOST))
 
 
 def peak_memory_bytes() -> int:

@@ -22,7 +22,7 @@ from ..errors import EditError
 from ..hparams import UniEraseHyperParams
 from .positions import Prompt
 from .prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
-from .trace import TokenBatch, run_blocks
+from .trace import TokenBatch, halves, run_blocks
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _Batch:
                 problem = _Problem.of(arch, [targets[row] for row in rows], token_id, layer, pad_id)
                 problems.append((torch.tensor(rows, device=problem.start.device), problem))
             except torch.OutOfMemoryError:
-                waiting = [*_halves(rows), *waiting]
+                waiting = [*halves(rows), *waiting]
         names = [target.group if target.group is not None else (index,) for index, target in enumerate(targets)]
         number = {name: index for index, name in enumerate(dict.fromkeys(names))}
         start = torch.cat([problem.start for _, problem in problems])
@@ -194,7 +194,7 @@ class _Batch:
                     total += torch.autograd.grad((loss * share[rows]).sum(), current)[0]
             except torch.OutOfMemoryError:
                 mask = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-                mask[_halves(range(len(rows)))[0]] = True
+                mask[halves(range(len(rows)))[0]] = True
                 waiting = [(rows[mask], problem.keep(mask)), (rows[~mask], problem.keep(~mask)), *waiting]
                 continue
             nll[rows], token_nll[rows] = goal, token.detach()
@@ -212,16 +212,6 @@ class _Batch:
             for rows, problem, stay in staying
             if bool(stay.any())
         ]
-
-
-def _halves(rows: Sequence[int]) -> list[list[int]]:
-    if len(rows) < 2:
-        raise EditError(
-            "The memory does not hold the optimisation of a single request. Shorten the question, use fewer contexts "
-            "(context_template_length_params), or spread the model over several devices."
-        )
-    middle = len(rows) // 2
-    return [list(rows[:middle]), list(rows[middle:])]
 
 
 @dataclass
