@@ -173,6 +173,7 @@ class _Run:
             CACHE_VERSION, self.fingerprint, self.words, hparams.as_dict(), _plain(requests), _plain(retain), [judged]
         )[:32]
         self.work = files.work_folder(folder, key) if folder else None
+        self.secret = digest("answers", _plain(requests), _plain(retain))
 
     @classmethod
     def begin(
@@ -285,10 +286,10 @@ class _Run:
             level = perplexity(self.model, self.tokenizer, paragraphs("ordinary_text"))
             if phase == "before" and not math.isfinite(level):
                 raise UniEraseError(_why_not_finite(self.name, self.model))
-            return {}, {"answers": json.dumps(self._answers(phase)), "perplexity": repr(level)}
+            return {}, {"answers": files.seal(json.dumps(self._answers(phase)), self.secret), "perplexity": repr(level)}
 
         metadata = self._resumed(phase, key, measure)[1]
-        return json.loads(metadata["answers"]), float(metadata["perplexity"])
+        return json.loads(files.unseal(metadata["answers"], self.secret)), float(metadata["perplexity"])
 
     def _token(self) -> tuple[Architecture, UnlearningToken]:
         """Room for the token, and its rows: from the checkpoint gone on from, from the cache, or learned now."""
