@@ -24,6 +24,7 @@ from .record import (
     unpack_edits,
 )
 from .revert import revert_checkpoint, take_back_requests
+from .summary import step_summaries
 from .work import discard_work, seal, unseal, work_folder
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "revert_checkpoint",
     "save_checkpoint",
     "seal",
+    "step_summaries",
     "take_back_requests",
     "take_originals",
     "unpack_edits",
