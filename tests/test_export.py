@@ -74,6 +74,8 @@ KINDS = {
 def test_the_adapter_on_the_base_gives_the_edited_model(kind: str, tmp_path: Path) -> None:
     edited = edit(tmp_path, KINDS[kind]())
     adapter = export_adapter(edited, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] == kind.startswith("gpt2")  # PEFT mends it where it is wrong, with a warning
     base, model = attach(tmp_path, adapter)
     wanted = load(edited)
     token = read_checkpoint(edited).token
@@ -114,6 +116,9 @@ def test_peft_alone_finds_base_and_tokenizer(steps: Path, tmp_path: Path) -> Non
     assert torch.allclose(logits(model), logits(load(steps / "2")), atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif(
+    peft.__version__.startswith("0.18."), reason="peft 0.18 cannot put a second adapter's token rows on a tied head"
+)
 def test_two_edits_of_one_base_can_be_switched(steps: Path, tmp_path: Path) -> None:
     for step in (1, 2):
         export_adapter(steps / "2", tmp_path / str(step), step=step)
