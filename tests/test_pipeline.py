@@ -21,7 +21,8 @@ from small import FORGET, FORGET_MORE, FORGET_OTHERS, HPARAMS, RETAIN, SHORT, sa
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from unierase_plugin import UniEraseError, UniEraseHyperParams, UnlearnResult, checkpoint, erasure, pipeline, unlearn
+from unierase_plugin import UniEraseError, UniEraseHyperParams, UnlearnResult, erasure, pipeline, unlearn
+from unierase_plugin.checkpoint import folder as folder_module
 from unierase_plugin.checkpoint import read_checkpoint, revert_checkpoint
 from unierase_plugin.errors import CheckpointError, HyperParamsError, TokenError
 from unierase_plugin.hparams import shipped_hparams
@@ -300,7 +301,7 @@ def test_what_fails_after_the_edit_takes_it_back(
 ) -> None:
     model = tiny_model()
     before = state(model)
-    monkeypatch.setattr(*(pipeline, "judge") if fails == "judge" else (checkpoint, "_save_model"), raising(error))
+    monkeypatch.setattr(*(pipeline, "judge") if fails == "judge" else (folder_module, "save_model"), raising(error))
     with pytest.raises(type(error)):
         erase(model, tmp_path / "out", tokenizer=tiny_tokenizer())
     assert same(model, before)
@@ -462,7 +463,7 @@ def test_a_full_disk_at_the_end_costs_no_work(
         if when == "before writing":
             patch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
         else:
-            patch.setattr(checkpoint, "_save_model", raising(OSError(errno.ENOSPC, "No space left on device")))
+            patch.setattr(folder_module, "save_model", raising(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(CheckpointError, match=r"could not be written .* Free some room"):
             erase(base, out, overwrite=True)
     assert [entry.name for entry in out.iterdir()] == ["notes.txt"]

@@ -256,6 +256,7 @@ class _Run(Phases):
         self.subject, self.method = subject, subject.method
         self.model, self.tokenizer = subject.model, subject.tokenizer
         self.job = subject.job(requests, retain, self.work.root if self.work else None, progress)
+        self.secret = digest("answers", _plain(requests), _plain(retain))
         self.judged, self.judged_forget = (*requests[:judged], *retain[:judged]), len(requests[:judged])
         self.form = getattr(hparams, "prompt_forms", PROMPT_FORMS)[0] if has_chat_template(self.tokenizer) else "plain"
         self.template_kwargs: dict[str, Any] = getattr(hparams, "chat_template_kwargs", {})
@@ -332,10 +333,10 @@ class _Run(Phases):
             level = perplexity(self.model, self.tokenizer, paragraphs("ordinary_text"))
             if phase == "before" and not math.isfinite(level):
                 raise UniEraseError(_why_not_finite(self.job.name, self.model))
-            return {}, {"answers": json.dumps(self._answers(phase)), "perplexity": repr(level)}
+            return {}, {"answers": files.seal(json.dumps(self._answers(phase)), self.secret), "perplexity": repr(level)}
 
         metadata = self.resumed(phase, key, measure)[1]
-        return json.loads(metadata["answers"]), float(metadata["perplexity"])
+        return json.loads(files.unseal(metadata["answers"], self.secret)), float(metadata["perplexity"])
 
     def _answers(self, phase: str) -> list[str]:
         if not self.judged:

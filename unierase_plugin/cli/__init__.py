@@ -15,7 +15,7 @@ from .console import tell
 from .evaluate import evaluate
 from .lists import hparams, tasks_path
 from .plugins import hosts, methods, plugins
-from .record import inspect, revert
+from .record import export, inspect, revert
 from .run import demo, run
 
 
@@ -44,6 +44,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(run)
 app.command()(revert)
+app.command()(export)
 app.command()(inspect)
 app.command()(hparams)
 # lm-eval reads its own options, --help among them.
