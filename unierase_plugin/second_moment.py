@@ -33,7 +33,7 @@ from .store import Packed, Store, digest, pack_moment, pack_sums, unpack_moment,
 from .team import Team
 
 #: Part of the key: raised when what is computed changes.
-VERSION = "2"
+VERSION = "3"
 #: Kinds of files in the cache: what is finished, and what a pass under way goes on from.
 FINISHED, UNDER_WAY = "statistics", "statistics-under-way"
 #: Seconds between two saves of a pass under way.
@@ -83,6 +83,12 @@ class Corpus:
             h.mom2_n_samples, h.mom2_max_length, h.mom2_dtype, h.seed, self.openings, self.prose,
         )[:32]  # fmt: skip
 
+    def kept(self) -> CorpusMoment | None:
+        """The moments from the cache, where they are at hand."""
+        key = self.key()
+        found = self.cache.get(FINISHED, key)
+        return None if found is None else self._result(key, found)
+
     def check(self) -> None:
         """Raises for whatever is wrong with the corpus, by reading one text; not where the moments are at hand."""
         if self.hparams.mom2_dataset != "self" and not self.cache.path(FINISHED, self.key()).is_file():
@@ -105,10 +111,9 @@ class Corpus:
         A pass that was stopped goes on from its last save, and gives the same bytes as one that was not.
         """
         team, key = team or Team(), self.key()
-        kept = team.agreed(lambda: self.cache.get(FINISHED, key))
+        kept = team.agreed(self.kept)
         if kept is not None:
-            self.progress(1.0, "at hand")
-            return self._result(key, kept)
+            return kept
         start = time.perf_counter()
         ids = team.agreed(lambda: self._read(key))[0]
         read = time.perf_counter()

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 #: Named tensors and the text that goes with them: what one file holds.
 Packed = tuple[dict[str, Tensor], dict[str, str]]
 
+#: Part of every cache key: raised when what a phase computes changes.
+CACHE_VERSION = "2"
 #: Bytes of a weight that are copied at a time while it is hashed.
 HASH_CHUNK = 1 << 24
 
@@ -219,6 +221,14 @@ class Store:
         except CheckpointError as error:
             logger.warning("Computing again: %s", error)
             return None
+
+    def cached(self, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:
+        """What is kept under this key; else what `compute` gives, which is then kept."""
+        found = self.get(kind, key)
+        if found is None:
+            found = compute()
+            self.put(kind, key, *found)
+        return found
 
     def put(self, kind: str, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         path = self.path(kind, key)

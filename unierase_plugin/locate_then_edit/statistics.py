@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..architecture import Architecture
 from ..errors import EditError
-from .trace import pad, run_blocks, token_batches
+from .trace import halves, pad, run_blocks, token_batches
 
 #: k k^T is symmetric, so that of this many column panels only the parts from the diagonal on are computed: 58 % of all.
 PANELS = 6
@@ -118,12 +118,8 @@ def add_sequences(
     total = sum(len(sequences[row]) for rows in batches for row in rows)
     due = time.monotonic() + keep_every
     for rows in batches[sums.batches :]:
-        batch = pad([sequences[row] for row in rows], pad_id, "right", arch.device)
-        counted = batch.mask.bool()
-        counted[:, :skip_first] = False
-        with _adding(arch, sums, counted, dtype):
-            run_blocks(arch, batch)
-        sums.count += int(counted.sum())
+        _add_batch(arch, [sequences[row] for row in rows], sums, dtype, pad_id, skip_first)
+        sums.count += sum(max(0, len(sequences[row]) - skip_first) for row in rows)
         sums.tokens += sum(len(sequences[row]) for row in rows)
         sums.batches += 1
         progress(sums.tokens / total)
@@ -137,23 +133,46 @@ class _Done(Exception):  # noqa: N818 (no error: it ends a pass)
     """Ends a forward pass at the input of the last projection, which has no need to run itself."""
 
 
+def _add_batch(
+    arch: Architecture, sequences: Sequence[Sequence[int]], sums: MomentSums, dtype: torch.dtype, pad_id: int,
+    skip_first: int,
+) -> None:  # fmt: skip
+    """Adds the products of one batch; in halves where the memory does not hold it."""
+    waiting = [(list(range(len(sequences))), tuple(sums.sums))]
+    while waiting:
+        rows, layers = waiting.pop(0)
+        batch = pad([sequences[row] for row in rows], pad_id, "right", arch.device)
+        counted = batch.mask.bool()
+        counted[:, :skip_first] = False
+        added: set[int] = set()
+        try:
+            with _adding(arch, {layer: sums.sums[layer] for layer in layers}, counted, dtype, added):
+                run_blocks(arch, batch)
+        except torch.OutOfMemoryError:
+            left = tuple(layer for layer in layers if layer not in added)
+            waiting[:0] = [(half, left) for half in halves(rows)]
+
+
 @contextmanager
-def _adding(arch: Architecture, sums: MomentSums, counted: Tensor, dtype: torch.dtype) -> Iterator[None]:
+def _adding(
+    arch: Architecture, sums: dict[int, Tensor], counted: Tensor, dtype: torch.dtype, added: set[int]
+) -> Iterator[None]:
     """A pass inside adds the keys at the positions `counted` (B, T) and ends with those of the last layer.
 
-    Keys are added where they arise, so that those of one block alone are in memory.
+    Keys are added where they arise, so that those of one block alone are in memory; the layer then joins `added`.
     """
     # All of them mostly, and then nothing needs to be copied.
     rows = None if bool(counted.all()) else counted.flatten().nonzero().squeeze(1)
-    last = max(sums.sums)
+    last = max(sums)
 
     def add(layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         keys = args[0].flatten(0, -2)
-        _add_products(sums.sums[layer], (keys if rows is None else keys[rows.to(keys.device)]).to(dtype))
+        _add_products(sums[layer], (keys if rows is None else keys[rows.to(keys.device)]).to(dtype))
+        added.add(layer)
         if layer == last:
             raise _Done
 
-    handles = [arch.projections[layer].register_forward_pre_hook(partial(add, layer)) for layer in sums.sums]
+    handles = [arch.projections[layer].register_forward_pre_hook(partial(add, layer)) for layer in sums]
     try:
         yield
     except _Done:
@@ -164,15 +183,15 @@ def _adding(arch: Architecture, sums: MomentSums, counted: Tensor, dtype: torch.
 
 
 def _add_products(total: Tensor, keys: Tensor) -> None:
-    """Adds keys^T keys of (T, m) to (m, m), on and above the diagonal; what lies under it means nothing."""
+    """Adds keys^T keys of (T, m) to (m, m), on and above the diagonal; what lies under it means nothing.
+
+    Nothing is added where the memory does not hold the products.
+    """
     width = -(-total.shape[0] // PANELS)
-    for start in range(0, total.shape[0], width):
-        panel = total[start : start + width, start:]
-        left, right = keys[:, start : start + width].T, keys[:, start:]
-        if keys.dtype == total.dtype and keys.device == total.device:
-            panel.addmm_(left, right)
-        else:
-            panel += (left @ right).to(total.device)
+    starts = range(0, total.shape[0], width)
+    products = [(keys[:, start : start + width].T @ keys[:, start:]).to(total.device) for start in starts]
+    for start, product in zip(starts, products, strict=True):
+        total[start : start + width, start:] += product
 
 
 def mean_moments(sums: MomentSums, dtype: torch.dtype, skip_first: int = 0) -> SecondMoment:
