@@ -14,8 +14,10 @@ from ..errors import UniEraseError
 from .console import tell
 from .evaluate import evaluate
 from .lists import hparams, tasks_path
-from .record import inspect, revert
+from .plugins import hosts, methods, plugins
+from .record import export, inspect, revert
 from .run import demo, run
+from .stats import stats
 
 
 class _Commands(TyperGroup):
@@ -42,13 +44,18 @@ app = typer.Typer(
 
 app.command()(demo)
 app.command()(run)
+app.command()(stats)
 app.command()(revert)
+app.command()(export)
 app.command()(inspect)
 app.command()(hparams)
 # lm-eval reads its own options, --help among them.
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                                       "help_option_names": []})(evaluate)  # fmt: skip
 app.command("tasks-path")(tasks_path)
+app.command()(methods)
+app.command()(plugins)
+app.command()(hosts)
 
 
 def main() -> None:
