@@ -128,12 +128,12 @@ def processes(options: argparse.Namespace) -> None:
             )
             for rank in range(size)
         ]
-        said = json.loads([process.communicate()[0] for process in team][0])
+        outputs = [process.communicate()[0] for process in team]
+        said = json.loads(outputs[0])
         best[size], traces[size] = min(best.get(size, float("inf")), said["seconds"]), said["traces"]
     apart = max(abs(a - b) / a for a, b in zip(traces[1], traces[2], strict=True))
-    print(
-        f"1 process {best[1]:.2f} s, 2 processes {best[2]:.2f} s: {best[1] / best[2]:.2f} times as fast; {apart:.1e} apart"
-    )
+    ratio = best[1] / best[2]
+    print(f"1 process {best[1]:.2f} s, 2 processes {best[2]:.2f} s: {ratio:.2f} times as fast; {apart:.1e} apart")
 
 
 def main() -> None:
