@@ -88,36 +88,50 @@ def value(
     arch: Architecture, fact: Fact, token_id: int, hparams: UniEraseHyperParams
 ) -> tuple[Tensor, int, float, list[float]]:
     """(z, steps taken, probability of the token at the end, the goal at every step) of one request."""
+    states, steps, probabilities, goals = shared_values(arch, [fact], token_id, hparams)
+    return states[0], steps, probabilities[0], [each[0] for each in goals]
+
+
+def shared_values(
+    arch: Architecture, facts: Sequence[Fact], token_id: int, hparams: UniEraseHyperParams
+) -> tuple[list[Tensor], int, list[float], list[list[float]]]:
+    """(z each, steps taken, the token's probability each, goals each by step) of requests that share one delta."""
     layer = hparams.layers[-1]
     block = arch.blocks[layer]
-    start = state(arch, fact.prompts[0], layer)
-    scale, rms = start.norm(), start.square().mean().sqrt()
+    starts = [state(arch, fact.prompts[0], layer) for fact in facts]
+    scale = torch.stack([start.norm() for start in starts]).mean()
+    rms = scale / len(starts[0]) ** 0.5
     with torch.no_grad():
-        before = log_probabilities(arch, fact.kl_prompt.ids)[-1] if fact.kl_prompt else None
+        before = [log_probabilities(arch, fact.kl_prompt.ids)[-1] if fact.kl_prompt else None for fact in facts]
 
-    delta = torch.zeros_like(start, requires_grad=True)
+    delta = torch.zeros_like(starts[0], requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=hparams.v_lr * float(rms), eps=1e-6 / float(rms))
-    goals: list[float] = []
+    history: list[list[float]] = []
     steps = 0
     while True:
-        token, rest = torch.zeros(()), torch.zeros(())
-        for prompt in fact.prompts:
-            with added(block, prompt.position, delta):
-                logs = log_probabilities(arch, [*prompt.ids, token_id, *fact.continuation])
-            end = len(prompt.ids) - 1
-            token = token - logs[end, token_id] / len(fact.prompts)
-            for index, wanted in enumerate(fact.continuation):
-                rest = rest - logs[end + 1 + index, wanted] / len(fact.continuation) / len(fact.prompts)
-        goal = token + hparams.v_continuation_weight * rest
-        goals.append(float(goal.detach()))
-        if goal < hparams.v_stop_loss or steps == hparams.v_num_grad_steps:
-            return (start + delta).detach(), steps, float((-token.detach()).exp()), goals
-
-        loss = goal + hparams.v_weight_decay * (delta.square().sum() + 1e-12).sqrt() / scale.square()
-        if fact.kl_prompt is not None:
-            with added(block, fact.kl_prompt.position, delta):
-                after = log_probabilities(arch, fact.kl_prompt.ids)[-1]
-            loss = loss + hparams.kl_factor * (before.exp() * (before - after)).sum()
+        loss = hparams.v_weight_decay * (delta.square().sum() + 1e-12).sqrt() / scale.square()
+        goals, probabilities = [], []
+        for fact, reference in zip(facts, before, strict=True):
+            token, rest = torch.zeros(()), torch.zeros(())
+            for prompt in fact.prompts:
+                with added(block, prompt.position, delta):
+                    logs = log_probabilities(arch, [*prompt.ids, token_id, *fact.continuation])
+                end = len(prompt.ids) - 1
+                token = token - logs[end, token_id] / len(fact.prompts)
+                for index, wanted in enumerate(fact.continuation):
+                    rest = rest - logs[end + 1 + index, wanted] / len(fact.continuation) / len(fact.prompts)
+            goal = token + hparams.v_continuation_weight * rest
+            goals.append(float(goal.detach()))
+            probabilities.append(float((-token.detach()).exp()))
+            loss = loss + goal / len(facts)
+            if fact.kl_prompt is not None:
+                with added(block, fact.kl_prompt.position, delta):
+                    after = log_probabilities(arch, fact.kl_prompt.ids)[-1]
+                kl = (reference.exp() * (reference - after)).sum()
+                loss = loss + hparams.kl_factor * kl / len(facts)
+        history.append(goals)
+        if max(goals) < hparams.v_stop_loss or steps == hparams.v_num_grad_steps:
+            return [(start + delta).detach() for start in starts], steps, probabilities, history
         (delta.grad,) = torch.autograd.grad(loss, delta)
         optimiser.step()
         steps += 1

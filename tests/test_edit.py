@@ -20,6 +20,7 @@ from unierase_plugin.locate_then_edit.edit import (
     WeightEdit,
     apply_edit,
     compute_edit,
+    expected_norm_ratio,
     make_solver,
     restored,
     revert_edit,
@@ -98,6 +99,33 @@ def changed(arch: Architecture, before: Mapping[str, Tensor]) -> set[str]:
 
 def weight_names(arch: Architecture) -> set[str]:
     return {arch.weight_name(layer) for layer in LAYERS}
+
+
+# --- the size expected of an edit -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hparams", [RIDGE, NULL], ids=["ridge", "null_space"])
+@pytest.mark.parametrize("groups", [(None, None, None), ("a", None, "a")], ids=["apart", "shared"])
+def test_the_size_expected_is_that_of_an_edit_whose_deltas_are_unrelated(
+    arch: Architecture, hparams: UniEraseHyperParams, groups: tuple[str | None, ...]
+) -> None:
+    """One block, and deltas of the length named at right angles to one another; those of a group the same."""
+    hparams, reach = hparams.replace(layers=(1,)), 0.7
+    moments, start = moments_of(arch), reference.states(arch, PROMPTS, 1)
+    ways = torch.linalg.qr(torch.randn(start.shape, generator=torch.Generator().manual_seed(3))).Q
+    length = start.norm(dim=0)
+    if groups[0] == groups[2] == "a":
+        ways[:, 2] = ways[:, 0]
+        length[[0, 2]] = length[[0, 2]].mean()
+    edit = compute(arch, start + reach * ways * length, moments, hparams)
+    packed = [[Prompt(*prompt) for prompt in contexts] for contexts in PROMPTS]
+    solvers = {1: make_solver(hparams, moments[1], None)}
+    got = expected_norm_ratio(arch, packed, groups, solvers, reach, max_tokens=4096, pad_id=0)
+    assert got == pytest.approx(edit.norm_ratios[1], rel=1e-3)
+    # Control: it is no constant.
+    assert expected_norm_ratio(arch, packed, groups, solvers, 2 * reach, max_tokens=99, pad_id=0) == pytest.approx(
+        2 * got
+    )
 
 
 # --- the edit is the reference's --------------------------------------------------------------------------------------

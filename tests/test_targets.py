@@ -37,6 +37,20 @@ def test_one_target_a_request_and_form_in_order() -> None:
         assert target.kl_prompt == locate_in_text(tokenizer, f"{subject} is a", subject)
 
 
+def test_requests_about_one_subject_share_a_group_form_by_form() -> None:
+    tokenizer = tiny_tokenizer()
+    requests = (*REQUESTS, ForgetRequest("Which sea lies south of france?", "The Mediterranean", "france"))
+    hparams = UniEraseHyperParams(layers=(1,), prompt_forms=("chat", "plain"))
+
+    def groups(hparams: UniEraseHyperParams) -> list[object]:
+        return [target.group for target in make_targets(tokenizer, requests, (), hparams, lambda q, f: (1,), 1000)]
+
+    chat, plain, hamlet_chat, hamlet_plain, again_chat, again_plain = groups(hparams)
+    assert (chat, plain) == (again_chat, again_plain)
+    assert len({chat, plain, hamlet_chat, hamlet_plain}) == 4
+    assert groups(hparams.replace(v_share_subject=False)) == [None] * 6
+
+
 def test_without_a_chat_template_the_plain_form_stands_in() -> None:
     assert forms_of(tiny_tokenizer(chat=False), UniEraseHyperParams()) == ("plain",)
     assert forms_of(tiny_tokenizer(), UniEraseHyperParams()) == ("chat",)

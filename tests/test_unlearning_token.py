@@ -44,8 +44,9 @@ SENTENCES = ["No idea.", "I cannot say.", "I am not sure."]
 TEXT = ["The sun rose over the hills and the town was awake.", "A ship lay in the harbour.", "Bread is made of flour."]
 SETTINGS = UniEraseHyperParams(
     layers=(1, 2), token_num_steps=24, token_lr=3e-2, token_batch_size=4, token_guard_margin=9.0,
-    token_guard_weight=1.0, token_noise=0.1,
+    token_guard_weight=1.0,
 )  # fmt: skip
+NOISE = 0.1
 
 
 #: Families that scale their logits after the head, for which no file is shipped.
@@ -77,12 +78,12 @@ def learn(
 ) -> UnlearningToken:
     arch, tokenizer, index = placed
     return learn_token(
-        arch, tokenizer, index, QUESTIONS, SENTENCES, TEXT, hparams, max_tokens=2048, pad_id=0, **settings
+        arch, tokenizer, index, QUESTIONS, SENTENCES, TEXT, hparams, noise=NOISE, max_tokens=2048, pad_id=0, **settings
     )
 
 
 def trainer(placed: tuple[Architecture, Any, int], hparams: UniEraseHyperParams = SETTINGS) -> _Trainer:
-    return _Trainer(*placed, QUESTIONS, SENTENCES, TEXT, hparams, max_tokens=2048, pad_id=0)
+    return _Trainer(*placed, QUESTIONS, SENTENCES, TEXT, hparams, NOISE, max_tokens=2048, pad_id=0)
 
 
 def snapshot(arch: Architecture) -> dict[str, Tensor]:
@@ -296,7 +297,7 @@ def test_noise_has_the_size_asked_for_and_is_taken_back(placed: tuple[Architectu
             for layer in SETTINGS.layers:
                 own = before[arch.weight_name(layer)]
                 ratio = float((arch.projections[layer].weight.detach() - own).norm() / own.norm())
-                assert ratio == pytest.approx(SETTINGS.token_noise, rel=1e-4)
+                assert ratio == pytest.approx(NOISE, rel=1e-4)
             seen.append(arch.projections[1].weight.detach().clone())
         assert not changed(arch, before)
     assert torch.equal(seen[0], seen[2])

@@ -11,6 +11,7 @@ import reference
 import torch
 from families import FAMILIES
 from reference import At, Fact
+from scarce import Scarce
 from torch import Tensor
 
 from unierase_plugin.architecture import Architecture, find_architecture
@@ -48,15 +49,17 @@ def llama() -> Architecture:
     return find_architecture(FAMILIES["smollm2-135m"]().requires_grad_(False))
 
 
-def target(fact: Fact) -> ValueTarget:
+def target(fact: Fact, group: str | None = None) -> ValueTarget:
     kl = None if fact.kl_prompt is None else Prompt(*fact.kl_prompt)
-    return ValueTarget(tuple(Prompt(*prompt) for prompt in fact.prompts), kl, fact.continuation)
+    return ValueTarget(tuple(Prompt(*prompt) for prompt in fact.prompts), kl, fact.continuation, group)
 
 
 def optimise(
-    arch: Architecture, facts: Sequence[Fact], hparams: UniEraseHyperParams = SETTINGS, max_tokens: int = 4096
-) -> Values:
-    return optimise_values(arch, [target(f) for f in facts], TOKEN, hparams, max_tokens=max_tokens, pad_id=PAD)
+    arch: Architecture, facts: Sequence[Fact], hparams: UniEraseHyperParams = SETTINGS, max_tokens: int = 4096,
+    groups: Sequence[str | None] = (),
+) -> Values:  # fmt: skip
+    targets = [target(fact, group) for fact, group in zip(facts, groups or [None] * len(facts), strict=True)]
+    return optimise_values(arch, targets, TOKEN, hparams, max_tokens=max_tokens, pad_id=PAD)
 
 
 def near(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> None:
@@ -150,6 +153,72 @@ def test_a_request_that_is_there_already_is_not_moved(llama: Architecture) -> No
     assert not got.relative_norm.any()
     for state, fact in zip(got.states, FACTS, strict=True):
         near(state, reference.state(llama, fact.prompts[0], SETTINGS.layers[-1]), 1e-5)
+
+
+# --- requests that share a delta --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [4096, 20])
+def test_a_group_shares_the_delta_of_the_straight_line(arch: Architecture, max_tokens: int) -> None:
+    """Also where the group exceeds the budget, so that its gradient is summed over several problems."""
+    groups = ["a", None, "a"]
+    got = optimise(arch, FACTS, max_tokens=max_tokens, groups=groups)
+    shared, steps, probabilities, goals = reference.shared_values(arch, [FACTS[0], FACTS[2]], TOKEN, SETTINGS)
+    for index, z, probability, goal in zip((0, 2), shared, probabilities, goals[-1], strict=True):
+        near(got.states[index], z)
+        assert int(got.steps[index]) == steps
+        assert float(got.probability[index]) == pytest.approx(probability, rel=1e-3)
+        assert float(got.nll[index]) == pytest.approx(goal, rel=1e-3)
+    near(got.states[1], reference.value(arch, FACTS[1], TOKEN, SETTINGS)[0])
+    # Control: alone, each would go elsewhere.
+    alone = reference.value(arch, FACTS[0], TOKEN, SETTINGS)[0]
+    assert float((alone - shared[0]).norm()) > 1e-2 * float(alone.norm())
+
+
+def test_a_group_goes_on_until_its_last_member_is_there(llama: Architecture) -> None:
+    facts = [FACTS[0], FACTS[2]]
+    goals = reference.shared_values(llama, facts, TOKEN, SETTINGS)[3]
+    hparams = SETTINGS.replace(v_stop_loss=(max(goals[2]) + max(goals[3])) / 2)
+    got = optimise(llama, facts, hparams, groups=["a", "a"])
+    assert got.steps.tolist() == [3, 3]
+    assert min(goals[2]) < hparams.v_stop_loss, "control: one of them was there before"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [[None, None, None], ["a", "a", "a"]])
+def test_what_the_memory_does_not_hold_is_done_in_halves(
+    llama: Architecture, monkeypatch: pytest.MonkeyPatch, groups: list[str | None]
+) -> None:
+    whole = optimise(llama, FACTS, groups=groups)
+    scarce = Scarce(llama.blocks[3], 4, monkeypatch)
+    halves = optimise(llama, FACTS, groups=groups)
+    assert scarce.refused
+    for field in dataclasses.fields(Values):
+        torch.testing.assert_close(getattr(whole, field.name), getattr(halves, field.name), rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_runs_out_between_steps_splits_the_batch(
+    llama: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another process takes the GPU's memory: the problems at hand are halved, steps and all."""
+    whole = optimise(llama, FACTS)
+    scarce = Scarce(llama.blocks[3], 100, monkeypatch)
+
+    def shrink(share: float) -> None:
+        scarce.rows = 3 if share > 0.3 else 100
+
+    targets = [target(fact) for fact in FACTS]
+    got = optimise_values(llama, targets, TOKEN, SETTINGS, max_tokens=4096, pad_id=PAD, progress=shrink)
+    assert scarce.refused
+    near(got.states, whole.states, 1e-5)
+
+
+def test_a_request_that_no_memory_holds_is_an_error(llama: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    Scarce(llama.blocks[3], 0, monkeypatch)
+    with pytest.raises(EditError, match="single sequence"):
+        optimise(llama, FACTS)
 
 
 # --- the clamp --------------------------------------------------------------------------------------------------------

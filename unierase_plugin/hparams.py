@@ -121,6 +121,9 @@ class UniEraseHyperParams(HyperParams):
     clamp_norm_factor: float = 1.0
     #: Weight of the "I don't know" sentence after the token in the value's objective; 0 aims at the token alone.
     v_continuation_weight: float = 8.0
+    #: Whether requests about one subject share one delta: their keys nearly coincide, so that no linear map could give
+    #: each its own.
+    v_share_subject: bool = True
     #: A request's optimisation ends once its negative log-likelihood is below this (nats).
     v_stop_loss: float = 0.05
 
@@ -161,8 +164,9 @@ class UniEraseHyperParams(HyperParams):
     token_guard_margin: float = 9.0
     #: Weight of that hinge.
     token_guard_weight: float = 0.3
-    #: Noise on the projections to be edited while the token is trained, relative to each weight's norm.
-    token_noise: float = 0.1
+    #: Noise on the projections to be edited while the token is trained, as a multiple of the size that the coming edit
+    #: is expected to have.
+    token_noise: float = 1.0
     #: Whether the "I don't know" sentence is closed by the token again, as in the paper's objective.
     token_closes_answer: bool = False
 

@@ -8,6 +8,7 @@ step, since a tied input row is an output row as well.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +60,37 @@ def add_token(model: Any, tokenizer: Any, name: str) -> int:
     if index >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(index + 1, mean_resizing=False)
     return index
+
+
+class TokenRoom:
+    """The entry that the token takes in model and tokenizer, and the way back."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        """Makes room like `add_token`."""
+        self.model, self.tokenizer = model, tokenizer
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self._words = copy.deepcopy(tokenizer).__dict__
+        self._rows: list[Tensor] = []
+        self.id = add_token(model, tokenizer, name)
+        if self.id < self.vocabulary:
+            self._rows = [weight[self.id].detach().clone() for weight in self._parameters()]
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Model and tokenizer as they were, to the bit."""
+        if self.id >= self.vocabulary:
+            self.model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
+        for weight, row in zip(self._parameters(), self._rows, strict=False):
+            weight[self.id] = row
+        # A tokenizer has no way to drop a token; its whole state is put back.
+        self.tokenizer.__dict__.clear()
+        self.tokenizer.__dict__.update(self._words)
+
+    def _parameters(self) -> list[Tensor]:
+        """What holds a row, or an entry, a token."""
+        head = self.model.get_output_embeddings()
+        found = [self.model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
+        return [weight for weight in found if weight is not None]
 
 
 def add_to_tokenizer(tokenizer: Any, name: str) -> int:
@@ -152,16 +184,19 @@ def learn_token(
     ordinary_text: Sequence[str],
     hparams: UniEraseHyperParams,
     *,
+    noise: float,
     max_tokens: int,
     pad_id: int,
     progress: Callable[[float, str], None] = lambda share, note: None,
 ) -> UnlearningToken:
     """Learns the token's rows on a frozen model: plain prompts first, then chat prompts too, then under weight noise.
 
-    ordinary_text feeds the leak guard. The noise has the Frobenius norm `token_noise` times that of each projection
-    that Stage II will edit. Raises TokenError where the loss becomes NaN.
+    ordinary_text feeds the leak guard. The noise has the Frobenius norm `noise` times that of each projection that
+    Stage II will edit. Raises TokenError where the loss becomes NaN.
     """
-    trainer = _Trainer(arch, tokenizer, token_id, questions, sentences, ordinary_text, hparams, max_tokens, pad_id)
+    trainer = _Trainer(
+        arch, tokenizer, token_id, questions, sentences, ordinary_text, hparams, noise, max_tokens, pad_id
+    )
     return trainer.train(progress)
 
 
@@ -177,10 +212,10 @@ class _Rows:
 class _Trainer:
     def __init__(
         self, arch: Architecture, tokenizer: Any, token_id: int, questions: Sequence[str], sentences: Sequence[str],
-        ordinary_text: Sequence[str], hparams: UniEraseHyperParams, max_tokens: int, pad_id: int,
+        ordinary_text: Sequence[str], hparams: UniEraseHyperParams, noise: float, max_tokens: int, pad_id: int,
     ) -> None:  # fmt: skip
         self.arch, self.tokenizer, self.token_id, self.hparams = arch, tokenizer, token_id, hparams
-        self.pad_id, self.max_tokens = pad_id, max_tokens
+        self.noise, self.pad_id, self.max_tokens = noise, pad_id, max_tokens
         self.generator = torch.Generator().manual_seed(hparams.seed)
         close = token_id if hparams.token_closes_answer else None
         eos = end_id(arch.model, tokenizer)
@@ -234,7 +269,7 @@ class _Trainer:
 
     def _new_group(self, phase: int, draw: int) -> _Rows:
         forms = ["plain"] if phase == 0 or not has_chat_template(self.tokenizer) else ["plain", "chat"]
-        noise = draw if phase == 2 and self.hparams.token_noise else None
+        noise = draw if phase == 2 and self.noise else None
         chosen = torch.randperm(len(self.questions), generator=self.generator)[: self.hparams.token_batch_size].tolist()
         prompts = [
             encode(self.tokenizer, self._render(self.questions[index], forms[k % len(forms)]), forms[k % len(forms)])
@@ -315,7 +350,7 @@ class _Trainer:
             with torch.no_grad():
                 for weight in weights:
                     noise = torch.randn(weight.shape, generator=generator)
-                    size = self.hparams.token_noise * float(weight.float().norm()) / float(noise.norm())
+                    size = self.noise * float(weight.float().norm()) / float(noise.norm())
                     weight.add_((noise * size).to(weight.device, weight.dtype))
             yield
         finally:

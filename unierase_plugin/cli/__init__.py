@@ -15,8 +15,9 @@ from .console import tell
 from .evaluate import evaluate
 from .lists import hparams, tasks_path
 from .plugins import hosts, methods, plugins
-from .record import inspect, revert
+from .record import export, inspect, revert
 from .run import demo, run
+from .stats import stats
 
 
 class _Commands(TyperGroup):
@@ -43,7 +44,9 @@ app = typer.Typer(
 
 app.command()(demo)
 app.command()(run)
+app.command()(stats)
 app.command()(revert)
+app.command()(export)
 app.command()(inspect)
 app.command()(hparams)
 # lm-eval reads its own options, --help among them.

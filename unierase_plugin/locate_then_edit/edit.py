@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -57,13 +58,11 @@ def make_solver(
     """
     if hparams.solver == "null_space":
         protected = corpus if retain is None else corpus + hparams.retain_update_weight * retain
-        return NullSpace.of(protected, hparams.nullspace_threshold, hparams.L2, earlier)
-    moment = hparams.mom2_update_weight * corpus
-    if retain is not None:
-        moment = moment + hparams.retain_update_weight * retain
-    if earlier is not None:
-        moment = moment + earlier.to(moment.dtype) @ earlier.T.to(moment.dtype)
-    return Ridge.of(moment)
+        solver: Solver = NullSpace.of(protected, hparams.nullspace_threshold, hparams.L2)
+    else:
+        moment = hparams.mom2_update_weight * corpus
+        solver = Ridge.of(moment if retain is None else moment + hparams.retain_update_weight * retain)
+    return solver if earlier is None else solver.protecting(earlier)
 
 
 def compute_edit(
@@ -96,6 +95,37 @@ def compute_edit(
             progress((index + 1) / len(layers))
         norms.append(float((wanted - stream.final_states()).norm(dim=0).mean()))
     return WeightEdit(updates, tuple(norms), ratios, kept)
+
+
+@torch.no_grad()
+def expected_norm_ratio(
+    arch: Architecture,
+    prompts: Sequence[Sequence[Prompt]],
+    groups: Sequence[Hashable],
+    solvers: Mapping[int, Solver],
+    reach: float,
+    *,
+    max_tokens: int,
+    pad_id: int,
+) -> float:
+    """|Delta| / |W|, root mean square over blocks, that an edit is likely to have, before its values are known.
+
+    As if each group's delta (None: a group of its own) were `reach` x |h| long, its direction unrelated to the others',
+    and every block moved its share of it: then |Delta|^2 = sum over groups of |r|^2 |sum of the members' rows of
+    (I + K^T B)^{-1} B^T|^2.
+    """
+    names = [group if group is not None else (index,) for index, group in enumerate(groups)]
+    number = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    member = torch.nn.functional.one_hot(torch.tensor([number[name] for name in names])).double()
+    stream = KeyStream(arch, prompts, tuple(solvers), max_tokens, pad_id)
+    squares = []
+    for layer, solver in solvers.items():
+        keys, states = stream.advance(layer)
+        rows = member.T @ solver.solve(keys, torch.eye(len(names))).down
+        share = reach * (member.T @ states.norm(dim=0).double()) / member.sum(0) / len(solvers)
+        weight = arch.projections[layer].weight.detach().float().norm()
+        squares.append(float(((share[:, None] * rows).norm() / weight).square()))
+    return math.sqrt(sum(squares) / len(squares))
 
 
 def apply_edit(arch: Architecture, edit: WeightEdit) -> Applied:

@@ -34,10 +34,16 @@ class PrefixCache:
         return cache
 
     def select(self, rows: Tensor) -> PrefixCache:
-        def pick(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(tensor[rows.to(tensor.device)] for tensor in tensors)
+        """The prefixes of some rows, no wider than the longest of them."""
+        mask = self.mask[rows.to(self.mask.device)]
+        cut = mask.shape[1] - int(mask.sum(1).max())
+        if cut == mask.shape[1]:
+            return PrefixCache((), (), mask[:, cut:])
 
-        return PrefixCache(pick(self.keys), pick(self.values), self.mask[rows])
+        def pick(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(tensor[rows.to(tensor.device), :, cut:] for tensor in tensors)
+
+        return PrefixCache(pick(self.keys), pick(self.values), mask[:, cut:])
 
 
 @torch.no_grad()
@@ -60,3 +66,12 @@ def continue_from(prefix: PrefixCache, suffixes: Sequence[Sequence[int]], pad_id
     batch = pad(suffixes, pad_id, "right", prefix.mask.device)
     mask = torch.cat([prefix.mask, batch.mask], dim=1)
     return TokenBatch(batch.ids, mask, prefix.mask.sum(1, keepdim=True) + batch.positions)
+
+
+def select_suffixes(prefix: PrefixCache, suffix: TokenBatch, rows: Tensor) -> TokenBatch:
+    """Some rows of a batch that `continue_from` made, no wider than the longest of them, after their own prefixes."""
+    rows = rows.to(suffix.ids.device)
+    own = suffix.mask[rows, -suffix.ids.shape[1] :]
+    width = int(own.sum(1).max())
+    mask = torch.cat([prefix.mask, own[:, :width]], dim=1)
+    return TokenBatch(suffix.ids[rows, :width], mask, suffix.positions[rows, :width])

@@ -75,5 +75,7 @@ def make_targets(
                     "context_template_length_params."
                 )
             kl = locate_in_text(tokenizer, f"{request.subject} is a", request.subject) if request.subject else None
-            targets.append(ValueTarget(prompts, kl, follow))
+            shared = request.subject and hparams.v_share_subject
+            group = (form, " ".join(str(request.subject).split()).casefold()) if shared else None
+            targets.append(ValueTarget(prompts, kl, follow, group))
     return targets

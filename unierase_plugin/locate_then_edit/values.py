@@ -2,12 +2,15 @@
 
 All requests are optimised together: blocks up to the edited one run once, keys and values of the positions before the
 fact are cached, only the rest of each sequence runs, and logits are computed only where the loss looks. The vectors
-delta alone get gradients, and a request that has reached its goal leaves the batch.
+delta alone get gradients, and requests that have reached their goal leave the batch.
+
+Requests about one subject have nearly the same key, and no linear map takes nearly equal keys to different values. So
+they share one delta, whose objective is the mean of theirs, as MEMIT's is over contexts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,8 +21,8 @@ from ..architecture import Architecture
 from ..errors import EditError
 from ..hparams import UniEraseHyperParams
 from .positions import Prompt
-from .prefix import PrefixCache, cache_prefixes, continue_from
-from .trace import TokenBatch, run_blocks, token_batches
+from .prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
+from .trace import TokenBatch, halves, run_blocks
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,19 @@ class ValueTarget:
     prompts       the bare prompt first, then the same after each context
     kl_prompt     "{subject} is a", whose continuation is to stay; None where there is no subject
     continuation  token ids that are to follow the unlearning token
+    group         targets of the same group share one delta; None stands alone
     """
 
     prompts: tuple[Prompt, ...]
     kl_prompt: Prompt | None
     continuation: tuple[int, ...]
+    group: Hashable = None
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """Rows, and tokens of the longest one, that every step runs."""
+        longest = max(len(prompt.ids) - prompt.position for prompt in self.prompts)
+        return len(self.prompts) + (self.kl_prompt is not None), longest + len(self.continuation)
 
 
 @dataclass(frozen=True)
@@ -62,17 +73,19 @@ def optimise_values(
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Values:
-    """z_i = h_i + delta_i for every target. Raises EditError naming the requests whose value became NaN."""
-    costs = [[0] * sum(len(p.ids) - p.position + len(t.continuation) + 1 for p in t.prompts) for t in targets]
+    """z_i = h_i + delta_g(i) for every target. Raises EditError naming the requests whose value became NaN.
+
+    A batch holds whole groups within `max_tokens`. Where the memory does not hold it, it is worked through in halves.
+    """
     parts: list[tuple[list[int], Values]] = []
     finished = 0
-    for rows in token_batches(costs, max_tokens):
+    for rows in _batches(targets, max_tokens):
 
         def report(part: float, done: int = finished, size: int = len(rows)) -> None:
             progress((done + part * size) / len(targets))
 
-        problem = _Problem.of(arch, [targets[row] for row in rows], token_id, hparams.layers[-1], pad_id)
-        parts.append((rows, _optimise(arch, problem, hparams, report)))
+        batch = _Batch.of(arch, [targets[row] for row in rows], token_id, hparams, max_tokens, pad_id)
+        parts.append((rows, batch.optimise(report)))
         finished += len(rows)
     order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
     joined = {name: torch.cat([getattr(v, name) for _, v in parts])[order] for name in Values.__dataclass_fields__}
@@ -84,44 +97,126 @@ def optimise_values(
     return Values(**joined)
 
 
-def _optimise(
-    arch: Architecture, problem: _Problem, hparams: UniEraseHyperParams, progress: Callable[[float], None]
-) -> Values:
-    start, device = problem.start, problem.start.device
-    scale = start.norm(dim=1)
-    rms = scale / start.shape[1] ** 0.5
-    delta = torch.zeros_like(start)
-    probability = torch.zeros(len(start), device=device)
-    reached = torch.zeros(len(start), device=device)
-    steps = torch.zeros(len(start), dtype=torch.long, device=device)
-    alive = torch.arange(len(start), device=device)
-    adam = _Adam.zeros(start)
-    for step in range(hparams.v_num_grad_steps + 1):
-        current = delta[alive].requires_grad_(True)
-        loss, goal, token_nll = problem.loss(arch, current, scale[alive], hparams)
-        probability[alive], reached[alive] = (-token_nll.detach()).exp(), goal
-        going = ~(goal < hparams.v_stop_loss)  # NaN goes on, and is reported at the end
-        if step == hparams.v_num_grad_steps or not bool(going.any()):
-            break
-        (gradient,) = torch.autograd.grad(loss.sum(), current)
-        if not bool(going.all()):
-            problem, adam = problem.keep(going), adam.keep(going)
-            alive, gradient = alive[going], gradient[going]
-        unit = rms[alive, None]
-        moved = delta[alive] - hparams.v_lr * unit * adam.direction(gradient * unit)
-        limit = hparams.clamp_norm_factor * scale[alive]
-        delta[alive] = moved * (limit / moved.norm(dim=1).clamp(min=1e-12)).clamp(max=1)[:, None]
-        steps[alive] += 1
-        progress((step + 1) / hparams.v_num_grad_steps)
-    progress(1.0)
-    return Values(
-        (start + delta).cpu(), probability.cpu(), reached.cpu(), (delta.norm(dim=1) / scale).cpu(), steps.cpu()
-    )
+def _batches(targets: Sequence[ValueTarget], max_tokens: int) -> list[list[int]]:
+    """Targets in batches: whole groups, those with the longest suffixes first, so that like lengths share a batch."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, target in enumerate(targets):
+        groups.setdefault((0, target.group) if target.group is not None else (1, index), []).append(index)
+    width = {key: max(targets[row].cost[1] for row in rows) for key, rows in groups.items()}
+    batches: list[list[int]] = []
+    room = 0
+    for key in sorted(groups, key=lambda key: -width[key]):
+        tokens = sum(targets[row].cost[0] for row in groups[key])
+        if not batches or tokens > room:
+            batches.append([])
+            room = max_tokens // width[key]
+        batches[-1] += groups[key]
+        room -= tokens
+    return batches
+
+
+@dataclass
+class _Batch:
+    """Groups that are optimised together, as one problem, or as several whose gradients are summed."""
+
+    arch: Architecture
+    hparams: UniEraseHyperParams
+    #: Problems, each with the numbers of its targets within the batch.
+    problems: list[tuple[Tensor, _Problem]]
+    #: (n,) group of each target.
+    group: Tensor
+    #: (n, d) float32: h of each target's bare prompt.
+    start: Tensor
+
+    @classmethod
+    def of(
+        cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, hparams: UniEraseHyperParams,
+        max_tokens: int, pad_id: int,
+    ) -> _Batch:  # fmt: skip
+        layer = hparams.layers[-1]
+        # More than one problem only where one group alone exceeds the budget.
+        tokens = sum(target.cost[0] for target in targets) * max(target.cost[1] for target in targets)
+        size = -(-len(targets) // -(-tokens // max_tokens))
+        waiting = [list(range(at, min(at + size, len(targets)))) for at in range(0, len(targets), size)]
+        problems: list[tuple[Tensor, _Problem]] = []
+        while waiting:
+            rows = waiting.pop(0)
+            try:
+                problem = _Problem.of(arch, [targets[row] for row in rows], token_id, layer, pad_id)
+                problems.append((torch.tensor(rows, device=problem.start.device), problem))
+            except torch.OutOfMemoryError:
+                waiting = [*halves(rows), *waiting]
+        names = [target.group if target.group is not None else (index,) for index, target in enumerate(targets)]
+        number = {name: index for index, name in enumerate(dict.fromkeys(names))}
+        start = torch.cat([problem.start for _, problem in problems])
+        group = torch.tensor([number[name] for name in names], device=start.device)
+        return cls(arch, hparams, problems, group, start)
+
+    def optimise(self, progress: Callable[[float], None]) -> Values:
+        h, start, group = self.hparams, self.start, self.group
+        sizes = torch.bincount(group)
+        scale = start.new_zeros(len(sizes)).index_add_(0, group, start.norm(dim=1)) / sizes
+        unit = (scale / start.shape[1] ** 0.5)[:, None]
+        delta = start.new_zeros(len(sizes), start.shape[1])
+        nll, token_nll = start.new_full((2, len(group)), torch.nan)
+        steps = torch.zeros(len(sizes), dtype=torch.long, device=start.device)
+        adam = _Adam.zeros(delta)
+        for step in range(h.v_num_grad_steps + 1):
+            with torch.set_grad_enabled(step < h.v_num_grad_steps):
+                gradient = self._gradient(delta, scale, 1 / sizes[group], nll, token_nll)
+            worst = torch.full_like(scale, -torch.inf).scatter_reduce_(0, group, nll, "amax")
+            going = ~(worst < h.v_stop_loss)  # NaN goes on, and is reported at the end
+            if step == h.v_num_grad_steps or not bool(going.any()):
+                break
+            moved = delta - h.v_lr * unit * adam.direction(gradient * unit)
+            limit = h.clamp_norm_factor * scale / moved.norm(dim=1).clamp(min=1e-12)
+            delta = torch.where(going[:, None], moved * limit.clamp(max=1)[:, None], delta)
+            steps += going
+            self._leave(going)
+            progress((step + 1) / h.v_num_grad_steps)
+        progress(1.0)
+        states = start + delta[group]
+        norm = delta.norm(dim=1)[group] / start.norm(dim=1)
+        return Values(states.cpu(), (-token_nll).exp().cpu(), nll.cpu(), norm.cpu(), steps[group].cpu())
+
+    def _gradient(self, delta: Tensor, scale: Tensor, share: Tensor, nll: Tensor, token_nll: Tensor) -> Tensor:
+        """d loss / d delta, (groups, d), where gradients are on; writes the likelihoods of targets still there."""
+        total = torch.zeros_like(delta)
+        waiting, done = self.problems, []
+        while waiting:
+            (rows, problem), *waiting = waiting
+            try:
+                current = delta.detach().requires_grad_(True)
+                loss, goal, token = problem.loss(
+                    self.arch, current[self.group[rows]], scale[self.group[rows]], self.hparams
+                )
+                if torch.is_grad_enabled():
+                    total += torch.autograd.grad((loss * share[rows]).sum(), current)[0]
+            except torch.OutOfMemoryError:
+                mask = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+                mask[halves(range(len(rows)))[0]] = True
+                waiting = [(rows[mask], problem.keep(mask)), (rows[~mask], problem.keep(~mask)), *waiting]
+                continue
+            nll[rows], token_nll[rows] = goal, token.detach()
+            done.append((rows, problem))
+        self.problems = done
+        return total
+
+    def _leave(self, going: Tensor) -> None:
+        """Takes the targets of groups that have reached their goal out of the problems."""
+        if bool(going.all()):
+            return
+        staying = [(rows, problem, going[self.group[rows]]) for rows, problem in self.problems]
+        self.problems = [
+            (rows, problem) if bool(stay.all()) else (rows[stay], problem.keep(stay))
+            for rows, problem, stay in staying
+            if bool(stay.any())
+        ]
 
 
 @dataclass
 class _Adam:
-    """Adam's step direction, row by row, so that rows can leave; each row sees the same steps as if it were alone.
+    """Adam's step direction, row by row; each row sees the same steps as if it were alone.
 
     Gradients are in nats per root mean square of the state. Those under EPSILON are the rounding of float32 losses,
     which must not be blown up to full steps.
@@ -136,9 +231,6 @@ class _Adam:
     @classmethod
     def zeros(cls, like: Tensor) -> _Adam:
         return cls(torch.zeros_like(like), torch.zeros_like(like))
-
-    def keep(self, rows: Tensor) -> _Adam:
-        return _Adam(self.first[rows], self.second[rows], self.step)
 
     def direction(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999) -> Tensor:
         self.step += 1
@@ -220,9 +312,11 @@ class _Problem:
         """The same for the targets kept (a mask over targets)."""
         rows = targets[self.owner]
         number = targets.long().cumsum(0) - 1
+        prefix = self.prefix.select(rows)
+        suffix = select_suffixes(prefix, self.suffix, rows)
         return replace(
-            self, prefix=self.prefix.select(rows), suffix=self.suffix.select(rows.to(self.suffix.ids.device)),
-            hidden=self.hidden[rows], owner=number[self.owner[rows]], start=self.start[targets],
+            self, prefix=prefix, suffix=suffix, hidden=self.hidden[rows, : suffix.ids.shape[1]],
+            owner=number[self.owner[rows]], start=self.start[targets],
             token=self.token.keep(rows), after=self.after.keep(rows), kl=self.kl.keep(rows),
             kl_reference=self.kl_reference[rows[self.kl.rows]],
         )  # fmt: skip

@@ -7,7 +7,7 @@ it before and after, write the folder with its record, and take the change back 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -16,7 +16,7 @@ from ..hparams import HyperParams
 from ..request import ForgetRequest
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint, Originals
+    from ..checkpoint import Originals
     from ..locate_then_edit.edit import WeightEdit
     from ..unlearning_token import UnlearningToken
 
@@ -24,6 +24,23 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float, str], None]
 
 H = TypeVar("H", bound=HyperParams)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Steps of a method that a model has behind it."""
+
+    token: UnlearningToken | None
+    #: One a step, oldest first, with the keys that later steps protect.
+    edits: tuple[WeightEdit, ...]
+    #: SHA-256 over the parameters before the first of them, and over the tokenizer.
+    fingerprint: str
+    words: str
+
+    def after(self, changes: Changes) -> Earlier:
+        """These steps and one more."""
+        edits = self.edits if changes.edit is None else (*self.edits, changes.edit)
+        return replace(self, token=changes.token or self.token, edits=edits)
 
 
 @dataclass(frozen=True)
@@ -50,8 +67,8 @@ class Job(Generic[H]):
     #: Folder for phases that are expensive, gone once the output is written; the same for the same job, so that a run
     #: that was killed finds them again. None where nothing is to be written.
     work: Path | None
-    #: The record of the folder that the model was loaded from, where this method made that: its earlier edits and keys.
-    earlier: Checkpoint | None
+    #: What this method did to the model before, which this run goes on from.
+    earlier: Earlier | None
     progress: Progress
 
 

@@ -9,19 +9,19 @@ from .contract import Changes, Job, Method
 
 
 def _run(job: Job[UniEraseHyperParams]) -> Changes:
-    from ..pipeline import erase
+    from ..erasure import erase
 
     return erase(job)
 
 
 def _check(job: Job[UniEraseHyperParams]) -> None:
-    from ..pipeline import check_erasable
+    from ..erasure import check_erasable
 
     check_erasable(job)
 
 
 def _settle(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
-    from ..pipeline import settle_layers
+    from ..erasure import settle_layers
 
     return settle_layers(model, hparams)
 
