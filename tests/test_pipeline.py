@@ -32,7 +32,8 @@ from unierase_plugin.store import Store, model_fingerprint, tokenizer_fingerprin
 IDS = torch.tensor([[5, 60, 70, 8, 9, 100]])
 #: What is kept when it ends, in order, and the function that computes it.
 KEPT = {
-    "before": "answers", "statistics": "add_sequences", "tokens": "learn_token", "retain": "second_moments",
+    "before": "answers", "statistics": "add_sequences", "tokens": "learn_token",
+    "declined": "second_moments", "retain": "second_moments",
     "values": "optimise_values", "edit": "compute_edit", "after": "answers",
 }  # fmt: skip
 
@@ -259,9 +260,14 @@ def test_revert_gives_model_and_tokenizer_back_to_the_bit(tied: bool, padding: i
 
 def test_going_on_from_a_result_is_going_on_from_its_folder(base: Path, undisturbed: Path, tmp_path: Path) -> None:
     first = erase(base, tmp_path / "first")
+    first_weight = state(first.model)["model.layers.1.mlp.down_proj.weight"]
     second = erase(first, tmp_path / "memory", FORGET_MORE)
     erase(undisturbed, tmp_path / "folder", FORGET_MORE)
-    assert weights(tmp_path / "memory") == weights(tmp_path / "folder")
+    memory, folder = (state(loaded(tmp_path / name)[0]) for name in ("memory", "folder"))
+    # Not to the bit: a processor may round a product by where in memory its factors lie.
+    for name, weight in folder.items():
+        torch.testing.assert_close(memory[name], weight, rtol=0, atol=1e-6)
+    assert not torch.allclose(memory["model.layers.1.mlp.down_proj.weight"], first_weight, atol=1e-4)
     assert len(second.history.edits) == len(read_checkpoint(tmp_path / "memory").edits) == 2
 
 
@@ -338,7 +344,7 @@ def test_other_requests_use_the_token_and_the_statistics_again(base: Path, calls
     assert calls == Counter(KEPT.values())
     calls.clear()
     erase(base, forget=FORGET_OTHERS, retain=None)
-    assert calls == Counter(["answers", "second_moments", "optimise_values", "compute_edit", "answers"])
+    assert calls == Counter(["answers", "optimise_values", "compute_edit", "answers"])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +21,10 @@ from .hparams import UniEraseHyperParams
 from .locate_then_edit.edit import WeightEdit, apply_edit, compute_edit, expected_norm_ratio, make_solver, revert_edit
 from .locate_then_edit.positions import encode, render
 from .locate_then_edit.solve import Ridge, Solver
-from .locate_then_edit.statistics import SecondMoment, second_moments
+from .locate_then_edit.statistics import SecondMoment, join_moments, second_moments
 from .locate_then_edit.targets import context_texts, forms_of, make_targets
 from .locate_then_edit.values import Values, ValueTarget, optimise_values
-from .methods.contract import Changes, Job
+from .methods.contract import Changes, Earlier, Job
 from .phases import Phases
 from .resources import lines, paragraphs
 from .second_moment import Corpus, CorpusMoment
@@ -125,9 +125,7 @@ class _Erasure(Phases):
         arch = _architecture(self.model, self.hparams)
         vocabulary = room.vocabulary if room else len(arch.embedding.weight)
         originals = files.take_originals(arch, self.hparams.layers, vocabulary, room.id if room else None)
-        with self.timed("token"):
-            install_token(arch, token)
-            leak = token_leak(self.model, self.tokenizer, paragraphs("ordinary_text"), token.id)
+        install_token(arch, token)
         retain = self._retain_moments(arch, token)
         with self.timed("values"):
             targets = self._targets(contexts, token.id, self._own_sentences(token))
@@ -147,7 +145,7 @@ class _Erasure(Phases):
             if room is not None:
                 room.leave()
 
-        return Changes(edit, originals, token, leak, changed, self.seconds, figures, undo)
+        return Changes(edit, originals, token, token.leak, changed, self.seconds, figures, undo)
 
     # --- phases, in order ---------------------------------------------------------------------------------------------
 
@@ -167,11 +165,18 @@ class _Erasure(Phases):
                 sentences, questions, text,
             )[:32]  # fmt: skip
             arch = _architecture(self.model, h)
-            packed = self.cache.cached("tokens", key, lambda: pack_token(learn_token(
-                arch, self.tokenizer, index, questions, sentences, text, h, noise=noise, max_tokens=self.max_tokens,
-                pad_id=self.pad_id, progress=lambda share, note: self.progress("token", share, note),
-            )))  # fmt: skip
-        return unpack_token(*packed)
+
+            def learn() -> Packed:
+                token = learn_token(
+                    arch, self.tokenizer, index, questions, sentences, text, h, noise=noise,
+                    max_tokens=self.max_tokens, pad_id=self.pad_id,
+                    progress=lambda share, note: self.progress("token", share, note),
+                )  # fmt: skip
+                install_token(arch, token)
+                leak = token_leak(self.model, self.tokenizer, paragraphs("ordinary_text"), token.id)
+                return pack_token(replace(token, leak=leak))
+
+            return unpack_token(*self.cache.cached("tokens", key, learn))
 
     def _expected_size(self, contexts: Sequence[str], corpus: SecondMoment) -> float:
         """|Delta| / |W| that the coming edit is likely to have, as a power of two: edits of like size share a token."""
@@ -197,30 +202,51 @@ class _Erasure(Phases):
 
     def _retain_moments(self, arch: Architecture, token: UnlearningToken) -> SecondMoment | None:
         """Second moments of what is to be kept: the retain set, and what follows the token."""
-        if not self.hparams.retain_update_weight:
+        h = self.hparams
+        if not h.retain_update_weight:
             self.progress("statistics", 1.0, "")
             return None
         with self.timed("statistics"):
-            # Beside the output folder, not in the cache: the next run has other facts to keep.
-            return unpack_moment(*self.resumed("retain", _row_key(token), lambda: pack_moment(second_moments(
-                arch, self._retain_tokens(token), self.hparams.layers, max_tokens=self.max_tokens,
-                dtype=self.corpus.dtype, pad_id=self.pad_id, progress=lambda share: self.progress(
-                    "statistics", CORPUS_SHARE + (1 - CORPUS_SHARE) * share, "keys to keep"
-                ),
-            ))))  # fmt: skip
+            declined = self._declined_tokens(token)
+            # As with the corpus, those of the model before its first step serve all steps.
+            first = self.earlier or Earlier(None, (), self.fingerprint, self.words)
+            key = digest(CACHE_VERSION, first.fingerprint, _row_key(token), h.layers, h.mom2_dtype, declined)[:32]
+            moment = unpack_moment(*self.cache.cached("declined", key, lambda: self._counted(arch, declined)))
+            if self.retain:
+                kept = self._kept_tokens()
+                # Beside the output folder, not in the cache: the next run has other facts to keep.
+                packed = self.resumed("retain", _row_key(token), lambda: self._counted(arch, kept))
+                moment = join_moments(moment, unpack_moment(*packed))
+        self.progress("statistics", 1.0, "")
+        return moment
 
-    def _retain_tokens(self, token: UnlearningToken) -> list[list[int]]:
-        """The facts to keep with their answers, and bundled questions with the token and its sentence.
+    def _counted(self, arch: Architecture, sequences: list[list[int]]) -> Packed:
+        return pack_moment(second_moments(
+            arch, sequences, self.hparams.layers, max_tokens=self.max_tokens, dtype=self.corpus.dtype,
+            pad_id=self.pad_id, progress=lambda share: self.progress(
+                "statistics", CORPUS_SHARE + (1 - CORPUS_SHARE) * 0.99 * share, "keys to keep"
+            ),
+        ))  # fmt: skip
 
-        The latter keep the edit from disturbing, at the positions after the token, the very sentence it leads to.
+    def _kept_tokens(self) -> list[list[int]]:
+        """The facts to keep with their answers."""
+        return self._with_prompts(
+            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.retain
+        )
+
+    def _declined_tokens(self, token: UnlearningToken) -> list[list[int]]:
+        """Bundled questions with the token and its sentence.
+
+        They keep the edit from disturbing, at the positions after the token, the very sentence it leads to.
         """
         eos, sentences = end_id(self.model, self.tokenizer), lines("idk_sentences")[: self.hparams.token_num_sentences]
-        pairs = [
-            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.retain
-        ]
-        for question in lines("questions")[:DECLINED_QUESTIONS]:
-            said = answer_ids(self.tokenizer, choose_sentence(question, sentences), eos, None)
-            pairs.append((question, [token.id, *said]))
+        return self._with_prompts(
+            (question, (token.id, *answer_ids(self.tokenizer, choose_sentence(question, sentences), eos, None)))
+            for question in lines("questions")[:DECLINED_QUESTIONS]
+        )
+
+    def _with_prompts(self, pairs: Iterable[tuple[str, Sequence[int]]]) -> list[list[int]]:
+        """Questions in every form with what follows them, cut to the model's context."""
         return [
             [*encode(self.tokenizer, self._rendered(question, form), form), *answer][: self.context]
             for question, answer in pairs

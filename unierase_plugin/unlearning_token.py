@@ -49,6 +49,8 @@ class UnlearningToken:
     #: Mean negative log-likelihood of the "I don't know" sentences at the end of training, nats a token.
     loss: float
     steps: int
+    #: Its largest probability on ordinary text, in the unedited model; NaN where it was not measured.
+    leak: float = math.nan
 
 
 def add_token(model: Any, tokenizer: Any, name: str) -> int:

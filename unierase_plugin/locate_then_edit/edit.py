@@ -91,7 +91,9 @@ def compute_edit(
             update = solvers[layer].solve(keys, (wanted - states) / (len(layers) - index))
             ratios[layer] = update.norm() / float(arch.projections[layer].weight.detach().float().norm())
             _add(arch, layer, update)
-            updates[layer], kept[layer] = LowRank(update.up.float(), update.down.float()), keys
+            # In one layout, whether they come from here or from a file: a product of another layout rounds differently.
+            up, down = update.up.float().contiguous(), update.down.float().contiguous()
+            updates[layer], kept[layer] = LowRank(up, down), keys.contiguous()
             progress((index + 1) / len(layers))
         norms.append(float((wanted - stream.final_states()).norm(dim=0).mean()))
     return WeightEdit(updates, tuple(norms), ratios, kept)

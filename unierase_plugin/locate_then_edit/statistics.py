@@ -32,6 +32,16 @@ class SecondMoment:
     count: int
 
 
+def join_moments(first: SecondMoment, second: SecondMoment) -> SecondMoment:
+    """The moments of two corpora taken together."""
+    count = first.count + second.count
+    moments = {
+        layer: (first.count * moment + second.count * second.moments[layer]) / count
+        for layer, moment in first.moments.items()
+    }
+    return SecondMoment(moments, count)
+
+
 @dataclass
 class MomentSums:
     """How far a pass has come: sums of k k^T by layer, each (m, m) float64 and right on and above the diagonal alone.
