@@ -420,16 +420,16 @@ def test_modes_and_gradients_that_a_method_sets_are_put_back(base: Path) -> None
 
 
 def test_a_method_goes_on_from_its_own_folders_alone(base: Path, tmp_path: Path) -> None:
-    steps: list[int] = []
+    first: list[str | None] = []
 
     def count(job: Job[Noise]) -> Changes:
-        steps.append(len(job.earlier.manifest["steps"]) if job.earlier else 0)
+        first.append(job.earlier.fingerprint if job.earlier else None)
         return add_noise(job)
 
     method = replace(NOISE, run=count)
     unlearn(base, FORGET, method=method, out=tmp_path / "one")
     unlearn(tmp_path / "one", FORGET, method=method, out=tmp_path / "two")
-    assert steps == [0, 1]
+    assert first == [None, read_checkpoint(tmp_path / "one").manifest["model_fingerprint_before"]]
     assert len(read_checkpoint(tmp_path / "two").manifest["steps"]) == 2
     with pytest.raises(CheckpointError, match="made by another method; start from its base model"):
         unlearn(tmp_path / "one", FORGET, method=replace(NOISE, name="hiss"))
