@@ -249,6 +249,42 @@ def test_a_cache_of_another_model_type_leaves_figures_of_single_tokens_out(
     assert "leaves extraction_strength and exact_memorization out" in caplog.text
 
 
+class Process(HFWithSpecialTokens):
+    """One of two processes. lm-eval runs several on GPUs alone, so here one runs after the other."""
+
+    def __init__(self, *args: Any, rank: int, sent: list[Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rank, self._world_size, self.sent = rank, 2, sent
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        # The other has more to ask, so that lm-eval asks something again to keep in step.
+        return torch.stack((tensor, tensor + 3) if self._rank == 0 else (tensor + 3, tensor))
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        if self._rank == 1:
+            self.sent.append(obj)
+            return None
+        return [obj, self.sent.pop(0)]
+
+    def barrier(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_two_processes_give_the_figures_of_one(folder: Path, tofu: Path, logs: Path, limit: int | None) -> None:
+    tasks, sent = "tofu_forget01,tofu_utility", []
+
+    def run(lm: Any) -> dict[str, Any]:
+        return evaluate(lm, tofu, tasks, metadata={"reference": str(logs / "list.json")}, limit=limit)
+
+    whole = run(load(folder))
+    assert run(load(folder, kind=Process, rank=1, sent=sent)) is None
+    halves = run(load(folder, kind=Process, rank=0, sent=sent))
+    for task in tasks.split(","):
+        assert values(halves, task) == pytest.approx(values(whole, task))
+        assert len(halves["samples"][task]) == len(whole["samples"][task])
+
+
 class Counter(LM):  # type: ignore[misc]
     """Takes note of what it is asked."""
 

@@ -150,7 +150,7 @@ class Scored(Facts):
         # Told of some answers only where --use_cache holds those of another model type: a mean of them would mislead.
         self.tokenwise = all(score.matches is not None for scores in trues for score in scores)
         if not self.tokenwise:
-            logger.info(
+            logger.warning(
                 "%s leaves extraction_strength and exact_memorization out: --model unierase_hf has what they need.",
                 self.config.task,
             )
