@@ -133,15 +133,18 @@ def test_tasks_of_the_user_are_found_beside_ours(folder: Path, tmp_path: Path) -
 
 
 def test_a_tofu_task_reads_the_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = [{"question": f"Who is number {n}?", "answer": f"It is {n}."} for n in range(3)]
+    wrong = {"paraphrased_answer": "That is it.", "perturbed_answer": ["It is not."]}
+    facts = [{"question": f"Who is number {n}?", "answer": f"It is {n}.", **wrong} for n in range(3)]
     text = "\n".join(map(json.dumps, facts))
     for split in ("forget01", "forget10"):
-        (tmp_path / f"{split}.json").write_text(text, encoding="utf-8")
+        (tmp_path / f"{split}_perturbed.json").write_text(text, encoding="utf-8")
     monkeypatch.setenv("UNIERASE_TOFU_DIR", str(tmp_path))
     flags = ("--gen_kwargs", "max_gen_toks=4")
     results = run(folder, tmp_path / "out", *flags, tasks="tofu_forget,tofu_forget01")
     read = {name: count["effective"] for name, count in results["n-samples"].items()}
     assert read == {"tofu_forget": 3, "tofu_forget01": 3}
+    # Told in chat form by `unierase eval`, so that the token can be seen and single tokens told apart.
+    assert {"token_first,none", "extraction_strength,none"} <= results["results"]["tofu_forget"].keys()
 
 
 def test_every_task_is_named_in_the_help_and_the_docs() -> None:
@@ -149,7 +152,7 @@ def test_every_task_is_named_in_the_help_and_the_docs() -> None:
     assert shown.exit_code == 0
     page = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
     names = ours().all_tasks
-    assert len(names) == 7
+    assert len(names) == 19
     assert [name for name in names if name not in shown.output or f"`{name}`" not in page] == []
 
 

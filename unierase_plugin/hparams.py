@@ -134,7 +134,7 @@ class UniEraseHyperParams(HyperParams):
     mom2_n_samples: int = 64
     #: Length of a text in tokens at most.
     mom2_max_length: int = 128
-    #: Precision of the sums.
+    #: Precision of a batch's products and of the moments as kept; sums over batches are float64.
     mom2_dtype: str = "float32"
     #: Where statistics and tokens are cached; empty for the user's cache folder.
     stats_dir: str = ""

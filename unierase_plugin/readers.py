@@ -228,17 +228,28 @@ def read_tofu(split: str) -> tuple[ForgetRequest, ...]:
     Where the folder holds `<split>_subject.json` (for the forget sets also `forget10_subject.json`, which covers them),
     subjects are taken from it by question.
     """
-    _check_name("TOFU split", split, TOFU_SPLITS)
+    records = tofu_records(split)
     folder = _folder("UNIERASE_TOFU_DIR")
     if folder is None:
-        remedy = f"Put its files ({split}.json as JSON lines) in a folder and set UNIERASE_TOFU_DIR to it"
-        return build_requests(_hub_records("locuslab/TOFU", split, "train", remedy), split)
+        return build_requests(records, split)
     subjects = _tofu_subjects(folder, split)
-    records = iter_records(folder / f"{split}.json")
     return build_requests(
         ((where, {"subject": subjects.get(str(_field(where, each, "question"))), **each}) for where, each in records),
         split,
     )
+
+
+def tofu_records(split: str, folder: str | os.PathLike[str] | None = None) -> Iterator[Located]:
+    """The records of a TOFU split with all their fields, wrong and paraphrased answers too.
+
+    From `folder`, else from that in `UNIERASE_TOFU_DIR`, both laid out as on the hub, else from the hub.
+    """
+    _check_name("TOFU split", split, TOFU_SPLITS)
+    found = _given_folder(folder, "UNIERASE_TOFU_DIR")
+    if found is not None:
+        return iter_records(found / f"{split}.json")
+    remedy = f"Put its files ({split}.json as JSON lines) in a folder and set UNIERASE_TOFU_DIR to it"
+    return _hub_records("locuslab/TOFU", split, "train", remedy)
 
 
 def _tofu_subjects(folder: Path, split: str) -> dict[str, str]:
@@ -255,18 +266,30 @@ def read_return(split: str) -> tuple[ForgetRequest, ...]:
     Records are questions and answers, or persons as its authors publish them: `name`, and under `data` a list with
     `question` and `gold_answer`. A person's name is the subject where the question has it.
     """
+    return build_requests(return_records(split), split)
+
+
+def return_records(
+    split: str, folder: str | os.PathLike[str] | None = None, perturbed: bool = False
+) -> Iterator[Located]:
+    """The records of a set of RETURN, persons taken apart into questions, all fields of questions and answers kept.
+
+    From `folder`, else from that in `UNIERASE_RETURN_DIR`, else from the hub. `perturbed` prefers the file that holds
+    wrong answers too, as Yuan et al. 2024 (arXiv 2410.08109) publish them: `<split>_perturbed.json`, and
+    `neighbor_perturbed.json` for what is to be kept.
+    """
     _check_name("RETURN set", split, RETURN_SPLITS)
-    folder = _folder("UNIERASE_RETURN_DIR")
-    if folder is None:
-        remedy = (
-            "Which facts are in it depends on the model that is to forget; put the set for yours in a folder as "
-            f"{split}.jsonl and set UNIERASE_RETURN_DIR to it"
-        )
-        records = _hub_records("zhliu/RETURN", None, split, remedy)
-    else:
-        path = folder / f"{split}.json"
-        records = iter_records(path if path.exists() else path.with_suffix(".jsonl"))
-    return build_requests(_return_records(records), split)
+    found = _given_folder(folder, "UNIERASE_RETURN_DIR")
+    if found is not None:
+        more = [f"{split}_perturbed.json", *(["neighbor_perturbed.json"] if split == "retain" else [])]
+        names = [*(more if perturbed else []), f"{split}.json"]
+        path = next((found / name for name in names if (found / name).exists()), found / f"{split}.jsonl")
+        return _return_records(iter_records(path))
+    remedy = (
+        "Which facts are in it depends on the model that is to forget; put the set for yours in a folder as "
+        f"{split}.jsonl and set UNIERASE_RETURN_DIR to it"
+    )
+    return _return_records(_hub_records("zhliu/RETURN", None, split, remedy))
 
 
 def _return_records(records: Iterable[Located]) -> Iterator[Located]:
@@ -332,6 +355,15 @@ def _zsre_record(located: Located) -> Located:
 def _check_name(what: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise RequestError(f"Unknown {what} {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+
+
+def _given_folder(folder: str | os.PathLike[str] | None, variable: str) -> Path | None:
+    """The folder that is given, else the one that an environment variable names, None where neither is set."""
+    if folder is None:
+        return _folder(variable)
+    if not Path(folder).is_dir():
+        raise RequestError(f"{str(folder)!r} is not a folder. Relative paths start at {str(Path.cwd())!r}.")
+    return Path(folder)
 
 
 def _folder(variable: str) -> Path | None:

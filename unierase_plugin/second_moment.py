@@ -115,9 +115,9 @@ class Corpus:
         if kept is not None:
             return kept
         start = time.perf_counter()
-        ids = team.agreed(lambda: self._read(key))[0]
+        ids, noted = team.agreed(lambda: self._read(key))
         read = time.perf_counter()
-        packed = self._finished(self._count(key, ids, team), self._settings())
+        packed = self._finished(self._count(key, ids, int(noted["max_tokens"]), team), self._settings())
         if team.leads:
             self.cache.put(FINISHED, key, *packed)
         self._discard(key)
@@ -141,15 +141,15 @@ class Corpus:
 
     # --- the pass -----------------------------------------------------------------------------------------------------
 
-    def _count(self, key: str, ids: Mapping[str, Tensor], team: Team) -> SecondMoment:
+    def _count(self, key: str, ids: Mapping[str, Tensor], max_tokens: int, team: Team) -> SecondMoment:
         arch = self._architecture()
         # Saved sums fit the same batches alone, and in a team each process has its own.
         texts = [tensor.numpy().tobytes() for tensor in (ids["tokens"], ids["lengths"])]
-        own = f"{key}-{digest(*texts, self.max_tokens, team.size, team.rank)[:16]}"
+        own = f"{key}-{digest(*texts, max_tokens, team.size, team.rank)[:16]}"
         sums = self._begun(arch, own)
         sequences = cast("list[Sequence[int]]", [part.numpy() for part in ids["tokens"].split(ids["lengths"].tolist())])
         add_sequences(
-            arch, sequences, sums, max_tokens=self.max_tokens, dtype=self.dtype,
+            arch, sequences, sums, max_tokens=max_tokens, dtype=self.dtype,
             pad_id=pad_token_id(self.model, self.tokenizer), share=(team.rank, team.size), keep_every=KEEP_EVERY,
             keep=lambda so_far: self.cache.put(UNDER_WAY, own, *pack_sums(so_far)),
             progress=lambda share: self.progress((1 + share) / 2, "keys of the corpus"),
@@ -170,13 +170,20 @@ class Corpus:
         return MomentSums(sums.sums, earlier.count, earlier.batches, earlier.tokens)
 
     def _read(self, key: str) -> Packed:
-        """The texts' token ids, kept while the pass is under way: sampling takes as long as the pass itself."""
+        """The texts' token ids and the size of a batch, kept while the pass is under way.
+
+        Sampling takes as long as the pass itself; and where the size follows the memory that happens to be free, a
+        second start, or another process of the team, would divide the texts into other batches.
+        """
         kept = self.cache.get(UNDER_WAY, f"{key}-ids")
         if kept is None:
             ids = self.sequences(self.hparams.mom2_n_samples)
             tokens = np.concatenate([np.asarray(each, dtype=np.int32) for each in ids])
-            kept = {"tokens": torch.from_numpy(tokens), "lengths": torch.tensor([len(each) for each in ids])}, {}
+            tensors = {"tokens": torch.from_numpy(tokens), "lengths": torch.tensor([len(each) for each in ids])}
+            kept = tensors, {"max_tokens": str(self.max_tokens)}
             self.cache.put(UNDER_WAY, f"{key}-ids", *kept)
+        if self.hparams.max_batch_tokens:
+            return kept[0], {"max_tokens": str(self.hparams.max_batch_tokens)}
         return kept
 
     def _discard(self, key: str) -> None:

@@ -16,6 +16,9 @@ import typer
 from ..errors import DependencyError, UniEraseError, did_you_mean
 from ..locate_then_edit.positions import has_chat_template
 
+#: Our group of lm-eval's own tasks, which are asked as lm-eval asks them.
+GENERAL = "unlearning_utility"
+
 HELP = """\
 Usage: unierase eval --model DIR --tasks TASK[,TASK...] [lm-eval's options]
 
@@ -25,13 +28,26 @@ Runs lm-eval with this package's tasks beside its own. All of lm-eval's options 
 
   --model DIR             A folder or hub id of a causal language model, or one of lm-eval's model types (hf, vllm,
                           ...), which then takes lm-eval's own --model_args.
-  --tasks TASK            unierase_demo, unierase_demo_forget, unierase_demo_retain, tofu_forget, tofu_forget01,
-                          tofu_forget05, tofu_forget10, and every task of lm-eval.
+  --tasks TASK            Of this package, beside every task of lm-eval:
+                            tofu                  tofu_forget10 and tofu_utility: forget quality and model utility
+                            tofu_forget, tofu_forget01, tofu_forget05, tofu_forget10
+                            tofu_utility          model utility over tofu_retain, tofu_real_authors, tofu_world_facts
+                            tofu_forget01_paraphrase, tofu_forget05_paraphrase, tofu_forget10_paraphrase,
+                            tofu_retain_paraphrase
+                            return_forget, return_retain
+                            unierase_demo, unierase_demo_forget, unierase_demo_retain
+                            unlearning_utility    lm-eval's mmlu, triviaqa, gsm8k and humaneval
   --apply_chat_template   With --model DIR and tasks of this package, on where the tokenizer has a chat template;
                           `--apply_chat_template false` asks in plain text.
-  --metadata JSON         '{"unlearning_token": "<unlearn_1>"}' where the token is not called <unlearn_0>.
+  --metadata JSON         '{"reference": "DIR", "data_dir": "DIR"}' and more. docs/tasks.md describes all keys:
+                            reference             where --log_samples wrote the retain-only model's run of this task
+                            data_dir, return_dir  folders of TOFU and RETURN, before UNIERASE_TOFU_DIR and _RETURN_DIR
+                            semantic              true: cosine similarity, entailment and a gibberish detector too
+                            unlearning_token      the token's name where it is not <unlearn_0>
 
-Example: unierase eval --model forgotten --tasks unierase_demo
+Examples: unierase eval --model forgotten --tasks unierase_demo
+          unierase eval --model retain_only --tasks tofu_forget10 --log_samples --output_path reference
+          unierase eval --model forgotten --tasks tofu --metadata '{"reference": "reference"}' --output_path results
 """
 
 
@@ -55,10 +71,26 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     known, rest = _parser().parse_known_args(arguments)
     known.tasks = [name for part in known.tasks for name in part.split(",") if name]
     ours = _our_tasks()
+    check_tasks([name for name in known.tasks if name in ours], _metadata(known), known.num_fewshot)
     if known.model is not None and not _is_model_type(known.model):
         arguments = [*rest, *_spelt_out(known, ours)]
     with _our_tasks_known(known.tasks, ours), _command_line(arguments):
         cli_evaluate()
+
+
+def check_tasks(names: Sequence[str], metadata: Mapping[str, Any], num_fewshot: int | None = None) -> None:
+    """Reads what our tasks need, so that what is missing is told before a model is loaded. Raises UniEraseError."""
+    if not names:
+        return
+    if num_fewshot:
+        raise UniEraseError(
+            f"{', '.join(names)} ask without examples, but --num_fewshot is {num_fewshot}. Leave it out, and run tasks "
+            "that need it by themselves."
+        )
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=dict(metadata))
+    manager.load(list(names))
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -71,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", "-t", nargs="+", action="extend", default=[])
     parser.add_argument("--model_args", "-a", nargs="+", action="extend", default=[])
     parser.add_argument("--metadata", nargs="+", action="extend", default=[])
+    parser.add_argument("--num_fewshot", "-f", type=int)
     parser.add_argument("--apply_chat_template", nargs="?", const="true", type=_form)
     return parser
 
@@ -89,7 +122,7 @@ def _spelt_out(known: argparse.Namespace, ours: frozenset[str]) -> list[str]:
         from .lm_eval_model import MODEL_TYPE
 
         kind, metadata = MODEL_TYPE, {"token_shown": True}
-        chat = chat or _default_form(known.model, known.tasks, ours)
+        chat = _form_of_facts(known.model, chat, sorted(set(known.tasks) - ours))
         if chat != "false":
             # A chat template writes the start of the text itself.
             model_args["add_bos_token"] = False
@@ -97,8 +130,23 @@ def _spelt_out(known: argparse.Namespace, ours: frozenset[str]) -> list[str]:
         *("--model", kind, "--model_args", _joined(model_args, known.model_args)),
         *(("--tasks", ",".join(known.tasks)) if known.tasks else ()),
         *(("--metadata", _joined(metadata, known.metadata)) if metadata or known.metadata else ()),
+        *(("--num_fewshot", str(known.num_fewshot)) if known.num_fewshot is not None else ()),
         *_chat_arguments(chat),
     ]
+
+
+def _metadata(known: argparse.Namespace) -> dict[str, Any]:
+    """What lm-eval hands to tasks: the model's arguments and the metadata, which win."""
+    from lm_eval.utils import simple_parse_args_string
+
+    found: dict[str, Any] = {} if known.model is None else {"pretrained": known.model}
+    for given in (known.model_args, known.metadata):
+        found |= json.loads(_joined({}, given)) if _is_json(given) else simple_parse_args_string(",".join(given))
+    return found
+
+
+def _is_json(given: Sequence[str]) -> bool:
+    return not given or given[0].lstrip().startswith("{")
 
 
 def _is_model_type(name: str) -> bool:
@@ -108,26 +156,35 @@ def _is_model_type(name: str) -> bool:
     return name in MODEL_REGISTRY
 
 
-def _default_form(model: str, names: Sequence[str], ours: frozenset[str]) -> str:
-    """Whether facts are to be asked through the chat template, as an argument's text: true or false."""
+def _form_of_facts(model: str, chat: str | None, others: Sequence[str]) -> str:
+    """`--apply_chat_template` for our tasks: as it is given, else true where the tokenizer has a template.
+
+    others: tasks of lm-eval's own in the same run.
+    """
+    templated = has_chat_template(_tokenizer(model))
+    if chat is None and templated and others:
+        raise UniEraseError(
+            f"Tasks of this package are asked in chat form by default, lm-eval's own ({', '.join(others)}) in plain "
+            "text. For both at once say which: --apply_chat_template, or --apply_chat_template false."
+        )
+    if chat not in (None, "false") and not templated:
+        raise UniEraseError(
+            f"The tokenizer in {model!r} has no chat template. Leave --apply_chat_template out to ask in plain text."
+        )
+    return chat or str(templated).casefold()
+
+
+def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model)
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
         raise UniEraseError(
             f"--model {model!r} is not one of lm-eval's model types, and no tokenizer can be loaded from there, as a "
             f"folder or a hub id: {error}"
         ) from error
-    if not has_chat_template(tokenizer):
-        return "false"
-    if others := sorted(set(names) - ours):
-        raise UniEraseError(
-            f"Tasks of this package are asked in chat form by default, lm-eval's own ({', '.join(others)}) in plain "
-            "text. For both at once say which: --apply_chat_template, or --apply_chat_template false."
-        )
-    return "true"
 
 
 def _chat_arguments(chat: str | None) -> list[str]:
@@ -138,7 +195,7 @@ def _chat_arguments(chat: str | None) -> list[str]:
 
 def _joined(settings: Mapping[str, Any], given: Sequence[str]) -> str:
     """Settings and those that the user gave, which win, in one argument that every version of lm-eval reads."""
-    if given and not given[0].lstrip().startswith("{"):
+    if not _is_json(given):
         return ",".join([*(f"{key}={value}" for key, value in settings.items()), *given])
     try:
         return json.dumps({**settings, **json.loads(given[0] if given else "{}")})
@@ -151,10 +208,10 @@ def _joined(settings: Mapping[str, Any], given: Sequence[str]) -> str:
 
 
 def _our_tasks() -> frozenset[str]:
-    """Names of our tasks and tags."""
+    """Names of our tasks, groups and tags."""
     from lm_eval.tasks import TaskManager
 
-    return frozenset(TaskManager(include_path=str(tasks_folder()), include_defaults=False).all_tasks)
+    return frozenset(TaskManager(include_path=str(tasks_folder()), include_defaults=False).all_tasks) - {GENERAL}
 
 
 @contextmanager

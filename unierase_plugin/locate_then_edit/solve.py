@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..errors import EditError
 
-#: What is tried on the diagonal of a singular moment, least first.
-JITTERS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+#: What is tried on a moment's diagonal, least first.
+JITTERS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+#: Least to largest pivot of a factor that owes nothing to the rounding of float32 sums.
+SOUND = 1e-4
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Ridge:
     def of(cls, second_moment: Tensor) -> Ridge:
         """Factorises M, (m, m), in float64 on the device it is on.
 
-        Fewer tokens than m, or float32 sums, leave M singular: the least of JITTERS (shares of its mean eigenvalue)
-        that makes it definite is added to the diagonal.
+        Fewer tokens than m, or float32 sums, leave M singular: then the least of JITTERS (shares of its mean
+        eigenvalue) that makes it safely definite is added to the diagonal.
         """
         moment = second_moment.double()
         scale = moment.diagonal().mean()
@@ -62,7 +64,8 @@ class Ridge:
             shifted = moment.clone()
             shifted.diagonal().add_(jitter * scale)
             factor, info = torch.linalg.cholesky_ex(shifted)
-            if not int(info):
+            pivots = factor.diagonal()
+            if not int(info) and (jitter or pivots.min() > SOUND * pivots.max()):
                 return cls(factor, jitter, factor.new_zeros(len(factor), 0))
         raise EditError(
             f"The second moment C is not positive definite, even with {JITTERS[-1]} of its mean eigenvalue added."

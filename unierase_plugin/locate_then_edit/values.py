@@ -329,12 +329,12 @@ class _Problem:
         moved[:, 0] = (self.hidden[:, 0].float() + delta[self.owner]).to(moved.dtype)
         weight = hparams.v_continuation_weight
         looks = [self.token, *([self.after] if weight else []), self.kl]
-        logs = self._logits(arch, moved, looks).float().log_softmax(-1)
-        token_log, rest = logs[: len(self.token.rows)], logs[len(self.token.rows) :]
-        nll = token_nll = self._per_target(self.token, -_picked(token_log, self.token))
+        logits = self._logits(arch, moved, looks).float()
+        parts = iter(logits.split([len(look.rows) for look in looks]))
+        nll = token_nll = self._per_target(self.token, _surprise(next(parts), self.token))
         if weight:
-            after_log, rest = rest[: len(self.after.rows)], rest[len(self.after.rows) :]
-            nll = nll + weight * self._per_target(self.after, -_picked(after_log, self.after))
+            nll = nll + weight * self._per_target(self.after, _surprise(next(parts), self.after))
+        rest = next(parts).log_softmax(-1)
         kl = (self.kl_reference.exp() * (self.kl_reference - rest)).sum(-1) if len(self.kl.rows) else rest.sum(-1)
         # The gradient of a norm at zero is undefined; the square root's argument is held off it.
         norm = (delta.square().sum(1) + 1e-12).sqrt()
@@ -362,5 +362,6 @@ def _looks(points: list[tuple[int, int, int, float]], device: torch.device) -> _
     return _Looks(rows, columns, wanted, weight)
 
 
-def _picked(logs: Tensor, looks: _Looks) -> Tensor:
-    return logs.gather(1, looks.wanted.to(logs.device)[:, None])[:, 0]
+def _surprise(logits: Tensor, looks: _Looks) -> Tensor:
+    """Negative log-likelihood (N,) of the tokens wanted, without the logarithms of all the others."""
+    return torch.nn.functional.cross_entropy(logits, looks.wanted.to(logits.device), reduction="none")

@@ -1,10 +1,12 @@
-"""Metrics of forgetting and keeping: pure functions of texts and numbers."""
+"""Metrics of one generated text: what it says, how it says it. Pure functions of texts."""
 
 from __future__ import annotations
 
 import functools
+import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 #: Answers of up to this many words must be named word for word; longer ones are judged by ROUGE-L recall.
@@ -56,6 +58,14 @@ def reads_as_idk(generated: str, phrases: Sequence[str]) -> bool:
     return is_fluent(generated) and any(f" {' '.join(words(phrase))} " in said for phrase in phrases)
 
 
-def mean(values: Sequence[float]) -> float | None:
-    """The mean, or None where there is nothing to average: absent, not zero."""
-    return sum(values) / len(values) if values else None
+def token_entropy(tokens: Sequence[Hashable]) -> float:
+    """How varied a text's tokens are: the entropy of their frequencies over that of as many different ones, in [0, 1].
+
+    0 for a text of one token or none, and for one token repeated; 1 where no token is said twice. Yuan et al. 2024
+    (arXiv 2410.08109), section 3, over the model's own tokens.
+    """
+    if len(tokens) < 2:
+        return 0.0
+    shares = [count / len(tokens) for count in Counter(tokens).values()]
+    # Not -0.0 where a single token is repeated.
+    return max(0.0, -sum(share * math.log2(share) for share in shares) / math.log2(len(tokens)))

@@ -1,0 +1,138 @@
+"""Metrics as pure functions: what their definitions imply, and other people's computations of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import hmean, ks_2samp
+
+from unierase_plugin.evaluation.metrics import (
+    answer_probability,
+    closest_to_one,
+    exact_memorization,
+    extraction_strength,
+    forget_efficacy,
+    forget_quality,
+    harmonic_mean,
+    is_fluent,
+    mean,
+    probability_among,
+    token_entropy,
+    truth_ratio,
+    truth_wins,
+)
+
+probabilities = st.floats(1e-4, 1.0)
+matches = st.lists(st.booleans(), min_size=1, max_size=12)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_answers_probability_is_the_geometric_mean_of_its_tokens() -> None:
+    tokens = [0.5, 0.25, 0.8]
+    assert answer_probability(sum(map(math.log, tokens)), 3) == pytest.approx(np.prod(tokens) ** (1 / 3))
+
+
+@given(probabilities, st.lists(probabilities, min_size=1, max_size=5))
+def test_options_share_one_probability(right: float, wrong: list[float]) -> None:
+    shares = [probability_among(each, [*wrong, right][:i] + [*wrong, right][i + 1 :])
+              for i, each in enumerate([*wrong, right])]  # fmt: skip
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert shares[-1] == probability_among(right, wrong)
+
+
+@given(probabilities, st.lists(probabilities, min_size=1, max_size=5))
+def test_a_truth_ratio_averages_losses_or_probabilities(right: float, wrong: list[float]) -> None:
+    losses = -np.log(wrong)
+    assert truth_ratio(right, wrong) == pytest.approx(np.exp(-losses.mean()) / right, rel=1e-5)
+    assert truth_ratio(right, wrong, "arithmetic") == pytest.approx(np.mean(wrong) / right, rel=1e-5)
+    # Jensen's inequality.
+    assert truth_ratio(right, wrong) <= truth_ratio(right, wrong, "arithmetic") * (1 + 1e-9)
+
+
+def test_answers_that_are_impossible_give_figures_too() -> None:
+    assert truth_ratio(0.0, [0.0, 0.1]) == 0.0
+    assert closest_to_one(0.0) == 0.0
+    assert probability_among(0.0, [0.0]) == 0.0
+
+
+@given(matches)
+def test_extraction_strength_is_the_share_that_greedy_decoding_gives_back(matched: list[bool]) -> None:
+    n = len(matched)
+    start = next((k for k in range(n) if all(matched[k:])), n - 1)
+    assert extraction_strength(matched) == pytest.approx(1 - start / n)
+    assert exact_memorization(matched) == sum(matched) / n
+    # What can be extracted is memorised.
+    assert extraction_strength(matched) <= exact_memorization(matched) or not matched[-1]
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=9))
+def test_token_entropy_is_between_one_token_repeated_and_none_repeated(tokens: list[str]) -> None:
+    found = token_entropy(tokens)
+    assert 0 <= found <= 1 + 1e-12
+    if len(tokens) > 1:
+        assert (found == 0) == (len(set(tokens)) == 1)
+        assert (found == pytest.approx(1)) == (len(set(tokens)) == len(tokens))
+    else:
+        assert found == 0
+
+
+def test_token_entropy_of_a_text_worked_by_hand() -> None:
+    # Shares 1/2, 1/4, 1/4: 1.5 bits of 2.
+    assert token_entropy(["a", "b", "a", "c"]) == pytest.approx(0.75)
+
+
+def test_loops_and_silence_are_gibberish_and_sentences_are_not() -> None:
+    assert [is_fluent(text) for text in ("", "the the the the", "no idea no idea no idea no idea")] == [False] * 3
+    assert is_fluent("I don't know the answer to that.")
+
+
+# --- sets -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(probabilities, min_size=1, max_size=9))
+def test_the_harmonic_mean_is_scipys(values: list[float]) -> None:
+    assert harmonic_mean(values) == pytest.approx(hmean(values))
+    assert harmonic_mean([*values, 0.0]) == 0.0
+
+
+@given(st.floats(1e-3, 1e3))
+def test_forgetting_is_perfect_where_right_and_wrong_are_equally_likely(ratio: float) -> None:
+    assert closest_to_one(ratio) == pytest.approx(closest_to_one(1 / ratio), rel=1e-5)
+    assert closest_to_one(ratio) <= closest_to_one(1.0) == pytest.approx(1)
+    assert (truth_wins(ratio) > 0) == (ratio < 1)
+
+
+def test_forget_efficacy_of_a_model_that_knows_all_and_of_one_that_knows_nothing() -> None:
+    assert forget_efficacy(1, 1, 1) == 0
+    assert forget_efficacy(0, 0, 0, 0, 0) == 1
+
+
+def test_forget_quality_is_the_kolmogorov_smirnov_test_and_ignores_order_and_direction() -> None:
+    generator = np.random.default_rng(0)
+    one, other = generator.lognormal(0, 1, 40), generator.lognormal(1, 1, 40)
+    p, log10 = forget_quality(list(one), list(other))
+    assert p == ks_2samp(one, other).pvalue
+    assert log10 == pytest.approx(math.log10(p))
+    assert forget_quality(list(reversed(one)), list(other))[0] == p
+    # TOFU's own code takes right over wrong.
+    assert forget_quality(list(1 / one), list(1 / other))[0] == pytest.approx(p)
+    assert forget_quality(list(one), list(one)) == (1.0, 0.0)
+
+
+def test_forget_quality_has_a_logarithm_where_p_is_zero() -> None:
+    far = forget_quality([float(i) for i in range(4000)], [10_000.0 + i for i in range(4000)])
+    assert far[0] == 0.0
+    assert -400 < far[1] < -300
+
+
+def test_a_mean_of_nothing_is_absent() -> None:
+    assert mean([]) is None

@@ -1,0 +1,106 @@
+"""How an answer follows its question in what a model scores: the text between them, the end of the turn, the tokens.
+
+TOFU's numbers depend on it: which tokens are scored, and over how many the log-likelihood is averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UniEraseError
+from ..locate_then_edit.positions import has_chat_template
+
+#: Stands for an answer where the end of a turn is looked up; in no template.
+MARK = "unlearning"
+
+
+class Context(str):
+    """A prompt whose end is left to it. lm-eval moves white space at a prompt's end to the scored part, by `rstrip`;
+    a chat template's last line break would be scored as if it were the answer's.
+    """
+
+    __slots__ = ()
+
+    def rstrip(self, characters: str | None = None, /) -> str:
+        return self
+
+
+class Watched(str):
+    """A scored text for which a model that can tells of every token whether it is the most likely one."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """Turns answers into what is scored after a prompt, and counts its tokens as lm-eval does."""
+
+    #: What stands between a prompt and an answer.
+    before: str
+    #: What ends an answer: the template's end of a turn, and the end token where that is not its last one.
+    after: str
+    encode: Callable[[str], list[int]]
+    tokenize: Callable[[str], list[str]]
+
+    def scored(self, answer: str) -> str:
+        return f"{self.before}{answer}{self.after}"
+
+    def tokens(self, context: str, scored: str) -> int:
+        """How many tokens `scored` adds to those of `context`; a token that spans both counts to the context."""
+        return len(self.encode(context + scored)) - len(self.encode(context))
+
+
+def answer_form(model: Any, tokenizer: Any, chat: bool, end_counts: bool = True) -> AnswerForm:
+    """The form of answers for a tokenizer.
+
+    model: lm-eval's model where there is one at hand, whose own encoding then counts; `chat`: whether prompts come
+    from the tokenizer's chat template; `end_counts`: whether the end of the answer is scored too, as TOFU does.
+    Raises UniEraseError where a chat template is wanted and there is none.
+    """
+    encode = getattr(model, "tok_encode", None) or (lambda text: tokenizer(text)["input_ids"])
+    after = ""
+    if end_counts:
+        after = end_of_turn(tokenizer) if chat else ""
+        end = tokenizer.eos_token or ""
+        after += "" if after.endswith(end) else end
+    return AnswerForm("" if chat else " ", after, encode, tokenizer.tokenize)
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """What a chat template writes after an answer, such as `<|im_end|>` and a line break."""
+    if not has_chat_template(tokenizer):
+        raise UniEraseError(
+            f"The tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template. Leave "
+            "--apply_chat_template out (with `unierase eval`: --apply_chat_template false) to ask in plain text."
+        )
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False))
+    if MARK not in text:
+        raise UniEraseError("The chat template leaves the assistant's answer out, so no answer can be scored in it.")
+    return text.rpartition(MARK)[2]
+
+
+def named_tokenizer(settings: Mapping[str, Any]) -> Any:
+    """The tokenizer that lm-eval's model arguments name, which it hands to tasks: `tokenizer`, else `pretrained`.
+
+    Raises UniEraseError where none is named or it cannot be loaded.
+    """
+    name = settings.get("tokenizer") or settings.get("pretrained")
+    if not isinstance(name, str):
+        raise UniEraseError(
+            "The answers' tokens cannot be counted, since no tokenizer is named. Give its folder or hub id: "
+            """--metadata '{"tokenizer": "DIR"}'."""
+        )
+    from transformers import AutoTokenizer
+
+    options = {key: settings[key] for key in ("revision", "trust_remote_code", "subfolder") if settings.get(key)}
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:
+        # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
+        raise UniEraseError(
+            f"The tokenizer {name!r} cannot be loaded, and without it the answers' tokens cannot be counted. Give a "
+            f'folder or hub id that holds one: --metadata \'{{"tokenizer": "DIR"}}\' ({error}).'
+        ) from error

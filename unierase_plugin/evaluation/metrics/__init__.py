@@ -1,0 +1,31 @@
+"""Metrics of forgetting and keeping: pure functions of texts and numbers. No model, no tokenizer, no file in sight."""
+
+from .aggregates import closest_to_one, forget_efficacy, forget_quality, harmonic_mean, mean, truth_wins
+from .probability import (
+    answer_probability,
+    exact_memorization,
+    extraction_strength,
+    probability_among,
+    truth_ratio,
+)
+from .text import answered, is_fluent, reads_as_idk, rouge_l_recall, token_entropy, words
+
+__all__ = [
+    "answer_probability",
+    "answered",
+    "closest_to_one",
+    "exact_memorization",
+    "extraction_strength",
+    "forget_efficacy",
+    "forget_quality",
+    "harmonic_mean",
+    "is_fluent",
+    "mean",
+    "probability_among",
+    "reads_as_idk",
+    "rouge_l_recall",
+    "token_entropy",
+    "truth_ratio",
+    "truth_wins",
+    "words",
+]
