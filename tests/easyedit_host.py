@@ -1,4 +1,4 @@
-"""Makes an EasyEdit checkout importable in a test or a benchmark, with empty modules for what it imports and we never call.
+"""Makes an EasyEdit checkout importable in a test or a benchmark, with empty modules for what it needs only at import.
 
 EasyEdit has no packaging of its own, and `import easyeditor` pulls in some twenty packages for pictures, agents and
 steering, of which editing text needs none. The folder of the checkout is taken from `UNIERASE_EASYEDIT_DIR`.
@@ -26,7 +26,7 @@ UNNEEDED = frozenset({
 })  # fmt: skip
 
 
-class EasyEditUnavailable(Exception):
+class EasyEditUnavailable(Exception):  # noqa: N818 (it says why a test is skipped)
     """There is no checkout to import; the message says what to set."""
 
 
@@ -79,7 +79,7 @@ class _Anything(type):
 
 
 class _Absent(metaclass=_Anything):
-    """Stands for any class or function of a package that is not there; as a decorator it hands back what it is given."""
+    """Stands for any class or function of an absent package; as a decorator it hands back what it is given."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -4,21 +4,23 @@
     export UNIERASE_EASYEDIT_DIR=.../EasyEdit       # a checkout of its main branch; no packaging of it is needed
     python tests/benchmarks/against_easyedit.py --model DIR --out results [--quick] [PIECE ...]
 
-Pieces, in order: statistics, values, keys, solve, whole, slope, table. Each writes results/<piece>.json when it ends, so
-that they can be run one by one; `table` prints all that is there and writes table.md. Both sides run in one process on
-two threads, but for `whole`, where each edit has a process of its own, whose peak memory is read at its end. EasyEdit is
-driven through its own functions; its data set is replaced from outside by local texts.
+Pieces, in order: statistics, values, keys, solve, whole, slope, table. Each writes results/<piece>.json when it ends,
+so that they can be run one by one; `table` prints all that is there and writes table.md. Both sides run in one process
+on two threads, but for `whole`, where each edit has a process of its own, whose peak memory is read at its end.
+EasyEdit is driven through its own functions; its data set is replaced from outside by local texts.
 
 What both sides aim at is a plain sentence (" I don't know."), not an unlearning token. EasyEdit minimises the mean
-negative log-likelihood of the target's T tokens. Our values take a first token and what follows it, the latter as a mean
-with a weight: with weight T - 1 the sum is T times theirs, so the KL factor, the weight decay and the stopping loss are
-multiplied by T, which leaves the objective the same. What differs: EasyEdit stops on the whole loss, we on the likelihood
-alone; its learning rate is absolute, ours is in units of each state's root mean square and is converted by the mean over
-the requests; Adam's epsilon; EasyEdit takes the mean of the bare prompt and of the mean over contexts as a request's
-key, we the mean over all. Twenty steps are 20 passes and 19 updates on both sides.
+negative log-likelihood of the target's T tokens. Our values take a first token and what follows it, the latter as a
+mean with a weight: with weight T - 1 the sum is T times theirs, so the KL factor, the weight decay and the stopping
+loss are multiplied by T, which leaves the objective the same. What differs: EasyEdit stops on the whole loss, we on the
+likelihood alone; its learning rate is absolute, ours is in units of each state's root mean square and is converted by
+the mean over the requests; Adam's epsilon; EasyEdit takes the mean of the bare prompt and of the mean over contexts as
+a request's key, we the mean over all. Twenty steps are 20 passes and 19 updates on both sides.
 
-EasyEdit's values take long, so they are measured on the first --their-values requests, and the table says where a total
-is extrapolated from them. AlphaEdit and MEMIT share one computation of values.
+Every time is taken twice: by the clock, and in seconds of both processors, which other work on the machine disturbs
+less (EasyEdit reads its corpus in processes of their own, whose seconds are not counted). EasyEdit's values take long,
+so they are measured on the first --their-values requests, and the table says where a total is extrapolated from them.
+AlphaEdit and MEMIT share one computation of values.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,8 +64,9 @@ from unierase_plugin.locate_then_edit.positions import PLAIN_FORM, Prompt, locat
 from unierase_plugin.locate_then_edit.solve import Solver
 from unierase_plugin.locate_then_edit.statistics import second_moments
 from unierase_plugin.locate_then_edit.targets import context_texts
-from unierase_plugin.locate_then_edit.trace import run_blocks, pad
+from unierase_plugin.locate_then_edit.trace import pad, run_blocks
 from unierase_plugin.locate_then_edit.values import Values, ValueTarget, optimise_values
+from unierase_plugin.pipeline import fitting_tokens
 from unierase_plugin.resources import demo_facts
 
 LAYERS = (4, 5, 6, 7, 8)
@@ -77,6 +81,8 @@ PIECES = ("statistics", "values", "keys", "solve", "whole", "slope", "table")
 EDITS = {"ridge": "MEMIT", "null_space": "AlphaEdit"}
 
 Facts = list[dict[str, Any]]
+#: By the clock, and of all processors.
+Seconds = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +142,7 @@ class Ours:
         self.contexts = ("", *contexts)
         self.arch = find_architecture(model)
         self.pad_id = pad_token_id(model, tokenizer)
-        self.max_tokens = 4096
+        self.max_tokens = fitting_tokens(model)
         self.target: list[int] = tokenizer.encode(target, add_special_tokens=False)
         length = len(self.target)
         values: dict[str, Any] = {
@@ -185,22 +191,21 @@ class Ours:
         stream = KeyStream(self.arch, [self.prompts(f) for f in facts], LAYERS, self.max_tokens, self.pad_id)
         return {layer: stream.advance(layer) for layer in LAYERS}
 
-    def solver(self, kind: str, moment: Tensor) -> Solver:
+    def solver(self, kind: str, moment: Tensor, largest: float) -> Solver:
         """EasyEdit's threshold is absolute, ours a share of the largest eigenvalue."""
-        changes: dict[str, Any] = {"solver": kind}
-        if kind == "null_space":
-            changes["nullspace_threshold"] = threshold_share(moment)
-        return make_solver(self.hparams.replace(**changes), moment, None)
+        settings = self.hparams.replace(solver=kind, nullspace_threshold=THRESHOLD / largest)
+        return make_solver(settings, moment, None)
 
     def edit(self, facts: Facts, kind: str, moments: dict[int, Tensor], values: Values) -> None:
-        solvers = {layer: self.solver(kind, moments[layer]) for layer in LAYERS}
+        solvers = {layer: self.solver(kind, moments[layer], largest(moments[layer])) for layer in LAYERS}
         prompts = [self.prompts(fact) for fact in facts]
         made = compute_edit(self.arch, prompts, values, solvers, max_tokens=self.max_tokens, pad_id=self.pad_id)
         apply_edit(self.arch, made)
 
 
-def threshold_share(moment: Tensor) -> float:
-    return THRESHOLD / float(torch.linalg.matrix_norm(moment.double(), 2))
+def largest(moment: Tensor) -> float:
+    """The largest eigenvalue."""
+    return float(torch.linalg.eigvalsh(moment.double())[-1])
 
 
 # --- EasyEdit's -------------------------------------------------------------------------------------------------------
@@ -384,15 +389,28 @@ def ticker(name: str) -> Callable[[float], None]:
     return tell
 
 
-def timed(name: str, call: Callable[[], Any], repeats: int = 1) -> tuple[Any, float]:
+def timed(name: str, call: Callable[[], Any], repeats: int = 1) -> tuple[Any, Seconds]:
     """(result, median seconds)."""
-    seconds = []
+    clock, processor = [], []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         result = call()
-        seconds.append(time.perf_counter() - start)
-    print(f"  {name}: {statistics.median(seconds):.3f} s", flush=True)
-    return result, statistics.median(seconds)
+        clock.append(time.perf_counter() - start)
+        processor.append(time.process_time() - used)
+    seconds = {"clock": statistics.median(clock), "cpu": statistics.median(processor)}
+    print(f"  {name}: {seconds['clock']:.4g} s by the clock, {seconds['cpu']:.4g} s of processors", flush=True)
+    return result, seconds
+
+
+def scaled(seconds: Seconds, factor: float) -> Seconds:
+    return {name: value * factor for name, value in seconds.items()}
+
+
+def summed(parts: Iterable[Seconds]) -> Seconds:
+    total = {"clock": 0.0, "cpu": 0.0}
+    for part in parts:
+        total = {name: value + part[name] for name, value in total.items()}
+    return total
 
 
 def relative(ours: Tensor, wanted: Tensor) -> float:
@@ -411,7 +429,6 @@ def run_statistics(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
         "tokens": sum(len(tokenizer(text)["input_ids"]) for text in texts), "texts": len(texts),
         "ours": our_seconds, "theirs": their_seconds,
         "difference": max(relative(got[layer], wanted[layer]) for layer in LAYERS),
-        "condition": {layer: float(torch.linalg.cond(got[layer].double())) for layer in LAYERS},
     }  # fmt: skip
 
 
@@ -433,14 +450,14 @@ def run_values(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
         if not note.is_file():
             (z, passes, probability), seconds = timed(f"EasyEdit's value {index}", lambda r=request: theirs.value(r))
             numpy.savez(path, v_star=z.numpy())
-            note.write_text(json.dumps({"seconds": seconds, "passes": passes, "probability": probability}))
+            note.write_text(json.dumps({**seconds, "passes": passes, "probability": probability}))
         result["theirs"][index] = json.loads(note.read_text())
         wanted[index] = torch.from_numpy(numpy.load(path)["v_star"])
     theirs.close()
     for n in options.requests:
         values, seconds = timed(f"our values of {n}", lambda n=n: ours.values(setup.facts(n)))
         result["ours"][n] = {
-            "seconds": seconds, "steps": float(values.steps.float().mean()),
+            **seconds, "steps": float(values.steps.float().mean()),
             "probability": float((-values.nll / len(ours.target)).exp().mean()),
         }  # fmt: skip
         if n == options.requests[0]:
@@ -482,12 +499,12 @@ def run_keys(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
             wanted, seconds = timed(
                 f"{EDITS[kind]}'s keys of {n}", lambda f=facts, b=layers, t=theirs: t.keys(t.requests(f), b)
             )
-            result.setdefault(str(n), {})[kind] = seconds * len(LAYERS) / len(layers)
+            result.setdefault(str(n), {})[kind] = scaled(seconds, len(LAYERS) / len(layers))
             if whole and kind == "ridge":
                 torch.save({"keys": {k: v[0] for k, v in wanted.items()}, "states": wanted[LAYERS[-1]][1]},
                            setup.out / "keys.pt")  # fmt: skip
                 # With all templates in one list its mean is ours.
-                with replaced(theirs.main, CONTEXT_TEMPLATES_CACHE=[sum(theirs.contexts, [])]):
+                with replaced(theirs.main, CONTEXT_TEMPLATES_CACHE=[list(chain(*theirs.contexts))]):
                     flat = theirs.keys(theirs.requests(facts), LAYERS[-1:])[LAYERS[-1]]
         theirs.close()
     for n in options.requests:
@@ -512,8 +529,9 @@ def run_solve(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
     """Given K, Z, C: first the requests' own, then as many keys of corpus tokens as asked for."""
     model, tokenizer = setup.load()
     moments: dict[int, Tensor] = torch.load(setup.out / "moments.pt")
+    tops = {layer: largest(moments[layer]) for layer in LAYERS}
     ours = Ours(setup, model, tokenizer, ())
-    result: dict[str, Any] = {"factorise": {}, "solve": {}, "same": {}}
+    result: dict[str, Any] = {"factorise": {}, "condition": {}, "solve": {}, "same": {}}
     noise = torch.Generator().manual_seed(1)
     for kind in EDITS:
         theirs = Theirs(setup, kind, model, tokenizer, ())
@@ -521,8 +539,9 @@ def run_solve(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
         if kind == "null_space":
             projections, seconds = timed("AlphaEdit's projections", lambda t=theirs: t.projections(moments), 2)
             result["projection"] = {"theirs": seconds, "free": [int(p.diagonal().sum().round()) for p in projections]}
-        solvers, seconds = timed(f"our factorisation, {kind}", lambda k=kind: factorised(ours, k, moments), 3)
+        solvers, seconds = timed(f"our factorisation, {kind}", lambda k=kind: factorised(ours, k, moments, tops), 3)
         result["factorise"][kind] = seconds
+        result["condition"][kind] = [solvers[layer].condition() for layer in LAYERS]
         saved, own = torch.load(setup.out / "keys.pt"), torch.load(setup.out / "values.pt").T
         wanted = theirs.algebra(saved["keys"], saved["states"], own, moments, projections)
         got = dense(solvers, saved["keys"], own - saved["states"])
@@ -545,8 +564,8 @@ def run_solve(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def factorised(ours: Ours, kind: str, moments: dict[int, Tensor]) -> dict[int, Solver]:
-    return {layer: ours.solver(kind, moments[layer]) for layer in LAYERS}
+def factorised(ours: Ours, kind: str, moments: dict[int, Tensor], tops: dict[int, float]) -> dict[int, Solver]:
+    return {layer: ours.solver(kind, moments[layer], tops[layer]) for layer in LAYERS}
 
 
 def dense(solvers: dict[int, Solver], keys: dict[int, Tensor], residual: Tensor) -> dict[int, Tensor]:
@@ -568,7 +587,7 @@ def exact(
         if kind == "ridge":
             out[layer] = reference.ridge(keys[layer], share, LAMBDA * moment)
         else:
-            out[layer] = reference.null_space(keys[layer], share, moment, threshold_share(moments[layer]), RHO)
+            out[layer] = reference.null_space(keys[layer], share, moment, THRESHOLD / largest(moment), RHO)
     return out
 
 
@@ -588,39 +607,35 @@ def run_one(setup: Setup, options: argparse.Namespace) -> None:
     facts = setup.facts(n)
     model, tokenizer = setup.load()
     contexts = setup.contexts(model, tokenizer)
-    before = quality(setup, model, tokenizer, facts)["retain"] if options.quality else {}
-    phases: dict[str, float] = {}
+    before = quality(setup, model, tokenizer, facts)["retain"]
+    phases: dict[str, Seconds] = {}
     engine: Any = (Ours if side == "ours" else Theirs)(setup, *(() if side == "ours" else (kind,)), model, tokenizer,
                                                        contexts)  # fmt: skip
     floor = peak_bytes()
-    start = time.perf_counter()
     if side == "ours":
         moments, phases["statistics"] = timed("statistics", lambda: engine.statistics(setup.texts(tokenizer)))
         values, phases["values"] = timed("values", lambda: engine.values(facts))
         _, phases["keys and solve"] = timed("keys and solve", lambda: engine.edit(facts, kind, moments, values))
     else:
         folder, phases["values, computed before"] = earlier_values(setup, engine.work, n)
-        engine.apply(facts, folder)
-    seconds = time.perf_counter() - start + phases.get("values, computed before", 0.0)
-    peak = peak_bytes()
-    result = {"n": n, "seconds": seconds, "phases": phases, "peak_bytes": peak, "before_edit_bytes": floor}
-    if options.quality:
-        result["quality"] = {**quality(setup, model, tokenizer, facts), "retain_before": before}
+        _, phases["the rest"] = timed("the rest", lambda: engine.apply(facts, folder))
+    result = {"n": n, **summed(phases.values()), "phases": phases, "peak_bytes": peak_bytes(), "before_bytes": floor}
+    result["quality"] = {**quality(setup, model, tokenizer, facts), "retain_before": before}
     if side == "theirs":
         engine.close()
     (setup.out / f"one-{options.one}.json").write_text(json.dumps(result, indent=1))
 
 
-def earlier_values(setup: Setup, work: Path, n: int) -> tuple[Path, float]:
+def earlier_values(setup: Setup, work: Path, n: int) -> tuple[Path, Seconds]:
     """A folder with EasyEdit's values of an earlier piece, the first left out so that this process computes one."""
-    folder, seconds = work / "values", 0.0
+    folder, seconds = work / "values", []
     folder.mkdir()
     for index in range(1, n):
-        source, note = Path(z_template(z_folder(setup)).format(LAYERS[-1], CLAMP, index)), f"{index}.json"
+        source = Path(z_template(z_folder(setup)).format(LAYERS[-1], CLAMP, index))
         if source.is_file():
             shutil.copy(source, folder)
-            seconds += json.loads((z_folder(setup) / note).read_text())["seconds"]
-    return folder, seconds
+            seconds.append(json.loads((z_folder(setup) / f"{index}.json").read_text()))
+    return folder, summed(seconds)
 
 
 def peak_bytes() -> int:
@@ -629,7 +644,7 @@ def peak_bytes() -> int:
 
 @torch.no_grad()
 def quality(setup: Setup, model: Any, tokenizer: Any, facts: Facts) -> dict[str, Any]:
-    """Of the requests: p(target), the geometric mean over its tokens, and what is generated; of other facts: answers."""
+    """Of the requests p(target), the geometric mean over its tokens, and what is generated; of other facts, answers."""
     target = tokenizer.encode(TARGET, add_special_tokens=False)
     chances = []
     for fact in facts:
@@ -665,7 +680,7 @@ def run_slope(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
     few = dataclasses.replace(setup, steps=options.slope_steps)
     ours = Ours(few, model, tokenizer, setup.contexts(model, tokenizer))
     moments = torch.load(setup.out / "moments.pt")
-    solvers = factorised(ours, "ridge", moments)
+    solvers = {layer: ours.solver("ridge", moments[layer], 1.0) for layer in LAYERS}
     result: dict[str, Any] = {"passes": options.slope_steps, "n": {}}
     for n in options.slope:
         values, value_seconds = timed(f"values of {n}", lambda n=n: ours.values(facts[:n]))
@@ -685,17 +700,21 @@ def read(setup: Setup, piece: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def ratio_row(what: str, theirs: float, ours: float, target: str, note: str = "") -> str:
-    def shown(seconds: float) -> str:
-        return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+def ratio_row(what: str, theirs: Seconds, ours: Seconds, target: str, note: str = "") -> str:
+    ratios = [f"{theirs[name] / ours[name]:.1f}" for name in ("clock", "cpu")]
+    cells = [what, shown(theirs["clock"]), shown(ours["clock"]), *ratios, target, note]
+    return "| " + " | ".join(cells) + " |"
 
-    return f"| {what} | {shown(theirs)} | {shown(ours)} | {theirs / ours:.1f} | {target} | {note} |"
+
+def shown(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def run_table(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
-    rows = ["| what | EasyEdit | ours | times faster | target | |", "|---|---|---|---|---|---|"]
+    columns = ("what", "EasyEdit", "ours", "times faster", "by processor seconds", "target", "")
+    rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     rows += value_rows(read(setup, "values")) + phase_rows(read(setup, "statistics"), read(setup, "keys"))
-    rows += solve_rows(read(setup, "solve")) + whole_rows(read(setup, "whole"), read(setup, "slope"))
+    rows += solve_rows(read(setup, "solve")) + whole_rows(read(setup, "whole")) + slope_rows(read(setup, "slope"))
     text = "\n".join(rows)
     print(text)
     (setup.out / "table.md").write_text(text + "\n", encoding="utf-8")
@@ -705,13 +724,15 @@ def run_table(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
 def value_rows(got: dict[str, Any]) -> list[str]:
     if not got:
         return []
-    each = [one["seconds"] for one in got["theirs"].values()]
+    each = list(got["theirs"].values())
+    passes = statistics.mean(one["passes"] for one in each)
     rows = []
     for n, ours in got["ours"].items():
-        passes = statistics.mean(one["passes"] for one in got["theirs"].values())
-        note = f"{passes:.1f} passes a request against {ours['steps'] + 1:.1f}; "
+        # The same requests for both where EasyEdit's are known, else as many times its mean.
+        theirs = scaled(summed(each[: int(n)]), int(n) / min(int(n), len(each)))
+        note = f"passes a request {passes:.1f} and {ours['steps'] + 1:.1f}; "
         note += "all measured" if len(each) >= int(n) else f"EasyEdit's extrapolated from {len(each)} requests"
-        rows.append(ratio_row(f"values, {n} requests", statistics.mean(each) * int(n), ours["seconds"], "8", note))
+        rows.append(ratio_row(f"values, {n} requests", theirs, ours, "8", note))
     return rows
 
 
@@ -722,7 +743,7 @@ def phase_rows(moments: dict[str, Any], keys: dict[str, Any]) -> list[str]:
         rows.append(ratio_row("statistics, 5 blocks", moments["theirs"], moments["ours"], "8", note))
     for index, (n, one) in enumerate((key, value) for key, value in keys.items() if key != "difference"):
         for kind, name in EDITS.items():
-            note = "" if index == 0 else "EasyEdit's: one block times five"
+            note = f"K differs by {keys['difference']:.1e}" if index == 0 else "EasyEdit's: one block times five"
             rows.append(ratio_row(f"keys, 5 blocks, {n} requests ({name})", one[kind], one["ours"], "6", note))
     return rows
 
@@ -730,44 +751,55 @@ def phase_rows(moments: dict[str, Any], keys: dict[str, Any]) -> list[str]:
 def solve_rows(got: dict[str, Any]) -> list[str]:
     if not got:
         return []
-    rows = [ratio_row("projection, 5 blocks", got["projection"]["theirs"], got["factorise"]["null_space"], "2",
-                      f"free directions {got['projection']['free']}")]  # fmt: skip
+    free = ", ".join(map(str, got["projection"]["free"]))
+    rows = [ratio_row("projection, 5 blocks (AlphaEdit)", got["projection"]["theirs"], got["factorise"]["null_space"],
+                      "2", f"free directions {free}")]  # fmt: skip
     for kind, name in EDITS.items():
         for (n, one), target in zip(got["solve"][kind].items(), ("50", "10", "3"), strict=False):
-            note = f"error {one['their_error']:.1e} against {one['our_error']:.1e}"
+            note = f"error {one['their_error']:.1e} and {one['our_error']:.1e}"
             rows.append(ratio_row(f"solve, 5 blocks, n = {n} ({name})", one["theirs"], one["ours"], target, note))
-        rows.append(f"| {name}'s edit given the same K, Z, C | | | | 1e-4 | differs by {got['same'][kind]:.1e} |")
-    rows.append(f"| our Cholesky factors, once | - | {got['factorise']['ridge']:.3g} s | | | |")
+        condition = max(got["condition"][kind])
+        rows.append(
+            f"| edit given the same K, Z, C ({name}) | | | | | 1e-4 | differs by {got['same'][kind]:.1e}; condition at "
+            f"most {condition:.1e} |"
+        )
+    rows.append(f"| our Cholesky factors, once | - | {shown(got['factorise']['ridge']['clock'])} | | | | |")
     return rows
 
 
-def whole_rows(got: dict[str, Any], slope: dict[str, Any]) -> list[str]:
+def whole_rows(got: dict[str, Any]) -> list[str]:
     rows = []
     for kind, name in EDITS.items():
-        ours, theirs = got.get(f"ours-{kind}"), got.get(f"theirs-{kind}")
-        if ours and theirs:
-            rows.append(ratio_row(f"whole edit, {ours['n']} requests ({name})", theirs["seconds"], ours["seconds"], "7"))
-            peaks = [one["peak_bytes"] / 2**30 for one in (theirs, ours)]
-            floors = [one["before_edit_bytes"] / 2**30 for one in (theirs, ours)]
-            rows.append(
-                f"| its peak memory | {peaks[0]:.2f} GiB | {peaks[1]:.2f} GiB | {peaks[0] / peaks[1]:.1f} | 2 "
-                f"| before the edit {floors[0]:.2f} and {floors[1]:.2f} |"
-            )
-            rows += [quality_row(side, one["quality"]) for side, one in (("EasyEdit", theirs), ("ours", ours))
-                     if "quality" in one]  # fmt: skip
-    sizes = slope.get("n", {})
-    for n, one in sizes.items():
-        total = sum(one.values())
-        rows.append(f"| ours, {n} requests, {slope['passes']} passes | - | {total:.3g} s | | linear "
-                    f"| {1000 * total / int(n):.0f} ms a request |")  # fmt: skip
+        pair = [got.get(f"{side}-{kind}") for side in ("theirs", "ours")]
+        if not all(pair):
+            continue
+        theirs, ours = pair
+        rows.append(ratio_row(f"whole edit, {ours['n']} requests ({name})", theirs, ours, "7"))
+        peaks, floors = ([one[key] / 2**30 for one in pair] for key in ("peak_bytes", "before_bytes"))
+        rows.append(
+            f"| its peak memory | {peaks[0]:.2f} GiB | {peaks[1]:.2f} GiB | {peaks[0] / peaks[1]:.1f} less | | 2 "
+            f"| before the edit {floors[0]:.2f} and {floors[1]:.2f} |"
+        )
+        rows += [quality_row(side, one["quality"]) for side, one in (("EasyEdit", theirs), ("ours", ours))]
+    return rows
+
+
+def slope_rows(got: dict[str, Any]) -> list[str]:
+    rows = []
+    for n, one in got.get("n", {}).items():
+        total = summed(one.values())
+        rows.append(
+            f"| {n} requests, {got['passes']} passes | - | {shown(total['clock'])} | | | linear "
+            f"| {1000 * total['clock'] / int(n):.0f} ms a request, {1000 * total['cpu'] / int(n):.0f} of processors |"
+        )
     return rows
 
 
 def quality_row(side: str, one: dict[str, Any]) -> str:
     retain, before = one["retain"], one["retain_before"]
     return (
-        f"| quality, {side} | | | | no worse | p(target) {one['p_target']:.3f}; declined {one['declined']} and answered "
-        f"{one['still_answered']} of {one['n']}; of {retain['n']} others answered {before['answered']} → "
+        f"| quality, {side} | | | | | no worse | p(target) {one['p_target']:.3f}; declined {one['declined']} and "
+        f"answered {one['still_answered']} of {one['n']}; of {retain['n']} others answered {before['answered']} → "
         f"{retain['answered']}, declined {before['declined']} → {retain['declined']} |"
     )
 
@@ -793,7 +825,6 @@ def arguments() -> argparse.Namespace:
     options.solve_requests = [20] if quick else [20, 100, 400]
     options.slope, options.slope_steps = ([4, 8], 2) if quick else ([20, 100, 400], 3)
     options.their_values = min(options.their_values, 2) if quick else options.their_values
-    options.quality = True
     options.passed = [word for word in sys.argv[1:] if word not in PIECES]
     return options
 
