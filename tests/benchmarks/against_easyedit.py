@@ -6,7 +6,7 @@
 
 Pieces, in order: statistics, values, keys, solve, whole, slope, table. Each writes results/<piece>.json when it ends,
 so that they can be run one by one; `table` prints all that is there and writes table.md. Both sides run in one process
-on two threads, but for `whole`, where each edit has a process of its own, whose peak memory is read at its end.
+on as many threads, but for `whole`, where each edit has a process of its own, whose peak memory is read at its end.
 EasyEdit is driven through its own functions; its data set is replaced from outside by local texts.
 
 What both sides aim at is a plain sentence (" I don't know."), not an unlearning token. EasyEdit minimises the mean
@@ -17,7 +17,7 @@ likelihood alone; its learning rate is absolute, ours is in units of each state'
 the mean over the requests; Adam's epsilon; EasyEdit takes the mean of the bare prompt and of the mean over contexts as
 a request's key, we the mean over all. Twenty steps are 20 passes and 19 updates on both sides.
 
-Every time is taken twice: by the clock, and in seconds of both processors, which other work on the machine disturbs
+Every time is taken twice: by the clock, and in seconds of all processors, which other work on the machine disturbs
 less (EasyEdit reads its corpus in processes of their own, whose seconds are not counted). EasyEdit's values take long,
 so they are measured on the first --their-values requests, and the table says where a total is extrapolated from them.
 AlphaEdit and MEMIT share one computation of values.
@@ -94,9 +94,10 @@ class Setup:
     steps: int
     corpus_tokens: int
     many: str
+    threads: int = 2
 
     def load(self) -> tuple[Any, Any]:
-        torch.set_num_threads(2)
+        torch.set_num_threads(self.threads)
         torch.manual_seed(0)
         model, tokenizer = load(self.model, "cpu", "float32")
         model.eval().requires_grad_(False)
@@ -814,6 +815,7 @@ def arguments() -> argparse.Namespace:
     tofu = os.environ.get("UNIERASE_TOFU_DIR")
     many = str(Path(tofu) / "forget10_subject.json") if tofu else ""
     parser.add_argument("--many", default=many, help="JSON lines with question and subject, for `slope`")
+    parser.add_argument("--threads", type=int, default=2, help="of either side; one where the machine is shared")
     parser.add_argument("--whole", nargs="*", help="edits of `whole`, such as ours-ridge theirs-null_space; all")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -833,9 +835,8 @@ def main() -> None:
     options = arguments()
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
-    setup = Setup(
-        options.model, options.out, 3 if options.quick else 20, 2000 if options.quick else 28000, options.many
-    )
+    steps, tokens = (3, 2000) if options.quick else (20, 28000)
+    setup = Setup(options.model, options.out, steps, tokens, options.many, options.threads)
     if options.one:
         run_one(setup, options)
         return
