@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from scipy.stats import ks_2samp
 from tiny import tiny_model, tiny_tokenizer
 
-from unierase_plugin.errors import UniEraseError
+from unierase_plugin.errors import DependencyError, UniEraseError
 from unierase_plugin.evaluation.lm_eval_cli import run_lm_eval, tasks_folder
 from unierase_plugin.evaluation.reference import read_reference
 
@@ -482,6 +483,33 @@ def test_to_forget_the_answer_is_the_premise_to_keep_the_truth_is() -> None:
     models = SemanticModels(entailment=lambda *pair: {"entailment": float(pair == ("said", "meant")), "neutral": 0.5})
     found = [models.measure("said", "meant", 1.0, generated_first=first)["entailment"] for first in (True, False)]
     assert found == [1.0, 0.0]
+
+
+def test_cosine_similarity_is_that_of_the_embeddings(tmp_path: Path) -> None:
+    package = pytest.importorskip("sentence_transformers")
+    from sentence_transformers import models
+    from transformers import BertConfig, BertModel
+
+    from unierase_plugin.evaluation.semantic import load_semantic_models
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=260, **sizes)).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    modules = [models.Transformer(str(tmp_path / "bert")), models.Pooling(16)]
+    package.SentenceTransformer(modules=modules).save(str(tmp_path / "embedder"))
+    found = load_semantic_models({"cosine": str(tmp_path / "embedder")})
+    same, other = (found.measure("a text", text, 1.0, generated_first=True) for text in ("a text", "zzz"))
+    one, two = package.SentenceTransformer(str(tmp_path / "embedder")).encode(["a text", "zzz"], convert_to_tensor=True)
+    assert same == {"cosine_similarity": pytest.approx(1)}
+    assert other == {"cosine_similarity": pytest.approx(torch.cosine_similarity(one, two, dim=0).item(), abs=1e-5)}
+
+
+def test_without_the_package_cosine_similarity_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unierase_plugin.evaluation.semantic import load_semantic_models
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(DependencyError, match=r'pip install "unierase-plugin\[semantic\]"'):
+        load_semantic_models({"cosine": "any"})
 
 
 def test_with_both_models_the_composites_have_all_their_parts(
