@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..architecture import Architecture, find_architecture
@@ -76,7 +77,7 @@ class Audited:
     tokenizer: Any
     token_id: int | None = None
 
-    @property
+    @cached_property
     def arch(self) -> Architecture:
         return find_architecture(self.model)
 

@@ -18,17 +18,28 @@ def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
     The copy lies where the parameter does, since a GPU that holds the model twice is quicker than a bus.
     """
-    kept = [
-        (weight, weight.detach().clone(), weight.requires_grad) for weight in {id(p): p for p in parameters}.values()
-    ]
+    kept = [(weight, weight.detach().clone()) for weight in {id(each): each for each in parameters}.values()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for weight, copy, trained in kept:
+            for weight, copy in kept:
                 weight.copy_(copy)
-                weight.grad = None
-                weight.requires_grad_(trained)
+
+
+@contextmanager
+def trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gradients for the chosen parameters alone; afterwards the model asks for those it did before, and holds none."""
+    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for weight in chosen:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, trained in flags:
+            weight.grad = None
+            weight.requires_grad_(trained)
 
 
 def linear_maps(arch: Architecture) -> list[tuple[str, Any]]:

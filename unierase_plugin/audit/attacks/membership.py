@@ -16,7 +16,7 @@ from ...locate_then_edit.trace import pad, run_blocks
 from ..ask import answer_ids, ask
 from ..contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context, Fact
 from ..figures import auc
-from ..weights import restored
+from ..weights import trainable
 from .relearning import Row, row_losses
 
 #: Share of the least likely tokens that the min-k attacks look at (Shi et al. 2024).
@@ -103,10 +103,7 @@ def _gradient_scores(subject: Audited, context: Context, rows: Sequence[Row]) ->
     """Minus the length of the loss' gradient in the last block: members lie where the loss is flat."""
     weights = list(subject.arch.blocks[-1].parameters())
     out = []
-    with restored(subject.model.parameters()):
-        subject.model.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
+    with trainable(subject.model, weights):
         for index, row in enumerate(rows):
             grads = torch.autograd.grad(row_losses(subject, [row]).mean(), weights, allow_unused=True)
             out.append(-(float(sum(grad.float().square().sum() for grad in grads if grad is not None)) ** 0.5))

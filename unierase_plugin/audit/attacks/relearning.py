@@ -17,7 +17,7 @@ from ...resources import paragraphs
 from ...unlearning_token import end_id
 from ..ask import Ask, answer_ids, ask, part, tried
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
-from ..weights import linear_maps, restored
+from ..weights import linear_maps, restored, trainable
 
 #: Adam's step size. Factors start from zero and so need more.
 LEARNING_RATE, FACTOR_LEARNING_RATE = 5e-5, 1e-3
@@ -105,12 +105,10 @@ def _curve(
     draw = random.Random(context.seed)
     with ExitStack() as stack:
         weights = list(arm.trained(subject, context))
-        stack.enter_context(restored(subject.model.parameters()))
-        subject.model.requires_grad_(False)
+        stack.enter_context(restored(weights))
         if arm.factors:
             weights = stack.enter_context(_factors(subject, context.seed))
-        for weight in weights:
-            weight.requires_grad_(True)
+        stack.enter_context(trainable(subject.model, weights))
         optimiser = torch.optim.AdamW(weights, lr=arm.rate, weight_decay=0.0)
         done = 0
         for goal in steps:
@@ -173,8 +171,7 @@ def _adding(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]
 _COST = "a few training steps, one or three ways, with all answers after each number of steps"
 SOME_FORGOTTEN = Attack(
     "relearn-some", "relearning", "Half of the forgotten facts trained on, the other half asked.", _COST,
-    some_forgotten,    needs_reference=True,
-    unfit=lambda context: "" if len(context.facts) > 1 else "it needs two facts to forget at least",
+    some_forgotten,    unfit=lambda context: "" if len(context.facts) > 1 else "it needs two facts to forget at least",
 )  # fmt: skip
 KEPT_ONLY = Attack(
     "relearn-kept", "relearning", "Only kept facts trained on, the forgotten ones asked.", _COST, kept_only,
