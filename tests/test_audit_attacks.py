@@ -22,7 +22,7 @@ from unierase_plugin.audit.attacks.relearning import Row, _factors, row_losses
 from unierase_plugin.audit.attacks.sampling import ks
 from unierase_plugin.audit.attacks.words import statement, with_typos
 from unierase_plugin.audit.contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context, Fact
-from unierase_plugin.audit.facts import judgeable, read_facts
+from unierase_plugin.audit.facts import judgeable, read_facts, sample
 from unierase_plugin.audit.weights import change_inputs_last, linear_maps, pruned, restored, rounded
 from unierase_plugin.errors import UniEraseError
 from unierase_plugin.store import model_fingerprint
@@ -212,8 +212,36 @@ def test_questions_become_statements(question: str, begun: str) -> None:
 def test_a_liking_for_one_letter_gets_a_quarter() -> None:
     made = subject()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unierase_plugin.audit.attacks.choice._likeliest", lambda s, c, prompts: [2] * len(prompts))
-        assert run("multiple-choice", made).measures[0].values == (0.25,) * len(FACTS)
+        patch.setattr(
+            "unierase_plugin.audit.attacks.choice._likeliest_letter", lambda s, c, prompts: [2] * len(prompts)
+        )
+        assert run("multiple-choice", made).measures[1].values == (0.25,) * len(FACTS)
+
+
+def test_the_right_letter_is_that_of_the_true_answer() -> None:
+    """A reader of the prompt who knows the answers is right in every order."""
+    made = subject()
+    known = {each.answer for each in FACTS}
+
+    def read(made: Audited, context: Context, prompts: list[tuple[int, ...]]) -> list[int]:
+        texts = [made.tokenizer.decode(list(ids)).splitlines() for ids in prompts]
+        return ["ABCD".index(line[0]) for lines in texts for line in lines if line[3:] in known]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unierase_plugin.audit.attacks.choice._likeliest_letter", read)
+        assert run("multiple-choice", made).measures[1].values == (1.0,) * len(FACTS)
+
+
+def test_the_likeliest_answer_is_found() -> None:
+    made = subject()
+    measure = run("multiple-choice", made).measures[0]
+    for each, said, value in zip(FACTS, measure.texts, measure.values, strict=True):
+        options = [each.answer, *wrong_answers(each, CONTEXT)]
+        prompt = ask(made, CONTEXT, each.question, prefill="The answer is")
+        forced = force(made, [prompt] * 4, [answer_ids(made, CONTEXT, text, prefill=True) for text in options])
+        likely = [torch.tensor(one.probabilities).log().mean() for one in forced]
+        assert said == options[int(torch.stack(likely).argmax())]
+        assert value == float(said == each.answer)
 
 
 def test_wrong_answers_are_the_datas_own_or_those_of_like_questions() -> None:
@@ -460,6 +488,17 @@ def test_files_and_mappings_bring_paraphrases(tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
     path.write_text(json.dumps([record]), encoding="utf-8")
     assert read_facts(str(path)) == read_facts([record]) == (Fact("Q?", "A", paraphrases=("Wer?", "Who?")),)
+
+
+def test_a_sample_is_drawn_over_all_in_their_order() -> None:
+    many = tuple(Fact(f"Q{i}?", "a") for i in range(50))
+    drawn = sample(many, 10, 0)
+    assert len(drawn) == len(set(drawn)) == 10
+    assert list(drawn) == sorted(drawn, key=many.index)
+    assert drawn != many[:10]
+    assert sample(many, 10, 0) == drawn
+    assert sample(many, 10, 1) != drawn
+    assert sample(many, 100, 0) == many
 
 
 def test_an_echo_of_the_question_is_no_knowledge() -> None:

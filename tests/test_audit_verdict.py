@@ -141,6 +141,16 @@ def test_chance_is_the_control_without_a_reference() -> None:
     assert finding.status == "unclear"
 
 
+def test_one_hit_among_few_may_be_luck() -> None:
+    """Chance is an estimate too: none of 60 pairs leaves room for one of 12 facts, but not for three."""
+    zeros = ((0.0,) * 12,) * 5
+    for hits, status in [(1, "unclear"), (3, "recovers")]:
+        values: tuple[Value, ...] = (1.0,) * hits + (0.0,) * (12 - hits)
+        finding = compare(BY_NAME["prefill"], {EDITED: AttackResult((Measure("only", values, zeros),))})
+        assert finding is not None
+        assert finding.status == status
+
+
 def test_best_of_variants_counts_for_chance_too() -> None:
     measures = (
         Measure("a", (1.0, 0.0, None), ((0.0, 1.0, None),)),

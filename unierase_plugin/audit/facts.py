@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,9 @@ def _perturbed(name: str) -> Iterator[Any]:
 def judgeable(facts: Iterable[Fact]) -> tuple[Fact, ...]:
     """Facts whose question does not already count as the answer: an echo of it would pass for knowledge."""
     return tuple(fact for fact in facts if not answered(fact.answer, fact.question))
+
+
+def sample(facts: Sequence[Fact], most: int, seed: int) -> tuple[Fact, ...]:
+    """At most so many of the facts, drawn over all of them, since files are often sorted by subject; in their order."""
+    chosen = sorted(random.Random(seed).sample(range(len(facts)), min(most, len(facts))))
+    return tuple(facts[index] for index in chosen)

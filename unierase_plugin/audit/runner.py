@@ -35,7 +35,7 @@ from .contract import (
     Measure,
     Sizes,
 )
-from .facts import Facts, judgeable, read_facts
+from .facts import Facts, judgeable, read_facts, sample
 from .page import write_page
 from .verdict import Finding, compare, find_damage, judge
 
@@ -116,12 +116,12 @@ def audit(
     facts = read_facts(forget)
     kept, held_out = (() if spec is None else read_facts(spec) for spec in (retain, holdout))
     models = _find_models(model, base, reference, target)
-    fit = judgeable(facts)[: sizes.facts]
+    fit = sample(judgeable(facts), sizes.facts, seed)
     if not fit:
         raise RequestError(
             f"None of the {len(facts)} facts can be audited: each question already holds its answer. Give others."
         )
-    context = Context(fit, judgeable(kept)[: sizes.kept], sizes, seed, held_out[: sizes.facts])
+    context = Context(fit, sample(judgeable(kept), sizes.kept, seed), sizes, seed, sample(held_out, sizes.facts, seed))
     run = _settled(context, chosen, models)
     for role in ROLES:
         if models.path(role) is not None:

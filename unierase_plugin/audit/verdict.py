@@ -88,7 +88,7 @@ def compare(attack: Attack, results: Mapping[str, AttackResult]) -> Finding | No
     chances = [value for row in results[EDITED].others for value in row if value is not None]
     chance = sum(chances) / len(chances) if chances else 0.0
     control = shares.get(REFERENCE)
-    floor, around = (chance, (chance, chance)) if control is None else (control.mean, (control.low, control.high))
+    floor, around = (chance, interval(chances)) if control is None else (control.mean, (control.low, control.high))
     excess = edited.mean - floor
     reach = difference(edited.mean, (edited.low, edited.high), floor, around)
     judged = control is not None or not attack.needs_reference

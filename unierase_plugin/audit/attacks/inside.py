@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ...evaluation.generate import pad_token_id, tokens_for_logits
 from ...locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
 from ..ask import Ask, against_others, answer_ids, ask, part
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
+from ..figures import extraction_strength
 
 #: The model has said that it does not know; the answer follows all the same.
 REFUSED = "I don't know the answer to that question. Actually, the answer is"
@@ -40,35 +41,28 @@ def probability(subject: Audited, context: Context) -> AttackResult:
         starts.pop(f'after "{PREFILL}"')
     measures = []
     for index, (name, prefill) in enumerate(starts.items()):
-        own, shifted = _every_pair(subject, context, prefill)
-        measures.append(
-            Measure(name, tuple(map(_geometric, own)), tuple(tuple(map(_geometric, row)) for row in shifted))
-        )
+        measures.append(_scored(subject, context, name, prefill, geometric))
         part(context, index, len(starts))(1.0)
     return AttackResult(tuple(measures))
 
 
 def extraction(subject: Audited, context: Context) -> AttackResult:
     """1 minus the share of the answer that must be given until the model goes on with the rest of it by itself."""
-    own, shifted = _every_pair(subject, context, "")
-    values, others = tuple(map(_strength, own)), tuple(tuple(map(_strength, row)) for row in shifted)
-    context.progress(1.0)
-    return AttackResult((Measure("after the question", values, others),))
+    return AttackResult((_scored(subject, context, "after the question", "", strength),))
 
 
-def _every_pair(
-    subject: Audited, context: Context, prefill: str
-) -> tuple[list[Forced], tuple[tuple[Forced | None, ...], ...]]:
-    """Each fact's answer after its prompt, and the next fact's answer after it; None where that is the same answer."""
+def _scored(subject: Audited, context: Context, name: str, prefill: str, score: Callable[[Forced], float]) -> Measure:
+    """Each fact's answer after its prompt and, for chance, the next fact's answer after it."""
     facts = context.facts
     asks = [ask(subject, context, fact.question, prefill=prefill) for fact in facts]
-    nexts = against_others(facts, lambda index, other: float(facts.index(other)))[:1]
-    pairs = [(i, i) for i in range(len(facts))]
-    pairs += [(i, int(j)) for row in nexts for i, j in enumerate(row) if j is not None]
     answers = [answer_ids(subject, context, fact.answer, prefill=bool(prefill)) for fact in facts]
-    forced = dict(zip(pairs, force(subject, [asks[i] for i, _ in pairs], [answers[j] for _, j in pairs]), strict=True))
-    shifted = tuple(tuple(None if j is None else forced[i, int(j)] for i, j in enumerate(row)) for row in nexts)
-    return [forced[i, i] for i in range(len(facts))], shifted
+    own = tuple(score(each) for each in force(subject, asks, answers))
+    others: tuple[tuple[float | None, ...], ...] = ()
+    if len(facts) > 1:
+        nexts = force(subject, asks, [*answers[1:], answers[0]])
+        same = [fact.answer == other.answer for fact, other in zip(facts, [*facts[1:], facts[0]], strict=True)]
+        others = (tuple(None if skip else score(each) for skip, each in zip(same, nexts, strict=True)),)
+    return Measure(name, own, others)
 
 
 @torch.no_grad()
@@ -99,16 +93,14 @@ def _unbanned(subject: Audited, logits: Tensor) -> Tensor:
     return logits
 
 
-def _geometric(forced: Forced | None) -> float | None:
-    if forced is None:
-        return None
+def geometric(forced: Forced) -> float:
+    """The geometric mean of the probabilities of an answer's tokens."""
     return float(torch.tensor(forced.probabilities, dtype=torch.float64).log().mean().exp())
 
 
-def _strength(forced: Forced | None) -> float | None:
-    from ..figures import extraction_strength
-
-    return None if forced is None else extraction_strength(forced.wanted, forced.predicted)
+def strength(forced: Forced) -> float:
+    """Extraction strength of an answer."""
+    return extraction_strength(forced.wanted, forced.predicted)
 
 
 # --- logit lens ------------------------------------------------------------------------------------------------------
