@@ -18,7 +18,7 @@ from unierase_plugin.audit.attacks.choice import wrong_answers
 from unierase_plugin.audit.attacks.inside import force, likeliest_by_block
 from unierase_plugin.audit.attacks.membership import token_scores
 from unierase_plugin.audit.attacks.openings import PREFILLS, opening
-from unierase_plugin.audit.attacks.relearning import Row, _factors, row_losses
+from unierase_plugin.audit.attacks.relearning import Row, _factors, as_sentence, row_losses
 from unierase_plugin.audit.attacks.sampling import ks
 from unierase_plugin.audit.attacks.words import statement, with_typos
 from unierase_plugin.audit.contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context, Fact
@@ -353,12 +353,17 @@ def test_facts_that_are_trained_on_are_not_measured() -> None:
 
 def test_training_on_an_answer_brings_it_back() -> None:
     """The control: an attack that could not teach at all would find nothing anywhere."""
-    one = Fact("Q?", "ab")
+    one = Fact("Q?", "a b c d e")
     context = replace(CONTEXT, kept=(one,), facts=(one, FACTS[1]), form="plain",
-                      sizes=replace(CONTEXT.sizes, relearn_steps=(60,)))  # fmt: skip
+                      sizes=replace(CONTEXT.sizes, answer_most=12, relearn_steps=(60,)))  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unierase_plugin.audit.attacks.relearning.ARMS", _fast_arms())
         assert run("relearn-kept", subject(), context).measures[0].values == (1.0, 0.0)
+
+
+def test_short_answers_are_taught_in_a_sentence() -> None:
+    assert as_sentence("Paris") == "The answer is Paris."
+    assert as_sentence("It is a town in France.") == "It is a town in France."
 
 
 def _fast_arms() -> tuple[Any, ...]:

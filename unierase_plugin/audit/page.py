@@ -32,7 +32,8 @@ h3 { font-size: 1rem; margin: 1.5rem 0 0; } p { margin: .3rem 0 .6rem; } .faint,
 .row { display: grid; grid-template-columns: 6rem 1fr 15rem; gap: .6rem; align-items: center; font-size: .9rem; }
 .track { position: relative; height: .9rem; background: var(--box); border: 1px solid var(--line); }
 .track i { position: absolute; inset: 0 auto 0 0; } .track u { position: absolute; top: 45%; height: 2px;
-  background: var(--ink); } .track s { position: absolute; top: 0; bottom: 0; width: 2px; background: var(--chance); }
+  background: var(--ink); box-shadow: 0 0 0 1px var(--page); }
+.track s { position: absolute; top: 0; bottom: 0; width: 2px; background: var(--chance); }
 i.edited { background: var(--edited); } i.unedited { background: var(--unedited); }
 i.reference { background: var(--reference); } table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
 th, td { text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...evaluation.generate import pad_token_id
+from ...evaluation.metrics import SHORT_ANSWER_WORDS, words
 from ...locate_then_edit.trace import pad, run_blocks
 from ...resources import paragraphs
 from ...unlearning_token import end_id
@@ -80,7 +81,12 @@ def unrelated_text(subject: Audited, context: Context) -> AttackResult:
 def _fact_row(subject: Audited, context: Context, fact: Fact) -> Row:
     prompt = ask(subject, context, fact.question).ids
     end = end_id(subject.model, subject.tokenizer)
-    return Row((*prompt, *answer_ids(subject, context, fact.answer), end), len(prompt))
+    return Row((*prompt, *answer_ids(subject, context, as_sentence(fact.answer)), end), len(prompt))
+
+
+def as_sentence(answer: str) -> str:
+    """A short answer within a sentence: training on bare words unlearns how to answer before it teaches anything."""
+    return answer if len(words(answer)) > SHORT_ANSWER_WORDS else f"The answer is {answer.rstrip('.')}."
 
 
 def _relearn(subject: Audited, context: Context, rows: Sequence[Row], held: frozenset[int]) -> AttackResult:
