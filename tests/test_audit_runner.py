@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,6 +149,15 @@ def test_another_audit_runs_again(folder: Path, tmp_path: Path, runs: Counter[st
     audited(folder, tmp_path / "out", attacks=("prefill",))
     audited(folder, tmp_path / "out", attacks=("prefill",), **change)
     assert runs["edited: prefill"] == 2
+
+
+def test_another_model_under_the_same_name_runs_again(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
+    for number, name in enumerate(("base", "reference", "reference"), start=1):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        shutil.copytree(folder / name, tmp_path / "model")
+        audit(tmp_path / "model", FORGET, base=folder / "base", sizes=SIZES, out=tmp_path / "out", attacks=("plain",))
+        assert runs["edited: plain"] == min(number, 2)
+    assert runs["unedited: plain"] == 1
 
 
 def test_a_stopped_audit_goes_on(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
