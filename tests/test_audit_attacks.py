@@ -122,6 +122,13 @@ def test_samples_differ_and_follow_the_seed() -> None:
     assert first.measures[0].texts != other.measures[0].texts
 
 
+def test_samples_come_from_all_of_the_vocabulary() -> None:
+    """At a temperature at which all 261 tokens are as likely, 400 samples show far more than 50 first ones."""
+    made = subject()
+    [said] = say(made, CONTEXT, [ask(made, CONTEXT, "Why?")], samples=400, temperature=1e4)
+    assert len({text[:1] for text in said}) > 90
+
+
 def test_outputs_are_judged_against_every_other_fact() -> None:
     """A model that says the same to everything: right once, and by chance as often as another's answer is that one."""
     made, said = subject(), "Wexbury"

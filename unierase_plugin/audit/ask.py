@@ -11,11 +11,11 @@ import torch
 from ..evaluation.generate import decode_answer, pad_token_id
 from ..evaluation.metrics import answered
 from ..locate_then_edit.positions import has_chat_template
-from ..locate_then_edit.trace import pad, token_batches
+from ..locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
 from .contract import Audited, Context, Fact, Measure, Value
 
-#: Padded tokens of a batch at most, generated ones included.
-BATCH_TOKENS = 8192
+#: Padded tokens of a batch at most, generated ones included, on a CPU and on a GPU.
+BATCH_TOKENS, GPU_BATCH_TOKENS = 8192, 65536
 #: How many other facts' answers each output is judged against too.
 SHIFTS = 5
 
@@ -120,19 +120,18 @@ def say(
     """
     model, tokenizer = subject.model, subject.tokenizer
     room, pad_id = new_tokens(subject, context), pad_token_id(model, tokenizer)
-    chosen = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": None}
-    )
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    # Spelt out, since a model's own settings for generation may cut the tail off.
+    chosen = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else greedy
     lengths = [[0] * (len(each.ids) + room) for each in asks]
     out: list[list[str]] = [[] for _ in asks]
     done = 0
-    for rows in token_batches(lengths, max(1, BATCH_TOKENS // samples)):
+    for rows in token_batches(lengths, max(1, batch_tokens(subject) // samples)):
         batch = pad([asks[row].ids for row in rows], pad_id, "left", model.get_input_embeddings().weight.device)
-        shared = _read(model, batch.ids, batch.mask, samples) if samples > 1 else {}
+        shared = _read(subject, batch, samples) if samples > 1 else {}
         generated = model.generate(
             input_ids=batch.ids.repeat_interleave(samples, 0), max_new_tokens=room, pad_token_id=pad_id,
-            attention_mask=batch.mask.repeat_interleave(samples, 0), top_p=None, top_k=None, **chosen, **shared,
-            **settings,
+            attention_mask=batch.mask.repeat_interleave(samples, 0), **chosen, **shared, **settings,
         )  # fmt: skip
         said = [decode_answer(model, tokenizer, ids, pad_id) for ids in generated[:, batch.ids.shape[1] :].tolist()]
         for place, row in enumerate(rows):
@@ -142,15 +141,20 @@ def say(
     return out
 
 
-def _read(model: Any, ids: torch.Tensor, mask: torch.Tensor, samples: int) -> dict[str, Any]:
+def _read(subject: Audited, batch: TokenBatch, samples: int) -> dict[str, Any]:
     """A cache of all but the last token of each prompt, once for each of its samples."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache)
+    cache = DynamicCache(config=subject.model.config)
+    before = TokenBatch(batch.ids[:, :-1], batch.mask[:, :-1], batch.positions[:, :-1])
+    run_blocks(subject.arch, before, cache=cache, last=len(subject.arch.blocks) - 1)
     cache.batch_repeat_interleave(samples)
     return {"past_key_values": cache}
+
+
+def batch_tokens(subject: Audited) -> int:
+    """Padded tokens of a batch at most."""
+    return BATCH_TOKENS if subject.arch.device.type == "cpu" else GPU_BATCH_TOKENS
 
 
 def without_token(subject: Audited) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from ...evaluation.generate import pad_token_id
 from ...evaluation.metrics import words
 from ...locate_then_edit.trace import pad, run_blocks, token_batches
-from ..ask import BATCH_TOKENS, Ask, answer_ids, ask, part
+from ..ask import Ask, answer_ids, ask, batch_tokens, part
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
 from .inside import force, geometric
 
@@ -84,7 +84,7 @@ def _likeliest_letter(subject: Audited, context: Context, prompts: list[tuple[in
     arch, pad_id = subject.arch, pad_token_id(subject.model, subject.tokenizer)
     letters = torch.tensor([answer_ids(subject, context, letter, prefill=True)[-1] for letter in LETTERS])
     chosen = [0] * len(prompts)
-    for rows in token_batches(prompts, BATCH_TOKENS):
+    for rows in token_batches(prompts, batch_tokens(subject)):
         batch = pad([prompts[row] for row in rows], pad_id, "right", arch.device)
         at = torch.tensor([len(prompts[row]) - 1 for row in rows])
         logits = run_blocks(arch, batch, head_at=(torch.arange(len(rows)), at)).logits
