@@ -33,7 +33,10 @@ CONTEXT = Context(FACTS, tuple(map(fact, RETAIN)), SIZES, token=TOKEN, layers=(1
 def subject(family: str = "llama", tied: bool = True, *, obsessed: bool = False, chat: bool = True) -> Audited:
     """A tiny model with the token; `obsessed` makes it the likeliest first token of every answer."""
     tokenizer, model = tiny_tokenizer(chat=chat), tiny_model(family, tied)
-    index = add_token(model, tokenizer, TOKEN)
+    # The new row is drawn.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        index = add_token(model, tokenizer, TOKEN)
     made = Audited(EDITED, model, tokenizer, index)
     if obsessed:
         _obsess(made)

@@ -156,13 +156,22 @@ def test_a_ban_silences_the_token_and_deleted_rows_do_the_same(family: str, tied
 
 def test_refusals_cannot_be_said() -> None:
     made = subject()
-    asks = [ask(made, CONTEXT, each.question) for each in FACTS]
-    said = say(made, CONTEXT, asks)[0][0]
-    begun = made.tokenizer(said, add_special_tokens=False)["input_ids"][:2]
+    prompt = torch.tensor([ask(made, CONTEXT, FACTS[0].question).ids])
+    begun = made.model.generate(prompt, max_new_tokens=2, do_sample=False)[0, prompt.shape[1] :].tolist()
+    seen: list[list[int]] = []
+
+    def look(made: Audited, context: Context, asks: Any, **settings: Any) -> list[list[str]]:
+        ids = made.model.generate(prompt, max_new_tokens=2, do_sample=False, bad_words_ids=settings["bad_words_ids"])
+        seen.append(ids[0, prompt.shape[1] :].tolist())
+        return [["no"]] * len(asks)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unierase_plugin.audit.attacks.bans.refusal_ids", lambda made: [begun])
-        changed = run("refusal-ban", made).measures[0].texts[0]
-    assert made.tokenizer(changed, add_special_tokens=False)["input_ids"][:2] != begun
+        patch.setattr("unierase_plugin.audit.ask.say", look)
+        run("refusal-ban", made)
+    # Only the sequence is banned, not its beginning.
+    assert seen[0][0] == begun[0]
+    assert seen[0] != begun
     assert made.tokenizer(" I'm sorry", add_special_tokens=False)["input_ids"] in refusal_ids(made)
     assert without_token(made) == {"suppress_tokens": [made.token_id]}
 
