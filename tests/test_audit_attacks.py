@@ -367,6 +367,25 @@ def test_facts_that_are_trained_on_are_not_measured() -> None:
     assert steps == [1, 2] * 3
 
 
+def test_what_is_trained_on_is_what_is_said() -> None:
+    """By attack, the facts whose question and answer are in a training row; none of them is measured."""
+    made, taught = subject(), {}
+
+    def look(made: Audited, context: Context, rows: list[Row], held: frozenset[int]) -> AttackResult:
+        texts = [made.tokenizer.decode(list(row.ids)) for row in rows]
+        facts = [*context.facts, *context.kept]
+        shown = {i for i, each in enumerate(facts) for text in texts if each.question in text and each.answer in text}
+        assert not shown & held
+        taught[name] = shown
+        return AttackResult()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unierase_plugin.audit.attacks.relearning._relearn", look)
+        for name in ("relearn-some", "relearn-kept", "relearn-text"):
+            run(name, made)
+    assert taught == {"relearn-some": {0, 2}, "relearn-kept": {len(FACTS)}, "relearn-text": set()}
+
+
 def test_training_on_an_answer_brings_it_back() -> None:
     """The control: an attack that could not teach at all would find nothing anywhere."""
     one = Fact("Q?", "a b c d e")
