@@ -160,6 +160,12 @@ def test_another_model_under_the_same_name_runs_again(folder: Path, tmp_path: Pa
     assert runs["unedited: plain"] == 1
 
 
+def test_another_control_runs_again_what_is_compared_with_it(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
+    for reference in (None, folder / "reference", folder / "base"):
+        audited(folder, tmp_path / "out", attacks=("membership",), reference=reference)
+    assert runs["edited: membership"] == 3
+
+
 def test_a_stopped_audit_goes_on(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
     def stop(phase: str, share: float, note: str) -> None:
         if phase == "edited: prefill" and share < 1:
@@ -192,6 +198,15 @@ def test_a_folder_without_a_record_needs_its_base(folder: Path, tmp_path: Path) 
     assert [entry["attack"] for entry in report["does_not_apply"]] == ["token-ban", "token-rows"]
     assert not {"token-ban", "token-rows"} & {entry["attack"] for entry in report["not_run"]}
     assert "prefill" in {entry["name"] for entry in report["attacks"]}
+
+
+def test_facts_that_were_not_to_be_forgotten_are_noticed(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    audited(folder, tmp_path / "right", attacks=("plain",))
+    assert "names none of these facts" not in caplog.text
+    audit(folder / "edited", RETAIN, out=tmp_path / "wrong", sizes=SIZES, attacks=("plain",))
+    assert "names none of these facts" in caplog.text
 
 
 def test_bad_arguments_say_what_to_do(folder: Path, tmp_path: Path) -> None:
@@ -259,9 +274,10 @@ def test_what_models_say_is_no_markup(whole: Path) -> None:
 
 def test_the_page_of_a_small_audit_says_so(whole: Path) -> None:
     report = json.loads((whole / "audit.json").read_text(encoding="utf-8"))
-    report["sizes"]["every_variant"], report["reference"] = False, None
+    report["sizes"]["every_variant"], report["reference"], report["n_echo"] = False, None, 3
     assert "--quick" in page(report)
     assert "No reference model" in page(report)
+    assert "<b>3 facts</b>" in page(report)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Sizes:
     relearn_batch: int
 
 
-QUICK = Sizes("quick", 12, 12, 12, 6, 8, 20, 32, False, 16, (1.0,), (6,), 6)
+QUICK = Sizes("quick", 12, 12, 12, 6, 8, 20, 64, False, 16, (1.0,), (6,), 6)
 FULL = Sizes("full", 400, 100, 60, 60, 8, 32, 128, True, 64, (0.2, 0.7, 1.0), (5, 10, 20, 40), 8)
 
 

@@ -74,6 +74,8 @@ def page(report: Report) -> str:
 def _left_out(report: Report) -> str:
     items = [f"<b>{escape(each['attack'])}</b> ({escape(each['group'])}): {escape(each['why'])}"
              for each in report["not_run"]]  # fmt: skip
+    if report["n_echo"]:
+        items.append(f"<b>{report['n_echo']} facts</b> whose question already counts as their answer")
     if not report["reference"]:
         items.append(
             "<b>No reference model</b> that never knew the facts: chance and the unedited model are the controls"

@@ -80,6 +80,8 @@ class _Run:
     attacks: tuple[Attack, ...]
     not_run: dict[str, str]
     inapplicable: dict[str, str]
+    #: What tells each model from any other.
+    identities: dict[str, list[str]] = field(default_factory=dict)
     results: dict[str, dict[str, AttackResult]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -121,6 +123,8 @@ def audit(
         raise RequestError(
             f"None of the {len(facts)} facts can be audited: each question already holds its answer. Give others."
         )
+    if models.record is not None and not any(models.record.holds(fact.question) for fact in fit):
+        logger.warning("The record of %s names none of these facts: was it to forget others?", models.edited)
     context = Context(fit, sample(judgeable(kept), sizes.kept, seed), sizes, seed, sample(held_out, sizes.facts, seed))
     run = _settled(context, chosen, models)
     for role in ROLES:
@@ -212,7 +216,7 @@ def _attack(run: _Run, models: _Models, role: str, target: Path, device: str, dt
     model, tokenizer = _load(models, role, device, dtype)
     token = run.context.token
     subject = Audited(role, model, tokenizer, tokenizer.get_vocab().get(token) if token else None)
-    identity = [model_fingerprint(model), tokenizer_fingerprint(tokenizer)]
+    run.identities[role] = [model_fingerprint(model), tokenizer_fingerprint(tokenizer)]
     progress(f"{role}: load", 1.0, str(models.path(role)))
     wanted = [attack for attack in run.attacks if attack.name not in {**run.not_run, **run.inapplicable}]
     run.results.setdefault(role, {})
@@ -222,17 +226,19 @@ def _attack(run: _Run, models: _Models, role: str, target: Path, device: str, dt
             run.context, earlier={other: found for other, found in earlier.items() if other != role},
             progress=partial(_forward, progress, f"{role}: {attack.name}"),
         )  # fmt: skip
-        result = _kept_or_run(attack, subject, context, identity, target / PARTS / f"{role}.{attack.name}.json")
+        path = target / PARTS / f"{role}.{attack.name}.json"
+        result = _kept_or_run(attack, subject, context, run.identities, path)
         run.results[role][attack.name] = result
         run.seconds[role] = run.seconds.get(role, 0.0) + result.seconds
         context.progress(1.0)
 
 
 def _kept_or_run(
-    attack: Attack, subject: Audited, context: Context, identity: Sequence[str], path: Path
+    attack: Attack, subject: Audited, context: Context, identities: Mapping[str, list[str]], path: Path
 ) -> AttackResult:
     shared = {name: plain(getattr(context, name)) for name in _SHARED}
-    key = digest([SCHEMA], identity, [attack.name], shared, sorted(context.earlier))
+    models = {role: identities[role] for role in (subject.role, *context.earlier)}
+    key = digest([SCHEMA], [attack.name, subject.role], models, shared)
     kept = _read_part(path, key)
     if kept is not None:
         return kept
@@ -307,8 +313,8 @@ def _report(run: _Run, models: _Models, facts: Sequence[Fact], kept: Sequence[Fa
         "method": models.record.manifest["method"] if models.record else None,
         "token": context.token or None,
         "form": context.form,
-        "n_forget": len(facts), "n_audited": len(context.facts), "n_kept": len(kept),
-        "n_kept_audited": len(context.kept),
+        "n_forget": len(facts), "n_echo": len(facts) - len(judgeable(facts)), "n_audited": len(context.facts),
+        "n_kept": len(kept), "n_kept_audited": len(context.kept),
         "sizes": asdict(context.sizes), "seed": context.seed,
         "groups": dict(GROUPS),
         "attacks": [_entry(attack, found[attack.name], by_attack[attack.name], context) for attack in run.attacks
