@@ -192,10 +192,11 @@ def _figure(name: str, by_role: Mapping[str, Any]) -> str:
         return ""
     first = next(iter(by_role.values()))
     if isinstance(first, Mapping) and all(isinstance(value, list) for value in first.values()):
-        return "".join(
+        pictures = "".join(
             _picture(f"{title}, {key}", {role: list(enumerate(value[key])) for role, value in by_role.items()})
             for key in first
         )
+        return f"<details><summary>{escape(title)}</summary>{pictures}</details>"
     rows = []
     for key in first if isinstance(first, Mapping) else [title]:
         values = [value.get(key) if isinstance(value, Mapping) else value for value in by_role.values()]
