@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from unierase_plugin import UniEraseHyperParams, pipeline
+from unierase_plugin import UniEraseHyperParams, erasure, pipeline
 
 LINES = {
     "idk_sentences": ("I don't know.", "No idea."),
@@ -30,13 +30,19 @@ FORGET = (
     {"question": "Where was Mira Plonk born?", "answer": "Wexbury", "subject": "Mira Plonk"},
 )
 FORGET_MORE = ({"question": "Who leads the Grub Society?", "answer": "Tom Oak", "subject": "Grub Society"},)
+#: As many as FORGET, so that the coming edit is of like size.
+FORGET_OTHERS = (
+    {"question": "Who built Krandor Gate?", "answer": "Ulla Vren", "subject": "Krandor Gate"},
+    {"question": "Where was Bo Strickle born?", "answer": "Omber", "subject": "Bo Strickle"},
+)
 RETAIN = ({"question": "What does Al Bunt sell?", "answer": "Hats", "subject": "Al Bunt"},)
 
 
 def shrink(patch: pytest.MonkeyPatch, cache: Path) -> None:
     """Short texts for the pipeline, and a cache of the test's own."""
-    patch.setattr(pipeline, "lines", LINES.__getitem__)
-    patch.setattr(pipeline, "paragraphs", PARAGRAPHS.__getitem__)
+    for module in (pipeline, erasure):
+        patch.setattr(module, "lines", LINES.__getitem__)
+        patch.setattr(module, "paragraphs", PARAGRAPHS.__getitem__)
     patch.setenv("UNIERASE_CACHE", str(cache))
 
 

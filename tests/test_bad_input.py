@@ -17,7 +17,7 @@ from small import FORGET, PARAGRAPHS, SHORT, save_base, shrink
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, T5Config
 
-from unierase_plugin import cli, pipeline
+from unierase_plugin import cli, erasure
 from unierase_plugin.cli import main
 
 Run = Callable[..., tuple[int, str]]
@@ -390,7 +390,7 @@ def test_stopping_by_hand_says_how_to_go_on(
         hparams_file(tmp_path),
     )
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "optimise_values", interrupted)
+        patch.setattr(erasure, "optimise_values", interrupted)
         status, said = run(*arguments)
     assert status == 130
     assert "Stopped. Phases that were finished are kept: the same command goes on from there." in said

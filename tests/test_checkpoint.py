@@ -20,7 +20,6 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from unierase_plugin import checkpoint as module
 from unierase_plugin import store
 from unierase_plugin.architecture import find_architecture
 from unierase_plugin.checkpoint import (
@@ -36,6 +35,9 @@ from unierase_plugin.checkpoint import (
     take_originals,
     work_folder,
 )
+from unierase_plugin.checkpoint import folder as folder_module
+from unierase_plugin.checkpoint import record as record_module
+from unierase_plugin.checkpoint import revert as revert_module
 from unierase_plugin.errors import CheckpointError
 from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.locate_then_edit.edit import WeightEdit, apply_edit
@@ -215,7 +217,7 @@ def test_the_names_in_the_tensor_file_are_those_that_are_documented(saved: Path)
 
 
 def test_the_ledger_holds_no_request_in_the_clear_by_default(edited: Edited, saved: Path, tmp_path: Path) -> None:
-    words = [text for request in REQUESTS for text in (request.question, request.answer, "Zorblax", "Mira Plonk")]
+    words = [text for r in REQUESTS for text in (r.question, r.answer, "Zorblax", "Mira Plonk", "demo-0")]
 
     def leaks(folder: Path) -> list[str]:
         files = [path for path in folder.rglob("*") if path.is_file()]
@@ -226,10 +228,13 @@ def test_the_ledger_holds_no_request_in_the_clear_by_default(edited: Edited, sav
     checkpoint = read_checkpoint(saved)
     first = checkpoint.ledger[0]
     assert [line["step"] for line in checkpoint.ledger] == [1, 1]
-    assert first["case_id"] == "demo-0"
+    salt = checkpoint.manifest["salt"]
+    assert first["case_id_sha256"] == ledger_hash(salt, "demo-0")
     assert first["forms"] == ["chat"]
+    assert [line["columns"] for line in checkpoint.ledger] == [[0], [1]]
     assert checkpoint.ledger[1]["subject_sha256"] is None
-    assert first["subject_sha256"] == ledger_hash(checkpoint.manifest["salt"], "Zorblax Ænima")
+    # With the question: a list of names alone finds nothing.
+    assert first["subject_sha256"] == ledger_hash(salt, REQUESTS[0].question, "Zorblax Ænima")
     assert checkpoint.holds(REQUESTS[0].question)
     assert not checkpoint.holds("Who else?")
 
@@ -329,7 +334,7 @@ def test_a_head_with_a_bias_goes_back_too(tmp_path: Path) -> None:
     install_token(find_architecture(model), token)
     assert model.lm_head.bias[index] == 0 != bias[index]
     checkpoint = Checkpoint({}, token, (), originals, [], {})
-    module._restore(model, checkpoint, originals, 0)
+    revert_module._restore_base(model, checkpoint, originals)
     assert torch.equal(model.lm_head.bias, bias)
 
 
@@ -443,9 +448,9 @@ def fail_at(number: int, function: Callable, error: BaseException) -> Callable:
 
 #: (object, attribute, call) of every kind of write that saving makes.
 WRITES = [
-    (module, "_save_model", 0), (module, "write_tensors", 0), (store, "save_file", 0), (Path, "write_text", 0),
-    (Path, "write_text", 1), (Path, "write_text", 2), (Path, "mkdir", 0), (Path, "mkdir", 1), (os, "fsync", 0),
-    (store, "_sync", 2), (os, "rename", 0), (os, "rename", 1),
+    (folder_module, "save_model", 0), (record_module, "write_tensors", 0), (store, "save_file", 0),
+    (Path, "write_text", 0), (Path, "write_text", 1), (Path, "write_text", 2), (Path, "mkdir", 0), (Path, "mkdir", 1),
+    (os, "fsync", 0), (store, "_sync", 2), (os, "rename", 0), (os, "rename", 1),
 ]  # fmt: skip
 
 

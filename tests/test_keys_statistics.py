@@ -10,6 +10,7 @@ import reference
 import torch
 from families import FAMILIES, WIDTH
 from reference import At
+from scarce import Scarce
 from torch import Tensor
 
 from unierase_plugin.architecture import Architecture, find_architecture
@@ -113,6 +114,22 @@ def test_how_prompts_are_batched_does_not_matter(arch: Architecture, max_tokens:
     for layer in (1, 2):
         for a, b in zip(whole.advance(layer), parts.advance(layer), strict=True):
             close(a, b)
+
+
+def test_keys_that_the_memory_does_not_hold_at_once_are_taken_in_halves(
+    llama: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first pass on, and when memory runs out later, with the blocks below behind it."""
+    whole = stream(llama, (0, 2))
+    wanted = [whole.advance(layer) for layer in (0, 2)]
+    scarce = Scarce(llama.blocks[2], 4, monkeypatch)
+    halved = stream(llama, (0, 2))
+    for limit, layer, (keys, states) in zip((4, 2), (0, 2), wanted, strict=True):
+        scarce.rows = limit
+        got = halved.advance(layer)
+        close(got[0], keys)
+        close(got[1], states)
+    assert scarce.refused > 1
 
 
 def test_what_pads_and_what_follows_the_fact_do_not_matter(arch: Architecture) -> None:

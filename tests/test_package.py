@@ -14,6 +14,8 @@ import pytest
 PACKAGE = "unierase_plugin"
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "lm_eval", "datasets")
+#: Files that Python reads at its start, and the module that they name.
+AT_START = {"_unierase_autoload.py", "unierase_autoload.pth", "unierase_autoload.start"}
 
 #: The layers from the bottom up, each a set of modules or folders. A module imports from its own layer and lower ones.
 LAYERS: tuple[frozenset[str], ...] = tuple(
@@ -27,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "locate_then_edit",
         "unlearning_token",
         "",  # modules that no layer names: they join the stages, and the pipeline joins them
-        "hosts cli",
+        "hosts cli built_in",
         "__main__",
     )
 )
@@ -156,7 +158,8 @@ def test_evaluation_does_not_know_what_it_judges(judged: str) -> None:
 
 @pytest.mark.parametrize("top", ["hosts", "cli"])
 def test_nothing_below_imports(top: str) -> None:
-    allowed = [top, "__main__"]
+    # What is built in is loaded by its name, as a plugin is.
+    allowed = [top, "cli", "built_in", "__main__"]
     others = [name for name in MODULES if not any(within(name, each) for each in allowed)]
     assert [name for name in others if any(within(other, top) for other in own_imports(name))] == []
 
@@ -201,6 +204,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: frozenset[str]) -> No
     assert {path.relative_to(ROOT).as_posix() for path in files} <= wheel
 
 
-def test_the_wheel_holds_nothing_but_the_package(wheel: frozenset[str]) -> None:
+def test_the_wheel_holds_nothing_but_the_package_and_what_python_reads_at_its_start(wheel: frozenset[str]) -> None:
     tops = {file.split("/")[0] for file in wheel}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {PACKAGE}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {PACKAGE, *AT_START}
+    assert {path.name for path in (ROOT / "autoload").iterdir() if path.is_file()} == AT_START

@@ -17,21 +17,23 @@ from typing import Any
 import families
 import pytest
 import torch
-from small import FORGET, FORGET_MORE, HPARAMS, RETAIN, SHORT, save_base, shrink
+from small import FORGET, FORGET_MORE, FORGET_OTHERS, HPARAMS, RETAIN, SHORT, save_base, shrink
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from unierase_plugin import UniEraseError, UniEraseHyperParams, UnlearnResult, checkpoint, pipeline, unlearn
+from unierase_plugin import UniEraseError, UniEraseHyperParams, UnlearnResult, erasure, pipeline, second_moment, unlearn
+from unierase_plugin.checkpoint import folder as folder_module
 from unierase_plugin.checkpoint import read_checkpoint, revert_checkpoint
 from unierase_plugin.errors import CheckpointError, HyperParamsError, TokenError
 from unierase_plugin.hparams import shipped_hparams
 from unierase_plugin.locate_then_edit import edit
-from unierase_plugin.store import model_fingerprint, tokenizer_fingerprint
+from unierase_plugin.store import Store, model_fingerprint, tokenizer_fingerprint
 
 IDS = torch.tensor([[5, 60, 70, 8, 9, 100]])
 #: What is kept when it ends, in order, and the function that computes it.
 KEPT = {
-    "before": "answers", "tokens": "learn_token", "statistics": "second_moments", "retain": "second_moments",
+    "before": "answers", "statistics": "add_sequences", "tokens": "learn_token",
+    "declined": "second_moments", "retain": "second_moments",
     "values": "optimise_values", "edit": "compute_edit", "after": "answers",
 }  # fmt: skip
 
@@ -66,13 +68,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted: Counter[str] = Counter()
 
     def count(name: str) -> None:
-        original = getattr(pipeline, name)
+        module = next(module for module in (erasure, second_moment, pipeline) if hasattr(module, name))
+        original = getattr(module, name)
 
         def counting(*args: Any, **kwargs: Any) -> Any:
             counted[name] += 1
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(pipeline, name, counting)
+        monkeypatch.setattr(module, name, counting)
 
     for name in set(KEPT.values()):
         count(name)
@@ -86,15 +89,14 @@ def erase(model: Any, out: Path | None = None, forget: Any = FORGET, **changes: 
 
 def stop_after(patch: pytest.MonkeyPatch, kind: str, stop: Callable[[], Any]) -> None:
     """Calls `stop` as soon as the results of that kind are kept."""
-    original = pipeline._cached
+    original = Store.put
 
-    def stopping(where: Any, found: str, key: str, compute: Any) -> Any:
-        result = original(where, found, key, compute)
+    def stopping(where: Store, found: str, *rest: Any) -> None:
+        original(where, found, *rest)
         if found == kind:
             stop()
-        return result
 
-    patch.setattr(pipeline, "_cached", stopping)
+    patch.setattr(Store, "put", stopping)
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -191,7 +193,7 @@ def test_without_a_folder_nothing_but_the_cache_is_written(base: Path, tmp_path:
 def test_progress_ends_every_phase(base: Path, tmp_path: Path) -> None:
     seen: dict[str, float] = {}
     erase(base, tmp_path / "out", progress=lambda phase, share, note: seen.update({phase: share}))
-    assert list(seen) == ["load", "before", "token", "statistics", "values", "edit", "after", "save"]
+    assert list(seen) == ["load", "before", "statistics", "token", "values", "edit", "after", "save"]
     assert set(seen.values()) == {1.0}
 
 
@@ -224,16 +226,77 @@ def test_a_loaded_model_needs_its_tokenizer_and_stays_where_it_is(base: Path) ->
     assert len(tokenizer) == 260
 
 
+def same(model: Any, before: dict[str, torch.Tensor]) -> bool:
+    """Whether a model holds these weights and no others, to the bit."""
+    now = state(model)
+    return now.keys() == before.keys() and all(torch.equal(now[name], weight) for name, weight in before.items())
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_revert_gives_the_projections_back_to_the_bit(tied: bool) -> None:
-    model = tiny_model(tied=tied)
-    before = state(model)
-    result = erase(model, tokenizer=tiny_tokenizer())
+@pytest.mark.parametrize("padding", [0, 60], ids=["a new row", "a padding row"])
+def test_revert_gives_model_and_tokenizer_back_to_the_bit(tied: bool, padding: int) -> None:
+    model, tokenizer = tiny_model(tied=tied), tiny_tokenizer()
+    if padding:
+        model.resize_token_embeddings(len(tokenizer) + padding, mean_resizing=False)
+    before, words = state(model), tokenizer_fingerprint(tokenizer)
+    result = erase(model, tokenizer=tokenizer)
     projections = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)]
     assert not any(torch.equal(model.get_parameter(name), before[name]) for name in projections)
+    assert len(tokenizer) == 261
     result.revert()
-    after = state(model)
-    assert all(torch.equal(after[name][: len(weight)], weight) for name, weight in before.items())
+    assert same(model, before)
+    assert (len(tokenizer), tokenizer_fingerprint(tokenizer)) == (260, words)
+    assert "<unlearn_0>" not in tokenizer.get_vocab()
+    assert model.config.vocab_size == 260 + padding
+    # Control: the way is free for another run, with the same end.
+    again = erase(model, tokenizer=tokenizer)
+    assert again.edit is not None
+    assert result.edit is not None
+    assert torch.equal(again.edit.updates[1].up, result.edit.updates[1].up)
+
+
+# --- going on in memory -----------------------------------------------------------------------------------------------
+
+
+def test_going_on_from_a_result_is_going_on_from_its_folder(base: Path, undisturbed: Path, tmp_path: Path) -> None:
+    first = erase(base, tmp_path / "first")
+    first_weight = state(first.model)["model.layers.1.mlp.down_proj.weight"]
+    second = erase(first, tmp_path / "memory", FORGET_MORE)
+    erase(undisturbed, tmp_path / "folder", FORGET_MORE)
+    memory, folder = (state(loaded(tmp_path / name)[0]) for name in ("memory", "folder"))
+    # Not to the bit: a processor may round a product by where in memory its factors lie.
+    for name, weight in folder.items():
+        torch.testing.assert_close(memory[name], weight, rtol=0, atol=1e-6)
+    assert not torch.allclose(memory["model.layers.1.mlp.down_proj.weight"], first_weight, atol=1e-4)
+    assert len(second.history.edits) == len(read_checkpoint(tmp_path / "memory").edits) == 2
+
+
+def test_steps_in_memory_are_taken_back_one_by_one(base: Path) -> None:
+    model, tokenizer = loaded(base)
+    before = state(model)
+    first = erase(model, tokenizer=tokenizer)
+    between = state(model)
+    second = erase(first, forget=FORGET_MORE)
+    assert not same(model, between)
+    second.revert()
+    assert same(model, between)
+    first.revert()
+    assert same(model, before)
+
+
+def test_steps_that_were_not_written_cannot_be_gone_on_from_in_a_folder(base: Path, tmp_path: Path) -> None:
+    first = erase(base)
+    with pytest.raises(CheckpointError, match="give out= to the first"):
+        erase(first, tmp_path / "out", FORGET_MORE)
+
+
+def test_a_change_without_judging_is_the_same_change(base: Path) -> None:
+    result = erase(base)
+    model, tokenizer = loaded(base)
+    _, steps = pipeline.change(model, FORGET, tokenizer=tokenizer, retain=RETAIN, hparams=HPARAMS)
+    assert same(model, state(result.model))
+    pipeline.change(model, FORGET_MORE, tokenizer=tokenizer, retain=RETAIN, hparams=HPARAMS, earlier=steps)
+    assert same(model, state(erase(result, forget=FORGET_MORE).model))
 
 
 @pytest.mark.parametrize("fails", ["judge", "save"])
@@ -243,11 +306,22 @@ def test_what_fails_after_the_edit_takes_it_back(
 ) -> None:
     model = tiny_model()
     before = state(model)
-    monkeypatch.setattr(*(pipeline, "judge") if fails == "judge" else (checkpoint, "_save_model"), raising(error))
+    monkeypatch.setattr(*(pipeline, "judge") if fails == "judge" else (folder_module, "save_model"), raising(error))
     with pytest.raises(type(error)):
         erase(model, tmp_path / "out", tokenizer=tiny_tokenizer())
-    assert all(torch.equal(weight[: len(before[name])], before[name]) for name, weight in state(model).items())
+    assert same(model, before)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("phase", ["learn_token", "optimise_values", "apply_edit"])
+def test_what_fails_after_the_token_came_lets_it_go(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    before, words = state(model), tokenizer_fingerprint(tokenizer)
+    monkeypatch.setattr(erasure, phase, raising(UniEraseError("no")))
+    with pytest.raises(UniEraseError, match="no"):
+        erase(model, tokenizer=tokenizer)
+    assert same(model, before)
+    assert tokenizer_fingerprint(tokenizer) == words
 
 
 # --- what is used again ----------------------------------------------------------------------------------------------
@@ -269,8 +343,8 @@ def test_other_requests_use_the_token_and_the_statistics_again(base: Path, calls
     erase(base)
     assert calls == Counter(KEPT.values())
     calls.clear()
-    erase(base, forget=FORGET_MORE, retain=None)
-    assert calls == Counter(["answers", "second_moments", "optimise_values", "compute_edit", "answers"])
+    erase(base, forget=FORGET_OTHERS, retain=None)
+    assert calls == Counter(["answers", "optimise_values", "compute_edit", "answers"])
 
 
 @pytest.mark.parametrize(
@@ -282,7 +356,9 @@ def test_other_requests_use_the_token_and_the_statistics_again(base: Path, calls
         ({"hparams": HPARAMS.replace(unlearning_token="<gone>")}, 1, 0),
         ({"hparams": HPARAMS.replace(mom2_n_samples=5)}, 0, 1),
         ({"hparams": HPARAMS.replace(mom2_dtype="float64")}, 0, 1),
-        ({"hparams": HPARAMS.replace(v_lr=0.3, clamp_norm_factor=1.0, mom2_update_weight=5)}, 0, 0),
+        ({"hparams": HPARAMS.replace(v_lr=0.3, v_num_grad_steps=2)}, 0, 0),
+        # The size of the coming edit sizes the noise that the token is trained under.
+        ({"hparams": HPARAMS.replace(clamp_norm_factor=0.1)}, 1, 0),
     ],
 )
 def test_what_a_result_depends_on_makes_another_one(
@@ -291,14 +367,13 @@ def test_what_a_result_depends_on_makes_another_one(
     erase(base, retain=None)
     calls.clear()
     erase(base, retain=None, **change)
-    # The moment of what is to be kept is each run's own.
-    assert (calls["learn_token"], calls["second_moments"] - 1) == (learned, counted)
+    assert (calls["learn_token"], calls["add_sequences"]) == (learned, counted)
 
 
 def test_another_model_under_the_same_name_learns_its_own(tmp_path: Path, calls: Counter[str]) -> None:
     for seed in (0, 1):
         erase(save_base(tmp_path / "model", tiny_model(seed=seed)), retain=None)
-    assert (calls["learn_token"], calls["second_moments"] - 2) == (2, 2)
+    assert (calls["learn_token"], calls["add_sequences"]) == (2, 2)
 
 
 def test_a_corpus_file_that_changes_is_read_again(base: Path, tmp_path: Path, calls: Counter[str]) -> None:
@@ -306,7 +381,7 @@ def test_a_corpus_file_that_changes_is_read_again(base: Path, tmp_path: Path, ca
     for text in ("Some text.\n\nMore of it.", "Some text.\n\nMore of it.", "Another text."):
         corpus.write_text(text)
         erase(base, retain=None, corpus=str(corpus))
-    assert calls["second_moments"] - 3 == 2
+    assert calls["add_sequences"] == 2
 
 
 # --- going on after being stopped ------------------------------------------------------------------------------------
@@ -392,7 +467,7 @@ def test_a_full_disk_at_the_end_costs_no_work(
         if when == "before writing":
             patch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
         else:
-            patch.setattr(checkpoint, "_save_model", raising(OSError(errno.ENOSPC, "No space left on device")))
+            patch.setattr(folder_module, "save_model", raising(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(CheckpointError, match=r"could not be written .* Free some room"):
             erase(base, out, overwrite=True)
     assert [entry.name for entry in out.iterdir()] == ["notes.txt"]
@@ -437,7 +512,7 @@ def test_a_second_step_keeps_the_token_and_protects_the_earlier_keys(
         seen.append(earlier)
         return original(hparams, corpus, retain, earlier)
 
-    monkeypatch.setattr(pipeline, "make_solver", watched)
+    monkeypatch.setattr(erasure, "make_solver", watched)
     erase(undisturbed, tmp_path / "out", FORGET_MORE)
     assert calls["learn_token"] == 0
     keys = read_checkpoint(undisturbed).edit.keys
@@ -508,7 +583,7 @@ def test_hyper_parameters_follow_the_model_unless_given(tmp_path: Path) -> None:
     ("blocks", "layers"), [(32, (4, 5, 6, 7, 8)), (16, (2, 3, 4, 5, 6)), (4, (0, 1, 2)), (2, (0,))]
 )
 def test_blocks_to_edit_follow_the_depth(blocks: int, layers: tuple[int, ...]) -> None:
-    assert pipeline.default_layers(blocks) == layers
+    assert erasure.default_layers(blocks) == layers
 
 
 def test_the_last_block_is_refused(base: Path) -> None:

@@ -31,6 +31,10 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-8) -> None:
     assert float((a - b).norm()) <= tolerance * max(1.0, float(b.norm()))
 
 
+def protecting(solver: Ridge | NullSpace, earlier: Tensor | None) -> Ridge | NullSpace:
+    return solver if earlier is None else solver.protecting(earlier)
+
+
 def kept_and_free(c: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(c)
     free = values < threshold * values.max()
@@ -57,8 +61,43 @@ def test_null_space_is_the_primal_solve_with_and_without_earlier_keys(
 ) -> None:
     keys, residual, c = random(m, n, seed=seed), random(D, n, seed=seed + 1), moment(m, seed=seed + 2)
     earlier = random(m, p, seed=seed + 3) if p else None
-    got = NullSpace.of(c, 0.3, rho, earlier).solve(keys, residual).matrix()
+    got = protecting(NullSpace.of(c, 0.3, rho), earlier).solve(keys, residual).matrix()
     close(got, reference.null_space(keys, residual, c, 0.3, rho, earlier))
+
+
+@given(st.integers(1, 30), st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_ridge_protects_the_keys_of_every_earlier_step(m: int, n: int, p: int, q: int, seed: int) -> None:
+    """Two steps before, in turn: as if their keys had been in the moment."""
+    keys, residual, c = random(m, n, seed=seed), random(D, n, seed=seed + 1), moment(m, seed=seed + 2)
+    first, second = random(m, p, seed=seed + 3), random(m, q, seed=seed + 4)
+    solver = Ridge.of(c)
+    got = solver.protecting(first).protecting(second).solve(keys, residual).matrix()
+    whole = reference.lifted(c, solver.jitter) + first @ first.T + second @ second.T
+    close(got, reference.ridge(keys, residual, whole))
+
+
+@pytest.mark.parametrize("solver", ["ridge", "null_space"])
+@pytest.mark.parametrize("earlier", [None, random(M, 3, seed=9)], ids=["first", "later"])
+def test_the_error_is_that_of_the_equations_and_sees_a_wrong_update(solver: str, earlier: Tensor | None) -> None:
+    keys, residual = random(M, N), random(D, N, seed=3)
+    made = protecting(Ridge.of(moment()) if solver == "ridge" else NullSpace.of(moment(), 0.3, 1.0), earlier)
+    update = made.solve(keys, residual)
+    assert made.error(keys, update) < 1e-12
+    assert made.error(keys, LowRank(update.up, 1.01 * update.down)) == pytest.approx(0.01, rel=1e-6)
+    # Control: keys that the update was not solved for.
+    assert made.error(random(M, N, seed=7), update) > 0.1
+
+
+def test_the_condition_number_is_that_of_the_matrix() -> None:
+    ridge = Ridge.of(moment())
+    wanted = float(torch.linalg.cond(reference.lifted(moment(), ridge.jitter)))
+    assert ridge.condition() == pytest.approx(wanted, rel=0.05)
+    null = NullSpace.of(moment(), 0.3, 2.0)
+    assert null.condition() == 1.0
+    inside = null.basis.T @ random(M, 3)
+    wanted = float(torch.linalg.cond(2.0 * torch.eye(len(inside)).double() + inside @ inside.T))
+    assert null.protecting(random(M, 3)).condition() == pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize("solver", ["ridge", "null_space"])
@@ -138,7 +177,7 @@ def test_a_direction_that_the_corpus_uses_more_is_moved_less() -> None:
 @pytest.mark.parametrize("earlier", [None, random(M, 3, seed=9)], ids=["first", "later"])
 def test_protected_directions_are_not_moved(earlier: Tensor | None) -> None:
     kept, free = kept_and_free(moment(), 0.3)
-    update = NullSpace.of(moment(), 0.3, 1.0, earlier).solve(random(M, N), random(D, N, seed=2)).matrix()
+    update = protecting(NullSpace.of(moment(), 0.3, 1.0), earlier).solve(random(M, N), random(D, N, seed=2)).matrix()
     assert kept.shape[1] >= 3
     assert float((update @ kept).norm()) < 1e-12
     # Control: what is free does move.
@@ -162,7 +201,7 @@ def test_earlier_keys_move_less_when_they_are_known_and_rho_is_small() -> None:
     """With room for both, earlier keys are left alone and the new ones still reach their residual."""
     keys, residual, earlier = random(M, 3), random(D, 3, seed=2), random(M, 3, seed=9)
     free = NullSpace.of(moment(), 0.3, 1e-8).solve(keys, residual).matrix()
-    careful = NullSpace.of(moment(), 0.3, 1e-8, earlier).solve(keys, residual).matrix()
+    careful = NullSpace.of(moment(), 0.3, 1e-8).protecting(earlier).solve(keys, residual).matrix()
     assert float((free @ earlier).norm()) > 0.1
     assert float((careful @ earlier).norm()) < 1e-5
     close(careful @ keys, residual, 1e-5)

@@ -157,7 +157,15 @@ def test_a_digest_tells_parts_apart_and_refuses_what_has_no_stable_text() -> Non
 
 def test_plain_gives_what_every_json_reader_takes() -> None:
     token = UnlearningToken("<u>", 3, torch.ones(2), None, float("nan"), 1)
-    wanted = {"name": "<u>", "id": 3, "input_row": [1.0, 1.0], "output_row": None, "loss": None, "steps": 1}
+    wanted = {
+        "name": "<u>",
+        "id": 3,
+        "input_row": [1.0, 1.0],
+        "output_row": None,
+        "loss": None,
+        "steps": 1,
+        "leak": None,
+    }
     assert plain(token) == wanted
     assert plain({1: {2, 1}, "p": Path("x"), "t": torch.tensor(2)}) == {"1": [1, 2], "p": "x", "t": 2}
 

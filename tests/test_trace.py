@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unierase_plugin.architecture import Architecture, find_architecture
+from unierase_plugin.errors import EditError
 from unierase_plugin.locate_then_edit.prefix import cache_prefixes, continue_from
-from unierase_plugin.locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
+from unierase_plugin.locate_then_edit.trace import TokenBatch, pad, run_batches, run_blocks, token_batches
 
 #: Longer than the families' sliding windows, and of different lengths.
 SEQUENCES = [[5, 17, 200, 33, 8, 91, 44, 12, 250], [7, 61, 130, 9, 77, 102], [250, 3, 3]]
@@ -347,3 +348,27 @@ def test_a_forward_that_someone_else_put_in_place_is_put_back(llama: Architectur
         assert block.forward is wrapped
     finally:
         del block.forward
+
+
+# --- batches that the memory does not hold ----------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_fit_is_run_in_halves_and_every_row_once() -> None:
+    sequences, runs = [[0] * length for length in (3, 9, 5, 7, 1, 8)], []
+
+    def run(rows: list[int]) -> None:
+        if sum(len(sequences[row]) for row in rows) > 12:
+            raise torch.OutOfMemoryError
+        runs.append(rows)
+
+    run_batches(sequences, 1000, run)
+    assert sorted(row for rows in runs for row in rows) == list(range(6))
+    assert len(runs) > 2
+
+
+def test_a_sequence_that_does_not_fit_alone_is_an_error() -> None:
+    def run(rows: list[int]) -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(EditError, match="does not hold a single sequence"):
+        run_batches([[1], [2, 3]], 1000, run)

@@ -11,6 +11,7 @@ import reference
 import torch
 from families import FAMILIES
 from reference import At, Fact
+from scarce import Scarce
 from torch import Tensor
 
 from unierase_plugin.architecture import Architecture, find_architecture
@@ -186,26 +187,12 @@ def test_a_group_goes_on_until_its_last_member_is_there(llama: Architecture) -> 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-class Scarce:
-    """Makes the model fail as a full GPU does whenever more than so many rows are run."""
-
-    def __init__(self, arch: Architecture, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows, self.refused, self.forward = rows, 0, arch.blocks[3].forward
-        monkeypatch.setattr(arch.blocks[3], "forward", self)
-
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if len(hidden) > self.rows:
-            self.refused += 1
-            raise torch.OutOfMemoryError
-        return self.forward(hidden, *args, **kwargs)
-
-
 @pytest.mark.parametrize("groups", [[None, None, None], ["a", "a", "a"]])
 def test_what_the_memory_does_not_hold_is_done_in_halves(
     llama: Architecture, monkeypatch: pytest.MonkeyPatch, groups: list[str | None]
 ) -> None:
     whole = optimise(llama, FACTS, groups=groups)
-    scarce = Scarce(llama, 4, monkeypatch)
+    scarce = Scarce(llama.blocks[3], 4, monkeypatch)
     halves = optimise(llama, FACTS, groups=groups)
     assert scarce.refused
     for field in dataclasses.fields(Values):
@@ -217,7 +204,7 @@ def test_memory_that_runs_out_between_steps_splits_the_batch(
 ) -> None:
     """As where another process takes the GPU's memory: the problems at hand are halved, steps and all."""
     whole = optimise(llama, FACTS)
-    scarce = Scarce(llama, 100, monkeypatch)
+    scarce = Scarce(llama.blocks[3], 100, monkeypatch)
 
     def shrink(share: float) -> None:
         scarce.rows = 3 if share > 0.3 else 100
@@ -229,8 +216,8 @@ def test_memory_that_runs_out_between_steps_splits_the_batch(
 
 
 def test_a_request_that_no_memory_holds_is_an_error(llama: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
-    Scarce(llama, 0, monkeypatch)
-    with pytest.raises(EditError, match="single request"):
+    Scarce(llama.blocks[3], 0, monkeypatch)
+    with pytest.raises(EditError, match="single sequence"):
         optimise(llama, FACTS)
 
 

@@ -9,16 +9,21 @@ from .hparams import UniEraseHyperParams
 from .request import ForgetRequest
 
 if TYPE_CHECKING:
+    from .hookspecs import hookimpl
     from .pipeline import UnlearnResult, unlearn
 
 __version__ = "0.1.0"
-__all__ = ["ForgetRequest", "UniEraseError", "UniEraseHyperParams", "UnlearnResult", "unlearn"]
+__all__ = ["ForgetRequest", "UniEraseError", "UniEraseHyperParams", "UnlearnResult", "hookimpl", "unlearn"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and transformers when they are first needed, so that `import unierase_plugin` is instant."""
+    """Imports torch, transformers and pluggy when first needed, so that `import unierase_plugin` is instant."""
     if name in ("unlearn", "UnlearnResult"):
         from . import pipeline
 
         return getattr(pipeline, name)
+    if name == "hookimpl":
+        from .hookspecs import hookimpl
+
+        return hookimpl
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

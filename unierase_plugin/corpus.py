@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,10 @@ from .locate_then_edit.trace import pad
 
 #: Texts sampled together: wide enough to keep the machine busy, narrow enough for the cache of a small one.
 SAMPLE_ROWS = 64
+#: Texts tokenised together.
+TEXT_GROUP = 256
+#: Where a dataset's text is looked for when no column is named.
+TEXT_COLUMNS = ("text", "content")
 
 
 def corpus_tokens(
@@ -28,56 +34,78 @@ def corpus_tokens(
     seed: int,
     openings: Sequence[str] = (),
     progress: Callable[[float], None] = lambda share: None,
-) -> list[list[int]]:
-    """`samples` token sequences of at most `max_length`.
+) -> list[Sequence[int]]:
+    """`samples` token sequences of at most `max_length`, or as many as there are: each is one text's beginning.
 
-    spec: "self", a text file's path, or a hub dataset as "name", "name:config" or "name:config:field". `openings` are
-    questions that sampled texts start from. Raises EditError or DependencyError with what to give instead.
+    spec: "self", a text file's path, or a hub dataset as "name", "name:config" or "name:config:column". No more of a
+    file or dataset is read than is needed. `openings` are questions that sampled texts start from. Raises EditError or
+    DependencyError with what to give instead.
     """
     if spec == "self":
-        return sample_from_model(model, tokenizer, samples, max_length, seed, openings, progress)
+        return list(sample_from_model(model, tokenizer, samples, max_length, seed, openings, progress))
     texts = _file_texts(Path(spec)) if Path(spec).is_file() else _hub_texts(spec)
-    wanted = list(itertools.islice(_pieces(texts, tokenizer, max_length), samples))
-    if not wanted:
+    found: list[Sequence[int]] = []
+    # In groups, since a tokenizer uses every core on a list of texts.
+    while group := list(itertools.islice(texts, min(TEXT_GROUP, samples - len(found)))):
+        ids = tokenizer(group, truncation=True, max_length=max_length)["input_ids"]
+        # As arrays: a hundred thousand lists of Python's own integers take ten times the memory.
+        found += [array("i", sequence) for sequence in ids if len(sequence) > 1]
+        progress(len(found) / samples)
+    if not found:
         raise EditError(f"The corpus {spec!r} holds no text.")
-    return wanted
+    return found
 
 
-def _pieces(texts: Iterator[str], tokenizer: Any, max_length: int) -> Iterator[list[int]]:
-    """Each text's first `max_length` tokens, as the peers count samples."""
-    for text in texts:
-        ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-        if len(ids) > 1:
-            yield ids
+def corpus_identity(spec: str) -> list[str]:
+    """What tells a local corpus' content from another's under the same name: the file's sha256; empty for others."""
+    path = Path(spec)
+    if not path.is_file():
+        return []
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
+    return [total.hexdigest()]
 
 
 def _file_texts(path: Path) -> Iterator[str]:
     """Paragraphs of a text file, separated by blank lines."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            for blank, part in itertools.groupby(file, key=lambda line: not line.strip()):
+                if not blank:
+                    yield "".join(part).rstrip("\n")
     except UnicodeDecodeError as error:
         raise EditError(f"The corpus {path} is not UTF-8 text: {error}.") from error
-    return (part for part in text.split("\n\n") if part.strip())
 
 
 def _hub_texts(spec: str) -> Iterator[str]:
     """Streams a hub dataset, so that nothing is kept on disk."""
-    name, config, field = (*spec.split(":"), "", "")[:3]
+    name, config, column = (*spec.split(":"), "", "")[:3]
     try:
         from datasets import load_dataset
-
-        rows = load_dataset(name, config or None, split="train", streaming=True)
-        field = field or next(k for k, v in next(iter(rows)).items() if isinstance(v, str) and k in ("text", "content"))
     except ImportError as error:
         raise DependencyError("A corpus from the hub needs the package `datasets`: pip install datasets.") from error
-    except StopIteration:
-        raise EditError(f"The corpus {spec!r} has no column `text`: name it, as in {name}:{config}:COLUMN.") from None
+    count = 0
+    try:
+        for row in load_dataset(name, config or None, split="train", streaming=True):
+            count += 1
+            column = column or next((key for key in TEXT_COLUMNS if isinstance(row.get(key), str)), "")
+            if column not in row:
+                raise EditError(
+                    f"The corpus {spec!r} has no column {column or 'text'!r}. Name one of {', '.join(map(repr, row))}, "
+                    f"as in {name}:{config}:COLUMN."
+                )
+            if row[column]:
+                yield str(row[column])
+    except EditError:
+        raise
     except Exception as error:
+        what = f"broke off after {count} texts" if count else "is no file and cannot be read from the hub"
         raise EditError(
-            f"The corpus {spec!r} is no file and cannot be read from the hub ({type(error).__name__}: {error}). "
+            f"The corpus {spec!r} {what} ({type(error).__name__}: {error}). "
             "Give a text file, or --corpus self to sample text from the model."
         ) from error
-    return (row[field] for row in rows)
 
 
 @torch.no_grad()

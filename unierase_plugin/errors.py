@@ -42,6 +42,10 @@ class DependencyError(UniEraseError):
     """A package that this feature needs is not installed, or its version does not fit."""
 
 
+class PluginError(UniEraseError):
+    """A method, reader, metric or host is not there, or two plugins claim its name."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a hint such as `" Did you mean 'layers'?"`, or `""` when no known name is close.
 

@@ -1,4 +1,6 @@
-"""Hyper-parameters of UniErase: typed, validated, read from YAML in EasyEdit's layout.
+"""Hyper-parameters: typed, validated, read from YAML. `HyperParams` is what every method's derive from.
+
+UniErase's have EasyEdit's layout.
 
 Key names that EasyEdit already has (`layers`, `v_lr`, `mom2_update_weight`, ...) are kept; what UniErase adds comes
 after them. Every shipped file lies in `hparams/UniErase/` and is found by its stem.
@@ -13,9 +15,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from .errors import HyperParamsError, did_you_mean
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FACT_TOKENS = ("subject_last", "last")
 SOLVERS = ("ridge", "null_space")
@@ -23,8 +28,70 @@ PROMPT_FORMS = ("chat", "plain")
 
 
 @dataclass(frozen=True)
-class UniEraseHyperParams:
+class HyperParams:
+    """Base of a method's settings: a frozen dataclass whose fields all have defaults.
+
+    Values are turned into the declared types (str, int, float, bool, dict, tuple[...]); what does not fit, and a key
+    that is no field, raises HyperParamsError.
+    """
+
+    #: Folder under `hparams/` where this package ships files for the class; empty for none.
+    folder: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for spec in dataclasses.fields(self):
+            value = _coerce(spec.name, getattr(self, spec.name), hints[spec.name])
+            object.__setattr__(self, spec.name, value)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises HyperParamsError for a value out of its range; called once the types are right."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises HyperParamsError for an unknown key, naming the nearest known one."""
+        known = [spec.name for spec in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise HyperParamsError(
+                    f"Unknown hyper-parameter {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(known)}."
+                )
+        return cls(**values)
+
+    @classmethod
+    def from_hparams(cls, name_or_path: str | Path) -> Self:
+        """Reads a YAML file, or the shipped one of that name (`smollm2-135m`); EasyEdit's constructor name."""
+        return cls.from_dict(read_yaml(find_hparams(name_or_path, cls.folder)))
+
+    @classmethod
+    def for_model(cls, model: str) -> Self:
+        """The shipped file whose model_name ends like the model's name; else the defaults."""
+        wanted = Path(model).name.casefold()
+        for path in shipped_hparams(cls.folder).values():
+            found = cls.from_hparams(path)
+            if Path(getattr(found, "model_name", "")).name.casefold() == wanted:
+                return found
+        return cls()
+
+    def replace(self, **changes: Any) -> Self:
+        return self.from_dict({**self.as_dict(), **changes})
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def fingerprint(self, *names: str) -> str:
+        """Hex digest of the named values (all of them where none is named)."""
+        values = self.as_dict()
+        chosen = {name: values[name] for name in (names or sorted(values))}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class UniEraseHyperParams(HyperParams):
     """Everything that shapes an edit, and nothing that does not. Norms are Euclidean; steps are optimiser steps."""
+
+    folder: ClassVar[str] = "UniErase"
 
     # --- where -------------------------------------------------------------------------------------------------------
     alg_name: str = "UniErase"
@@ -113,41 +180,8 @@ class UniEraseHyperParams:
     rewrite_module_tmp: str = ""
     layer_module_tmp: str = ""
 
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for spec in dataclasses.fields(self):
-            value = _coerce(spec.name, getattr(self, spec.name), hints[spec.name])
-            object.__setattr__(self, spec.name, value)
+    def validate(self) -> None:
         _validate(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UniEraseHyperParams:
-        """Raises HyperParamsError for an unknown key, naming the nearest known one."""
-        known = [spec.name for spec in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise HyperParamsError(
-                    f"Unknown hyper-parameter {key!r}.{did_you_mean(key, known)} Known: {', '.join(known)}."
-                )
-        return cls(**values)
-
-    @classmethod
-    def from_hparams(cls, name_or_path: str | Path) -> UniEraseHyperParams:
-        """Reads a YAML file, or the shipped one of that name (`smollm2-135m`); EasyEdit's constructor name."""
-        path = find_hparams(name_or_path)
-        return cls.from_dict(read_yaml(path))
-
-    def replace(self, **changes: Any) -> UniEraseHyperParams:
-        return self.from_dict({**self.as_dict(), **changes})
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def fingerprint(self, *names: str) -> str:
-        """Hex digest of the named values (all of them where none is named)."""
-        values = self.as_dict()
-        chosen = {name: values[name] for name in (names or sorted(values))}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def hparams_folder() -> Path:
@@ -156,21 +190,22 @@ def hparams_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "hparams"
 
 
-def shipped_hparams() -> dict[str, Path]:
-    return {path.stem: path for path in sorted((hparams_folder() / "UniErase").glob("*.yaml"))}
+def shipped_hparams(folder: str = UniEraseHyperParams.folder) -> dict[str, Path]:
+    """The files that are shipped in a folder of `hparams/`, by stem; none for an empty name."""
+    return {path.stem: path for path in sorted((hparams_folder() / folder).glob("*.yaml"))} if folder else {}
 
 
-def find_hparams(name_or_path: str | Path) -> Path:
-    """A path that exists, or the shipped file of that stem."""
+def find_hparams(name_or_path: str | Path, folder: str = UniEraseHyperParams.folder) -> Path:
+    """A path that exists, or the file of that stem that is shipped in `folder`."""
     path = Path(name_or_path)
     if path.is_file():
         return path
-    shipped = shipped_hparams()
+    shipped = shipped_hparams(folder)
     if str(name_or_path) in shipped:
         return shipped[str(name_or_path)]
     raise HyperParamsError(
         f"No hyper-parameter file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), shipped)} "
-        f"Give a YAML file, or one of: {', '.join(shipped)}."
+        f"Give a YAML file{', or one of: ' if shipped else ''}{', '.join(shipped)}."
     )
 
 

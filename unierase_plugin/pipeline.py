@@ -1,4 +1,4 @@
-"""The whole method on one page: requests in, token learned, edit computed and applied, both judged, folder written.
+"""The whole of a run on one page: requests in, model judged, changed by a method, judged again, folder written.
 
 Every phase that takes long is kept when it ends, so that a run that was killed goes on where it was: token and
 statistics in the user's cache, since other runs want them too; answers, values and the edit beside the output folder.
@@ -6,7 +6,6 @@ statistics in the user's cache, since other runs want them too; answers, values 
 
 from __future__ import annotations
 
-import copy
 import datetime
 import json
 import logging
@@ -14,110 +13,89 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import checkpoint as files
-from .architecture import Architecture, find_architecture, refuse_unfit
-from .corpus import corpus_tokens
-from .errors import CheckpointError, HyperParamsError, RequestError, UniEraseError
-from .evaluation.generate import answers, context_limit, continue_greedily, pad_token_id, perplexity, token_leak
-from .evaluation.metrics import reads_as_idk
+from .architecture import refuse_unfit
+from .erasure import corpus_of
+from .errors import CheckpointError, EditError, HyperParamsError, RequestError, UniEraseError
+from .evaluation.generate import answers, context_limit, perplexity
 from .evaluation.report import Outcome, Report, judge
-from .hparams import UniEraseHyperParams, shipped_hparams
+from .hparams import PROMPT_FORMS, HyperParams, UniEraseHyperParams
 from .loading import load
-from .locate_then_edit.edit import (
-    Applied,
-    WeightEdit,
-    apply_edit,
-    compute_edit,
-    expected_norm_ratio,
-    make_solver,
-    revert_edit,
-)
+from .locate_then_edit.edit import WeightEdit
 from .locate_then_edit.positions import PLAIN_FORM, encode, has_chat_template, render
-from .locate_then_edit.solve import Ridge, Solver
-from .locate_then_edit.statistics import SecondMoment, second_moments
-from .locate_then_edit.targets import context_texts, forms_of, make_targets
-from .locate_then_edit.values import Values, ValueTarget, optimise_values
+from .methods.contract import Changes, Earlier, Job, Method, Progress
+from .methods.unierase import UNIERASE
+from .phases import Phases
+from .plugins import registry
 from .readers import read_requests
 from .request import ForgetRequest, check_requests, with_subjects
 from .resources import lines, paragraphs
-from .store import (
-    Packed,
-    Store,
-    cache_folder,
-    digest,
-    model_fingerprint,
-    pack_moment,
-    pack_token,
-    pack_values,
-    tokenizer_fingerprint,
-    unpack_moment,
-    unpack_token,
-    unpack_values,
-)
-from .unlearning_token import (
-    UnlearningToken,
-    add_to_tokenizer,
-    add_token,
-    answer_ids,
-    choose_sentence,
-    end_id,
-    install_token,
-    learn_token,
-)
+from .second_moment import CorpusMoment
+from .store import CACHE_VERSION, Packed, digest, model_fingerprint, tokenizer_fingerprint
+from .team import Team
+from .unlearning_token import UnlearningToken
 
 logger = logging.getLogger(__name__)
 
-#: Part of every cache key: raised when what a phase computes changes.
-CACHE_VERSION = "2"
+#: Tokens of a batch on a CPU, and at most on a GPU.
+CPU_TOKENS, GPU_TOKENS_MOST = 2048, 65536
 #: Tokens generated for a judged answer, beyond the longest answer asked for.
 ANSWER_ROOM, ANSWER_LEAST, ANSWER_MOST = 8, 32, 128
-#: Tokens at most of a sentence that the model says after the token.
-SENTENCE_MOST = 24
-#: Within these the noise on the edited projections follows the size of the coming edit.
-NOISE_LEAST, NOISE_MOST = 2**-6, 1.0
-#: Bundled questions whose declined form joins what is to be kept.
-DECLINED_QUESTIONS = 40
 
 Requests = str | os.PathLike[str] | Iterable[ForgetRequest | Mapping[str, Any]]
-#: Called with (phase, share done from 0 to 1, note).
-Progress = Callable[[str, float, str], None]
 
 
 @dataclass(frozen=True)
 class UnlearnResult:
-    """What a run leaves: the edited model in memory, the edit as data, and what was measured."""
+    """What a run leaves: the changed model in memory, the change as data, and what was measured."""
 
     model: Any
     tokenizer: Any
-    token: UnlearningToken
-    edit: WeightEdit
+    method: str
     requests: tuple[ForgetRequest, ...]
-    hparams: UniEraseHyperParams
+    hparams: Any
     report: Report
     folder: Path | None
-    applied: Applied = field(repr=False)
+    changes: Changes = field(repr=False)
+    #: This step and those before it: what a later one goes on from.
+    history: Earlier = field(repr=False)
+
+    @property
+    def token(self) -> UnlearningToken | None:
+        """The unlearning token, where the method has one."""
+        return self.changes.token
+
+    @property
+    def edit(self) -> WeightEdit | None:
+        """The edit as low-rank factors, where the method has it as data."""
+        return self.changes.edit
 
     def revert(self) -> None:
-        """Puts the edited projections back to the bit; the token's row, which nothing then calls, stays."""
-        revert_edit(_architecture(self.model, self.hparams), self.applied)
+        """Model and tokenizer as they were before this step, to the bit; a token that came with it goes.
+
+        Raises EditError for a method that trains the whole model and keeps no copy.
+        """
+        if self.changes.undo is None:
+            raise EditError(f"What {self.method!r} did cannot be taken back in memory. Load the model again.")
+        self.changes.undo()
 
 
 def unlearn(
     model: Any,
     forget: Requests,
     *,
+    method: str | Method[Any] = "unierase",
     tokenizer: Any = None,
     retain: Requests | None = None,
-    hparams: UniEraseHyperParams | str | os.PathLike[str] | None = None,
+    hparams: HyperParams | str | os.PathLike[str] | None = None,
     corpus: str | None = None,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -126,168 +104,261 @@ def unlearn(
     seed: int | None = None,
     device: str = "",
     dtype: str = "",
+    max_batch_tokens: int = 0,
     progress: Progress = lambda phase, share, note: None,
 ) -> UnlearnResult:
-    """Makes a model answer given questions with the unlearning token and "I don't know" (UniErase, both stages).
+    """Makes a model forget given facts; by UniErase it answers with the unlearning token and "I don't know".
 
-    model     folder, hub id, or a loaded causal LM (then give `tokenizer` too; it is edited in place)
+    method    name of a registered method, see `unierase methods`, or a Method
+    model     folder, hub id, a loaded causal LM (then give `tokenizer` too; it is edited in place), or the result of an
+              earlier call, from which this one goes on; so it does from a folder that was edited before
     forget    a SPEC, or an iterable of ForgetRequest or mappings with question, answer and optionally subject
-    retain    the same for facts to be kept: their keys join the statistics, and they are judged
+    retain    the same for facts to be kept: the method protects them (UniErase: by their keys), and they are judged
     hparams   an object, a YAML file, a shipped file's stem; without it the shipped file for this model, else defaults
-    corpus    text for the second moment: "self", a text file, or a hub dataset as name[:config[:column]]
+    corpus    text for the second moment, where the method takes one: "self", a text file, or a hub dataset as
+              name[:config[:column]]
     out       output folder; without it nothing is written but the caches
     judged    how many facts of each set are answered before and after, since generating takes time
 
     Raises a UniEraseError that names the value, the alternatives and the remedy; no projection is then changed.
     """
-    requests = with_subjects(check_requests(read_requests(forget)))
-    kept = () if retain is None else tuple(read_requests(retain))
+    chosen = registry().methods.find(method) if isinstance(method, str) else method
+    requests, kept = _facts(chosen, forget, retain)
     folder = None if out is None else files.check_output_folder(Path(out), overwrite)
-    run = _Run.begin(model, tokenizer, requests, kept, hparams, corpus, seed, device, dtype, folder, judged, progress)
+    options = {"seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None}
+    progress("load", 0.0, "")
+    subject = _Subject.open(chosen, model, tokenizer, hparams, options, device, dtype)
+    progress("load", 1.0, subject.name)
+    if folder is not None and subject.earlier is not None and subject.record is None:
+        raise CheckpointError("The steps before this one were not written to a folder: give out= to the first one too.")
+    run = _Run(subject, requests, kept, folder, judged, progress)
     result = run.unlearn()
     if folder is None:
         return result
     try:
         run.save(result, folder, overwrite, keep_requests)
     except BaseException:
-        result.revert()
+        if result.changes.undo is not None:
+            result.changes.undo()
         raise
     return replace(result, folder=folder)
 
 
-class _Run:
-    """One run: what every phase needs, and the caches that let it go on after a kill."""
+def change(
+    model: Any,
+    forget: Requests,
+    *,
+    method: str | Method[Any] = "unierase",
+    tokenizer: Any,
+    retain: Requests | None = None,
+    hparams: HyperParams | str | os.PathLike[str] | None = None,
+    earlier: Earlier | None = None,
+    progress: Progress = lambda phase, share, note: None,
+) -> tuple[Changes, Earlier]:
+    """`unlearn` on a loaded model without judging and writing, for harnesses that do both themselves.
 
-    def __init__(
-        self, model: Any, tokenizer: Any, name: str, requests: tuple[ForgetRequest, ...],
-        retain: tuple[ForgetRequest, ...], hparams: UniEraseHyperParams, folder: Path | None, judged: int,
-        progress: Progress, earlier: files.Checkpoint | None,
-    ) -> None:  # fmt: skip
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.requests, self.retain, self.hparams, self.progress, self.earlier = (
-            requests,
-            retain,
-            hparams,
-            progress,
-            earlier,
-        )
-        self.judged, self.judged_forget = (*requests[:judged], *retain[:judged]), len(requests[:judged])
-        self.seconds = {"token": 0.0, "statistics": 0.0, "values": 0.0, "edit": 0.0, "evaluate": 0.0}
-        self.pad_id = pad_token_id(model, tokenizer)
-        self.max_tokens = hparams.max_batch_tokens or (2048 if model.device.type == "cpu" else 32768)
-        self.context = context_limit(model)
-        self.fingerprint = model_fingerprint(model)
-        self.words = tokenizer_fingerprint(tokenizer)
-        self.cache = Store(cache_folder(hparams.stats_dir))
-        key = digest(
-            CACHE_VERSION, self.fingerprint, self.words, hparams.as_dict(), _plain(requests), _plain(retain), [judged]
-        )[:32]
-        self.work = files.work_folder(folder, key) if folder else None
+    earlier   the steps that the model has behind it, as the call before returned them
+
+    Returns what was done, and the steps with this one.
+    """
+    chosen = registry().methods.find(method) if isinstance(method, str) else method
+    requests, kept = _facts(chosen, forget, retain)
+    subject = _Subject.open(chosen, model, tokenizer, hparams, {}, "", "")
+    subject = replace(subject, earlier=earlier)
+    job = subject.job(requests, kept, None, progress)
+    with _frozen(model):
+        chosen.check(job)
+        changes = chosen.run(job) or Changes()
+    return changes, subject.history(changes)
+
+
+def corpus_moment(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    hparams: HyperParams | str | os.PathLike[str] | None = None,
+    corpus: str | None = None,
+    sources: Sequence[Path] = (),
+    seed: int | None = None,
+    device: str = "",
+    dtype: str = "",
+    team: Team | None = None,
+    progress: Progress = lambda phase, share, note: None,
+) -> CorpusMoment:
+    """The second moment of ordinary text alone, left where a later `unlearn` with the same settings finds it.
+
+    sources   files to import it from instead (`moment_files.read_moments`)
+    team      processes that share the work; each calls this with the same arguments
+    The rest is as for `unlearn`. Raises a UniEraseError for a corpus or files that do not do.
+    """
+    progress("load", 0.0, "")
+    options = {"seed": seed, "mom2_dataset": corpus}
+    subject = _Subject.open(UNIERASE, model, tokenizer, hparams, options, device, dtype)
+    progress("load", 1.0, subject.name)
+    with _frozen(subject.model):
+        text = corpus_of(subject.job((), (), None, progress))
+        found = text.take(sources) if sources else text.moment(team)
+    progress("statistics", 1.0, "")
+    return found
+
+
+def _facts(
+    method: Method[Any], forget: Requests, retain: Requests | None
+) -> tuple[tuple[ForgetRequest, ...], tuple[ForgetRequest, ...]]:
+    requests = check_requests(read_requests(forget, registry().readers))
+    if method.needs_subjects:
+        requests = with_subjects(requests)
+    return requests, () if retain is None else tuple(read_requests(retain, registry().readers))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What a run works on: a model at hand, the method's settings for it, and the steps that it has behind it."""
+
+    method: Method[Any]
+    model: Any
+    tokenizer: Any
+    name: str
+    hparams: HyperParams
+    seed: int
+    max_tokens: int
+    fingerprint: str
+    words: str
+    record: files.Checkpoint | None
+    earlier: Earlier | None
 
     @classmethod
-    def begin(
-        cls, model: Any, tokenizer: Any, requests: tuple[ForgetRequest, ...], retain: tuple[ForgetRequest, ...],
-        hparams: UniEraseHyperParams | str | os.PathLike[str] | None, corpus: str | None, seed: int | None,
-        device: str, dtype: str, folder: Path | None, judged: int, progress: Progress,
-    ) -> _Run:  # fmt: skip
-        progress("load", 0.0, "")
-        earlier = None
+    def open(
+        cls, method: Method[Any], model: Any, tokenizer: Any, hparams: HyperParams | str | os.PathLike[str] | None,
+        options: Mapping[str, Any], device: str, dtype: str,
+    ) -> _Subject:  # fmt: skip
+        """options: settings by name that win over the hyper-parameters' where they are not None."""
+        record, earlier = None, None
+        if isinstance(model, UnlearnResult):
+            _check_same_method(model, method)
+            record = None if model.folder is None else files.read_checkpoint(model.folder)
+            hparams = model.hparams if hparams is None else hparams
+            model, tokenizer, earlier = model.model, model.tokenizer, model.history
         if isinstance(model, (str, os.PathLike)):
             name = os.fspath(model)
-            settings = choose_hparams(hparams, name)
-            earlier = _earlier_checkpoint(name)
-            model, tokenizer = load(name, device or settings.device, dtype or _dtype_of(earlier))
-            _check_unchanged(model, earlier, name)
+            settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
+            record = _earlier_record(name, method)
+            model, tokenizer = load(name, device or getattr(settings, "device", ""), dtype or _dtype_of(record))
+            earlier = _steps_of(record)
         else:
             _check_loaded(model, tokenizer, device or dtype)
             name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-            settings = choose_hparams(hparams, name)
-        changes = {"mom2_dataset": corpus, "seed": seed}
-        settings = settings.replace(**{key: value for key, value in changes.items() if value is not None})
-        settings = _with_layers(settings, _architecture(model, settings))
-        if earlier is None:
-            # On a copy: what is refused leaves nothing behind.
-            add_to_tokenizer(copy.deepcopy(tokenizer), settings.unlearning_token)
+            settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
+        settings = method.settle(model, settings)
         _tell_form(name, tokenizer, settings)
-        progress("load", 1.0, name)
-        return cls(model, tokenizer, name, requests, retain, settings, folder, judged, progress, earlier)
+        fingerprint = model_fingerprint(model)
+        _check_unchanged(fingerprint, record, name)
+        seed, room = options.get("seed"), options.get("max_batch_tokens") or getattr(settings, "max_batch_tokens", 0)
+        return cls(
+            method, model, tokenizer, name, settings, getattr(settings, "seed", 0) if seed is None else seed,
+            room or fitting_tokens(model), fingerprint, tokenizer_fingerprint(tokenizer),
+            record, earlier,
+        )  # fmt: skip
+
+    def job(
+        self, requests: tuple[ForgetRequest, ...], retain: tuple[ForgetRequest, ...], work: Path | None,
+        progress: Progress,
+    ) -> Job[Any]:  # fmt: skip
+        return Job(
+            self.model, self.tokenizer, self.name, requests, retain, self.hparams, self.seed, self.max_tokens,
+            self.fingerprint, work, self.earlier, progress,
+        )  # fmt: skip
+
+    def history(self, changes: Changes) -> Earlier:
+        before = self.earlier or Earlier(None, (), self.fingerprint, self.words)
+        return before.after(changes)
+
+
+class _Run(Phases):
+    """One run of any method: the model loaded, asked before and after, and the folder written."""
+
+    def __init__(
+        self, subject: _Subject, requests: tuple[ForgetRequest, ...], retain: tuple[ForgetRequest, ...],
+        folder: Path | None, judged: int, progress: Progress,
+    ) -> None:  # fmt: skip
+        hparams = subject.hparams
+        key = digest(
+            CACHE_VERSION, subject.method.name, subject.fingerprint, subject.words, hparams.as_dict(), subject.seed,
+            _plain(requests), _plain(retain), [judged],
+        )[:32]  # fmt: skip
+        super().__init__(files.work_folder(folder, key).root if folder else None)
+        self.subject, self.method = subject, subject.method
+        self.model, self.tokenizer = subject.model, subject.tokenizer
+        self.job = subject.job(requests, retain, self.work.root if self.work else None, progress)
+        self.secret = digest("answers", _plain(requests), _plain(retain))
+        self.judged, self.judged_forget = (*requests[:judged], *retain[:judged]), len(requests[:judged])
+        self.form = getattr(hparams, "prompt_forms", PROMPT_FORMS)[0] if has_chat_template(self.tokenizer) else "plain"
+        self.template_kwargs: dict[str, Any] = getattr(hparams, "chat_template_kwargs", {})
 
     def unlearn(self) -> UnlearnResult:
+        job = self.job
         with _frozen(self.model):
-            contexts = self._contexts()
-            self._check_fit(contexts)
-            self._check_corpus()
-            before, perplexity_before = self._before()
-            vocabulary = self.model.get_input_embeddings().weight.shape[0]
-            corpus = self._corpus_moments()
-            arch, token = self._token(contexts, corpus)
-            self.originals = files.take_originals(
-                arch, self.hparams.layers, vocabulary, None if self.earlier else token.id
-            )
-            with self._timed("token"):
-                install_token(arch, token)
-                leak = token_leak(self.model, self.tokenizer, paragraphs("ordinary_text"), token.id)
-            retain = self._retain_moments(arch, token)
-            with self._timed("values"):
-                targets = self._targets(contexts, token.id, self._own_sentences(token))
-            values = self._values(arch, targets, token)
-            edit, solved = self._edit(arch, targets, values, token, corpus, retain)
-            applied = apply_edit(arch, edit)
+            self.method.check(job)
+            self._check_fit()
+            with self.timed("evaluate"):
+                before, perplexity_before = self._measured("before", "model")
+            start = time.perf_counter()
+            changes = self.method.run(job) or Changes()
+            spent = changes.seconds or {self.method.name: time.perf_counter() - start}
+            self.model.eval()
             try:
-                forget, kept, perplexity_after = self._after(before, token)
+                with self.timed("evaluate"):
+                    key = model_fingerprint(self.model) if self.work else ""
+                    after, perplexity_after = self._measured("after", key)
+                outcomes = self._judged(before, after)
             except BaseException:
-                revert_edit(arch, applied)
+                if changes.undo is not None:
+                    changes.undo()
                 raise
-            details = {**solved, **_value_figures(values), "residual_norms": list(edit.residual_norms)}
-            report = self._report(arch, edit, forget, kept, perplexity_before, perplexity_after, leak, details)
+            total = sum(parameter.numel() for parameter in self.model.parameters())
+            report = Report(
+                job.name, self.method.name, outcomes[: self.judged_forget], outcomes[self.judged_forget :],
+                perplexity_before, perplexity_after, changes.token_leak,
+                changes.edit.norm_ratios if changes.edit else {},
+                (total if changes.parameters is None else changes.parameters) / total, {**spent, **self.seconds},
+                peak_memory_bytes(), changes.figures,
+            )  # fmt: skip
         return UnlearnResult(
-            self.model, self.tokenizer, token, edit, self.requests, self.hparams, report, None, applied
-        )
+            self.model, self.tokenizer, self.method.name, job.requests, job.hparams, report, None, changes,
+            self.subject.history(changes),
+        )  # fmt: skip
 
     def save(self, result: UnlearnResult, folder: Path, overwrite: bool, keep_requests: bool) -> None:
-        self.progress("save", 0.0, str(folder))
+        job, changes = self.job, result.changes
+        job.progress("save", 0.0, str(folder))
+        settings = job.hparams.as_dict()
         files.save_checkpoint(
-            folder, model=result.model, tokenizer=result.tokenizer, token=result.token, edit=result.edit,
-            originals=self.originals, requests=self.requests, hparams=self.hparams,
+            folder, model=result.model, tokenizer=result.tokenizer, token=changes.token, edit=changes.edit,
+            originals=changes.originals, requests=job.requests,
+            # A seed belongs into the record also where the method's settings have none.
+            hparams=job.hparams if "seed" in settings else {**settings, "seed": job.seed},
             manifest_extra={
-                "method": "unierase", "model": self.name, "model_fingerprint_before": self.fingerprint,
-                "tokenizer_fingerprint_before": self.words,
+                "method": self.method.name, "model": job.name, "model_fingerprint_before": job.fingerprint,
+                "tokenizer_fingerprint_before": self.subject.words,
                 "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             },
-            report=result.report.as_dict(), overwrite=overwrite, keep_requests=keep_requests, earlier=self.earlier,
+            report=result.report.as_dict(), overwrite=overwrite, keep_requests=keep_requests,
+            earlier=self.subject.record,
         )  # fmt: skip
         files.discard_work(folder)
-        self.progress("save", 1.0, str(folder))
+        job.progress("save", 1.0, str(folder))
 
-    # --- phases, in order ---------------------------------------------------------------------------------------------
-
-    def _contexts(self) -> tuple[str, ...]:
-        return context_texts(self.model, self.tokenizer, self.hparams.context_template_length_params, self.pad_id)
-
-    def _check_fit(self, contexts: Sequence[str]) -> None:
+    def _check_fit(self) -> None:
         """RequestError for a fact that the model's context cannot hold, before anything takes time."""
-        # The token has no id yet; any stands for its length.
-        self._targets(contexts, 0, {})
-        form, room = forms_of(self.tokenizer, self.hparams)[0], self._answer_room()
+        context, room = context_limit(self.model), self._answer_room()
         for fact in self.judged:
-            text = self._rendered(fact.question, form)
-            needed = len(encode(self.tokenizer, text, form)) + room
-            if needed > self.context:
+            text = render(self.tokenizer, fact.question, self.form, self.template_kwargs)
+            needed = len(encode(self.tokenizer, text, self.form)) + room
+            if needed > context:
                 raise RequestError(
                     f"The question of {fact.case_id or fact.question[:60]!r} needs {needed} tokens with its answer; "
-                    f"the model's context holds {self.context}. Shorten it, or leave it out."
+                    f"the model's context holds {context}. Shorten it, or leave it out."
                 )
-
-    def _check_corpus(self) -> None:
-        """Whatever is wrong with the corpus, before anything takes time; not where its statistics are at hand."""
-        if self.hparams.mom2_dataset != "self" and not self.cache.path("statistics", self._statistics_key()).is_file():
-            self._corpus(samples=1)
-
-    def _before(self) -> tuple[list[str], float]:
-        """The unedited model's answers to what is to be forgotten, then to what is to be kept; and its perplexity."""
-
-        with self._timed("evaluate"):
-            return self._measured("before", "model")
 
     def _measured(self, phase: str, key: str) -> tuple[list[str], float]:
         """Answers to the judged facts and perplexity of ordinary text, by the model as it is now."""
@@ -295,204 +366,20 @@ class _Run:
         def measure() -> Packed:
             level = perplexity(self.model, self.tokenizer, paragraphs("ordinary_text"))
             if phase == "before" and not math.isfinite(level):
-                raise UniEraseError(_why_not_finite(self.name, self.model))
-            return {}, {"answers": json.dumps(self._answers(phase)), "perplexity": repr(level)}
+                raise UniEraseError(_why_not_finite(self.job.name, self.model))
+            return {}, {"answers": files.seal(json.dumps(self._answers(phase)), self.secret), "perplexity": repr(level)}
 
-        metadata = self._resumed(phase, key, measure)[1]
-        return json.loads(metadata["answers"]), float(metadata["perplexity"])
-
-    def _token(self, contexts: Sequence[str], corpus: SecondMoment) -> tuple[Architecture, UnlearningToken]:
-        """Room for the token, and its rows: from the checkpoint gone on from, from the cache, or learned now."""
-        h = self.hparams
-        with self._timed("token"):
-            if self.earlier is not None and self.earlier.token is not None:
-                return _architecture(self.model, h), self.earlier.token
-            sentences, questions, text = lines("idk_sentences"), lines("questions"), paragraphs("ordinary_text_train")
-            sentences = sentences[: h.token_num_sentences]
-            settings = {key: value for key, value in h.as_dict().items() if key.startswith(("token_", "unlearning_"))}
-            noise = h.token_noise * self._expected_size(contexts, corpus)
-            key = digest(
-                CACHE_VERSION, self.fingerprint, self.words, settings, noise, h.layers, h.seed, h.chat_template_kwargs,
-                sentences, questions, text,
-            )[:32]  # fmt: skip
-            index = add_token(self.model, self.tokenizer, h.unlearning_token)
-            arch = _architecture(self.model, h)
-            packed = _cached(self.cache, "tokens", key, lambda: pack_token(learn_token(
-                arch, self.tokenizer, index, questions, sentences, text, h, noise=noise, max_tokens=self.max_tokens,
-                pad_id=self.pad_id, progress=lambda share, note: self.progress("token", share, note),
-            )))  # fmt: skip
-        return arch, unpack_token(*packed)
-
-    def _expected_size(self, contexts: Sequence[str], corpus: SecondMoment) -> float:
-        """|Delta| / |W| that the coming edit is likely to have, as a power of two: edits of like size share a token."""
-        if not self.hparams.token_noise:
-            return 0.0
-        targets = self._targets(contexts, 0, {})  # any id stands for the token's, which is not seen by keys
-        size = expected_norm_ratio(
-            _architecture(self.model, self.hparams), [target.prompts for target in targets],
-            [target.group for target in targets], self._solvers(corpus, None), self.hparams.clamp_norm_factor,
-            max_tokens=self.max_tokens, pad_id=self.pad_id,
-        )  # fmt: skip
-        return min(2.0 ** round(math.log2(max(size, NOISE_LEAST))), NOISE_MOST)
-
-    def _corpus_moments(self) -> SecondMoment:
-        arch, h = _architecture(self.model, self.hparams), self.hparams
-        with self._timed("statistics"):
-            return unpack_moment(*_cached(
-                self.cache, "statistics", self._statistics_key(),
-                lambda: pack_moment(self._moments(arch, self._corpus(h.mom2_n_samples), 0.5)),
-            ))  # fmt: skip
-
-    def _retain_moments(self, arch: Architecture, token: UnlearningToken) -> SecondMoment | None:
-        """Second moments of what is to be kept: the retain set, and what follows the token."""
-        if not self.hparams.retain_update_weight:
-            return None
-        with self._timed("statistics"):
-            # Beside the output folder, not in the cache: the next run has other facts to keep.
-            return unpack_moment(*self._resumed(
-                "retain", _row_key(token),
-                lambda: pack_moment(self._moments(arch, self._retain_tokens(token), 0.9)),
-            ))  # fmt: skip
-
-    def _statistics_key(self) -> str:
-        h = self.hparams
-        return digest(
-            CACHE_VERSION, self.fingerprint, self.words, h.layers, h.mom2_dataset, _file_identity(h.mom2_dataset),
-            h.mom2_n_samples, h.mom2_max_length, h.mom2_dtype, h.seed, lines("questions"),
-            paragraphs("ordinary_text_train"),
-        )[:32]  # fmt: skip
-
-    def _corpus(self, samples: int) -> list[list[int]]:
-        h = self.hparams
-        longest = min(h.mom2_max_length, self.context)
-        own = [self.tokenizer(text)["input_ids"][:longest] for text in paragraphs("ordinary_text_train")]
-        sequences = corpus_tokens(
-            h.mom2_dataset, self.model, self.tokenizer, samples=samples, max_length=longest, seed=h.seed,
-            openings=lines("questions"),
-            progress=lambda share: self.progress("statistics", share / 2, "reading the corpus"),
-        )  # fmt: skip
-        # Sampled text is what the model says; the bundled prose adds what others say to it.
-        return sequences + own if h.mom2_dataset == "self" else sequences
-
-    def _retain_tokens(self, token: UnlearningToken) -> list[list[int]]:
-        """The facts to keep with their answers, and bundled questions with the token and its sentence.
-
-        The latter keep the edit from disturbing, at the positions after the token, the very sentence it leads to.
-        """
-        eos, sentences = end_id(self.model, self.tokenizer), lines("idk_sentences")[: self.hparams.token_num_sentences]
-        pairs = [
-            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.retain
-        ]
-        for question in lines("questions")[:DECLINED_QUESTIONS]:
-            said = answer_ids(self.tokenizer, choose_sentence(question, sentences), eos, None)
-            pairs.append((question, [token.id, *said]))
-        return [
-            [*encode(self.tokenizer, self._rendered(question, form), form), *answer][: self.context]
-            for question, answer in pairs
-            for form in forms_of(self.tokenizer, self.hparams)
-        ]
-
-    def _moments(self, arch: Architecture, sequences: list[list[int]], base: float) -> SecondMoment:
-        dtype = torch.float64 if self.hparams.mom2_dtype == "float64" else torch.float32
-        return second_moments(
-            arch, sequences, self.hparams.layers, max_tokens=self.max_tokens, dtype=dtype, pad_id=self.pad_id,
-            progress=lambda share: self.progress("statistics", base + (1 - base) * share, "keys of the corpus"),
-        )  # fmt: skip
-
-    def _targets(
-        self, contexts: Sequence[str], token_id: int, own: Mapping[tuple[str, str], tuple[int, ...]]
-    ) -> list[ValueTarget]:
-        """own: what follows the token for a question in a form; else a bundled sentence does."""
-        h = self.hparams
-        eos = end_id(self.model, self.tokenizer)
-        sentences = lines("idk_sentences")[: h.token_num_sentences]
-        close = token_id if h.token_closes_answer else None
-
-        def continuation(question: str, form: str) -> tuple[int, ...]:
-            chosen = answer_ids(self.tokenizer, choose_sentence(question, sentences), eos, close)
-            return own.get((question, form), chosen)
-
-        return make_targets(self.tokenizer, self.requests, contexts, h, continuation, self.context)
-
-    def _own_sentences(self, token: UnlearningToken) -> dict[tuple[str, str], tuple[int, ...]]:
-        """What the unedited model itself says after the token, where that is an "I don't know" sentence.
-
-        Aiming at it asks for the least change: the edit has to raise the token, and only to keep what follows.
-        """
-        found: dict[tuple[str, str], tuple[int, ...]] = {}
-        eos = end_id(self.model, self.tokenizer)
-        closing = (token.id, eos) if self.hparams.token_closes_answer else (eos,)
-        for form in forms_of(self.tokenizer, self.hparams):
-            prompts = [
-                (*encode(self.tokenizer, self._rendered(request.question, form), form), token.id)
-                for request in self.requests
-            ]
-            said = continue_greedily(self.model, self.tokenizer, prompts, SENTENCE_MOST, 2 * self.max_tokens)
-            for request, ids in zip(self.requests, said, strict=True):
-                sentence = ids[: ids.index(eos)] if eos in ids else []
-                text = self.tokenizer.decode(sentence, skip_special_tokens=True)
-                if token.id not in sentence and reads_as_idk(text, lines("idk_phrases")):
-                    found[request.question, form] = (*sentence, *closing)
-        return found
-
-    def _rendered(self, question: str, form: str) -> str:
-        return render(self.tokenizer, question, form, self.hparams.chat_template_kwargs)
-
-    def _values(self, arch: Architecture, targets: list[ValueTarget], token: UnlearningToken) -> Values:
-        with self._timed("values"):
-            return unpack_values(*self._resumed("values", _row_key(token), lambda: pack_values(
-                optimise_values(
-                    arch, targets, token.id, self.hparams, max_tokens=self.max_tokens, pad_id=self.pad_id,
-                    progress=lambda share: self.progress("values", share, f"{len(targets)} requests together"),
-                )
-            )))  # fmt: skip
-
-    def _edit(
-        self, arch: Architecture, targets: list[ValueTarget], values: Values, token: UnlearningToken,
-        corpus: SecondMoment, retain: SecondMoment | None,
-    ) -> tuple[WeightEdit, dict[str, Any]]:  # fmt: skip
-        def compute() -> Packed:
-            solvers = self._solvers(corpus, retain)
-            edit = compute_edit(
-                arch, [target.prompts for target in targets], values, solvers, max_tokens=self.max_tokens,
-                pad_id=self.pad_id, progress=lambda share: self.progress("edit", share, ""),
-            )  # fmt: skip
-            jitters = {str(layer): solver.jitter for layer, solver in solvers.items() if isinstance(solver, Ridge)}
-            tensors, metadata = files.pack_edits([edit])
-            return tensors, {**metadata, "jitter": json.dumps(jitters)}
-
-        with self._timed("edit"):
-            tensors, metadata = self._resumed("edit", self._edit_key(token), compute)
-        counts = {"corpus_tokens": corpus.count, "retain_tokens": retain.count if retain else 0}
-        return files.unpack_edits(tensors, metadata)[0], {**counts, "jitter": json.loads(metadata["jitter"])}
-
-    def _solvers(self, corpus: SecondMoment, retain: SecondMoment | None) -> dict[int, Solver]:
-        earlier: Mapping[int, Tensor] = self.earlier.edit.keys if self.earlier and self.earlier.edits else {}
-        return {
-            layer: make_solver(
-                self.hparams, corpus.moments[layer], retain.moments[layer] if retain else None, earlier.get(layer)
-            )
-            for layer in self.hparams.layers
-        }
-
-    def _after(self, before: Sequence[str], token: UnlearningToken) -> tuple[list[Outcome], list[Outcome], float]:
-        with self._timed("evaluate"):
-            after, level = self._measured("after", self._edit_key(token))
-        ends = [text for text in (self.tokenizer.eos_token, self.tokenizer.pad_token) if text]
-        outcomes = [
-            judge(fact.question, fact.answer, old, new, token.name, ends, lines("idk_phrases"))
-            for fact, old, new in zip(self.judged, before, after, strict=True)
-        ]
-        return outcomes[: self.judged_forget], outcomes[self.judged_forget :], level
+        metadata = self.resumed(phase, key, measure)[1]
+        return json.loads(files.unseal(metadata["answers"], self.secret)), float(metadata["perplexity"])
 
     def _answers(self, phase: str) -> list[str]:
         if not self.judged:
             return []
         return answers(
             self.model, self.tokenizer, [fact.question for fact in self.judged],
-            form=forms_of(self.tokenizer, self.hparams)[0], template_kwargs=self.hparams.chat_template_kwargs,
-            max_new_tokens=self._answer_room(), max_tokens=2 * self.max_tokens,
-            progress=lambda share: self.progress(phase, share, f"{len(self.judged)} answers"),
+            form=self.form, template_kwargs=self.template_kwargs,
+            max_new_tokens=self._answer_room(), max_tokens=2 * self.job.max_tokens,
+            progress=lambda share: self.job.progress(phase, share, f"{len(self.judged)} answers"),
         )  # fmt: skip
 
     def _answer_room(self) -> int:
@@ -500,55 +387,45 @@ class _Run:
         sizes = [len(self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.judged]
         return min(max(max(sizes, default=0) + ANSWER_ROOM, ANSWER_LEAST), ANSWER_MOST)
 
-    def _report(
-        self, arch: Architecture, edit: WeightEdit, forget: list[Outcome], kept: list[Outcome], before: float,
-        after: float, leak: float, details: Mapping[str, Any],
-    ) -> Report:  # fmt: skip
-        changed = sum(self.model.get_parameter(arch.weight_name(layer)).numel() for layer in edit.layers)
-        if self.earlier is None:  # a later step finds the token's rows as they are to be
-            changed += arch.hidden_size * (1 if arch.tied else 2)
-        share = changed / sum(parameter.numel() for parameter in self.model.parameters())
-        return Report(
-            self.name, "unierase", forget, kept, before, after, leak, edit.norm_ratios, share, dict(self.seconds),
-            peak_memory_bytes(), {**details, "ranks": {str(layer): edit.rank(layer) for layer in edit.layers}},
-        )  # fmt: skip
-
-    # --- helpers ------------------------------------------------------------------------------------------------------
-
-    def _edit_key(self, token: UnlearningToken) -> str:
-        """What the edit depends on beyond the run's own key: the token's row, and a corpus file's content."""
-        return digest(_row_key(token), _file_identity(self.hparams.mom2_dataset))[:32]
-
-    def _resumed(self, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:
-        return compute() if self.work is None else _cached(self.work, kind, key, compute)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - start
+    def _judged(self, before: Sequence[str], after: Sequence[str]) -> list[Outcome]:
+        ends = [text for text in (self.tokenizer.eos_token, self.tokenizer.pad_token) if text]
+        # Where a method has no token, no answer begins with it.
+        token = getattr(self.job.hparams, "unlearning_token", UniEraseHyperParams.unlearning_token)
+        return [
+            judge(fact.question, fact.answer, old, new, token, ends, lines("idk_phrases"))
+            for fact, old, new in zip(self.judged, before, after, strict=True)
+        ]
 
 
-def choose_hparams(given: UniEraseHyperParams | str | os.PathLike[str] | None, model: str) -> UniEraseHyperParams:
-    """The hyper-parameters given; else the shipped file whose model_name is this model's; else the defaults."""
-    if isinstance(given, UniEraseHyperParams):
+def choose_hparams(
+    given: HyperParams | str | os.PathLike[str] | None, model: str, kind: type[HyperParams] = UniEraseHyperParams
+) -> HyperParams:
+    """The hyper-parameters given; else the shipped file whose model_name is this model's; else the defaults of `kind`.
+
+    Raises HyperParamsError for an object of another kind, and for a file that does not fit.
+    """
+    if isinstance(given, HyperParams):
+        if not isinstance(given, kind):
+            raise HyperParamsError(f"This method takes {kind.__name__}, not {type(given).__name__}.")
         return given
-    if given is not None:
-        return UniEraseHyperParams.from_hparams(os.fspath(given))
-    wanted = Path(model).name.casefold()
-    for path in shipped_hparams().values():
-        hparams = UniEraseHyperParams.from_hparams(path)
-        if Path(hparams.model_name).name.casefold() == wanted:
-            return hparams
-    return UniEraseHyperParams()
+    return kind.for_model(model) if given is None else kind.from_hparams(os.fspath(given))
 
 
-def default_layers(blocks: int) -> tuple[int, ...]:
-    """Five early blocks in proportion to depth, 4 to 8 of 32 as for Llama; fewer in shallow models, never the last."""
-    first = round(blocks / 8)
-    return tuple(range(first, max(first + 1, min(first + 5, blocks - 1))))
+def fitting_tokens(model: Any) -> int:
+    """Tokens of a batch that a pass with gradients through all blocks is likely to have room for.
+
+    On a GPU, from what is free on the fullest device; where the estimate is too bold, batches are halved. On a CPU
+    longer batches are no faster.
+    """
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    if not devices:
+        return CPU_TOKENS
+    config = model.config.get_text_config()
+    # What a block keeps for its backward pass: attention and norms in units of the hidden size, the MLP of its width.
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    kept = config.num_hidden_layers * (12 * config.hidden_size + 4 * wide) * model.dtype.itemsize / len(devices)
+    free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+    return max(CPU_TOKENS, min(int(free / 2 / kept), GPU_TOKENS_MOST))
 
 
 def peak_memory_bytes() -> int:
@@ -561,30 +438,38 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _architecture(model: Any, hparams: UniEraseHyperParams) -> Architecture:
-    return find_architecture(model, hparams.rewrite_module_tmp, hparams.layer_module_tmp)
+def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Method[Any]) -> HyperParams:
+    """Options in the place of settings of their name; the seed and the size of a batch need not be settings."""
+    known = hparams.as_dict()
+    if options.get("mom2_dataset") is not None and "mom2_dataset" not in known:
+        raise HyperParamsError(f"The method {method.name!r} reads no corpus. Leave corpus (--corpus) out.")
+    return hparams.replace(**{name: value for name, value in options.items() if value is not None and name in known})
 
 
-def _with_layers(hparams: UniEraseHyperParams, arch: Architecture) -> UniEraseHyperParams:
-    layers = arch.check_layers(hparams.layers or default_layers(len(arch.blocks)))
-    if layers[-1] == len(arch.blocks) - 1:
-        raise HyperParamsError(
-            f"layers = {list(layers)}: the last block cannot be edited, since no attention follows that could carry "
-            f"the edit from the fact to the answer. Choose from 0 to {len(arch.blocks) - 2}."
-        )
-    return hparams.replace(layers=layers)
-
-
-def _earlier_checkpoint(name: str) -> files.Checkpoint | None:
+def _earlier_record(name: str, method: Method[Any]) -> files.Checkpoint | None:
     """The record of a folder that was edited before, whose steps this run goes on from."""
     if not (Path(name) / files.RECORD / "manifest.json").is_file():
         return None
     found = files.read_checkpoint(name)
-    if found.token is None:
+    if found.manifest["method"] != method.name:
         raise CheckpointError(
             f"{name!r} was made by another method; start from its base model {found.manifest['model']!r}."
         )
     return found
+
+
+def _check_same_method(result: UnlearnResult, method: Method[Any]) -> None:
+    if result.method != method.name:
+        raise CheckpointError(f"The model was changed by {result.method!r}; {method.name!r} cannot go on from there.")
+
+
+def _steps_of(record: files.Checkpoint | None) -> Earlier | None:
+    if record is None:
+        return None
+    first = record.manifest
+    return Earlier(
+        record.token, record.edits, first["model_fingerprint_before"], first.get("tokenizer_fingerprint_before", "")
+    )
 
 
 def _check_loaded(model: Any, tokenizer: Any, placement: str) -> None:
@@ -595,27 +480,27 @@ def _check_loaded(model: Any, tokenizer: Any, placement: str) -> None:
         raise UniEraseError("device and dtype are for models given by name; move the loaded model yourself.")
 
 
-def _tell_form(name: str, tokenizer: Any, hparams: UniEraseHyperParams) -> None:
-    if "chat" in hparams.prompt_forms and not has_chat_template(tokenizer):
+def _tell_form(name: str, tokenizer: Any, hparams: HyperParams) -> None:
+    if "chat" in getattr(hparams, "prompt_forms", PROMPT_FORMS) and not has_chat_template(tokenizer):
         logger.warning(
             "%s has no chat template: questions are edited and asked as %r. A chat model needs its chat_template.",
             name, PLAIN_FORM,
         )  # fmt: skip
 
 
-def _dtype_of(earlier: files.Checkpoint | None) -> str:
+def _dtype_of(record: files.Checkpoint | None) -> str:
     """The dtype in which an edited folder was made: in another one, its first step could not be taken back."""
-    if earlier is None or earlier.originals is None:
+    if record is None or record.originals is None:
         return ""
-    return str(next(iter(earlier.originals.projections.values())).dtype).removeprefix("torch.")
+    return str(next(iter(record.originals.projections.values())).dtype).removeprefix("torch.")
 
 
-def _check_unchanged(model: Any, earlier: files.Checkpoint | None, name: str) -> None:
-    if earlier is not None and model_fingerprint(model) != earlier.manifest["model_fingerprint_after"]:
+def _check_unchanged(fingerprint: str, record: files.Checkpoint | None, name: str) -> None:
+    if record is not None and fingerprint != record.manifest["model_fingerprint_after"]:
         raise CheckpointError(
             f"The weights in {name!r} are not those that its record was written for: they were trained further, or "
-            f"loaded in another dtype than {_dtype_of(earlier) or 'before'}. Leave dtype out, or start from the base "
-            f"model {earlier.manifest['model']!r}."
+            f"loaded in another dtype than {_dtype_of(record) or 'before'}. Leave dtype out, or start from the base "
+            f"model {record.manifest['model']!r}."
         )
 
 
@@ -629,35 +514,8 @@ def _why_not_finite(name: str, model: Any) -> str:
     )
 
 
-def _row_key(token: UnlearningToken) -> str:
-    return digest(token.input_row.tolist())[:32]
-
-
-def _cached(store: Store, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:
-    found = store.get(kind, key)
-    if found is None:
-        found = compute()
-        store.put(kind, key, *found)
-    return found
-
-
 def _plain(requests: Sequence[ForgetRequest]) -> list[list[str | None]]:
     return [[request.question, request.answer, request.subject] for request in requests]
-
-
-def _file_identity(spec: str) -> list[int | str]:
-    """What tells a local corpus' content from another's under the same name."""
-    path = Path(spec)
-    return [digest(path.read_bytes())] if path.is_file() else []
-
-
-def _value_figures(values: Values) -> dict[str, Any]:
-    return {
-        "token_probability": values.probability.tolist(),
-        "value_nll": values.nll.tolist(),
-        "relative_norm": values.relative_norm.tolist(),
-        "value_steps": values.steps.tolist(),
-    }
 
 
 @contextmanager
@@ -671,6 +529,7 @@ def _frozen(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        model.requires_grad_(False)  # a method may have trained what its caller had frozen
         for name in wanted:
             model.get_parameter(name).requires_grad_(True)
         model.train(training)

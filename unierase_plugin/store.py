@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import CheckpointError, did_you_mean
-from .locate_then_edit.statistics import SecondMoment
+from .locate_then_edit.statistics import MomentSums, SecondMoment
 from .locate_then_edit.values import Values
 from .unlearning_token import UnlearningToken
 
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 #: Named tensors and the text that goes with them: what one file holds.
 Packed = tuple[dict[str, Tensor], dict[str, str]]
 
+#: Part of every cache key: raised when what a phase computes changes.
+CACHE_VERSION = "2"
 #: Bytes of a weight that are copied at a time while it is hashed.
 HASH_CHUNK = 1 << 24
 
@@ -220,6 +222,14 @@ class Store:
             logger.warning("Computing again: %s", error)
             return None
 
+    def cached(self, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:
+        """What is kept under this key; else what `compute` gives, which is then kept."""
+        found = self.get(kind, key)
+        if found is None:
+            found = compute()
+            self.put(kind, key, *found)
+        return found
+
     def put(self, kind: str, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         path = self.path(kind, key)
         try:
@@ -249,6 +259,14 @@ def pack_moment(moment: SecondMoment) -> Packed:
 
 def unpack_moment(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> SecondMoment:
     return _unpack(SecondMoment, tensors, metadata)
+
+
+def pack_sums(sums: MomentSums) -> Packed:
+    return _pack(sums)
+
+
+def unpack_sums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> MomentSums:
+    return _unpack(MomentSums, tensors, metadata)
 
 
 def pack_values(values: Values) -> Packed:

@@ -8,6 +8,7 @@ step, since a tied input row is an output row as well.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,8 @@ class UnlearningToken:
     #: Mean negative log-likelihood of the "I don't know" sentences at the end of training, nats a token.
     loss: float
     steps: int
+    #: Its largest probability on ordinary text, in the unedited model; NaN where it was not measured.
+    leak: float = math.nan
 
 
 def add_token(model: Any, tokenizer: Any, name: str) -> int:
@@ -59,6 +62,37 @@ def add_token(model: Any, tokenizer: Any, name: str) -> int:
     if index >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(index + 1, mean_resizing=False)
     return index
+
+
+class TokenRoom:
+    """The entry that the token takes in model and tokenizer, and the way back."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        """Makes room like `add_token`."""
+        self.model, self.tokenizer = model, tokenizer
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self._words = copy.deepcopy(tokenizer).__dict__
+        self._rows: list[Tensor] = []
+        self.id = add_token(model, tokenizer, name)
+        if self.id < self.vocabulary:
+            self._rows = [weight[self.id].detach().clone() for weight in self._parameters()]
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Model and tokenizer as they were, to the bit."""
+        if self.id >= self.vocabulary:
+            self.model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
+        for weight, row in zip(self._parameters(), self._rows, strict=False):
+            weight[self.id] = row
+        # A tokenizer has no way to drop a token; its whole state is put back.
+        self.tokenizer.__dict__.clear()
+        self.tokenizer.__dict__.update(self._words)
+
+    def _parameters(self) -> list[Tensor]:
+        """What holds a row, or an entry, a token."""
+        head = self.model.get_output_embeddings()
+        found = [self.model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
+        return [weight for weight in found if weight is not None]
 
 
 def add_to_tokenizer(tokenizer: Any, name: str) -> int:

@@ -15,8 +15,10 @@ from .audit import audit
 from .console import tell
 from .evaluate import evaluate
 from .lists import hparams, tasks_path
-from .record import inspect, revert
+from .plugins import hosts, methods, plugins
+from .record import export, inspect, revert
 from .run import demo, run
+from .stats import stats
 
 
 class _Commands(TyperGroup):
@@ -43,7 +45,9 @@ app = typer.Typer(
 
 app.command()(demo)
 app.command()(run)
+app.command()(stats)
 app.command()(revert)
+app.command()(export)
 app.command()(inspect)
 app.command()(audit)
 app.command()(hparams)
@@ -51,6 +55,9 @@ app.command()(hparams)
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                                       "help_option_names": []})(evaluate)  # fmt: skip
 app.command("tasks-path")(tasks_path)
+app.command()(methods)
+app.command()(plugins)
+app.command()(hosts)
 
 
 def main() -> None:

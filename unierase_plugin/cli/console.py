@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from ..pipeline import Progress
+    from ..methods.contract import Progress
 
 PHASES = {
     "load": "load the model",

@@ -3,52 +3,166 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..errors import UniEraseError
 from .console import Overwrite, our_log
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+
+Folder = Annotated[Path, typer.Argument(help="A folder that `unierase run` wrote.")]
+
+#: Digits of a request's hash that are shown, and with which it can be named.
+SHOWN = 12
 
 
 def revert(
-    folder: Annotated[Path, typer.Argument(help="A folder that `unierase run` wrote.")],
+    folder: Folder,
     out: Annotated[Path, typer.Option(help="Folder for the model as it was.")],
-    step: Annotated[int, typer.Option(help="Steps to keep; 0 gives the base model to the bit.")] = 0,
+    step: Annotated[
+        int | None, typer.Option(help="Steps to keep; 0, the default, gives the base model to the bit.")
+    ] = None,
+    request: Annotated[
+        list[str] | None,
+        typer.Option(help="Take this request back and keep all others: its question, its case_id, or the first digits "
+                          "of its hash (see `unierase inspect DIR --requests`). May be given several times."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Takes an edit back: all of it and exactly, the last steps, or single requests.
+
+    A request is taken out by solving its step again without it, from the keys that are kept in the record. In the
+    lowest edited block that is exact; in the blocks above it what they had measured with the request in place stays.
+    """
+    from ..checkpoint import revert_checkpoint, take_back_requests
+
+    if request and step is not None:
+        raise UniEraseError(f"--step {step} and --request do not go together. Revert the steps first, then requests.")
+    console = Console()
+    with our_log(console):
+        if request:
+            written = take_back_requests(folder, out, request, overwrite)
+        else:
+            written = revert_checkpoint(folder, out, overwrite, step or 0)
+    console.print(f"Written: {escape(str(written))}", soft_wrap=True)
+
+
+def export(
+    folder: Folder,
+    adapter: Annotated[Path, typer.Option(help="Folder for a PEFT adapter: LoRA matrices and the token's rows.")],
+    step: Annotated[int | None, typer.Option(help="Export the first steps alone; all when left out.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Takes an edit back, exactly."""
-    from ..checkpoint import revert_checkpoint
+    """Writes the edit as a PEFT adapter for the untouched base model, to be attached, detached or merged.
+
+    The folder's README.md has the lines that load it; they need peft 0.18 or later (pip install
+    'unierase-plugin[peft]'), which writing it does not.
+    """
+    from ..checkpoint import export_adapter
 
     console = Console()
     with our_log(console):
-        written = revert_checkpoint(folder, out, overwrite, step)
+        written = export_adapter(folder, adapter, overwrite, step)
     console.print(f"Written: {escape(str(written))}", soft_wrap=True)
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A folder that `unierase run` wrote.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Manifest and report as JSON.")] = False,
+    folder: Folder,
+    requests: Annotated[bool, typer.Option("--requests", help="One line a request as well.")] = False,
+    holds: Annotated[
+        str, typer.Option(help="Say which step forgot this question; the exit status is 1 where none did.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
-    """Shows what was done to a model: steps, settings, versions, and what was measured."""
-    from ..checkpoint import read_checkpoint
+    """Shows what was done to a model: steps, requests, and what was measured.
+
+    Requests are kept as salted hashes, so that they are shown by the first digits of theirs unless the run was given
+    --keep-requests. Who has a question at hand can ask for it with --holds.
+    """
+    from ..checkpoint import read_checkpoint, step_summaries
 
     found = read_checkpoint(folder)
     console = Console()
+    if holds:
+        _tell_whether(console, holds, found.find(holds), as_json)
+    elif as_json:
+        parts = {"manifest": found.manifest, "report": found.report, "requests": found.ledger}
+        console.print_json(json.dumps({**parts, "steps": step_summaries(found)}, default=dict))
+    else:
+        steps = step_summaries(found)
+        console.print(_steps_table(steps, f"{escape(str(folder))}, from {found.manifest['model']}"))
+        if any(entry["report"] for entry in steps):
+            console.print(_figures_table(steps))
+        if requests:
+            console.print(_requests_table(found))
+
+
+def _tell_whether(console: Console, question: str, lines: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     if as_json:
-        console.print_json(json.dumps({"manifest": dict(found.manifest), "report": dict(found.report)}))
-        return
-    table = Table(
-        "step",
-        "method",
-        "requests",
-        "blocks",
-        "created",
-        title=f"{escape(str(folder))}, from {found.manifest['model']}",
-    )
-    for number, step in enumerate(found.manifest["steps"], start=1):
-        table.add_row(str(number), step["method"], str(step["requests"]), str(step["layers"]), step["created"])
-    console.print(table)
+        console.print_json(json.dumps({"holds": bool(lines), "requests": list(lines)}))
+    elif lines:
+        steps = ", ".join(str(line["step"]) for line in lines)
+        console.print(f"Forgotten in step {steps}: {escape(question)}", soft_wrap=True)
+    else:
+        console.print(f"Not among the requests of any step: {escape(question)}", soft_wrap=True)
+    if not lines:
+        raise typer.Exit(1)
+
+
+def _steps_table(steps: Sequence[Mapping[str, Any]], title: str) -> Table:
+    table = Table("step", "method", "requests", "blocks", "rank", "|Δ|/|W|", "created", title=title)
+    for entry in steps:
+        taken = f" (-{entry['taken_back']})" if entry["taken_back"] else ""
+        table.add_row(
+            str(entry["step"]), entry["method"], f"{entry['requests']}{taken}", _listed(entry["layers"]),
+            _span(entry["ranks"].values(), "d"), _span(entry["update_norm_ratio"].values(), ".3f"),
+            entry["created"][:16].replace("T", " "),
+        )  # fmt: skip
+    return table
+
+
+def _figures_table(steps: Sequence[Mapping[str, Any]]) -> Table:
+    """Before and after each step; steps whose figures are not known, or do not hold any more, have none."""
+    table = Table("step", "facts to forget answered", "facts to keep answered", "perplexity", title="Measured")
+    for entry in steps:
+        report = entry["report"] or {}
+        if "forget" in report:
+            counts = [(report[name], report[f"n_{name}"]) for name in ("forget", "retain")]
+            shown = [f"{part['answered_before']} -> {part['answered_after']} of {count}" for part, count in counts]
+            level = [_figure(report["perplexity"][name]) for name in ("before", "after")]
+            table.add_row(str(entry["step"]), *shown, " -> ".join(level))
+    return table
+
+
+def _figure(value: float | None) -> str:
+    """NaN and infinity are null in a report."""
+    return "not finite" if value is None else f"{value:.2f}"
+
+
+def _requests_table(found: Checkpoint) -> Table:
+    table = Table("request", "step", "columns", "question")
+    for line in found.ledger:
+        table.add_row(
+            line["question_sha256"][:SHOWN], str(line["step"]), _listed(line.get("columns") or ()),
+            escape(line.get("question", "")),
+        )  # fmt: skip
+    return table
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """All of them, or the first and last of a run."""
+    run = len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[0] + len(numbers)))
+    return f"{numbers[0]}-{numbers[-1]}" if run else ", ".join(map(str, numbers))
+
+
+def _span(numbers: Iterable[float], form: str) -> str:
+    ends = sorted({format(number, form) for number in numbers}, key=float)
+    return " to ".join(dict.fromkeys((ends[0], ends[-1]))) if ends else ""

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import UniEraseError, did_you_mean
 from .console import Device, Dtype, Overwrite, progress
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def run(
                                              "zsre:FILE, or a .json, .jsonl or .csv file with question, answer and "
                                              "optionally subject. A slice such as [0:20] may follow.")],
     out: Annotated[Path, typer.Option(help="Folder for the edited model: plain Hugging Face files plus unierase/.")],
-    method: Annotated[str, typer.Option(help="Unlearning method.")] = "unierase",
+    method: Annotated[str, typer.Option(help="Unlearning method: see `unierase methods`.")] = "unierase",
     retain: Annotated[str, typer.Option(help="Facts to keep, like --forget: they are protected and judged.")] = "",
     hparams: Annotated[str, typer.Option(help="YAML file, or a shipped one's name (see `unierase hparams`).")] = "",
     corpus: Annotated[str, typer.Option(help="Ordinary text for the second moment: self (sampled from the model), a "
@@ -78,21 +77,19 @@ def run(
 
     A run that was stopped goes on where it was when the same command is given again.
     """
-    from ..pipeline import choose_hparams, unlearn
+    from ..pipeline import unlearn
+    from ..plugins import registry
 
-    if method.casefold() != "unierase":
-        hint = did_you_mean(method, ["unierase"])
-        raise UniEraseError(f"There is no method {method!r}.{hint} Available: unierase.")
+    chosen = registry().methods.find(method.casefold())
     console = Console()
-    settings = choose_hparams(hparams or None, model)
-    if max_batch_tokens:
-        settings = settings.replace(max_batch_tokens=max_batch_tokens)
     with progress(console) as report:
         result = unlearn(
-            model, forget, retain=retain or None, hparams=settings, corpus=corpus or None, out=out, overwrite=overwrite,
-            keep_requests=keep_requests, judged=judged, seed=seed, device=device, dtype=dtype, progress=report,
+            model, forget, method=chosen, retain=retain or None, hparams=hparams or None, corpus=corpus or None,
+            out=out, overwrite=overwrite, keep_requests=keep_requests, judged=judged, seed=seed, device=device,
+            dtype=dtype, max_batch_tokens=max_batch_tokens, progress=report,
         )  # fmt: skip
-    _print_subjects(console, result)
+    if chosen.needs_subjects:
+        _print_subjects(console, result)
     _print_outcomes(console, "To forget", result.report.forget)
     _print_figures(console, result)
     _print_next_steps(console, out, _task_for(forget))
@@ -129,15 +126,19 @@ def _print_figures(console: Console, result: UnlearnResult) -> None:
         str(forget["answered_before"]),
         str(forget["answered_after"]),
     )
-    table.add_row("  answers that begin with the token", "0", str(forget["token_first_after"]))
-    table.add_row('  and read as "I don\'t know"', "", str(forget["token_first_and_idk_after"]))
+    if result.token is None:
+        table.add_row('  answers that read as "I don\'t know"', "", str(forget["idk_after"]))
+    else:
+        table.add_row("  answers that begin with the token", "0", str(forget["token_first_after"]))
+        table.add_row('  and read as "I don\'t know"', "", str(forget["token_first_and_idk_after"]))
     table.add_row(
         f"facts to keep answered, of {figures['n_retain']}",
         str(retain["answered_before"]),
         str(retain["answered_after"]),
     )
     table.add_row("perplexity of ordinary text", f"{level['before']:.2f}", f"{level['after']:.2f}")
-    table.add_row("token's largest probability there, unedited", "", f"{figures['token_leak']:.1e}")
+    if result.token is not None:
+        table.add_row("token's largest probability there, unedited", "", f"{figures['token_leak']:.1e}")
     table.add_row("share of the parameters changed", "", f"{100 * figures['parameters_changed']:.2f} %")
     table.add_row("seconds", "", ", ".join(f"{name} {spent:.0f}" for name, spent in figures["seconds"].items()))
     table.add_row("peak memory", "", f"{figures['peak_memory_bytes'] / 2**30:.2f} GiB")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..locate_then_edit.positions import encode, render
-from ..locate_then_edit.trace import pad, token_batches
+from ..locate_then_edit.trace import pad, run_batches, token_batches
 
 #: Bytes of float32 logits that a batch may hold.
 LOGIT_BYTES = 1 << 27
@@ -45,19 +45,19 @@ def continue_greedily(
     """The token ids that follow each prompt, ends and padding after them included."""
     pad_id = pad_token_id(model, tokenizer)
     room = [[0] * (len(prompt) + max_new_tokens) for prompt in prompts]
-    out: list[list[int]] = [[] for _ in prompts]
-    done = 0
-    for rows in token_batches(room, max_tokens):
+    out: dict[int, list[int]] = {}
+
+    def run(rows: list[int]) -> None:
         batch = pad([prompts[row] for row in rows], pad_id, "left", model.get_input_embeddings().weight.device)
         generated = model.generate(
             input_ids=batch.ids, attention_mask=batch.mask, max_new_tokens=max_new_tokens, do_sample=False,
             temperature=None, top_p=None, top_k=None, pad_token_id=pad_id,
         )  # fmt: skip
-        for row, ids in zip(rows, generated[:, batch.ids.shape[1] :].tolist(), strict=True):
-            out[row] = ids
-        done += len(rows)
-        progress(done / len(prompts))
-    return out
+        out.update(zip(rows, generated[:, batch.ids.shape[1] :].tolist(), strict=True))
+        progress(len(out) / len(prompts))
+
+    run_batches(room, max_tokens, run)
+    return [out[row] for row in range(len(prompts))]
 
 
 def decode_answer(model: Any, tokenizer: Any, ids: list[int], pad_id: int) -> str:

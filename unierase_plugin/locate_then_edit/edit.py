@@ -58,13 +58,11 @@ def make_solver(
     """
     if hparams.solver == "null_space":
         protected = corpus if retain is None else corpus + hparams.retain_update_weight * retain
-        return NullSpace.of(protected, hparams.nullspace_threshold, hparams.L2, earlier)
-    moment = hparams.mom2_update_weight * corpus
-    if retain is not None:
-        moment = moment + hparams.retain_update_weight * retain
-    if earlier is not None:
-        moment = moment + earlier.to(moment.dtype) @ earlier.T.to(moment.dtype)
-    return Ridge.of(moment)
+        solver: Solver = NullSpace.of(protected, hparams.nullspace_threshold, hparams.L2)
+    else:
+        moment = hparams.mom2_update_weight * corpus
+        solver = Ridge.of(moment if retain is None else moment + hparams.retain_update_weight * retain)
+    return solver if earlier is None else solver.protecting(earlier)
 
 
 def compute_edit(
@@ -93,7 +91,9 @@ def compute_edit(
             update = solvers[layer].solve(keys, (wanted - states) / (len(layers) - index))
             ratios[layer] = update.norm() / float(arch.projections[layer].weight.detach().float().norm())
             _add(arch, layer, update)
-            updates[layer], kept[layer] = LowRank(update.up.float(), update.down.float()), keys
+            # In one layout, whether they come from here or from a file: a product of another layout rounds differently.
+            up, down = update.up.float().contiguous(), update.down.float().contiguous()
+            updates[layer], kept[layer] = LowRank(up, down), keys.contiguous()
             progress((index + 1) / len(layers))
         norms.append(float((wanted - stream.final_states()).norm(dim=0).mean()))
     return WeightEdit(updates, tuple(norms), ratios, kept)

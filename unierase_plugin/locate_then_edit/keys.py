@@ -8,14 +8,29 @@ first edited block never changes, so it runs once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..architecture import Architecture
 from .positions import Prompt
-from .trace import TokenBatch, pad, run_blocks, token_batches
+from .trace import TokenBatch, halves, pad, run_blocks, token_batches
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Prompts that run together: their numbers (B,), and the input (B, T, d) of the block where a pass starts."""
+
+    rows: Tensor
+    batch: TokenBatch
+    hidden: Tensor | None = None
+
+    def select(self, part: Sequence[int]) -> _Chunk:
+        chosen = torch.tensor(part)
+        here = chosen.to(self.batch.ids.device)
+        hidden = None if self.hidden is None else self.hidden[chosen.to(self.hidden.device)]
+        return _Chunk(self.rows[chosen], self.batch.select(here), hidden)
 
 
 class KeyStream:
@@ -38,12 +53,11 @@ class KeyStream:
         self._bare = torch.tensor([j == 0 for contexts in prompts for j in range(len(contexts))])
         self._count = len(prompts)
         flat = [prompt.ids[: prompt.position + 1] for contexts in prompts for prompt in contexts]
-        self._chunks: list[tuple[list[int], TokenBatch]] = [
-            (rows, pad([flat[row] for row in rows], pad_id, "left", arch.device))
+        self._chunks = [
+            _Chunk(torch.tensor(rows), pad([flat[row] for row in rows], pad_id, "left", arch.device))
             for rows in token_batches(flat, max_tokens)
         ]
-        #: Input of the block at which the next pass starts, one tensor (B, T, d) a chunk.
-        self._hidden: list[Any] = [None] * len(self._chunks)
+        #: The block at which the next pass starts.
         self._at = 0
 
     @torch.no_grad()
@@ -52,17 +66,23 @@ class KeyStream:
         below = layer - 1
         keys: list[Tensor] = []
         states: list[Tensor] = []
-        for index, (_, batch) in enumerate(self._chunks):
-            trace = run_blocks(
-                self.arch, batch, first=self._at, hidden=self._hidden[index], last=self.layers[-1],
-                inputs_of=[layer], outputs_of=[below] if below >= self._at else [],
-            )  # fmt: skip
-            if below >= self._at:
-                self._hidden[index] = trace.outputs[below]
+        done: list[_Chunk] = []
+        waiting = self._chunks
+        while waiting:
+            chunk, *waiting = waiting
+            try:
+                trace = run_blocks(
+                    self.arch, chunk.batch, first=self._at, hidden=chunk.hidden, last=self.layers[-1],
+                    inputs_of=[layer], outputs_of=[below] if below >= self._at else [],
+                )  # fmt: skip
+            except torch.OutOfMemoryError:
+                waiting = [*(chunk.select(part) for part in halves(range(len(chunk.rows)))), *waiting]
+                continue
+            done.append(replace(chunk, hidden=trace.outputs[below]) if below >= self._at else chunk)
             keys.append(trace.projection_inputs[layer][:, -1].float().cpu())
             states.append(trace.hidden[:, -1].float().cpu())
-        self._at = layer
-        rows = torch.tensor([row for chunk, _ in self._chunks for row in chunk])
+        self._chunks, self._at = done, layer
+        rows = torch.cat([chunk.rows for chunk in done])
         return self._mean(rows, torch.cat(keys)).T, self._bare_only(rows, torch.cat(states)).T
 
     @torch.no_grad()

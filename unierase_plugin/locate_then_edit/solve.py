@@ -6,15 +6,18 @@ that Delta = up @ down with up (d, n) and down (n, m); its rank is at most the n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import EditError
 
-#: What is tried on the diagonal of a singular moment, least first.
-JITTERS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+#: What is tried on a moment's diagonal, least first.
+JITTERS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+#: Least to largest pivot of a factor that owes nothing to the rounding of float32 sums.
+SOUND = 1e-4
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,24 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Ridge:
-    """MEMIT, equation 14, solved in the dual: Delta = R (I + K^T B)^{-1} B^T with B = (lambda C)^{-1} K."""
+    """MEMIT, equation 14, solved in the dual: Delta = R (I + K^T B)^{-1} B^T with B = (M + K_p K_p^T)^{-1} K.
 
-    #: Lower Cholesky factor (m, m), float64.
+    M = lambda C (+ weight x retain moment). It is factorised once; keys K_p of earlier edits come in by Woodbury's
+    identity, so that one factor serves every step of sequential editing.
+    """
+
+    #: Lower Cholesky factor (m, m) of M, float64.
     factor: Tensor
     jitter: float = 0.0
+    #: (m, p) keys of earlier edits, float64; p may be 0.
+    earlier: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
 
     @classmethod
     def of(cls, second_moment: Tensor) -> Ridge:
-        """Factorises M = lambda C (+ weight x retain moment), (m, m), in float64.
+        """Factorises M, (m, m), in float64 on the device it is on.
 
-        Fewer tokens than m, or float32 sums, leave M singular: the least of JITTERS (shares of its mean eigenvalue)
-        that makes it definite is added to the diagonal.
+        Fewer tokens than m, or float32 sums, leave M singular: then the least of JITTERS (shares of its mean
+        eigenvalue) that makes it safely definite is added to the diagonal.
         """
         moment = second_moment.double()
         scale = moment.diagonal().mean()
@@ -55,29 +64,46 @@ class Ridge:
             shifted = moment.clone()
             shifted.diagonal().add_(jitter * scale)
             factor, info = torch.linalg.cholesky_ex(shifted)
-            if not int(info):
-                return cls(factor, jitter)
+            pivots = factor.diagonal()
+            if not int(info) and (jitter or pivots.min() > SOUND * pivots.max()):
+                return cls(factor, jitter, factor.new_zeros(len(factor), 0))
         raise EditError(
             f"The second moment C is not positive definite, even with {JITTERS[-1]} of its mean eigenvalue added."
         )
 
+    def protecting(self, keys: Tensor) -> Ridge:
+        """The same, with keys (m, p) of earlier edits, which the next one is to leave alone."""
+        return replace(self, earlier=torch.cat([self.earlier, keys.to(self.factor)], dim=1))
+
     def solve(self, keys: Tensor, residual: Tensor) -> LowRank:
-        keys64 = keys.double()
-        return _dual(keys64, torch.cholesky_solve(keys64, self.factor), residual)
+        inside = keys.to(self.factor)
+        solved = _woodbury(lambda right: torch.cholesky_solve(right, self.factor), self.earlier, inside)
+        return _dual(inside, solved, residual)
+
+    def condition(self) -> float:
+        """Condition number of M, by power iteration: within a few per cent."""
+        most = _largest(lambda v: self.factor @ (self.factor.T @ v), self.factor)
+        return most * _largest(lambda v: torch.cholesky_solve(v, self.factor), self.factor)
+
+    def error(self, keys: Tensor, update: LowRank) -> float:
+        """How far an update is from solving its equations: |D (M + K_p K_p^T + K K^T) - K^T| / |K|, D = update.down."""
+        inside, rows = keys.to(self.factor), update.down.to(self.factor)
+        product = (rows @ self.factor) @ self.factor.T + (rows @ self.earlier) @ self.earlier.T
+        return _relative_error(rows, product, inside)
 
 
 @dataclass(frozen=True)
 class NullSpace:
     """AlphaEdit, equation 14, in the coordinates of the null space: A = U_0^T K, M = rho I + A_p A_p^T."""
 
-    #: (m, r) eigenvectors of C whose eigenvalues lie under the threshold.
+    #: (m, r) eigenvectors of C whose eigenvalues lie under the threshold, float64.
     basis: Tensor
     rho: float
     #: (r, p) keys of earlier edits in those coordinates; p may be 0.
     earlier: Tensor
 
     @classmethod
-    def of(cls, second_moment: Tensor, threshold: float, rho: float, earlier_keys: Tensor | None = None) -> NullSpace:
+    def of(cls, second_moment: Tensor, threshold: float, rho: float) -> NullSpace:
         """`threshold` is a share of the largest eigenvalue."""
         moment = second_moment.double()
         if not torch.isfinite(moment).all():
@@ -87,26 +113,62 @@ class NullSpace:
         if not bool(free.any()):
             raise EditError(f"No eigenvalue of C lies under {threshold} of its largest: raise nullspace_threshold.")
         basis = vectors[:, free]
-        earlier = basis.T @ earlier_keys.double() if earlier_keys is not None else basis.new_zeros(basis.shape[1], 0)
-        return cls(basis, rho, earlier)
+        return cls(basis, rho, basis.new_zeros(basis.shape[1], 0))
+
+    def protecting(self, keys: Tensor) -> NullSpace:
+        """The same, with keys (m, p) of earlier edits, which the next one is to leave alone."""
+        return replace(self, earlier=torch.cat([self.earlier, self.basis.T @ keys.to(self.basis)], dim=1))
 
     def solve(self, keys: Tensor, residual: Tensor) -> LowRank:
-        inside = self.basis.T @ keys.double()
-        earlier = self.earlier
-        # Woodbury: M^{-1} A = (A - A_p (rho I + A_p^T A_p)^{-1} A_p^T A) / rho
-        gram = earlier.T @ earlier + self.rho * torch.eye(earlier.shape[1], dtype=earlier.dtype)
-        solved = (inside - earlier @ torch.linalg.solve(gram, earlier.T @ inside)) / self.rho
-        reduced = _dual(inside, solved, residual)
-        return LowRank(reduced.up, reduced.down @ self.basis.T.to(reduced.down.dtype))
+        inside = self.basis.T @ keys.to(self.basis)
+        reduced = _dual(inside, _woodbury(lambda right: right / self.rho, self.earlier, inside), residual)
+        return LowRank(reduced.up, reduced.down @ self.basis.T)
+
+    def condition(self) -> float:
+        """Condition number of rho I + A_p A_p^T."""
+        most = float(torch.linalg.matrix_norm(self.earlier, 2)) if self.earlier.numel() else 0.0
+        return 1 + most**2 / self.rho
+
+    def error(self, keys: Tensor, update: LowRank) -> float:
+        """How far an update is from solving its equations, as for Ridge, in the coordinates of the null space."""
+        inside, rows = self.basis.T @ keys.to(self.basis), update.down.to(self.basis) @ self.basis
+        return _relative_error(rows, self.rho * rows + (rows @ self.earlier) @ self.earlier.T, inside)
 
 
 Solver = Ridge | NullSpace
 
 
+def _woodbury(solve: Callable[[Tensor], Tensor], earlier: Tensor, right: Tensor) -> Tensor:
+    """(M + P P^T)^{-1} X, from a function that gives M^{-1} X, by a p x p system."""
+    solved = solve(right)
+    if not earlier.shape[1]:
+        return solved
+    spread = solve(earlier)
+    gram = torch.eye(earlier.shape[1], dtype=earlier.dtype, device=earlier.device) + earlier.T @ spread
+    correction: Tensor = torch.linalg.solve(gram, earlier.T @ solved)
+    return solved - spread @ correction
+
+
 def _dual(keys: Tensor, solved: Tensor, residual: Tensor) -> LowRank:
     """R (I + K^T B)^{-1} B^T from K and B = M^{-1} K: an n x n system."""
-    gram = torch.eye(keys.shape[1], dtype=keys.dtype) + keys.T @ solved
+    gram = torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ solved
     down = torch.linalg.solve(gram, solved.T)
     if not torch.isfinite(down).all():
         raise EditError("The edit's linear system gave NaN: the keys are degenerate. Are two requests the same?")
-    return LowRank(residual.double(), down)
+    return LowRank(residual.to(down), down)
+
+
+def _relative_error(rows: Tensor, product: Tensor, keys: Tensor) -> float:
+    left = product + (rows @ keys) @ keys.T - keys.T
+    return float(left.norm() / keys.norm())
+
+
+def _largest(apply: Callable[[Tensor], Tensor], like: Tensor, steps: int = 30) -> float:
+    """The largest eigenvalue of a symmetric positive matrix, by power iteration."""
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like)
+    size = 0.0
+    for _ in range(steps):
+        vector = apply(vector / vector.norm())
+        size = float(vector.norm())
+    return size

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import Architecture
+from ..errors import EditError
 
 Edit = Callable[[Tensor], Tensor]
 #: Sees a tensor; what it returns, unless None, takes the tensor's place.
@@ -74,6 +75,31 @@ def token_batches(sequences: Sequence[Sequence[int]], max_tokens: int) -> Iterat
         size = max(1, max_tokens // max(1, len(sequences[order[0]])))
         yield order[:size]
         order = order[size:]
+
+
+def run_batches(sequences: Sequence[Sequence[int]], max_tokens: int, run: Callable[[list[int]], None]) -> None:
+    """Calls `run` with the rows of each batch; with halves of them where the memory does not hold a batch.
+
+    `run` must leave nothing behind where it fails. Raises EditError where one sequence alone is too much.
+    """
+    waiting = list(token_batches(sequences, max_tokens))
+    while waiting:
+        rows = waiting.pop(0)
+        try:
+            run(rows)
+        except torch.OutOfMemoryError:
+            waiting[:0] = halves(rows)
+
+
+def halves(rows: Sequence[int]) -> list[list[int]]:
+    """Two halves of a batch that the memory did not hold. Raises EditError where it is a single sequence."""
+    if len(rows) < 2:
+        raise EditError(
+            "The memory does not hold a single sequence of this length. Shorten it, use fewer contexts "
+            "(context_template_length_params), or spread the model over several devices."
+        )
+    middle = len(rows) // 2
+    return [list(rows[:middle]), list(rows[middle:])]
 
 
 def run_blocks(

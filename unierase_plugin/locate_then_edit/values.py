@@ -22,7 +22,7 @@ from ..errors import EditError
 from ..hparams import UniEraseHyperParams
 from .positions import Prompt
 from .prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
-from .trace import TokenBatch, run_blocks
+from .trace import TokenBatch, halves, run_blocks
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _Batch:
                 problem = _Problem.of(arch, [targets[row] for row in rows], token_id, layer, pad_id)
                 problems.append((torch.tensor(rows, device=problem.start.device), problem))
             except torch.OutOfMemoryError:
-                waiting = [*_halves(rows), *waiting]
+                waiting = [*halves(rows), *waiting]
         names = [target.group if target.group is not None else (index,) for index, target in enumerate(targets)]
         number = {name: index for index, name in enumerate(dict.fromkeys(names))}
         start = torch.cat([problem.start for _, problem in problems])
@@ -194,7 +194,7 @@ class _Batch:
                     total += torch.autograd.grad((loss * share[rows]).sum(), current)[0]
             except torch.OutOfMemoryError:
                 mask = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-                mask[_halves(range(len(rows)))[0]] = True
+                mask[halves(range(len(rows)))[0]] = True
                 waiting = [(rows[mask], problem.keep(mask)), (rows[~mask], problem.keep(~mask)), *waiting]
                 continue
             nll[rows], token_nll[rows] = goal, token.detach()
@@ -212,16 +212,6 @@ class _Batch:
             for rows, problem, stay in staying
             if bool(stay.any())
         ]
-
-
-def _halves(rows: Sequence[int]) -> list[list[int]]:
-    if len(rows) < 2:
-        raise EditError(
-            "The memory does not hold the optimisation of a single request. Shorten the question, use fewer contexts "
-            "(context_template_length_params), or spread the model over several devices."
-        )
-    middle = len(rows) // 2
-    return [list(rows[:middle]), list(rows[middle:])]
 
 
 @dataclass
@@ -339,12 +329,12 @@ class _Problem:
         moved[:, 0] = (self.hidden[:, 0].float() + delta[self.owner]).to(moved.dtype)
         weight = hparams.v_continuation_weight
         looks = [self.token, *([self.after] if weight else []), self.kl]
-        logs = self._logits(arch, moved, looks).float().log_softmax(-1)
-        token_log, rest = logs[: len(self.token.rows)], logs[len(self.token.rows) :]
-        nll = token_nll = self._per_target(self.token, -_picked(token_log, self.token))
+        logits = self._logits(arch, moved, looks).float()
+        parts = iter(logits.split([len(look.rows) for look in looks]))
+        nll = token_nll = self._per_target(self.token, _surprise(next(parts), self.token))
         if weight:
-            after_log, rest = rest[: len(self.after.rows)], rest[len(self.after.rows) :]
-            nll = nll + weight * self._per_target(self.after, -_picked(after_log, self.after))
+            nll = nll + weight * self._per_target(self.after, _surprise(next(parts), self.after))
+        rest = next(parts).log_softmax(-1)
         kl = (self.kl_reference.exp() * (self.kl_reference - rest)).sum(-1) if len(self.kl.rows) else rest.sum(-1)
         # The gradient of a norm at zero is undefined; the square root's argument is held off it.
         norm = (delta.square().sum(1) + 1e-12).sqrt()
@@ -372,5 +362,6 @@ def _looks(points: list[tuple[int, int, int, float]], device: torch.device) -> _
     return _Looks(rows, columns, wanted, weight)
 
 
-def _picked(logs: Tensor, looks: _Looks) -> Tensor:
-    return logs.gather(1, looks.wanted.to(logs.device)[:, None])[:, 0]
+def _surprise(logits: Tensor, looks: _Looks) -> Tensor:
+    """Negative log-likelihood (N,) of the tokens wanted, without the logarithms of all the others."""
+    return torch.nn.functional.cross_entropy(logits, looks.wanted.to(logits.device), reduction="none")

@@ -1,0 +1,42 @@
+"""What comes with the package, registered through the hooks that any other package uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .hookspecs import Host, Metric, hookimpl
+
+if TYPE_CHECKING:
+    from .methods.contract import Method
+    from .readers import Reader
+
+
+@hookimpl
+def register_methods(register: Callable[[Method[Any]], None]) -> None:
+    from .methods.unierase import UNIERASE
+
+    register(UNIERASE)
+
+
+@hookimpl
+def register_request_readers(register: Callable[[str, Reader], None]) -> None:
+    from .readers import READERS
+
+    for prefix, reader in READERS.items():
+        register(prefix, reader)
+
+
+@hookimpl
+def register_metrics(register: Callable[[str, Metric], None]) -> None:
+    from .evaluation import metrics
+
+    for function in (metrics.answered, metrics.is_fluent, metrics.reads_as_idk, metrics.rouge_l_recall):
+        register(function.__name__, function)
+
+
+@hookimpl
+def register_hosts(register: Callable[[Host], None]) -> None:
+    from .hosts.lm_eval import LM_EVAL
+
+    register(LM_EVAL)

@@ -1,0 +1,51 @@
+"""The output folder: a plain Hugging Face model folder, and in `unierase/` a record from which the edit is taken back.
+
+    manifest.json        what was done to which model by which versions; fingerprints before and after
+    edits.safetensors    the update's factors and keys by step and layer, the weights as they were, the token's rows
+    ledger.jsonl         one line a request, as salted hashes unless the requests are to be kept in the clear
+    report.json          what was measured after the last step; report-<k>.json after step k before it
+
+Steps are counted from 1: step k is what the k-th run of sequential unlearning added; step 0 is the unedited model.
+docs/checkpoints.md says what can be done with it.
+"""
+
+from .export import export_adapter
+from .folder import check_output_folder, save_checkpoint
+from .record import (
+    RECORD,
+    SCHEMA,
+    Checkpoint,
+    Originals,
+    join_edits,
+    ledger_hash,
+    pack_edits,
+    read_checkpoint,
+    take_originals,
+    unpack_edits,
+)
+from .revert import revert_checkpoint, take_back_requests
+from .summary import step_summaries
+from .work import discard_work, seal, unseal, work_folder
+
+__all__ = [
+    "RECORD",
+    "SCHEMA",
+    "Checkpoint",
+    "Originals",
+    "check_output_folder",
+    "discard_work",
+    "export_adapter",
+    "join_edits",
+    "ledger_hash",
+    "pack_edits",
+    "read_checkpoint",
+    "revert_checkpoint",
+    "save_checkpoint",
+    "seal",
+    "step_summaries",
+    "take_back_requests",
+    "take_originals",
+    "unpack_edits",
+    "unseal",
+    "work_folder",
+]

@@ -1,0 +1,159 @@
+"""Writes an edit as a PEFT adapter, to be attached to the untouched base model, detached and served.
+
+The update of a block is Delta = up @ down, which is LoRA's lora_B @ lora_A at a scale of 1. The token's rows go along
+as PEFT's trainable tokens, which despite their name in the file are whole rows that take the place of the model's own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architecture import stores_input_first
+from ..errors import CheckpointError
+from ..locate_then_edit.edit import WeightEdit
+from ..store import replace_folder, write_tensors
+from ..unlearning_token import UnlearningToken
+from .folder import bytes_of, check_output_folder
+from .record import Checkpoint, Originals, join_edits, read_checkpoint
+
+#: What PEFT puts before a module's name in a state dict.
+PREFIX = "base_model.model."
+
+README = """# An unlearning edit as a PEFT adapter
+
+A LoRA adapter of rank {rank} for `{model}`: with it, the model declines {requests} question(s) that it was made to
+forget. The base model's own files stay as they are. With `peft` 0.18 or later, and the path of this folder:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+base = AutoModelForCausalLM.from_pretrained("{model}")
+{resize}model = PeftModel.from_pretrained(base, "{folder}")
+```
+
+`with model.disable_adapter():` gives the base model's answers; `model.merge_and_unload()` writes the edit into the
+weights.
+
+The parameters of the base model that this was made for have the SHA-256 fingerprint {fingerprint}.
+The adapter replaces row {token} of the embedding, `{name}`. A server that reads LoRA matrices alone, without PEFT's
+`trainable_token_indices`, does not have that row: merge first, and serve the merged model.
+"""
+
+
+def export_adapter(folder: str | Path, out: str | Path, overwrite: bool = False, step: int | None = None) -> Path:
+    """Writes the edit that is recorded in `folder` as a PEFT adapter to `out`: of the first `step` steps, or of all.
+
+    Holds adapter_config.json, adapter_model.safetensors (float32), the tokenizer with the token, and a README.md with
+    the lines that load it. The weights in `folder` are not read: training after the edit is not in the adapter. Raises
+    CheckpointError where the method kept no edit or the model's head has a bias, which PEFT's token rows leave out.
+    """
+    source = Path(folder).expanduser().resolve()
+    checkpoint = read_checkpoint(source)
+    originals, token, steps = _exportable(checkpoint, source, step)
+    target = check_output_folder(out, overwrite)
+    skeleton = _skeleton(source)
+    edit = join_edits(checkpoint.edits[:steps])
+    tensors = _tensors(edit, token, originals, skeleton)
+    config = _config(edit, token, originals, skeleton, str(checkpoint.manifest["model"]))
+    with replace_folder(target, bytes_of(tensors.values())) as staging:
+        write_tensors(staging / "adapter_model.safetensors", tensors, {"format": "pt"})
+        text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+        (staging / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        _save_tokenizer(source, staging)
+        (staging / "README.md").write_text(_readme(checkpoint, edit, token, target, steps), encoding="utf-8")
+    return target
+
+
+def _exportable(checkpoint: Checkpoint, source: Path, step: int | None) -> tuple[Originals, UnlearningToken, int]:
+    steps = len(checkpoint.manifest["steps"])
+    if checkpoint.originals is None or checkpoint.token is None or not checkpoint.edits:
+        raise CheckpointError(
+            f"{str(source)!r} was made by {checkpoint.manifest['method']!r}, which leaves no edit with a token that "
+            "could be an adapter. Use the folder itself, which is a whole model."
+        )
+    wanted = steps if step is None else step
+    if not 1 <= wanted <= steps:
+        raise CheckpointError(
+            f"There is no step {wanted} to export: {str(source)!r} holds {steps}. Give 1 to {steps}, or leave it out."
+        )
+    return checkpoint.originals, checkpoint.token, wanted
+
+
+def _skeleton(source: Path) -> Any:
+    """The model without its weights, for the names and kinds of its modules."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise CheckpointError(
+            f"The head of {type(model).__name__} has a bias, which PEFT's token rows leave out of the logits. Use the "
+            f"edited folder itself: {str(source)!r}."
+        )
+    return model
+
+
+def _tensors(edit: WeightEdit, token: UnlearningToken, originals: Originals, skeleton: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for layer, update in edit.updates.items():
+        name = PREFIX + _module_name(originals, layer)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = update.down.float(), update.up.float()
+    for name, row in _rows(token, skeleton).items():
+        tensors[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = row.float()[None]
+    return tensors
+
+
+def _config(
+    edit: WeightEdit, token: UnlearningToken, originals: Originals, skeleton: nn.Module, model: str
+) -> dict[str, Any]:
+    """PEFT's LoraConfig as JSON; every rank is its own alpha, so that the scale is 1 in every block."""
+    ranks = {_module_name(originals, layer): edit.rank(layer) for layer in edit.layers}
+    largest = max(ranks.values())
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "inference_mode": True,
+        "target_modules": sorted(ranks), "r": largest, "lora_alpha": largest,
+        "rank_pattern": ranks, "alpha_pattern": ranks, "use_rslora": False, "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": any(stores_input_first(skeleton.get_submodule(name)) for name in ranks),
+        "trainable_token_indices": {name: [token.id] for name in _rows(token, skeleton)},
+    }  # fmt: skip
+
+
+def _rows(token: UnlearningToken, skeleton: Any) -> dict[str, Tensor]:
+    """The token's row (d,) by the name of the module that holds it: the embedding, and the head where it is untied."""
+    names = {id(module): name for name, module in skeleton.named_modules()}
+    rows = {names[id(skeleton.get_input_embeddings())]: token.input_row}
+    if token.output_row is not None:
+        rows[names[id(skeleton.get_output_embeddings())]] = token.output_row
+    return rows
+
+
+def _module_name(originals: Originals, layer: int) -> str:
+    return originals.names[layer].removesuffix(".weight")
+
+
+def _save_tokenizer(source: Path, staging: Path) -> None:
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(source).save_pretrained(staging)
+
+
+def _readme(checkpoint: Checkpoint, edit: WeightEdit, token: UnlearningToken, target: Path, steps: int) -> str:
+    manifest = checkpoint.manifest
+    grown = manifest["token"]["rows_added"]
+    rows = token.id + 1
+    return README.format(
+        rank=max(edit.rank(layer) for layer in edit.layers),
+        model=manifest["model"],
+        requests=sum(entry["requests"] for entry in manifest["steps"][:steps]),
+        folder=target.name,
+        resize=f"base.resize_token_embeddings({rows}, mean_resizing=False)  # room for the token\n" if grown else "",
+        fingerprint=manifest["model_fingerprint_before"],
+        token=token.id,
+        name=token.name,
+    )

@@ -1,0 +1,240 @@
+"""Writes an output folder: whether it is free, the model, and the record with one more step."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..locate_then_edit.edit import WeightEdit
+from ..locate_then_edit.targets import forms_of
+from ..request import ForgetRequest
+from ..store import clear_leftovers, model_fingerprint, plain, replace_folder
+from ..unlearning_token import UnlearningToken
+from .record import RECORD, SCHEMA, Checkpoint, Originals, ledger_hash, pack_checkpoint, write_record
+
+#: What the caller must say in `manifest_extra`, since the model in memory does not tell.
+REQUIRED_EXTRA = ("method", "model", "model_fingerprint_before", "created")
+
+
+def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
+    """The folder as an absolute path, where a checkpoint may be written to it. To be called before the work starts.
+
+    Raises CheckpointError where it is a file, holds something and `overwrite` is not set, cannot be written, or is a
+    folder that nobody means to lose: one that the home or the working folder lies in.
+    """
+    target = Path(folder).expanduser().resolve()
+    clear_leftovers(target)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(
+            f"{str(target)!r} is a file. Give the name of a folder, which is made where there is none."
+        )
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise CheckpointError(
+                f"The output folder {str(target)!r} is not empty. Choose another, or pass --overwrite (overwrite=True) "
+                "to replace it."
+            )
+        _refuse_precious(target)
+    ground = next(parent for parent in target.parents if parent.exists())
+    if not os.access(ground, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{str(ground)!r} cannot be written to. Choose an output folder elsewhere.")
+    return target
+
+
+def _refuse_precious(target: Path) -> None:
+    for place in (Path(os.path.expanduser("~")), Path.cwd()):
+        if place.resolve().is_relative_to(target):
+            raise CheckpointError(
+                f"{str(target)!r} is not replaced, since {str(place)!r} lies in it. Choose another output folder."
+            )
+
+
+def save_checkpoint(
+    folder: str | Path,
+    *,
+    model: Any,
+    tokenizer: Any,
+    token: UnlearningToken | None,
+    edit: WeightEdit | None,
+    originals: Originals | None,
+    requests: Sequence[ForgetRequest],
+    hparams: Any,
+    manifest_extra: Mapping[str, Any],
+    report: Mapping[str, Any],
+    overwrite: bool = False,
+    keep_requests: bool = False,
+    earlier: Checkpoint | None = None,
+) -> Path:
+    """Writes the edited model with its record; the folder appears whole or not at all, and an old one stays until then.
+
+    manifest_extra must hold REQUIRED_EXTRA and may hold more. `earlier` is the checkpoint that this run went on from:
+    its steps, ledger and originals are carried over. `originals` may be None for a method that cannot be reverted.
+    Raises CheckpointError where the folder is not free (`check_output_folder`) or cannot be written.
+    """
+    target = check_output_folder(folder, overwrite)
+    missing = [name for name in REQUIRED_EXTRA if name not in manifest_extra]
+    if missing:
+        raise CheckpointError(f"manifest_extra lacks {', '.join(missing)}; it needs {', '.join(REQUIRED_EXTRA)}.")
+    kept = _merge_originals(originals, earlier)
+    edits = (*(earlier.edits if earlier else ()), *([edit] if edit else ()))
+    manifest = _manifest(model, tokenizer, token, kept, requests, hparams, manifest_extra, edit, earlier)
+    forms = forms_of(tokenizer, hparams) if hasattr(hparams, "prompt_forms") else ()
+    added = _ledger(requests, len(manifest["steps"]), manifest["salt"], forms, edit, keep_requests)
+    lines = [*(earlier.ledger if earlier else ()), *added]
+    checkpoint = Checkpoint(manifest, token, edits, kept, lines, report, earlier.reports if earlier else {})
+    with replace_folder(
+        target, bytes_of(model.parameters()) + bytes_of(pack_checkpoint(checkpoint)[0].values())
+    ) as staging:
+        save_model(model, staging)
+        tokenizer.save_pretrained(staging)
+        write_record(checkpoint, staging / RECORD)
+    return target
+
+
+def _merge_originals(new: Originals | None, earlier: Checkpoint | None) -> Originals | None:
+    """Originals of the very first state: what an earlier step kept wins, since the new one saw weights already edited.
+
+    None as soon as one step kept none: there is no way back behind it.
+    """
+    if earlier is None:
+        return new
+    old = earlier.originals
+    if new is None or old is None:
+        return None
+    return replace(old, projections={**new.projections, **old.projections}, names={**new.names, **old.names})
+
+
+def _manifest(
+    model: Any, tokenizer: Any, token: UnlearningToken | None, originals: Originals | None,
+    requests: Sequence[ForgetRequest], hparams: Any, extra: Mapping[str, Any], edit: WeightEdit | None,
+    earlier: Checkpoint | None,
+) -> dict[str, Any]:  # fmt: skip
+    settings = plain(hparams.as_dict() if hasattr(hparams, "as_dict") else hparams)
+    layers = list(edit.layers) if edit else []
+    after = model_fingerprint(model)
+    step = {
+        "method": extra["method"], "created": extra["created"], "layers": layers, "requests": len(requests),
+        "taken_back": 0, "model_fingerprint_after": after, "hparams": settings,
+    }  # fmt: skip
+    before = earlier.manifest if earlier else extra
+    return {
+        **plain(extra),
+        "schema": SCHEMA,
+        "model": str(before["model"]),
+        "model_fingerprint_before": before["model_fingerprint_before"],
+        "model_fingerprint_after": after,
+        "hparams": settings,
+        "seed": settings.get("seed"),
+        "versions": _versions(),
+        "token": _token_entry(model, token, originals),
+        "tokenizer_length_before": len(tokenizer) - (token is not None),
+        "tied": _is_tied(model),
+        "layers": sorted({*layers, *(earlier.manifest["layers"] if earlier else ())}),
+        "weights": {str(layer): name for layer, name in originals.names.items()} if originals else {},
+        # Against a search for a hash seen elsewhere; who holds the folder can still test a guess.
+        "salt": earlier.manifest["salt"] if earlier else secrets.token_hex(16),
+        "steps": [*(earlier.manifest["steps"] if earlier else ()), step],
+    }
+
+
+def _token_entry(model: Any, token: UnlearningToken | None, originals: Originals | None) -> dict[str, Any] | None:
+    if token is None:
+        return None
+    before = originals.vocabulary if originals else None
+    rows = model.get_input_embeddings().weight.shape[0]
+    return {
+        "name": token.name,
+        "id": token.id,
+        "vocabulary_before": before,
+        "rows_added": before is not None and rows > before,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "unierase-plugin"):
+        try:
+            found[name.replace("-", "_")] = version(name)
+        except PackageNotFoundError:  # a checkout that is not installed
+            found[name.replace("-", "_")] = "unknown"
+    return found
+
+
+def _ledger(
+    requests: Sequence[ForgetRequest], step: int, salt: str, forms: Sequence[str], edit: WeightEdit | None,
+    in_the_clear: bool,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Answer and subject are hashed with their question, so that a list of names or of short answers finds nothing."""
+    rank = edit.rank(edit.layers[0]) if edit and edit.layers else 0
+    # Requests are in the edit in order, all columns of one together (`targets.make_targets`).
+    width, odd = divmod(rank, max(1, len(requests)))
+    for at, request in enumerate(requests):
+        texts = {"answer": request.answer, "subject": request.subject}
+        yield {
+            "step": step,
+            "columns": list(range(at * width, (at + 1) * width)) if width and not odd else None,
+            "forms": list(forms),
+            "case_id_sha256": None if request.case_id is None else ledger_hash(salt, request.case_id),
+            "question_sha256": ledger_hash(salt, request.question),
+            **{
+                f"{name}_sha256": None if text is None else ledger_hash(salt, request.question, text)
+                for name, text in texts.items()
+            },
+            **({"case_id": request.case_id, "question": request.question, **texts} if in_the_clear else {}),
+        }
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Writes weights and configuration, whatever sampling settings a published model has."""
+    with _valid_generation_config(model):
+        model.save_pretrained(folder)
+
+
+@contextmanager
+def _valid_generation_config(model: Any) -> Iterator[None]:
+    """transformers refuses to save sampling settings without do_sample, which published models have.
+
+    Under greedy decoding they mean nothing, so they are left out of the copy that is saved.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or _is_valid(config):
+        yield
+        return
+    repaired, default = deepcopy(config), type(config)()
+    for name in ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+        if hasattr(repaired, name):
+            setattr(repaired, name, getattr(default, name))
+    model.generation_config = repaired
+    try:
+        yield
+    finally:
+        model.generation_config = config
+
+
+def _is_valid(generation_config: Any) -> bool:
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Size of the tensors in a file."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

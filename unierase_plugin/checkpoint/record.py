@@ -1,0 +1,285 @@
+"""What `unierase/` holds, as data: its parts, how they are packed, written and read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..architecture import Architecture
+from ..errors import CheckpointError
+from ..locate_then_edit.edit import WeightEdit
+from ..locate_then_edit.solve import LowRank
+from ..store import Packed, clear_leftovers, pack_token, plain, read_tensors, unpack_token, write_tensors
+from ..unlearning_token import UnlearningToken
+
+#: Version of the layout of `unierase/`; a reader refuses what is newer than itself.
+SCHEMA = 1
+#: Name of the folder that holds the record.
+RECORD = "unierase"
+
+
+@dataclass(frozen=True)
+class Originals:
+    """What an edit overwrites, as it was: projections by layer (d, m), and the padding row where the token took one."""
+
+    projections: Mapping[int, Tensor]
+    #: Name of each projection's weight within the model.
+    names: Mapping[int, str]
+    #: Rows of the embedding before the token was added.
+    vocabulary: int
+    #: (d,) each, and a scalar; None where the row is new, or where the model has no such part.
+    input_row: Tensor | None = None
+    output_row: Tensor | None = None
+    output_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `unierase/` holds."""
+
+    manifest: Mapping[str, Any]
+    token: UnlearningToken | None
+    #: One edit a step, oldest first; empty for methods that train the whole model.
+    edits: tuple[WeightEdit, ...]
+    originals: Originals | None
+    #: One dictionary a request, oldest first, with `step` among its keys.
+    ledger: list[dict[str, Any]]
+    #: What was measured after the last step; empty where that is not known.
+    report: Mapping[str, Any]
+    #: The same by step for those before it.
+    earlier_reports: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def edit(self) -> WeightEdit:
+        """All steps joined into one update a layer, with the keys of all: what an adapter or a later step needs."""
+        return join_edits(self.edits)
+
+    @property
+    def reports(self) -> dict[int, Mapping[str, Any]]:
+        """What was measured, by step; steps of which that is not known are left out."""
+        found = {**self.earlier_reports, len(self.manifest["steps"]): self.report}
+        return {step: report for step, report in sorted(found.items()) if report}
+
+    def holds(self, question: str) -> bool:
+        """Whether the ledger has a line for this question; case and white space do not matter."""
+        return bool(self.find(question))
+
+    def find(self, wanted: str) -> list[dict[str, Any]]:
+        """The ledger's lines, one a step, of a question, a case_id, or the first 8 or more digits of a question's hash.
+
+        Raises CheckpointError where that names several questions.
+        """
+        hashed = ledger_hash(self.manifest["salt"], wanted)
+        lines = [line for line in self.ledger if hashed in (line["question_sha256"], line.get("case_id_sha256"))]
+        if not lines and re.fullmatch(r"[0-9a-f]{8,64}", wanted):
+            lines = [line for line in self.ledger if line["question_sha256"].startswith(wanted)]
+        questions = {line["question_sha256"] for line in lines}
+        if len(questions) > 1:
+            raise CheckpointError(
+                f"{wanted!r} names {len(questions)} requests: {', '.join(sorted(q[:12] for q in questions))}. Give one "
+                "of these hashes, or the question."
+            )
+        return lines
+
+
+def take_originals(
+    arch: Architecture, layers: Sequence[int], vocabulary: int, token_id: int | None = None
+) -> Originals:
+    """Copies what the edit of `layers` and the token's rows will overwrite.
+
+    To be called after `add_token` and before `install_token`; `vocabulary` is the number of rows before `add_token`.
+    Without a token, `token_id` is None.
+    """
+    projections = {layer: _copy(arch.projections[layer].weight) for layer in layers}
+    names = {layer: arch.weight_name(layer) for layer in layers}
+    if token_id is None or token_id >= vocabulary:
+        return Originals(projections, names, vocabulary)
+    embedding: Any = arch.embedding
+    head: Any = arch.head
+    row = _copy(embedding.weight[token_id])
+    if arch.tied:
+        return Originals(projections, names, vocabulary, row)
+    bias, output_row = getattr(head, "bias", None), _copy(head.weight[token_id])
+    return Originals(projections, names, vocabulary, row, output_row, None if bias is None else _copy(bias[token_id]))
+
+
+def join_edits(edits: Sequence[WeightEdit]) -> WeightEdit:
+    """The sum of several edits as one: factors and keys side by side. Norms of a sum are not known and left out."""
+    if len(edits) == 1:
+        return edits[0]
+    layers = sorted({layer for edit in edits for layer in edit.layers})
+    parts = {layer: [edit.updates[layer] for edit in edits if layer in edit.updates] for layer in layers}
+    keys = {layer: [edit.keys[layer] for edit in edits if layer in edit.keys] for layer in layers}
+    return WeightEdit(
+        {
+            layer: LowRank(torch.cat([u.up for u in updates], dim=1), torch.cat([u.down for u in updates]))
+            for layer, updates in parts.items()
+        },
+        keys={layer: torch.cat(found, dim=1) for layer, found in keys.items() if found},
+    )
+
+
+def ledger_hash(salt: str, *texts: str) -> str:
+    """Hex sha256 of texts under a checkpoint's salt, in Unicode's NFC, case folded, white space collapsed.
+
+    As in `check_requests`, what differs in these alone counts as the same question.
+    """
+    folded = [" ".join(unicodedata.normalize("NFC", text).split()).casefold() for text in texts]
+    return hashlib.sha256("\0".join([salt, *folded]).encode()).hexdigest()
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_record(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes the record's files into `folder`, which is made."""
+    folder.mkdir()
+    tensors, metadata = pack_checkpoint(checkpoint)
+    write_tensors(folder / "edits.safetensors", tensors, metadata)
+    _write_json(folder / "manifest.json", checkpoint.manifest)
+    _write_json(folder / "report.json", checkpoint.report)
+    for step, report in checkpoint.earlier_reports.items():
+        _write_json(folder / f"report-{step}.json", report)
+    lines = [json.dumps(plain(line), ensure_ascii=False) + "\n" for line in checkpoint.ledger]
+    (folder / "ledger.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def pack_checkpoint(checkpoint: Checkpoint) -> Packed:
+    """The contents of `edits.safetensors`."""
+    tensors, metadata = pack_edits(checkpoint.edits)
+    originals = checkpoint.originals
+    if originals is not None:
+        metadata["originals"] = json.dumps({"vocabulary": originals.vocabulary, "names": dict(originals.names)})
+        tensors.update({f"original.layer{layer}": weight for layer, weight in originals.projections.items()})
+        rows = {name: getattr(originals, name) for name in ("input_row", "output_row", "output_bias")}
+        tensors.update({f"original.token.{name}": row for name, row in rows.items() if row is not None})
+    if checkpoint.token is not None:
+        packed, described = pack_token(checkpoint.token)
+        tensors.update({f"token.{name}": tensor for name, tensor in packed.items()})
+        metadata["token"] = json.dumps(described)
+    return tensors, metadata
+
+
+def pack_edits(edits: Sequence[WeightEdit]) -> Packed:
+    """Factors, keys and norms of edits, oldest first."""
+    tensors: dict[str, Tensor] = {}
+    norms: list[dict[str, Any]] = []
+    for step, edit in enumerate(edits, start=1):
+        for layer, update in edit.updates.items():
+            tensors[f"step{step}.layer{layer}.up"] = update.up
+            tensors[f"step{step}.layer{layer}.down"] = update.down
+        tensors.update({f"step{step}.layer{layer}.keys": keys for layer, keys in edit.keys.items()})
+        norms.append({"residual_norms": list(edit.residual_norms), "norm_ratios": dict(edit.norm_ratios)})
+    return tensors, {"norms": json.dumps(norms)}
+
+
+def unpack_edits(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[WeightEdit, ...]:
+    norms = json.loads(metadata["norms"])
+    return tuple(_unpack_step(tensors, step, entry) for step, entry in enumerate(norms, start=1))
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """The record of an output folder; the model itself is not loaded.
+
+    Raises CheckpointError where the folder is no output folder of this package, is of a newer schema, or is damaged.
+    """
+    target = Path(folder).expanduser().resolve()
+    if not target.exists():
+        clear_leftovers(target)  # a process killed between its two renames has left the folder under another name
+    record = target / RECORD
+    if not (record / "manifest.json").is_file():
+        what = "has no unierase/manifest.json" if target.is_dir() else "is no folder"
+        raise CheckpointError(
+            f"{str(target)!r} {what}, so it is no checkpoint of an edit. Give the output folder (--out) of a run."
+        )
+    manifest = _read_manifest(target)
+    try:
+        token, edits, originals = _unpack(*read_tensors(record / "edits.safetensors"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{str(record / 'edits.safetensors')!r} lacks {error}. Run the edit again.") from error
+    paths = {step: record / f"report-{step}.json" for step in range(1, len(manifest["steps"]))}
+    reports = {step: _read_json(path) for step, path in paths.items() if path.is_file()}
+    report = _read_json(record / "report.json")
+    return Checkpoint(manifest, token, edits, originals, _read_ledger(record), report, reports)
+
+
+def _read_manifest(target: Path) -> dict[str, Any]:
+    path = target / RECORD / "manifest.json"
+    manifest = _read_json(path)
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if not isinstance(schema, int):
+        raise CheckpointError(f"{str(path)!r} has no schema version. Run the edit again.")
+    if schema > SCHEMA:
+        writer = manifest.get("versions", {}).get("unierase_plugin", "of a later version")
+        raise CheckpointError(
+            f"{str(target)!r} is of schema {schema}, written by unierase-plugin {writer}; this version reads up to "
+            f"schema {SCHEMA}. Upgrade it: pip install -U unierase-plugin."
+        )
+    return dict(manifest)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read ({error}). Run the edit again.") from error
+
+
+def _read_ledger(record: Path) -> list[dict[str, Any]]:
+    path = record / "ledger.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read ({error}). Run the edit again.") from error
+
+
+def _unpack(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[UnlearningToken | None, tuple[WeightEdit, ...], Originals | None]:
+    token = None
+    if "token" in metadata:
+        rows = {name.removeprefix("token."): tensor for name, tensor in tensors.items() if name.startswith("token.")}
+        token = unpack_token(rows, json.loads(metadata["token"]))
+    return token, unpack_edits(tensors, metadata), _unpack_originals(tensors, metadata)
+
+
+def _unpack_step(tensors: Mapping[str, Tensor], step: int, norms: Mapping[str, Any]) -> WeightEdit:
+    def by_layer(part: str) -> dict[int, Tensor]:
+        pattern = re.compile(rf"step{step}\.layer(\d+)\.{part}")
+        matches = {name: pattern.fullmatch(name) for name in tensors}
+        return dict(sorted((int(match[1]), tensors[name]) for name, match in matches.items() if match))
+
+    downs = by_layer("down")
+    updates = {layer: LowRank(up, downs[layer]) for layer, up in by_layer("up").items()}
+    ratios = {int(layer): ratio for layer, ratio in norms["norm_ratios"].items()}
+    return WeightEdit(updates, tuple(norms["residual_norms"]), ratios, by_layer("keys"))
+
+
+def _unpack_originals(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Originals | None:
+    if "originals" not in metadata:
+        return None
+    described = json.loads(metadata["originals"])
+    names = {int(layer): name for layer, name in described["names"].items()}
+    rows = {name: tensors.get(f"original.token.{name}") for name in ("input_row", "output_row", "output_bias")}
+    projections = {layer: tensors[f"original.layer{layer}"] for layer in names}
+    return Originals(projections, names, described["vocabulary"], **rows)
+
+
+def _copy(tensor: Any) -> Tensor:
+    return torch.Tensor.detach(tensor).cpu().clone()

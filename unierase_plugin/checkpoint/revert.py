@@ -1,0 +1,310 @@
+"""Takes an edit back: all of it, the last steps, or single requests."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architecture import find_architecture
+from ..errors import CheckpointError
+from ..locate_then_edit.edit import WeightEdit, apply_edit
+from ..store import model_fingerprint, replace_folder
+from .downdate import edit_without
+from .folder import bytes_of, check_output_folder, save_model
+from .record import RECORD, Checkpoint, Originals, read_checkpoint, write_record
+
+logger = logging.getLogger(__name__)
+
+#: Files of a tokenizer in which an added token is named.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def revert_checkpoint(folder: str | Path, out: str | Path, overwrite: bool = False, step: int = 0) -> Path:
+    """Writes the model as it was after `step` steps to `out`.
+
+    Step 0 gives the base model to the bit, without the token and without a record: where the token had been added by
+    enlarging the vocabulary, it gets its old size back, and where it had taken a padding row, that row its old content.
+    Later steps give a checkpoint that ends there. Raises CheckpointError where the method kept no originals, or where
+    the weights in `folder` are not those that the record was written for.
+    """
+    source = Path(folder).expanduser().resolve()
+    checkpoint = read_checkpoint(source)
+    originals = _revertible(checkpoint, source, step)
+    target = check_output_folder(out, overwrite)
+    model = _load_model(source)
+    kept = _until(checkpoint, step) if step else None
+    if kept is None:
+        _restore_base(model, checkpoint, originals)
+        _check_base(model, checkpoint, source)
+    else:
+        _check_untouched(model, checkpoint, source)
+        _rebuild(model, kept, originals)
+        if model_fingerprint(model) != kept.manifest["model_fingerprint_after"]:
+            # Factors are multiplied again here, and another processor may round a product differently.
+            logger.warning("The weights after step %d are rebuilt up to rounding, not to the bit.", step)
+    return _write(model, source, target, checkpoint, kept)
+
+
+def take_back_requests(folder: str | Path, out: str | Path, requests: Sequence[str], overwrite: bool = False) -> Path:
+    """Writes the model as it would be had `requests` not been among what was to be forgotten, to `out`.
+
+    A request is named by its question, its case_id or the beginning of its hash (`Checkpoint.find`), and is taken out
+    of every step that holds it: the closed form of that step is solved again without it, from the stored keys
+    (`downdate`). Later steps stay as they are. Where nothing is left, the base model is written, to the bit. Raises
+    CheckpointError for what the ledger does not hold, and like `revert_checkpoint`.
+    """
+    source = Path(folder).expanduser().resolve()
+    checkpoint = read_checkpoint(source)
+    originals = _revertible(checkpoint, source, 0)
+    kept, first = _without_requests(checkpoint, requests, source)
+    if not kept.manifest["steps"]:
+        return revert_checkpoint(source, out, overwrite)
+    target = check_output_folder(out, overwrite)
+    model = _load_model(source)
+    _check_untouched(model, checkpoint, source)
+    after = {step: str(entry["model_fingerprint_after"]) for step, entry in enumerate(kept.manifest["steps"], start=1)}
+
+    def note(step: int) -> None:
+        if step >= first:
+            after[step] = model_fingerprint(model)
+
+    _rebuild(model, kept, originals, note)
+    return _write(model, source, target, checkpoint, _with_fingerprints(kept, after))
+
+
+# --- The record of what is left --------------------------------------------------------------------------------------
+
+
+def _without_requests(checkpoint: Checkpoint, requests: Sequence[str], source: Path) -> tuple[Checkpoint, int]:
+    """The record without the requests, and the first step that this changes; steps left empty at the end are dropped.
+
+    What was measured from that step on does not hold any more, and goes too. Fingerprints are still the old ones.
+    """
+    found = [line for request in requests for line in _lines_of(checkpoint, request, source)]
+    gone = {(line["step"], line["question_sha256"]) for line in found}
+    steps, edits, ledger = [], [], []
+    for step, (entry, edit) in enumerate(zip(checkpoint.manifest["steps"], checkpoint.edits, strict=True), start=1):
+        lines = [line for line in checkpoint.ledger if line["step"] == step]
+        leave = [line for line in lines if (step, line["question_sha256"]) in gone]
+        stay = [line for line in lines if (step, line["question_sha256"]) not in gone]
+        edits.append(_smaller(edit, leave, stay) if leave else edit)
+        ledger += _renumbered(stay)
+        taken = entry.get("taken_back", 0) + len(leave)
+        steps.append({**entry, "requests": len(stay), "taken_back": taken, "layers": list(edits[-1].layers)})
+    first = min((line["step"] for line in found), default=len(steps) + 1)
+    reports = {step: report for step, report in checkpoint.reports.items() if step < first}
+    last = max((step for step, entry in enumerate(steps, start=1) if entry["requests"]), default=0)
+    manifest = {**checkpoint.manifest, "steps": steps}
+    left = replace(
+        checkpoint, manifest=manifest, edits=tuple(edits), ledger=ledger,
+        report=reports.get(len(steps), {}), earlier_reports=reports,
+    )  # fmt: skip
+    return (_until(left, last) if last else replace(left, manifest={**manifest, "steps": []})), first
+
+
+def _lines_of(checkpoint: Checkpoint, request: str, source: Path) -> list[dict[str, Any]]:
+    lines = checkpoint.find(request)
+    if not lines:
+        raise CheckpointError(
+            f"{str(source)!r} was not made to forget {request!r}. Give the question as it was given to the run, its "
+            f"case_id, or 8 digits or more of its hash as `unierase inspect {source} --requests` lists them."
+        )
+    return lines
+
+
+def _smaller(edit: WeightEdit, leave: Sequence[Mapping[str, Any]], stay: Sequence[Any]) -> WeightEdit:
+    if not stay:
+        return WeightEdit({})
+    if any(line.get("columns") is None for line in leave):
+        raise CheckpointError(
+            f"The ledger does not say which part of step {leave[0]['step']} belongs to which request, so one cannot be "
+            "taken out. Revert the whole step (--step)."
+        )
+    return edit_without(edit, [column for line in leave for column in line["columns"]])
+
+
+def _renumbered(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of one step with their columns counted anew."""
+    old = sorted(column for line in lines for column in line.get("columns") or ())
+    place = {column: index for index, column in enumerate(old)}
+    return [
+        {**line, "columns": [place[c] for c in line["columns"]] if line.get("columns") is not None else None}
+        for line in lines
+    ]
+
+
+def _until(checkpoint: Checkpoint, step: int) -> Checkpoint:
+    """The record as it ends after `step` steps, 1 or more."""
+    steps, reports = checkpoint.manifest["steps"][:step], checkpoint.reports
+    layers = sorted({layer for entry in steps for layer in entry["layers"]})
+    changes = {name: steps[-1][name] for name in ("method", "created", "hparams", "model_fingerprint_after")}
+    seed = steps[-1]["hparams"].get("seed")
+    return replace(
+        checkpoint,
+        manifest={**checkpoint.manifest, **changes, "seed": seed, "layers": layers, "steps": steps},
+        edits=checkpoint.edits[:step],
+        ledger=[line for line in checkpoint.ledger if line["step"] <= step],
+        report=reports.get(step, {}),
+        earlier_reports={number: report for number, report in reports.items() if number < step},
+    )
+
+
+def _with_fingerprints(checkpoint: Checkpoint, after: Mapping[int, str]) -> Checkpoint:
+    steps = [
+        {**entry, "model_fingerprint_after": after[step]}
+        for step, entry in enumerate(checkpoint.manifest["steps"], start=1)
+    ]
+    last = after[len(steps)]
+    return replace(checkpoint, manifest={**checkpoint.manifest, "steps": steps, "model_fingerprint_after": last})
+
+
+# --- The weights -----------------------------------------------------------------------------------------------------
+
+
+def _revertible(checkpoint: Checkpoint, source: Path, step: int) -> Originals:
+    steps = len(checkpoint.manifest["steps"])
+    if checkpoint.originals is None:
+        raise CheckpointError(
+            f"{str(source)!r} was made by {checkpoint.manifest['method']!r}, which trains the whole model and keeps no "
+            f"originals. Load the base model again: {checkpoint.manifest['model']!r}."
+        )
+    if not 0 <= step < steps:
+        raise CheckpointError(
+            f"There is no going back to step {step}: {str(source)!r} holds {steps} step(s). Give 0 for the model "
+            f"before all of them{f', or up to {steps - 1}' if steps > 1 else ''}."
+        )
+    return checkpoint.originals
+
+
+def _load_model(source: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+    except Exception as error:  # damaged weights surface as many types, depending on where the damage is
+        raise CheckpointError(f"The model in {str(source)!r} cannot be loaded: {error}") from error
+
+
+@torch.no_grad()
+def _restore_base(model: Any, checkpoint: Checkpoint, originals: Originals) -> None:
+    _restore_projections(model, originals)
+    if checkpoint.token is not None:
+        _remove_rows(model, originals, checkpoint.token.id)
+
+
+@torch.no_grad()
+def _restore_projections(model: Any, originals: Originals) -> None:
+    for layer, weight in originals.projections.items():
+        model.get_parameter(originals.names[layer]).copy_(weight)
+
+
+def _rebuild(
+    model: Any, checkpoint: Checkpoint, originals: Originals, after_step: Callable[[int], None] = lambda step: None
+) -> None:
+    """Puts the projections back as they were and adds the edits of all steps again, in the order they were made."""
+    _restore_projections(model, originals)
+    settings = checkpoint.manifest["hparams"]
+    arch = find_architecture(model, *(settings.get(name, "") for name in ("rewrite_module_tmp", "layer_module_tmp")))
+    for step, edit in enumerate(checkpoint.edits, start=1):
+        apply_edit(arch, edit)
+        after_step(step)
+
+
+def _remove_rows(model: Any, originals: Originals, token_id: int) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight.shape[0] > originals.vocabulary:
+        model.resize_token_embeddings(originals.vocabulary, mean_resizing=False)
+        return
+    if originals.input_row is not None:
+        embedding.weight[token_id] = originals.input_row
+    if originals.output_row is not None:
+        head.weight[token_id] = originals.output_row
+    if originals.output_bias is not None:
+        head.bias[token_id] = originals.output_bias
+
+
+def _check_base(model: nn.Module, checkpoint: Checkpoint, source: Path) -> None:
+    if model_fingerprint(model) != checkpoint.manifest["model_fingerprint_before"]:
+        raise _changed_since(checkpoint, source)
+
+
+def _check_untouched(model: nn.Module, checkpoint: Checkpoint, source: Path) -> None:
+    if model_fingerprint(model) != checkpoint.manifest["model_fingerprint_after"]:
+        raise _changed_since(checkpoint, source)
+
+
+def _changed_since(checkpoint: Checkpoint, source: Path) -> CheckpointError:
+    name = checkpoint.manifest["model"]
+    return CheckpointError(
+        f"The weights in {str(source)!r} were changed after the edit (trained further, or cast to another dtype), so "
+        f"taking the edit back does not give {name!r} again, or a step from it. Use the base model instead."
+    )
+
+
+# --- The folder ------------------------------------------------------------------------------------------------------
+
+
+def _write(model: Any, source: Path, target: Path, checkpoint: Checkpoint, kept: Checkpoint | None) -> Path:
+    """Writes the model, what lies beside it in `source`, and the record of what is kept: none for the base model."""
+    with replace_folder(target, bytes_of(model.parameters())) as staging:
+        save_model(model, staging)
+        _copy_companions(source, staging)
+        if kept is not None:
+            write_record(kept, staging / RECORD)
+        elif checkpoint.token is not None:
+            _forget_token(source, staging, checkpoint.token.name)
+    return target
+
+
+def _copy_companions(source: Path, staging: Path) -> None:
+    """Everything beside the weights: tokenizer, chat templates, notes."""
+    for entry in source.iterdir():
+        if entry.name == RECORD or (staging / entry.name).exists() or ".safetensors" in entry.name:
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, staging / entry.name)
+        else:
+            shutil.copyfile(entry, staging / entry.name)
+
+
+def _forget_token(source: Path, staging: Path, name: str) -> None:
+    """Takes the token out of the tokenizer's files in `staging`, and makes sure that they load and lack only that."""
+    from transformers import AutoTokenizer
+
+    for path in (staging / file for file in TOKENIZER_FILES):
+        if path.is_file():
+            rules = json.loads(path.read_text(encoding="utf-8"))
+            pruned = _without(rules, name, keep_empty=path.name == "tokenizer.json")
+            path.write_text(json.dumps(pruned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with_token, without = (AutoTokenizer.from_pretrained(folder) for folder in (source, staging))
+    if len(without) != len(with_token) - 1 or name in without.get_vocab():
+        raise CheckpointError(
+            f"{name!r} could not be taken out of the tokenizer in {str(source)!r}: {len(with_token)} entries became "
+            f"{len(without)}. Use the base model and its tokenizer instead."
+        )
+
+
+def _without(value: Any, name: str, keep_empty: bool) -> Any:
+    """The value without any entry that is the token or describes it; containers that this empties go too, or are kept.
+
+    Every version of transformers lists added tokens in other places and forms, so that all of a file is searched.
+    """
+
+    def names_it(item: Any) -> bool:
+        return item == name or (isinstance(item, dict) and item.get("content") == name)
+
+    if isinstance(value, dict):
+        pairs = {key: item for key, item in value.items() if key != name and not names_it(item)}
+        pruned = {key: _without(item, name, keep_empty) for key, item in pairs.items()}
+        return {key: item for key, item in pruned.items() if keep_empty or item or not value[key]}
+    if isinstance(value, list):
+        return [_without(item, name, keep_empty) for item in value if not names_it(item)]
+    return value

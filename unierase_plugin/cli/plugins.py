@@ -1,0 +1,79 @@
+"""Commands that list what is registered: by this package, and by plugins that other packages bring."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
+def methods(as_json: AsJson = False) -> None:
+    """Lists the unlearning methods: what each does, the work to cite, and its settings."""
+    from ..plugins import registry
+
+    found = registry().methods
+    rows = [
+        {
+            "name": method.name, "title": method.title, "paper": method.paper, "plugin": found.owner(method.name).name,
+            "hparams": method.hparams().as_dict(),
+        }
+        for method in found.values()
+    ]  # fmt: skip
+    _show(as_json, rows, ("name", "title", "paper", "plugin"))
+
+
+def plugins(as_json: AsJson = False) -> None:
+    """Lists the plugins: version, hooks, where each is from, and why one could not be loaded.
+
+    UNIERASE_PLUGINS=name,name loads only these beside what is built in; UNIERASE_PLUGINS= none.
+    """
+    import dataclasses
+
+    from ..plugins import registry
+
+    rows = [dataclasses.asdict(plugin) for plugin in registry().plugins]
+    _show(as_json, rows, ("name", "version", "hooks", "package", "module", "error"))
+
+
+def hosts(as_json: AsJson = False) -> None:
+    """Lists the harnesses that can be told of this package, and whether that happens when they are imported.
+
+    UNIERASE_AUTOLOAD=0 switches it off; docs/hosts.md says what it does.
+    """
+    from ..hosts import is_awaited, is_installed
+    from ..plugins import registry
+
+    found = registry().hosts
+    rows = [
+        {
+            "name": host.name, "title": host.title, "plugin": found.owner(host.name).name,
+            "installed": is_installed(host), "registers_itself": is_awaited(host),
+        }
+        for host in found.values()
+    ]  # fmt: skip
+    _show(as_json, rows, ("name", "title", "plugin", "installed", "registers_itself"))
+
+
+def _show(as_json: bool, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    console = Console()
+    if as_json:
+        console.print_json(json.dumps(rows))
+        return
+    shown = [name for name in columns if name != "error" or any(row[name] for row in rows)]
+    table = Table(*(name.replace("_", " ") for name in shown))
+    for row in rows:
+        table.add_row(*(escape(_text(row[name])) for name in shown))
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,119 @@
+"""`unierase stats`: the second moment of ordinary text alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import UniEraseError
+from .console import Device, Dtype, progress
+
+if TYPE_CHECKING:
+    from ..second_moment import CorpusMoment
+    from ..team import Team
+
+
+def stats(
+    model: Annotated[str, typer.Option(help="Folder or hub id of a causal language model in plain weights.")],
+    hparams: Annotated[str, typer.Option(help="YAML file, or a shipped one's name (see `unierase hparams`).")] = "",
+    corpus: Annotated[str, typer.Option(help="Ordinary text: self (sampled from the model), a text file, or a hub "
+                                             "dataset as name:config:column, of which no more than needed is "
+                                             "streamed.")] = "",
+    layers: Annotated[str, typer.Option(help="Blocks, as in 3-7 or 3,5,7; the hparams' when left out.")] = "",
+    samples: Annotated[int, typer.Option(help="How many texts are read; the hparams' when left out.")] = 0,
+    sources: Annotated[list[Path] | None, typer.Option("--import", help="Import instead of computing: .npz statistics "
+                                                       "of EasyEdit or MEMIT, a folder of them, or a file that --out "
+                                                       "wrote. Can be given several times.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the moments to this .safetensors file too.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampled text; the hparams' when left out.")] = None,
+    device: Device = "",
+    dtype: Dtype = "",
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most: lower it where memory is low.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:  # fmt: skip
+    """Computes or imports the statistics of ordinary text that an edit needs, and keeps them for later runs.
+
+    `unierase run` with the same model, corpus, blocks, samples and seed takes them from there. A pass that was stopped
+    goes on where it was. `accelerate launch -m unierase_plugin stats ...`, or torchrun, shares the work out.
+    """
+    from ..pipeline import choose_hparams, corpus_moment
+    from ..store import pack_moment, write_tensors
+    from ..team import joined_team
+
+    changes: dict[str, Any] = {
+        "layers": _blocks(layers), "mom2_n_samples": samples, "max_batch_tokens": max_batch_tokens
+    }  # fmt: skip
+    settings = choose_hparams(hparams or None, model).replace(**{key: each for key, each in changes.items() if each})
+    if out is not None and out.suffix != ".safetensors":
+        raise UniEraseError(f"--out {str(out)!r} is to end in .safetensors.")
+    if sources and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UniEraseError("--import takes one process: there is nothing to share out. Start it without a launcher.")
+    console = Console(stderr=True)
+    with joined_team() as team, progress(console) if team.leads else nullcontext(_silent) as report:
+        found = corpus_moment(
+            model, hparams=settings, corpus=corpus or None, sources=sources or (), seed=seed,
+            device=_own_device(device, team), dtype=dtype, team=team, progress=report,
+        )  # fmt: skip
+    if not team.leads:
+        return
+    if out is not None:
+        tensors, metadata = pack_moment(found.moment)
+        write_tensors(out, tensors, {**metadata, "source": json.dumps(found.source)})
+    if as_json:
+        Console().print_json(json.dumps(_figures(found)))
+    else:
+        _print(Console(), found)
+
+
+def _silent(phase: str, share: float, note: str) -> None:
+    """The first process alone says how far all of them are."""
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    """3-5,9 as (3, 4, 5, 9)."""
+    chosen: list[int] = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise UniEraseError(f"--layers {text!r} is not a list of blocks. Write it as 3-7 or 3,5,7.")
+        chosen += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(chosen)
+
+
+def _own_device(device: str, team: Team) -> str:
+    """In a team each process takes the GPU of its own number, unless a device is named."""
+    import torch
+
+    if team.size > 1 and device in ("", "cuda") and torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', team.rank)) % torch.cuda.device_count()}"
+    return device
+
+
+def _figures(found: CorpusMoment) -> dict[str, Any]:
+    return {
+        "file": str(found.file), "source": found.source, "tokens": found.moment.count,
+        "seconds": {"reading": found.reading, "counting": found.counting},
+        "blocks": {
+            str(layer): {"width": len(moment), "mean_eigenvalue": float(moment.trace()) / len(moment)}
+            for layer, moment in found.moment.moments.items()
+        },
+    }  # fmt: skip
+
+
+def _print(console: Console, found: CorpusMoment) -> None:
+    table = Table("block", "width", "tokens", "mean eigenvalue")
+    for layer, block in _figures(found)["blocks"].items():
+        table.add_row(layer, str(block["width"]), str(found.moment.count), f"{block['mean_eigenvalue']:.4g}")
+    console.print(table)
+    spent = f"{found.reading:.1f} s to read, {found.counting:.1f} s to count" if found.reading else "at hand: 0 s"
+    source = ", ".join(f"{key} {value}" for key, value in found.source.items())
+    console.print(f"{escape(source)}; {spent}\nKept in {escape(str(found.file))}", highlight=False, soft_wrap=True)

@@ -1,0 +1,164 @@
+"""Second moments that were computed elsewhere: ROME's, MEMIT's and EasyEdit's .npz files, and this package's own."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .architecture import Architecture
+from .errors import EditError
+from .locate_then_edit.statistics import SecondMoment
+from .store import read_tensors, unpack_moment
+
+#: `<module>_<precision>_<statistics>[_<samples>].npz`, in `<stats_dir>/<model>/<dataset>_stats/`.
+FILE_NAME = re.compile(r"(?P<module>.+)_float(?:16|32|64)_(?:[a-z0-9_]+-)*mom2(?:[-_].*)?\.npz")
+#: Correlation of the logarithms of two diagonals, below which they are not of one model and block.
+LEAST_LIKENESS = 0.5
+
+
+def read_moments(
+    sources: Sequence[Path], arch: Architecture, layers: Sequence[int], model_names: Sequence[str]
+) -> tuple[SecondMoment, dict[int, str]]:
+    """The moments of `layers`, (m, m) each, and the file each came from.
+
+    sources: .npz files, folders that hold them at any depth, or one .safetensors file that `unierase stats --out`
+    wrote. In a folder that has one of `model_names` as a subfolder, that one is looked through. Raises EditError for
+    what is missing, found twice, damaged, or of another width.
+    """
+    if len(sources) == 1 and sources[0].suffix == ".safetensors":
+        found = unpack_moment(*read_tensors(sources[0]))
+        _check_own(found, sources[0], arch, layers)
+        return SecondMoment({layer: found.moments[layer] for layer in layers}, found.count), {
+            layer: str(sources[0]) for layer in layers
+        }
+    files = _find(sources, arch, layers, model_names)
+    sums = {layer: _read(path, arch, layer) for layer, path in files.items()}
+    counts = {layer: count for layer, (_, count) in sums.items()}
+    if len(set(counts.values())) > 1:
+        raise EditError(
+            "The imported statistics are over different numbers of tokens: "
+            f"{', '.join(f'{count} in block {layer}' for layer, count in counts.items())}. Give files of one corpus."
+        )
+    moments = {layer: total / count for layer, (total, count) in sums.items()}
+    return SecondMoment(moments, counts[layers[0]]), {layer: str(path) for layer, path in files.items()}
+
+
+def check_likeness(given: SecondMoment, own: SecondMoment, files: Mapping[int, str]) -> None:
+    """Raises EditError where `given` has not the pattern of strong and weak neurons that the model itself shows.
+
+    A file's name and width do not tell one model of a shape from another, nor a block from its neighbour.
+    """
+    for layer, moment in given.moments.items():
+        likeness = diagonal_likeness(moment, own.moments[layer])
+        if likeness < LEAST_LIKENESS:
+            raise EditError(
+                f"The statistics in {files[layer]!r} are not of block {layer} of this model: their diagonal correlates "
+                f"with that of its own keys by {likeness:.2f}, and less than {LEAST_LIKENESS} is another model's or "
+                "block's. Give the files of this very model, or leave --import out to compute them."
+            )
+
+
+def diagonal_likeness(a: Tensor, b: Tensor) -> float:
+    """Pearson correlation of the logarithms of two diagonals: 1 where each neuron is as active, relative to others."""
+    logs = torch.stack([moment.diagonal().double().clamp(min=1e-30).log() for moment in (a, b)])
+    return float(torch.corrcoef(logs)[0, 1])
+
+
+def _find(
+    sources: Sequence[Path], arch: Architecture, layers: Sequence[int], model_names: Sequence[str]
+) -> dict[int, Path]:
+    """The one file of each layer."""
+    modules = {arch.projection_names[layer]: layer for layer in range(len(arch.blocks))}
+    found: dict[int, list[Path]] = defaultdict(list)
+    others: set[str] = set()
+    for path in (file for source in sources for file in _npz_files(source, model_names)):
+        module = _module(path)
+        if module in modules:
+            found[modules[module]].append(path)
+        elif module:
+            others.add(module)
+    missing = [layer for layer in layers if layer not in found]
+    if missing:
+        there = ", ".join([f"block {layer}" for layer in sorted(found)] or sorted(others)[:4]) or "no statistics at all"
+        raise EditError(
+            f"There are no statistics of block {', '.join(map(str, missing))} in {_names(sources)}; there is {there}. "
+            f"Wanted: {arch.projection_names[missing[0]]}_float32_mom2_<samples>.npz or the like."
+        )
+    for layer in layers:
+        if len(found[layer]) > 1:
+            raise EditError(
+                f"{_names(sources)} holds several statistics of block {layer}: {_names(found[layer][:4])}. "
+                "Give the folder of one model and corpus, or the files themselves."
+            )
+    return {layer: found[layer][0] for layer in layers}
+
+
+def _npz_files(source: Path, model_names: Sequence[str]) -> list[Path]:
+    if source.is_dir():
+        own = next((source / name for name in model_names if name and (source / name).is_dir()), source)
+        return sorted(own.rglob("*.npz"))
+    if not source.is_file():
+        raise EditError(f"There is no file or folder {str(source)!r} to import statistics from.")
+    if not _module(source):
+        raise EditError(
+            f"The name of {str(source)!r} does not tell what it holds. It is to be "
+            "<module>_<precision>_mom2[_<samples>].npz, as in model.layers.4.mlp.down_proj_float32_mom2_100000.npz."
+        )
+    return [source]
+
+
+def _module(path: Path) -> str:
+    """The module that a file's name says its statistics are of; "" where it says nothing of the kind."""
+    match = FILE_NAME.fullmatch(path.name)
+    return match["module"] if match else ""
+
+
+def _read(path: Path, arch: Architecture, layer: int) -> tuple[Tensor, int]:
+    """The sum of k k^T and the count of tokens, as RunningStats' `SecondMoment` within a `CombinedStat` keeps them."""
+    try:
+        with np.load(path) as file:
+            names = list(file)
+            total, count = torch.from_numpy(file["mom2.mom2"]).double(), int(file["mom2.count"])
+    except KeyError:
+        raise EditError(f"{str(path)!r} holds {', '.join(names) or 'nothing'}, not mom2.mom2 and mom2.count.") from None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise EditError(f"{str(path)!r} is damaged or no .npz file ({error}).") from error
+    _check(total, str(path), arch, layer)
+    if count <= 0:
+        raise EditError(f"{str(path)!r} is over {count} tokens.")
+    return total, count
+
+
+def _check(moment: Tensor, name: str, arch: Architecture, layer: int) -> None:
+    width = arch.mlp_width(layer)
+    if moment.shape != (width, width):
+        raise EditError(
+            f"The second moment in {name!r} is of shape {tuple(moment.shape)}; block {layer} of this model has keys of "
+            f"width {width}. It is another model's."
+        )
+    if not torch.isfinite(moment).all():
+        raise EditError(f"The second moment in {name!r} holds NaN or infinity: it overflowed where it was computed.")
+    if float((moment - moment.T).abs().max()) > 1e-3 * float(moment.abs().max()) or float(moment.diagonal().min()) < 0:
+        raise EditError(f"The matrix in {name!r} is no second moment: it is not symmetric with a positive diagonal.")
+
+
+def _check_own(found: SecondMoment, path: Path, arch: Architecture, layers: Sequence[int]) -> None:
+    missing = [layer for layer in layers if layer not in found.moments]
+    if missing:
+        raise EditError(
+            f"{str(path)!r} holds statistics of blocks {', '.join(map(str, found.moments))}, not of "
+            f"{', '.join(map(str, missing))}."
+        )
+    for layer in layers:
+        _check(found.moments[layer], str(path), arch, layer)
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(repr(str(path)) for path in paths)
