@@ -209,6 +209,17 @@ def test_facts_that_were_not_to_be_forgotten_are_noticed(
     assert "names none of these facts" in caplog.text
 
 
+def test_a_plugins_reader_is_known(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from unierase_plugin import ForgetRequest
+
+    readers = {"mine": lambda source: [ForgetRequest(f"Who is {source}?", "Bo")]}
+    monkeypatch.setattr(runner, "registry", lambda: SimpleNamespace(readers=readers))
+    report = audit(folder / "edited", "mine:Al", out=tmp_path / "out", sizes=SIZES, attacks=("plain",))
+    assert report["n_audited"] == 1
+
+
 def test_bad_arguments_say_what_to_do(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="own folder"):
         audited(folder, folder / "edited")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.metrics import answered
-from ..readers import FILE_SUFFIXES, TOFU_SPLITS, Record, iter_records, read_requests
+from ..readers import FILE_SUFFIXES, TOFU_SPLITS, Reader, Record, iter_records, read_requests
 from ..request import ForgetRequest
 from .contract import Fact
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 Facts = str | os.PathLike[str] | Iterable[ForgetRequest | Record]
 
 
-def read_facts(spec: Facts) -> tuple[Fact, ...]:
+def read_facts(spec: Facts, readers: Mapping[str, Reader] | None = None) -> tuple[Fact, ...]:
     """The facts that a spec names (`readers.read_requests`), each once, with their paraphrases and wrong answers.
 
     These come from the fields `paraphrased_question` or `paraphrases` and `perturbed_answer` or `wrong_answers` of a
@@ -31,7 +31,7 @@ def read_facts(spec: Facts) -> tuple[Fact, ...]:
     else:
         extras = {str(record.get("question")): record for record in _records(os.fspath(spec))}
     found = {}
-    for request in read_requests(spec):
+    for request in read_requests(spec, readers):
         extra = extras.get(request.question, {})
         found[request.question] = Fact(
             request.question, request.answer, request.subject,

@@ -19,6 +19,7 @@ from ..errors import CheckpointError, RequestError, UniEraseError
 from ..loading import load
 from ..locate_then_edit.positions import has_chat_template
 from ..pipeline import peak_memory_bytes
+from ..plugins import registry
 from ..store import digest, model_fingerprint, plain, tokenizer_fingerprint
 from .attacks import ATTACKS, choose_attacks
 from .contract import (
@@ -115,8 +116,9 @@ def audit(
     """
     target = _output_folder(Path(out), Path(model))
     chosen = choose_attacks(attacks)
-    facts = read_facts(forget)
-    kept, held_out = (() if spec is None else read_facts(spec) for spec in (retain, holdout))
+    readers = registry().readers
+    facts = read_facts(forget, readers)
+    kept, held_out = (() if spec is None else read_facts(spec, readers) for spec in (retain, holdout))
     models = _find_models(model, base, reference, target)
     fit = sample(judgeable(facts), sizes.facts, seed)
     if not fit:
