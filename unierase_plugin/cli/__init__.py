@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import UniEraseError
+from .audit import audit
 from .console import tell
 from .evaluate import evaluate
 from .lists import hparams, tasks_path
@@ -48,6 +49,7 @@ app.command()(stats)
 app.command()(revert)
 app.command()(export)
 app.command()(inspect)
+app.command()(audit)
 app.command()(hparams)
 # lm-eval reads its own options, --help among them.
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
