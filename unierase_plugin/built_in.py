@@ -37,6 +37,8 @@ def register_metrics(register: Callable[[str, Metric], None]) -> None:
 
 @hookimpl
 def register_hosts(register: Callable[[Host], None]) -> None:
+    from .hosts.easyedit import EASYEDIT
     from .hosts.lm_eval import LM_EVAL
 
+    register(EASYEDIT)
     register(LM_EVAL)

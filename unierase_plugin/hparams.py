@@ -41,7 +41,7 @@ class HyperParams:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for spec in dataclasses.fields(self):
-            value = _coerce(spec.name, getattr(self, spec.name), hints[spec.name])
+            value = coerced(spec.name, getattr(self, spec.name), hints[spec.name])
             object.__setattr__(self, spec.name, value)
         self.validate()
 
@@ -240,14 +240,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """The value as the declared type: YAML reads 1e-1 as text and lists where tuples are meant."""
+def coerced(name: str, value: Any, hint: Any) -> Any:
+    """The value as the declared type: YAML reads 1e-1 as text and lists where tuples are meant.
+
+    Raises HyperParamsError for a value that has another type.
+    """
     origin = get_origin(hint)
     try:
         if origin is tuple:
             if isinstance(value, str) or not hasattr(value, "__iter__"):
                 raise TypeError
-            return tuple(_coerce(name, item, get_args(hint)[0]) for item in value)
+            return tuple(coerced(name, item, get_args(hint)[0]) for item in value)
         if origin is dict:
             return dict(value)
         if hint is bool:
