@@ -13,6 +13,7 @@ from .. import __version__
 from ..errors import UniEraseError
 from .console import tell
 from .evaluate import evaluate
+from .harness import harness
 from .lists import hparams, tasks_path
 from .plugins import hosts, methods, plugins
 from .record import inspect, revert
@@ -49,6 +50,9 @@ app.command()(hparams)
 # lm-eval reads its own options, --help among them.
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                                       "help_option_names": []})(evaluate)  # fmt: skip
+# What follows the script's name is the script's own.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
+                              "allow_interspersed_args": False})(harness)  # fmt: skip
 app.command("tasks-path")(tasks_path)
 app.command()(methods)
 app.command()(plugins)
