@@ -29,6 +29,8 @@ from ..methods.contract import Changes, Job, Method
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ..architecture import Architecture
+
 logger = logging.getLogger(__name__)
 
 PREFIX = "easyedit_"
@@ -208,6 +210,11 @@ def _run(job: Job[EasyEditSettings]) -> Changes:
             "Settings are EasyEdit's own (--hparams); text for statistics can be given by --corpus."
         ) from error
     changed = {n: w for n, w in before.items() if not torch.equal(w, job.model.get_parameter(n).detach().cpu())}
+    if not changed:
+        raise EditError(
+            f"EasyEdit's {job.hparams.algorithm} changed no weight. Look at its settings: AlphaEdit's "
+            "nullspace_threshold, for example, is not a share, so that its null space can be empty."
+        )
     return Changes(
         parameters=sum(weight.numel() for weight in changed.values()), figures={"weights_changed": sorted(changed)},
         undo=lambda: _write(job.model, changed),
@@ -259,6 +266,8 @@ def _settings(job: Job[EasyEditSettings], package: Any, scratch: Path, statistic
     """An object of EasyEdit's own class, made by itself from the file's content."""
     import yaml
 
+    from ..architecture import find_architecture
+
     base = _import("easyeditor.util.hparams").HyperParams
     kinds = [each for each in vars(package).values() if isinstance(each, type) and issubclass(each, base)]
     kind = next((each for each in kinds if each is not base and each.__module__.startswith(package.__name__)), None)
@@ -269,16 +278,18 @@ def _settings(job: Job[EasyEditSettings], package: Any, scratch: Path, statistic
     made = kind.from_hparams(str(path))
     made.device, made.stats_dir = str(job.model.device), str(statistics)
     made.P_loc = str(scratch / "none.pt")
-    made.model_name = _family(job, str(made.model_name))
+    arch = find_architecture(job.model)
+    made.model_name = _family(arch, str(made.model_name))
+    if arch.tied:  # it looks for a parameter of that name, and a tied one has the embedding's alone
+        made.lm_head_module = next(name for name, each in job.model.named_modules() if each is arch.embedding)
     return made
 
 
-def _family(job: Job[EasyEditSettings], name: str) -> str:
+def _family(arch: Architecture, name: str) -> str:
     """The name with one in it that EasyEdit tells a projection's orientation by, where it has none."""
-    from ..architecture import find_architecture, stores_input_first
+    from ..architecture import stores_input_first
 
-    first = next(iter(find_architecture(job.model).projections))
-    known = ("gpt2-xl",) if stores_input_first(first) else ("llama", "qwen", "gpt-j-6b")
+    known = ("gpt2-xl",) if stores_input_first(arch.projections[0]) else ("llama", "qwen", "gpt-j-6b")
     return name if any(each in name.casefold() for each in known) else f"{name} {known[0]}"
 
 
@@ -331,5 +342,5 @@ class _Log(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if text.strip():
-            logger.info("%s", text.rstrip())
+            logger.debug("%s", text.rstrip())
         return len(text)
