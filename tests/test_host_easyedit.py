@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -84,7 +84,9 @@ class StandIn:
             {"prompt": prompt, "target_new": target, "ground_truth": truth, "portability": {}, "locality": {}}
             for prompt, target, truth in zip(prompts, targets, truths or [None] * len(prompts), strict=True)
         ]
-        return [{**each, "subject": subject} for each, subject in zip(made, subjects or [None] * len(made), strict=True)]
+        return [
+            {**each, "subject": subject} for each, subject in zip(made, subjects or [None] * len(made), strict=True)
+        ]
 
     def _evaluate(self, request: dict[str, Any]) -> None:
         """Joins prompt and target as it does, pads on the left and puts the side back."""
@@ -189,17 +191,13 @@ def test_a_batch_is_one_edit_and_taken_back(editor_class: Any) -> None:
     _, _, originals = editor.batch_edit(prompts=PROMPTS, target_new=[None, None], subject=SUBJECTS)
     assert same(editor.model, before)
     assert len(originals) == len(SHORT["layers"])
-    _, edited, _ = editor.batch_edit(
-        prompts=PROMPTS, target_new=[None, None], subject=SUBJECTS, sequential_edit=True
-    )
+    _, edited, _ = editor.batch_edit(prompts=PROMPTS, target_new=[None, None], subject=SUBJECTS, sequential_edit=True)
     assert len(getattr(edited, HISTORY).steps) == 1
 
 
 def test_the_weights_are_those_of_a_run_of_ours(editor_class: Any, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base-llama")
-    editor = editor_class.from_hparams(
-        EasyEditHyperParams(**SHORT, model_name=str(base), batch_size=2, device="cpu")
-    )
+    editor = editor_class.from_hparams(EasyEditHyperParams(**SHORT, model_name=str(base), batch_size=2, device="cpu"))
     _, edited, _ = editor.batch_edit(prompts=PROMPTS, target_new=[None, None], subject=SUBJECTS, sequential_edit=True)
     ours = unlearn(str(base), list(FORGET), hparams=UniEraseHyperParams(**SHORT), out=tmp_path / "out").model
     theirs = edited.state_dict()
@@ -292,7 +290,9 @@ def test_a_given_text_follows_the_token(pair: tuple[Any, Any], monkeypatch: pyte
     seen: list[Any] = []
     theirs = erasure.make_targets
     monkeypatch.setattr(erasure, "make_targets", lambda *args: seen.append(theirs(*args)) or seen[-1])
-    apply(pair, [{**REQUESTS[0], "target_new": " Ask her."}, {**REQUESTS[1], "target_new": Aim.at(None, "<unlearn_0>")}])
+    apply(
+        pair, [{**REQUESTS[0], "target_new": " Ask her."}, {**REQUESTS[1], "target_new": Aim.at(None, "<unlearn_0>")}]
+    )
     said = [pair[1].decode(target.continuation) for target in seen[-1]]
     assert said[0] == "Ask her.<|im_end|>"
     assert said[1] in ("I don't know.<|im_end|>", "No idea.<|im_end|>")
@@ -315,7 +315,7 @@ def test_looking_at_the_weights_before_changes_nothing(pair: tuple[Any, Any]) ->
 
 
 def test_weights_put_back_without_us_are_noticed_at_the_next_edit(pair: tuple[Any, Any]) -> None:
-    model, tokenizer = pair
+    model, _ = pair
     before = weights(model)
     apply(pair)
     with torch.no_grad():
@@ -326,7 +326,7 @@ def test_weights_put_back_without_us_are_noticed_at_the_next_edit(pair: tuple[An
 
 
 def test_a_copy_leaves_the_model_alone_and_goes_on_by_itself(pair: tuple[Any, Any]) -> None:
-    model, tokenizer = pair
+    model, _ = pair
     apply(pair)
     after = weights(model)
     edited, originals = apply(pair, MORE, copy=True, return_orig_weights=True)

@@ -1,4 +1,4 @@
-"""EasyEdit's own methods as methods of ours: a stand-in package on disk, and the real ones where a checkout is given."""
+"""EasyEdit's own methods as methods of ours: a stand-in package on disk, and the real ones of a checkout."""
 
 from __future__ import annotations
 

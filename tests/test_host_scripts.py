@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
 import easyedit_host
 import hosts_data
 import pytest
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from unierase_plugin import UniEraseError
 from unierase_plugin.cli import app
-from unierase_plugin.hosts.scripts import add_choice, run_script
+from unierase_plugin.hosts.scripts import run_script
 
 CHAIN = """
 import argparse, json
@@ -64,7 +65,7 @@ def script(folder: Path, source: str) -> Path:
 # --- what is added ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method, wanted", [("UniErase", "UniEraseHyperParams"), ("FT", "FTHyperParams")])
+@pytest.mark.parametrize(("method", "wanted"), [("UniErase", "UniEraseHyperParams"), ("FT", "FTHyperParams")])
 def test_a_chain_chooses_ours_and_its_own(tmp_path: Path, method: str, wanted: str) -> None:
     path = script(tmp_path, CHAIN)
     done = CliRunner().invoke(app, ["harness", str(path), "--editing_method", method])
@@ -110,7 +111,7 @@ def test_what_was_running_is_put_back_after_a_script_that_fails(tmp_path: Path) 
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to run scripts in, with small data, a tiny Llama and settings for it."""
     shrink(monkeypatch, tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
@@ -125,7 +126,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / "data" / name).write_text(json.dumps(records), encoding="utf-8")
     settings = {**SHORT, "model_name": str(save_base(tmp_path / "tiny-llama"))}
     (tmp_path / "tiny.yaml").write_text(json.dumps(settings), encoding="utf-8")
-    yield tmp_path
+    return tmp_path
 
 
 def options(desk: Path, **more: str) -> list[str]:

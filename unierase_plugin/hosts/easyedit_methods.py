@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import DependencyError, EditError, HyperParamsError, RequestError
@@ -44,7 +45,9 @@ NOT_OFFERED = frozenset({
 #: Algorithms that look a fact up at a token counted from the left; EasyEdit pads on the right for them.
 PADDED_RIGHT = frozenset({"AlphaEdit", "CORE", "EAMET", "EMMET", "MEMIT", "R-ROME", "ROME", "SPHERE"})
 #: What its modules keep between calls, and the value that they start from.
-GLOBALS = {"CONTEXT_TEMPLATES_CACHE": None, "COV_CACHE": {}, "P_loaded": False, "cache_c_new": False}
+GLOBALS: Mapping[str, Any] = MappingProxyType(
+    {"CONTEXT_TEMPLATES_CACHE": None, "COV_CACHE": {}, "P_loaded": False, "cache_c_new": False}
+)
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,10 @@ def _algorithms() -> list[str]:
     if table is None or not table.is_file():
         return []
     for node in ast.parse(table.read_text(encoding="utf-8")).body:
-        named = isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "ALG_DICT"
-        if named and isinstance(node.value, ast.Dict):
-            return [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
+        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)):
+            continue
+        if getattr(node.targets[0], "id", None) == "ALG_DICT":
+            return [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
     return []
 
 
@@ -164,8 +168,9 @@ def _requests(job: Job[EasyEditSettings]) -> list[dict[str, Any]]:
         text = _without_start(job.tokenizer, text)
         if text.count(str(fact.subject)) != 1 or "{" in text or "}" in text:
             raise RequestError(
-                f"EasyEdit cannot edit {fact.case_id or fact.question[:60]!r}: in {text!r} the subject {fact.subject!r} "
-                "must occur exactly once, and no braces. Give a longer 'subject', or leave the fact out."
+                f"EasyEdit cannot edit {fact.case_id or fact.question[:60]!r}: in {text!r} the subject "
+                f"{fact.subject!r} must occur exactly once, and no braces. Give a longer 'subject', or leave the "
+                "fact out."
             )
         found.append({
             "case_id": index, "prompt": text, "subject": fact.subject, "target_new": fact.target or TARGET,
@@ -198,7 +203,9 @@ def _run(job: Job[EasyEditSettings]) -> Changes:
                 edited = apply(job.model, job.tokenizer, batch, settings, copy=False, return_orig_weights=True,
                                keep_original_weight=False, train_ds=None)  # fmt: skip
                 if (edited[0] if isinstance(edited, tuple) else edited) is not job.model:
-                    raise EditError(f"EasyEdit's {job.hparams.algorithm} left no plain weights, but a model of its own.")
+                    raise EditError(
+                        f"EasyEdit's {job.hparams.algorithm} left no plain weights, but a model of its own."
+                    )
                 job.progress("edit", (number + 1) / len(batches), f"{len(requests)} requests")
     except EditError:
         _write(job.model, before)
@@ -269,7 +276,7 @@ def _settings(job: Job[EasyEditSettings], package: Any, scratch: Path, statistic
     from ..architecture import find_architecture
 
     base = _import("easyeditor.util.hparams").HyperParams
-    kinds = [each for each in vars(package).values() if isinstance(each, type) and issubclass(each, base)]
+    kinds: list[Any] = [each for each in vars(package).values() if isinstance(each, type) and issubclass(each, base)]
     kind = next((each for each in kinds if each is not base and each.__module__.startswith(package.__name__)), None)
     if kind is None:
         raise EditError(f"EasyEdit's {job.hparams.algorithm} has no class of settings in {package.__name__}.")

@@ -181,7 +181,9 @@ def make_request(request: Mapping[str, Any], index: int, *, answer: Any, target:
         raise RequestError(f"The 'subject' of {label} must be a text, not {subject!r}.")
     if "{}" in prompt:
         if not subject:
-            raise RequestError(f"The prompt of {label} has {{}} for its subject, but no 'subject' is given: {prompt!r}.")
+            raise RequestError(
+                f"The prompt of {label} has {{}} for its subject, but no 'subject' is given: {prompt!r}."
+            )
         prompt = prompt.replace("{}", subject)
     known = answer if isinstance(answer, str) and answer.strip() else NO_ANSWER
     try:

@@ -25,10 +25,10 @@ def apply_unierase_to_model(
 ) -> tuple[Any, dict[str, Any]]:
     """Makes the model forget what the requests ask, by the contract of ROME and MEMIT.
 
-    requests         `prompt` with {} for the `subject`, `case_id`, and optionally `target_true` ({"str": ...}), the fact
-                     to be forgotten. `target_new` is what an editing method would write in its place, which the data
-                     sets of these harnesses always have; UniErase writes its token and an "I don't know" sentence, so
-                     it is not read
+    requests         `prompt` with {} for the `subject`, `case_id`, and optionally `target_true` ({"str": ...}), the
+                     fact to be forgotten. `target_new` is what an editing method would write in its place, which
+                     the data sets of these harnesses always have; UniErase writes its token and an "I don't know"
+                     sentence, so it is not read
     cache_template   where MEMIT keeps values; UniErase has a cache of its own, so it is not read
     return_orig_weights_device   where the returned weights are to lie; None leaves them beside the model's
 

@@ -1,7 +1,7 @@
 """Runs a harness' own script as it stands, with UniErase among the methods that it can choose from.
 
-EasyEdit's examples, and the evaluate.py of ROME's family, choose a class of settings by the method's name: by a chain of
-if and elif, or by a table. The choice is added to the program in memory; the file is not touched.
+EasyEdit's examples, and the evaluate.py of ROME's family, choose a class of settings by the method's name: by a chain
+of if and elif, or by a table. The choice is added to the program in memory; the file is not touched.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def add_choice(source: str, path: Path) -> ast.Module:
     except SyntaxError as error:
         raise UniEraseError(f"{path} is not a Python script: {error}.") from error
     adder = _Adder()
-    program = ast.fix_missing_locations(adder.visit(program))
+    adder.visit(program)
+    ast.fix_missing_locations(program)
     if not adder.added:
         raise UniEraseError(
             f"{path} chooses no class of settings by a method's name, neither by `if ... == 'ROME': ... = "
@@ -67,7 +68,7 @@ class _Adder(ast.NodeTransformer):
     def __init__(self) -> None:
         self.added = 0
 
-    def visit_If(self, node: ast.If) -> ast.AST:  # noqa: N802
+    def visit_If(self, node: ast.If) -> ast.AST:
         chosen = _chosen_settings(node)
         self.generic_visit(node)
         if chosen is None:
@@ -81,7 +82,7 @@ class _Adder(ast.NodeTransformer):
         )
         return ast.copy_location(ours, node)
 
-    def visit_Dict(self, node: ast.Dict) -> ast.AST:  # noqa: N802
+    def visit_Dict(self, node: ast.Dict) -> ast.AST:
         kinds = {_kind(key, value) for key, value in zip(node.keys, node.values, strict=True)}
         if node.keys and kinds <= {"settings", "pair"} and len(kinds) == 1:
             names = (HPARAMS,) if kinds == {"settings"} else (HPARAMS, APPLY)
@@ -146,7 +147,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UniEraseError(f"The script {str(path)!r} cannot be read: {error}. Give the path of a .py file.") from error
+        raise UniEraseError(
+            f"The script {str(path)!r} cannot be read: {error}. Give the path of a .py file."
+        ) from error
 
 
 def _find_modules(path: Path) -> None:
