@@ -33,6 +33,7 @@ from .architecture import Architecture, find_architecture
 from .errors import CheckpointError
 from .locate_then_edit.edit import WeightEdit, apply_edit
 from .locate_then_edit.solve import LowRank
+from .older_readers import write_for_older_readers
 from .request import ForgetRequest
 from .store import (
     Packed,
@@ -226,6 +227,7 @@ def save_checkpoint(
     with replace_folder(target, _bytes_of(model.parameters()) + _bytes_of(_pack(checkpoint)[0].values())) as staging:
         _save_model(model, staging)
         tokenizer.save_pretrained(staging)
+        write_for_older_readers(staging)
         _write_record(checkpoint, staging / RECORD)
     return target
 
@@ -499,6 +501,7 @@ def revert_checkpoint(folder: str | Path, out: str | Path, overwrite: bool = Fal
     with replace_folder(target, _bytes_of(model.parameters())) as staging:
         _save_model(model, staging)
         _copy_companions(source, staging)
+        write_for_older_readers(staging)
         if step:
             _write_record(_until(checkpoint, step), staging / RECORD)
         elif checkpoint.token is not None:
