@@ -14,6 +14,7 @@ from ..errors import UniEraseError
 from .audit import audit
 from .console import tell
 from .evaluate import evaluate
+from .harness import harness
 from .lists import hparams, tasks_path
 from .plugins import hosts, methods, plugins
 from .record import export, inspect, revert
@@ -54,6 +55,9 @@ app.command()(hparams)
 # lm-eval reads its own options, --help among them.
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                                       "help_option_names": []})(evaluate)  # fmt: skip
+# What follows the script's name is the script's own.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
+                              "allow_interspersed_args": False})(harness)  # fmt: skip
 app.command("tasks-path")(tasks_path)
 app.command()(methods)
 app.command()(plugins)
