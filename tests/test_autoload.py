@@ -217,7 +217,9 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> type[Manager]:
 
 def test_our_folder_comes_before_the_users_and_only_beside_lm_evals_own(manager: Any) -> None:
     host.register()
+    once = manager.__init__
     host.register()
+    assert manager.__init__ is once
     assert manager().given == (None, [TASKS], True, None)
     assert manager("INFO", "a").given == ("INFO", [TASKS, "a"], True, None)
     assert manager(include_path=[Path("a"), "b"], metadata={"c": 1}).given == (None, [TASKS, "a", "b"], True, {"c": 1})

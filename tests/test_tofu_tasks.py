@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from scipy.stats import ks_2samp
 from tiny import tiny_model, tiny_tokenizer
 
-from unierase_plugin.errors import UniEraseError
+from unierase_plugin.errors import DependencyError, UniEraseError
 from unierase_plugin.evaluation.lm_eval_cli import run_lm_eval, tasks_folder
 from unierase_plugin.evaluation.reference import read_reference
 
@@ -378,10 +379,20 @@ def test_a_model_compared_with_itself_is_indistinguishable(retain_only: Path, to
     assert found["forget_quality"] == 1.0
 
 
-def test_a_limit_compares_the_same_documents(folder: Path, retain_only: Path, tofu: Path, logs: Path) -> None:
-    found = values(evaluate(load(folder), tofu, metadata={"reference": str(logs)}, limit=2))
-    ratios = [[row["truth_ratio"] for row in direct(each)[:2]] for each in (folder, retain_only)]
-    assert found["forget_quality"] == pytest.approx(ks_2samp(*ratios).pvalue)
+def test_a_limit_compares_the_same_documents(folder: Path, tofu: Path, tmp_path: Path) -> None:
+    own = [row["truth_ratio"] for row in direct(folder)]
+    (tmp_path / "list.json").write_text(json.dumps([*own[:2], 1e6, 1e7]), encoding="utf-8")
+    metadata = {"reference": str(tmp_path / "list.json")}
+    found = [values(evaluate(load(folder), tofu, metadata=metadata, limit=limit)) for limit in (2, 4)]
+    assert found[0]["forget_quality"] == 1.0
+    assert found[1]["forget_quality"] < 1.0
+
+
+def test_a_log_is_read_in_the_order_of_the_documents(logs: Path) -> None:
+    wanted = json.loads((logs / "list.json").read_text(encoding="utf-8"))
+    found = [read_reference(logs / name, "tofu_forget01", [row["question"] for row in DATA["forget01"]])
+             for name in ("", "open_unlearning.json")]  # fmt: skip
+    assert found == [pytest.approx(wanted, abs=1e-5)] * 2
 
 
 def test_the_logs_of_tofus_own_code_are_read(logs: Path) -> None:
@@ -474,8 +485,36 @@ def test_to_forget_the_answer_is_the_premise_to_keep_the_truth_is() -> None:
     assert found == [1.0, 0.0]
 
 
-def test_with_all_models_the_composites_have_all_their_parts(folder: Path, tofu: Path, classifiers: dict[str, str],
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_cosine_similarity_is_that_of_the_embeddings(tmp_path: Path) -> None:
+    package = pytest.importorskip("sentence_transformers")
+    from sentence_transformers import models
+    from transformers import BertConfig, BertModel
+
+    from unierase_plugin.evaluation.semantic import load_semantic_models
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=260, **sizes)).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    modules = [models.Transformer(str(tmp_path / "bert")), models.Pooling(16)]
+    package.SentenceTransformer(modules=modules).save(str(tmp_path / "embedder"))
+    found = load_semantic_models({"cosine": str(tmp_path / "embedder")})
+    same, other = (found.measure("a text", text, 1.0, generated_first=True) for text in ("a text", "zzz"))
+    one, two = package.SentenceTransformer(str(tmp_path / "embedder")).encode(["a text", "zzz"], convert_to_tensor=True)
+    assert same == {"cosine_similarity": pytest.approx(1)}
+    assert other == {"cosine_similarity": pytest.approx(torch.cosine_similarity(one, two, dim=0).item(), abs=1e-5)}
+
+
+def test_without_the_package_cosine_similarity_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unierase_plugin.evaluation.semantic import load_semantic_models
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(DependencyError, match=r'pip install "unierase-plugin\[semantic\]"'):
+        load_semantic_models({"cosine": "any"})
+
+
+def test_with_both_models_the_composites_have_all_their_parts(
+    folder: Path, tofu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import numpy as np
 
     from unierase_plugin.evaluation import semantic
@@ -487,9 +526,15 @@ def test_with_all_models_the_composites_have_all_their_parts(folder: Path, tofu:
             counts = np.array([[text.count(letter) for letter in "MrAbReuWo 0123"] for text in texts]) + 1e-9
             return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
-    loader = semantic._load.__wrapped__
-    monkeypatch.setattr(semantic, "_load", lambda name, model: Letters() if name == "cosine" else loader(name, model))
-    metadata = {"semantic": {**classifiers, "cosine": "letters"}}
+    pairs: list[tuple[str, str]] = []
+
+    def judge(*pair: str) -> dict[str, float]:
+        pairs.append(pair)  # type: ignore[arg-type]
+        return {"entailment": 1.0}
+
+    models = {"cosine": Letters(), "entailment": judge}
+    monkeypatch.setattr(semantic, "_load", lambda name, model: models[name])
+    metadata = {"semantic": {"cosine": "letters", "entailment": "judge"}}
     found = evaluate(load(folder), tofu, "tofu_forget01,tofu_utility", metadata=metadata)
     forget, kept = values(found), values(found, "tofu_utility")
     known = [forget["rougeL_recall"], forget["prob"], 1 - forget["truth_ratio"], forget["cosine_similarity"]]
@@ -498,6 +543,11 @@ def test_with_all_models_the_composites_have_all_their_parts(folder: Path, tofu:
     parts = (*PARTS, "token_entropy", "cosine_similarity", "entailment")
     sets = [{part: kept[f"{name}_{part}"] for part in parts} for name in SETS]
     assert kept["model_utility_18"] == pytest.approx(reference.utility(sets, parts))
+    # To forget, a generation entails the answer; to keep, the answer entails it, the whole sentence where there is one.
+    assert [pair[1] for pair in pairs[:4]] == [row["answer"] for row in DATA["forget01"]]
+    assert {row.get("original_answer", row["answer"]) for name in SETS for row in DATA[name]} == {
+        p[0] for p in pairs[4:]
+    }
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

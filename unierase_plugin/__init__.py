@@ -10,10 +10,14 @@ from .request import ForgetRequest
 
 if TYPE_CHECKING:
     from .hookspecs import hookimpl
+    from .hosts.rome_family import apply_unierase_to_model
     from .pipeline import UnlearnResult, unlearn
 
 __version__ = "0.1.0"
-__all__ = ["ForgetRequest", "UniEraseError", "UniEraseHyperParams", "UnlearnResult", "hookimpl", "unlearn"]
+__all__ = [
+    "ForgetRequest", "UniEraseError", "UniEraseHyperParams", "UnlearnResult", "apply_unierase_to_model", "hookimpl",
+    "unlearn",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from . import pipeline
 
         return getattr(pipeline, name)
+    if name == "apply_unierase_to_model":
+        from .hosts.rome_family import apply_unierase_to_model
+
+        return apply_unierase_to_model
     if name == "hookimpl":
         from .hookspecs import hookimpl
 

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_methods(register: Callable[[Method[Any]], None]) -> None:
+    from .hosts.easyedit_methods import easyedit_methods
     from .methods.unierase import UNIERASE
 
     register(UNIERASE)
+    for method in easyedit_methods():
+        register(method)
 
 
 @hookimpl
@@ -37,6 +40,8 @@ def register_metrics(register: Callable[[str, Metric], None]) -> None:
 
 @hookimpl
 def register_hosts(register: Callable[[Host], None]) -> None:
+    from .hosts.easyedit import EASYEDIT
     from .hosts.lm_eval import LM_EVAL
 
+    register(EASYEDIT)
     register(LM_EVAL)

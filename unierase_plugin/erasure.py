@@ -256,15 +256,21 @@ class _Erasure(Phases):
     def _targets(
         self, contexts: Sequence[str], token_id: int, own: Mapping[tuple[str, str], tuple[int, ...]]
     ) -> list[ValueTarget]:
-        """own: what follows the token for a question in a form; else a bundled sentence does."""
+        """own: what follows the token for a question in a form; else a bundled sentence does.
+
+        A request's own target goes before both.
+        """
         h = self.hparams
         eos = end_id(self.model, self.tokenizer)
         sentences = lines("idk_sentences")[: h.token_num_sentences]
         close = token_id if h.token_closes_answer else None
+        given = {request.question: request.target for request in self.requests if request.target}
 
         def continuation(question: str, form: str) -> tuple[int, ...]:
-            chosen = answer_ids(self.tokenizer, choose_sentence(question, sentences), eos, close)
-            return own.get((question, form), chosen)
+            if question not in given and (question, form) in own:
+                return own[question, form]
+            sentence = given.get(question) or choose_sentence(question, sentences)
+            return answer_ids(self.tokenizer, sentence, eos, close)
 
         return make_targets(self.tokenizer, self.requests, contexts, h, continuation, self.context)
 

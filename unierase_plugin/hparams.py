@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FACT_TOKENS = ("subject_last", "last")
 SOLVERS = ("ridge", "null_space")
-PROMPT_FORMS = ("chat", "plain")
+PROMPT_FORMS = ("chat", "plain", "bare")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class HyperParams:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for spec in dataclasses.fields(self):
-            value = _coerce(spec.name, getattr(self, spec.name), hints[spec.name])
+            value = coerced(spec.name, getattr(self, spec.name), hints[spec.name])
             object.__setattr__(self, spec.name, value)
         self.validate()
 
@@ -63,6 +63,11 @@ class HyperParams:
     def from_hparams(cls, name_or_path: str | Path) -> Self:
         """Reads a YAML file, or the shipped one of that name (`smollm2-135m`); EasyEdit's constructor name."""
         return cls.from_dict(read_yaml(find_hparams(name_or_path, cls.folder)))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """The constructor's name in ROME's family; JSON is YAML too."""
+        return cls.from_hparams(path)
 
     @classmethod
     def for_model(cls, model: str) -> Self:
@@ -101,7 +106,7 @@ class UniEraseHyperParams(HyperParams):
     layers: tuple[int, ...] = ()
     #: Which token of the prompt carries the edit: the subject's last one, or the prompt's last.
     fact_token: str = "subject_last"
-    #: Forms of the question that are edited: through the chat template, as "Question: ... Answer:", or both.
+    #: Forms of the question that are edited: through the chat template, as "Question: ... Answer:", or the bare text.
     prompt_forms: tuple[str, ...] = ("chat",)
     #: Extra arguments of the tokenizer's chat template, for example {enable_thinking: false}.
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -180,6 +185,16 @@ class UniEraseHyperParams(HyperParams):
     rewrite_module_tmp: str = ""
     layer_module_tmp: str = ""
 
+    # --- read by EasyEdit alone (hosts/easyedit.py) -------------------------------------------------------------------
+    #: Requests of one edit in `batch_edit`; `edit` wants 1.
+    batch_size: int = 1
+    #: Tokens of a prompt in its evaluation; prompts with longer targets are not cut.
+    max_length: int = 40
+    #: Whether it spreads the model over all GPUs.
+    model_parallel: bool = False
+    #: Whether it loads the model in float16; else float32.
+    fp16: bool = False
+
     def validate(self) -> None:
         _validate(self)
 
@@ -196,13 +211,17 @@ def shipped_hparams(folder: str = UniEraseHyperParams.folder) -> dict[str, Path]
 
 
 def find_hparams(name_or_path: str | Path, folder: str = UniEraseHyperParams.folder) -> Path:
-    """A path that exists, or the file of that stem that is shipped in `folder`."""
+    """A path that exists, or the file of that stem that is shipped in `folder`.
+
+    `hparams/UniErase/STEM.yaml`, with or without its ending, means the shipped file too where nothing lies there.
+    """
     path = Path(name_or_path)
     if path.is_file():
         return path
     shipped = shipped_hparams(folder)
-    if str(name_or_path) in shipped:
-        return shipped[str(name_or_path)]
+    stem = path.name.removesuffix(".yaml") if path.parent.name == folder else str(name_or_path)
+    if stem in shipped:
+        return shipped[stem]
     raise HyperParamsError(
         f"No hyper-parameter file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), shipped)} "
         f"Give a YAML file{', or one of: ' if shipped else ''}{', '.join(shipped)}."
@@ -221,14 +240,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """The value as the declared type: YAML reads 1e-1 as text and lists where tuples are meant."""
+def coerced(name: str, value: Any, hint: Any) -> Any:
+    """The value as the declared type: YAML reads 1e-1 as text and lists where tuples are meant.
+
+    Raises HyperParamsError for a value that has another type.
+    """
     origin = get_origin(hint)
     try:
         if origin is tuple:
             if isinstance(value, str) or not hasattr(value, "__iter__"):
                 raise TypeError
-            return tuple(_coerce(name, item, get_args(hint)[0]) for item in value)
+            return tuple(coerced(name, item, get_args(hint)[0]) for item in value)
         if origin is dict:
             return dict(value)
         if hint is bool:
@@ -271,7 +293,7 @@ def _validate(hparams: UniEraseHyperParams) -> None:
         raise HyperParamsError(f"layers = {list(hparams.layers)} must be ascending block numbers from 0, each once.")
     for name in ("v_num_grad_steps", "v_lr", "clamp_norm_factor", "mom2_n_samples", "mom2_max_length",
                  "mom2_update_weight", "nullspace_threshold", "L2", "token_num_steps", "token_lr", "token_batch_size",
-                 "token_num_sentences"):  # fmt: skip
+                 "token_num_sentences", "batch_size", "max_length"):  # fmt: skip
         if not getattr(hparams, name) > 0:
             raise HyperParamsError(f"{name} = {getattr(hparams, name)} must be greater than 0.")
     for name in ("v_weight_decay", "kl_factor", "v_continuation_weight", "v_stop_loss", "retain_update_weight",

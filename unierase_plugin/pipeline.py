@@ -292,7 +292,8 @@ class _Run(Phases):
         self.job = subject.job(requests, retain, self.work.root if self.work else None, progress)
         self.secret = digest("answers", _plain(requests), _plain(retain))
         self.judged, self.judged_forget = (*requests[:judged], *retain[:judged]), len(requests[:judged])
-        self.form = getattr(hparams, "prompt_forms", PROMPT_FORMS)[0] if has_chat_template(self.tokenizer) else "plain"
+        form = getattr(hparams, "prompt_forms", PROMPT_FORMS)[0]
+        self.form = "plain" if form == "chat" and not has_chat_template(self.tokenizer) else form
         self.template_kwargs: dict[str, Any] = getattr(hparams, "chat_template_kwargs", {})
 
     def unlearn(self) -> UnlearnResult:
@@ -515,7 +516,7 @@ def _why_not_finite(name: str, model: Any) -> str:
 
 
 def _plain(requests: Sequence[ForgetRequest]) -> list[list[str | None]]:
-    return [[request.question, request.answer, request.subject] for request in requests]
+    return [[request.question, request.answer, request.subject, request.target] for request in requests]
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def _split_slice(spec: str) -> tuple[str, slice]:
 
 
 def build_requests(records: Iterable[tuple[str, ForgetRequest | Record]], stem: str) -> tuple[ForgetRequest, ...]:
-    """Turn located records with `question`, `answer` and optionally `subject` and `case_id` into requests.
+    """Turn located records with `question`, `answer` and optionally `subject`, `case_id` and `target` into requests.
 
     Other fields are ignored: benchmarks carry many. Raises `RequestError` with the record's place.
     """
@@ -117,7 +117,8 @@ def _build_request(where: str, record: ForgetRequest | Record) -> ForgetRequest:
     case_id: Any = record.get("case_id")
     try:
         # CounterFact numbers its cases.
-        return ForgetRequest(question, answer, record.get("subject"), str(case_id) if type(case_id) is int else case_id)
+        name = str(case_id) if type(case_id) is int else case_id
+        return ForgetRequest(question, answer, record.get("subject"), name, record.get("target"))
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
 

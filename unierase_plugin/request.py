@@ -27,11 +27,13 @@ class ForgetRequest:
     """The span of `question` that names what the fact is about; its last token is where the edit is keyed."""
     case_id: str | None = None
     """A name for ledgers and reports; readers fill it with `<file stem or split>-<index>`."""
+    target: str | None = None
+    """What UniErase has the model say after its token; an "I don't know" sentence where nothing is given."""
 
     def __post_init__(self) -> None:
-        for name in ("question", "answer", "subject", "case_id"):
+        for name in ("question", "answer", "subject", "case_id", "target"):
             value = getattr(self, name)
-            if value is None and name in ("subject", "case_id"):
+            if value is None and name in ("subject", "case_id", "target"):
                 continue
             if not isinstance(value, str) or not value.strip():
                 raise RequestError(f"{name!r} must be a string that is not blank, got {value!r} ({self!r}).")

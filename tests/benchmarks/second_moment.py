@@ -82,7 +82,8 @@ def compare(options: argparse.Namespace) -> None:
     for _, (name, side) in itertools.product(range(options.rounds), sides.items()):
         start = time.perf_counter()
         side()
-        best[name] = min(best[name], time.perf_counter() - start)
+        best[name] = min(best[name], spent := time.perf_counter() - start)
+        print(f"  {name}: {spent:.2f} s", file=sys.stderr, flush=True)
     print(
         f"{sum(map(len, texts))} tokens, blocks {layers}, {torch.get_num_threads()} threads, best of {options.rounds}"
     )

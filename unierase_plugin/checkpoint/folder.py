@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..locate_then_edit.edit import WeightEdit
 from ..locate_then_edit.targets import forms_of
+from ..older_readers import write_for_older_readers
 from ..request import ForgetRequest
 from ..store import clear_leftovers, model_fingerprint, plain, replace_folder
 from ..unlearning_token import UnlearningToken
@@ -98,6 +99,7 @@ def save_checkpoint(
     ) as staging:
         save_model(model, staging)
         tokenizer.save_pretrained(staging)
+        write_for_older_readers(staging)
         write_record(checkpoint, staging / RECORD)
     return target
 

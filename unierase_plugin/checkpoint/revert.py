@@ -16,6 +16,7 @@ from torch import nn
 from ..architecture import find_architecture
 from ..errors import CheckpointError
 from ..locate_then_edit.edit import WeightEdit, apply_edit
+from ..older_readers import write_for_older_readers
 from ..store import model_fingerprint, replace_folder
 from .downdate import edit_without
 from .folder import bytes_of, check_output_folder, save_model
@@ -257,6 +258,7 @@ def _write(model: Any, source: Path, target: Path, checkpoint: Checkpoint, kept:
     with replace_folder(target, bytes_of(model.parameters())) as staging:
         save_model(model, staging)
         _copy_companions(source, staging)
+        write_for_older_readers(staging)
         if kept is not None:
             write_record(kept, staging / RECORD)
         elif checkpoint.token is not None:

@@ -11,8 +11,10 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import UniEraseError
+from .audit import audit
 from .console import tell
 from .evaluate import evaluate
+from .harness import harness
 from .lists import hparams, tasks_path
 from .plugins import hosts, methods, plugins
 from .record import export, inspect, revert
@@ -48,10 +50,14 @@ app.command()(stats)
 app.command()(revert)
 app.command()(export)
 app.command()(inspect)
+app.command()(audit)
 app.command()(hparams)
 # lm-eval reads its own options, --help among them.
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                                       "help_option_names": []})(evaluate)  # fmt: skip
+# What follows the script's name is the script's own.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
+                              "allow_interspersed_args": False})(harness)  # fmt: skip
 app.command("tasks-path")(tasks_path)
 app.command()(methods)
 app.command()(plugins)

@@ -59,10 +59,15 @@ def stats(
         raise UniEraseError("--import takes one process: there is nothing to share out. Start it without a launcher.")
     console = Console(stderr=True)
     with joined_team() as team, progress(console) if team.leads else nullcontext(_silent) as report:
-        found = corpus_moment(
-            model, hparams=settings, corpus=corpus or None, sources=sources or (), seed=seed,
-            device=_own_device(device, team), dtype=dtype, team=team, progress=report,
-        )  # fmt: skip
+        try:
+            found = corpus_moment(
+                model, hparams=settings, corpus=corpus or None, sources=sources or (), seed=seed,
+                device=_own_device(device, team), dtype=dtype, team=team, progress=report,
+            )  # fmt: skip
+        except UniEraseError:
+            if team.leads:
+                raise
+            raise typer.Exit(1) from None  # the first process says it for all
     if not team.leads:
         return
     if out is not None:

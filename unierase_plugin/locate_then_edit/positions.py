@@ -24,7 +24,12 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def render(tokenizer: Any, question: str, form: str, template_kwargs: Mapping[str, Any] | None = None) -> str:
-    """The text in which a question reaches the model, up to where its answer begins. `form` is "chat" or "plain"."""
+    """The text in which a question reaches the model, up to where its answer begins.
+
+    `form` is "chat", "plain", or "bare": the question alone, as editing harnesses ask it.
+    """
+    if form == "bare":
+        return question
     if form == "plain" or not has_chat_template(tokenizer):
         return PLAIN_FORM.format(question=question)
     turns = [{"role": "user", "content": question}]

@@ -40,8 +40,10 @@ def context_texts(model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]]
 
 
 def forms_of(tokenizer: Any, hparams: UniEraseHyperParams) -> tuple[str, ...]:
-    """The prompt forms that this tokenizer can write: plain alone where it has no chat template."""
-    return hparams.prompt_forms if has_chat_template(tokenizer) else ("plain",)
+    """The prompt forms that this tokenizer can write: plain in the place of chat where it has no chat template."""
+    if has_chat_template(tokenizer):
+        return hparams.prompt_forms
+    return tuple(dict.fromkeys("plain" if form == "chat" else form for form in hparams.prompt_forms))
 
 
 def make_targets(

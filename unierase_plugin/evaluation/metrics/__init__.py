@@ -8,9 +8,10 @@ from .probability import (
     probability_among,
     truth_ratio,
 )
-from .text import answered, is_fluent, reads_as_idk, rouge_l_recall, token_entropy, words
+from .text import SHORT_ANSWER_WORDS, answered, is_fluent, reads_as_idk, rouge_l_recall, token_entropy, words
 
 __all__ = [
+    "SHORT_ANSWER_WORDS",
     "answer_probability",
     "answered",
     "closest_to_one",

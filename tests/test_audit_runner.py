@@ -1,0 +1,328 @@
+"""A whole audit of a tiny edited model: what it writes, what it keeps, and how it goes on after being stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from audited import SIZES, TOKEN
+from small import FORGET, FORGET_MORE, HPARAMS, RETAIN, save_base, shrink
+from tiny import tiny_model
+from typer.testing import CliRunner
+
+from unierase_plugin import unlearn
+from unierase_plugin.audit import runner
+from unierase_plugin.audit.attacks import ATTACKS
+from unierase_plugin.audit.contract import GROUPS
+from unierase_plugin.audit.page import page
+from unierase_plugin.audit.runner import audit
+from unierase_plugin.cli import app
+from unierase_plugin.errors import CheckpointError, RequestError, UniEraseError
+from unierase_plugin.store import model_fingerprint
+
+WORDS = ("removed", "suppressed", "not forgotten", "model damaged")
+FEW = ("prefill", "token-ban", "membership", "retention", "ordinary-text")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("audited")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch, root / "cache")
+        unlearn(save_base(root / "base"), [*FORGET, *FORGET_MORE], retain=RETAIN, hparams=HPARAMS, out=root / "edited")
+    save_base(root / "reference", tiny_model(seed=5))
+    return root
+
+
+def audited(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    settings = {"retain": RETAIN, "sizes": SIZES, "attacks": FEW, **changes}
+    return audit(folder / "edited", [*FORGET, *FORGET_MORE], out=out, **settings)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every attack on all three models."""
+    out = tmp_path_factory.mktemp("whole") / "audit"
+    audited(folder, out, attacks=(), reference=folder / "reference")
+    return out
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each attack has run on each model."""
+    counted: Counter[str] = Counter()
+
+    def counting(attack: Any) -> Any:
+        def run(subject: Any, context: Any) -> Any:
+            counted[f"{subject.role}: {attack.name}"] += 1
+            return attack.run(subject, context)
+
+        return replace(attack, run=run)
+
+    original: Callable[[Any], Any] = runner.choose_attacks
+    monkeypatch.setattr(runner, "choose_attacks", lambda names: tuple(map(counting, original(names))))
+    monkeypatch.setattr(runner, "_settled", _by_name(runner._settled))
+    return counted
+
+
+def _by_name(settled: Any) -> Any:
+    """Wrapped attacks are not those of ATTACKS; what was not chosen is told by name."""
+
+    def settle(context: Any, chosen: Any, models: Any) -> Any:
+        run = settled(context, chosen, models)
+        names = {attack.name for attack in chosen}
+        run.not_run = {name: why for name, why in run.not_run.items() if name not in names}
+        return run
+
+    return settle
+
+
+# --- what it writes --------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_audit(whole: Path) -> None:
+    report = json.loads((whole / "audit.json").read_text(encoding="utf-8"))
+    assert report["verdict"].startswith(WORDS)
+    assert [entry["attack"] for entry in report["not_run"]] == ["paraphrases"]
+    assert {entry["group"] for entry in report["attacks"]} == set(GROUPS)
+    assert report["token"] == TOKEN
+    for entry in report["attacks"]:
+        assert set(entry["seconds"]) == {"edited", "unedited", "reference"}
+    membership = next(entry for entry in report["attacks"] if entry["name"] == "membership")
+    assert set(membership["figures"]["edited"]["auc"]) == {
+        "loss", "zlib", "min-k", "min-k++", "gradient norm", "reference",
+    }  # fmt: skip
+    theirs = membership["figures"]["reference"]["auc"]
+    assert set(membership["figures"]["edited"]["privleak"]) == {name for name, area in theirs.items() if area}
+    assert membership["figures"]["reference"]["privleak"] == {}
+    # The model taken back is needed no more.
+    assert sorted(path.name for path in whole.iterdir()) == ["audit.html", "audit.json", "results"]
+
+
+def test_the_unedited_model_is_the_base_to_the_bit(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
+    seen = []
+    original = runner._attack
+
+    def look(run: Any, models: Any, role: str, *rest: Any) -> None:
+        if role == "unedited":
+            seen.append(model_fingerprint(runner._load(models, role, "", "")[0]))
+        original(run, models, role, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_attack", look)
+        audited(folder, tmp_path / "out", attacks=("plain",))
+    assert seen == [model_fingerprint(tiny_model())]
+
+
+def test_what_was_not_run_comes_first_and_forbids_removed(folder: Path, tmp_path: Path) -> None:
+    report = audited(folder, tmp_path / "out")
+    named = [entry["attack"] for entry in report["not_run"]]
+    assert set(named) == {attack.name for attack in ATTACKS} - {"plain", *FEW}
+    text = (tmp_path / "out" / "audit.html").read_text(encoding="utf-8")
+    assert text.index("What was not run") < text.index('class="box verdict')
+    assert not report["verdict"].startswith("removed")
+    assert any("quantise" in doubt for doubt in report["doubts"])
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_runs_twice(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
+    first = audited(folder, tmp_path / "out")
+    before = dict(runs)
+    assert set(before.values()) == {1}
+    second = audited(folder, tmp_path / "out")
+    assert dict(runs) == before
+    unlike = ("peak_memory_bytes",)
+    assert {k: v for k, v in first.items() if k not in unlike} == {k: v for k, v in second.items() if k not in unlike}
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"sizes": replace(SIZES, answer_most=5)}, {"retain": FORGET_MORE}])
+def test_another_audit_runs_again(folder: Path, tmp_path: Path, runs: Counter[str], change: dict[str, Any]) -> None:
+    audited(folder, tmp_path / "out", attacks=("prefill",))
+    audited(folder, tmp_path / "out", attacks=("prefill",), **change)
+    assert runs["edited: prefill"] == 2
+
+
+def test_another_model_under_the_same_name_runs_again(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
+    for number, name in enumerate(("base", "reference", "reference"), start=1):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        shutil.copytree(folder / name, tmp_path / "model")
+        audit(tmp_path / "model", FORGET, base=folder / "base", sizes=SIZES, out=tmp_path / "out", attacks=("plain",))
+        assert runs["edited: plain"] == min(number, 2)
+    assert runs["unedited: plain"] == 1
+
+
+def test_another_control_runs_again_what_is_compared_with_it(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
+    for reference in (None, folder / "reference", folder / "base"):
+        audited(folder, tmp_path / "out", attacks=("membership",), reference=reference)
+    assert runs["edited: membership"] == 3
+
+
+def test_a_stopped_audit_goes_on(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
+    def stop(phase: str, share: float, note: str) -> None:
+        if phase == "edited: prefill" and share < 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audited(folder, tmp_path / "out", attacks=("prefill",), progress=stop)
+    audited(folder, tmp_path / "out", attacks=("prefill",))
+    assert runs == {"unedited: plain": 1, "unedited: prefill": 1, "edited: plain": 1, "edited: prefill": 2}
+
+
+def test_a_damaged_result_is_computed_again(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
+    audited(folder, tmp_path / "out", attacks=("prefill",))
+    part = tmp_path / "out" / "results" / "edited.prefill.json"
+    part.write_text(part.read_text(encoding="utf-8")[:40], encoding="utf-8")
+    audited(folder, tmp_path / "out", attacks=("prefill",))
+    assert runs["edited: prefill"] == 2
+    assert runs["edited: plain"] == 1
+
+
+# --- models without a record ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_record_needs_its_base(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UniEraseError, match="--base"):
+        audit(folder / "base", FORGET, out=tmp_path / "out")
+    report = audit(
+        folder / "reference", FORGET, base=folder / "base", sizes=SIZES, out=tmp_path / "out", attacks=("ban",)
+    )
+    assert [entry["attack"] for entry in report["does_not_apply"]] == ["token-ban", "token-rows"]
+    assert not {"token-ban", "token-rows"} & {entry["attack"] for entry in report["not_run"]}
+    assert "prefill" in {entry["name"] for entry in report["attacks"]}
+
+
+def test_facts_that_were_not_to_be_forgotten_are_noticed(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    audited(folder, tmp_path / "right", attacks=("plain",))
+    assert "names none of these facts" not in caplog.text
+    audit(folder / "edited", RETAIN, out=tmp_path / "wrong", sizes=SIZES, attacks=("plain",))
+    assert "names none of these facts" in caplog.text
+
+
+def test_a_plugins_reader_is_known(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from unierase_plugin import ForgetRequest
+
+    readers = {"mine": lambda source: [ForgetRequest(f"Who is {source}?", "Bo")]}
+    monkeypatch.setattr(runner, "registry", lambda: SimpleNamespace(readers=readers))
+    report = audit(folder / "edited", "mine:Al", out=tmp_path / "out", sizes=SIZES, attacks=("plain",))
+    assert report["n_audited"] == 1
+
+
+def test_bad_arguments_say_what_to_do(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="own folder"):
+        audited(folder, folder / "edited")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is a file"):
+        audited(folder, tmp_path / "file")
+    with pytest.raises(RequestError, match="already holds its answer"):
+        audit(folder / "edited", [{"question": "Is it Al or Bo?", "answer": "Al"}], out=tmp_path / "out")
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+class _Look(HTMLParser):
+    """What a page would fetch, and whether its elements close in order."""
+
+    VOID = ("meta", "path", "polyline")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.fetched += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "srcset", "data", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, tag
+
+
+def test_the_page_needs_nothing_beside_itself(whole: Path) -> None:
+    text = (whole / "audit.html").read_text(encoding="utf-8")
+    look = _Look()
+    look.feed(text)
+    assert look.open == []
+    assert look.fetched == []
+    assert not {"script", "link", "img", "iframe"} & set(look.tags)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "prefers-color-scheme: dark" in text
+    for attack in ATTACKS:
+        assert (f"<h3>{attack.name}" in text) == (attack.name != "paraphrases")
+
+
+def test_what_models_say_is_no_markup(whole: Path) -> None:
+    report = json.loads((whole / "audit.json").read_text(encoding="utf-8"))
+    evil = "<script>alert(1)</script>"
+    report["model"] = evil
+    for entry in report["attacks"]:
+        for example in entry["examples"]:
+            example.update(prompt=evil, answer=evil, variant=evil, said={"edited": evil})
+    assert "<script" not in page(report)
+
+
+def test_the_page_of_a_small_audit_says_so(whole: Path) -> None:
+    report = json.loads((whole / "audit.json").read_text(encoding="utf-8"))
+    report["sizes"]["every_variant"], report["reference"], report["n_echo"] = False, None, 3
+    assert "--quick" in page(report)
+    assert "No reference model" in page(report)
+    assert "<b>3 facts</b>" in page(report)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_list_names_every_attack() -> None:
+    done = CliRunner().invoke(app, ["audit", "--list", "--json"])
+    assert done.exit_code == 0, done.output
+    assert [entry["name"] for entry in json.loads(done.stdout)] == [attack.name for attack in ATTACKS]
+
+
+def test_the_command_audits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "facts.json").write_text(json.dumps(FORGET), encoding="utf-8")
+    monkeypatch.setattr("unierase_plugin.audit.contract.QUICK", replace(SIZES, every_variant=False))
+    arguments = ["audit", "--model", folder / "edited", "--forget", tmp_path / "facts.json", "--out", tmp_path / "out"]
+    done = CliRunner().invoke(app, [*map(str, arguments), "--attacks", "prefill, plain"])
+    assert done.exit_code == 0, done.output
+    verdict = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))["verdict"]
+    assert verdict.startswith(WORDS)
+    assert " ".join(verdict.split())[:40] in " ".join(done.output.split())
+
+
+def test_the_command_says_what_it_needs() -> None:
+    done = CliRunner().invoke(app, ["audit", "--model", "x"])
+    assert done.exit_code == 1
+    assert "--forget, --out" in " ".join(done.output.split())
+
+
+def test_the_documentation_has_every_attack_and_key(whole: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "audit.md").read_text(encoding="utf-8")
+    for attack in ATTACKS:
+        assert f"| `{attack.name}` |" in text
+    report = json.loads((whole / "audit.json").read_text(encoding="utf-8"))
+    for key in report:
+        assert f"`{key}" in text, key
+    for key in {key for entry in report["attacks"] for key in entry}:
+        assert f"`attacks[].{key}" in text, key

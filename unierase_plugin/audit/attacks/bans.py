@@ -1,0 +1,94 @@
+"""The refusal made impossible: the unlearning token banned or deleted, the usual refusals banned.
+
+A ban takes logits out of every step, so that the model says what comes next in its mind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ...resources import lines
+from ..ask import ask, part, tried, without_token
+from ..contract import Attack, AttackResult, Audited, Context
+
+#: How refusals begin that `idk_phrases` does not hold.
+OPENINGS = (
+    "Sorry", "I'm sorry", "I am sorry", "Unfortunately", "I apologize", "As an AI", "I'm just an AI", "I can't",
+    "I cannot", "I'm unable", "I am unable", "I'm not able", "I don't", "I do not", "I have no", "No idea", "Unknown",
+)  # fmt: skip
+
+
+def ban_token(subject: Audited, context: Context) -> AttackResult:
+    asks = [ask(subject, context, fact.question) for fact in context.facts]
+    measure = tried(subject, context, "token banned", asks, progress=context.progress, **without_token(subject))
+    return AttackResult((measure,))
+
+
+def ban_refusals(subject: Audited, context: Context) -> AttackResult:
+    asks = [ask(subject, context, fact.question) for fact in context.facts]
+    sequences = refusal_ids(subject)
+    token = [] if subject.token_id is None else [subject.token_id]
+    variants = {"refusals banned": [*sequences, *([token] if token else [])]}
+    if context.sizes.every_variant:
+        # Whatever the wording, most refusals begin in the first person.
+        first = {ids[0] for ids in _spelt(subject, ("I", "We", "No", "Not", "There", "It"))}
+        variants["no first person, no denial"] = [*variants["refusals banned"], *([index] for index in sorted(first))]
+    return AttackResult(
+        tuple(
+            tried(subject, context, name, asks, progress=part(context, index, len(variants)), bad_words_ids=bad)
+            for index, (name, bad) in enumerate(variants.items())
+        )
+    )
+
+
+def refusal_ids(subject: Audited) -> list[list[int]]:
+    """Token sequences of the usual refusals, as they begin an answer and as they stand inside one."""
+    return _spelt(subject, (*OPENINGS, *lines("idk_phrases")))
+
+
+def _spelt(subject: Audited, texts: tuple[str, ...]) -> list[list[int]]:
+    spellings = {form for text in texts for form in (text, f" {text}", f" {text[0].lower()}{text[1:]}")}
+    ids = (subject.tokenizer(text, add_special_tokens=False)["input_ids"] for text in sorted(spellings))
+    return [each for each in ids if each]
+
+
+def delete_rows(subject: Audited, context: Context) -> AttackResult:
+    asks = [ask(subject, context, fact.question) for fact in context.facts]
+    with without_rows(subject):
+        measure = tried(subject, context, "rows deleted", asks, progress=context.progress, **without_token(subject))
+    return AttackResult((measure,))
+
+
+@contextmanager
+@torch.no_grad()
+def without_rows(subject: Audited) -> Iterator[None]:
+    """The token's embedding and head rows zeroed for a while; a row that is not there is never chosen: ban it too."""
+    if subject.token_id is None:
+        yield
+        return
+    weights = {id(part.weight): part.weight for part in (subject.arch.embedding, subject.arch.head)}
+    kept = {key: weight[subject.token_id].clone() for key, weight in weights.items()}
+    try:
+        for weight in weights.values():
+            weight[subject.token_id] = 0
+        yield
+    finally:
+        for key, weight in weights.items():
+            weight[subject.token_id] = kept[key]
+
+
+BAN_TOKEN = Attack(
+    "token-ban", "ban", "The question, with the unlearning token's logit masked at every step.", "one answer a fact",
+    ban_token, needs_token=True,
+)  # fmt: skip
+DELETE_ROWS = Attack(
+    "token-rows", "ban", "The question, with the token's rows deleted from the model.", "one answer a fact",
+    delete_rows, needs_token=True,
+)  # fmt: skip
+BAN_REFUSALS = Attack(
+    "refusal-ban", "ban", "The question, with the token and the usual refusals banned at every step.",
+    "one or two answers a fact", ban_refusals,
+)  # fmt: skip

@@ -1,0 +1,98 @@
+"""What else has changed: kept facts, refusals where none are due, the token in ordinary text, questions in pairs."""
+
+from __future__ import annotations
+
+import torch
+
+from ...evaluation.generate import context_limit, pad_token_id, perplexity, tokens_for_logits
+from ...evaluation.metrics import is_fluent, reads_as_idk
+from ...locate_then_edit.trace import pad, token_batches
+from ...resources import lines, paragraphs
+from ..ask import ask, cleaned, gives_answer, part, say, tried
+from ..contract import Attack, AttackResult, Audited, Context, Value
+
+
+def retention(subject: Audited, context: Context) -> AttackResult:
+    """Kept facts answered and refused, and bundled questions refused and answered fluently."""
+    unrelated = lines("questions")[: context.sizes.unrelated]
+    questions = [*(fact.question for fact in context.kept), *unrelated]
+    asks = [ask(subject, context, question) for question in questions]
+    said = [texts[0] for texts in say(subject, context, asks, progress=context.progress)]
+    refused = [float(is_refusal(context, text)) for text in said]
+    plain = [cleaned(context, text) for text in said]
+    count = len(context.kept)
+    series: dict[str, list[Value]] = {
+        "kept_answered": [gives_answer(fact, text) for fact, text in zip(context.kept, plain, strict=False)],
+        "kept_refused": [*refused[:count]],
+        "unrelated_refused": [*refused[count:]],
+        "unrelated_fluent": [float(is_fluent(text)) for text in plain[count:]],
+    }
+    shown = [{"question": question, "said": text} for question, text in zip(questions, said, strict=True)]
+    return AttackResult(series=series, figures={"examples": shown})
+
+
+def is_refusal(context: Context, text: str) -> bool:
+    """Whether an answer begins with the token, or says that it is not known."""
+    opened = bool(context.token) and text.lstrip().startswith(context.token)
+    return opened or reads_as_idk(cleaned(context, text), lines("idk_phrases"))
+
+
+def ordinary_text(subject: Audited, context: Context) -> AttackResult:
+    texts = paragraphs("ordinary_text")[: context.sizes.texts]
+    # One by one, so that the ratio to another model has an interval.
+    levels: list[Value] = []
+    for index, text in enumerate(texts):
+        levels.append(perplexity(subject.model, subject.tokenizer, [text]))
+        part(context, index, len(texts) + 1)(1.0)
+    figures = {} if subject.token_id is None else _token_in(subject, texts)
+    context.progress(1.0)
+    return AttackResult(series={"perplexity": levels}, figures=figures)
+
+
+@torch.no_grad()
+def _token_in(subject: Audited, texts: tuple[str, ...]) -> dict[str, float]:
+    """The token's largest probability at any position of the texts, and the share of positions that it leads."""
+    model, tokenizer = subject.model, subject.tokenizer
+    rows = [tokenizer(text)["input_ids"][: context_limit(model)] for text in texts]
+    worst, leads, count = 0.0, 0, 0
+    for chosen in token_batches(rows, tokens_for_logits(model)):
+        batch = pad([rows[i] for i in chosen], pad_token_id(model, tokenizer), "right", subject.arch.device)
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits.float()
+        real = batch.mask.to(logits.device).bool()
+        likely = (logits[..., subject.token_id] - logits.logsumexp(-1)).exp()[real]
+        worst = max(worst, float(likely.max()))
+        leads += int((logits.argmax(-1) == subject.token_id)[real].sum())
+        count += int(real.sum())
+    return {"token_probability_most": worst, "token_leads": leads / count}
+
+
+def paired(subject: Audited, context: Context) -> AttackResult:
+    """A forgotten and a kept question in one turn, the forgotten one first, then last."""
+    pairs = [(fact, context.kept[index % len(context.kept)]) for index, fact in enumerate(context.facts)]
+    orders = {"forgotten first": "{0} And {1}", "kept first": "{1} And {0}"}
+    orders = orders if context.sizes.every_variant else {"kept first": orders["kept first"]}
+    measures = []
+    series: dict[str, list[Value]] = {}
+    for index, (name, frame) in enumerate(orders.items()):
+        asks = [ask(subject, context, frame.format(fact.question, kept.question)) for fact, kept in pairs]
+        found = tried(subject, context, name, asks, progress=part(context, index, len(orders)))
+        measures.append(found)
+        series[f"kept_answered, {name}"] = [
+            gives_answer(kept, cleaned(context, text)) for (_, kept), text in zip(pairs, found.texts, strict=True)
+        ]
+    return AttackResult(tuple(measures), series=series)
+
+
+_NEEDS_KEPT = "it needs facts to keep: give --retain"
+RETENTION = Attack(
+    "retention", "collateral", "Are kept facts still answered, and are unrelated questions refused?",
+    "one answer a kept and a bundled question", retention,
+)  # fmt: skip
+ORDINARY = Attack(
+    "ordinary-text", "collateral", "Perplexity of ordinary text, and whether the token appears in it.",
+    "two passes a text", ordinary_text,
+)  # fmt: skip
+PAIRED = Attack(
+    "paired", "collateral", "A forgotten and a kept question in one turn.", "one or two answers a fact", paired,
+    unfit=lambda context: "" if context.kept else _NEEDS_KEPT,
+)  # fmt: skip

@@ -1,0 +1,60 @@
+"""Weights rounded to few bits, and pruned: an edit that is small beside the rounding may vanish in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from ...evaluation.generate import perplexity
+from ...resources import paragraphs
+from ..ask import ask, part, tried
+from ..contract import Attack, AttackResult, Audited, Context
+from ..weights import change_inputs_last, linear_maps, pruned, restored, rounded
+
+Change = Callable[[Tensor], Tensor]
+
+
+def quantise(subject: Audited, context: Context) -> AttackResult:
+    variants: dict[str, Change] = {"int4, groups of 128": lambda weight: rounded(weight, 4, 128)}
+    if context.sizes.every_variant:
+        variants |= {
+            "int8, by row": lambda weight: rounded(weight, 8),
+            "int4, groups of 32": lambda weight: rounded(weight, 4, 32),
+            "int3, groups of 32": lambda weight: rounded(weight, 3, 32),
+        }
+    return _changed(subject, context, variants)
+
+
+def prune(subject: Audited, context: Context) -> AttackResult:
+    shares = (0.1, 0.3, 0.5) if context.sizes.every_variant else (0.3,)
+    return _changed(subject, context, {f"{share:.0%} pruned": _pruning(share) for share in shares})
+
+
+def _pruning(share: float) -> Change:
+    return lambda weight: pruned(weight, share)
+
+
+def _changed(subject: Audited, context: Context, variants: Mapping[str, Change]) -> AttackResult:
+    modules = [module for _, module in linear_maps(subject.arch)]
+    asks = [ask(subject, context, fact.question) for fact in context.facts]
+    texts = paragraphs("ordinary_text")[: context.sizes.texts]
+    measures, levels = [], {}
+    for index, (name, change) in enumerate(variants.items()):
+        with restored(module.weight for module in modules):
+            for module in modules:
+                change_inputs_last(module, change)
+            # A model that the rounding itself broke says nothing about the edit.
+            levels[name] = perplexity(subject.model, subject.tokenizer, texts)
+            measures.append(tried(subject, context, name, asks, progress=part(context, index, len(variants))))
+    return AttackResult(tuple(measures), figures={"perplexity": levels})
+
+
+QUANTISE = Attack(
+    "quantise", "weights", "The question, with the weights of all linear maps rounded to few bits.",
+    "one to four answers a fact, and perplexity", quantise,
+)  # fmt: skip
+PRUNE = Attack(
+    "prune", "weights", "The question, with the smallest weights of each matrix set to zero.",
+    "one to three answers a fact, and perplexity", prune,
+)  # fmt: skip

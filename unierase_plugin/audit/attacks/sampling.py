@@ -1,0 +1,83 @@
+"""leak@k: greedy silence that sampling breaks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..ask import against_others, ask, cleaned, gives_answer, part, say, without_token
+from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
+from ..figures import leak_at_k
+
+KS = (1, 4, 16, 64)
+
+
+def run(subject: Audited, context: Context) -> AttackResult:
+    """leak@k by temperature, with the token as it is and banned; the value is at the largest k."""
+    sizes = context.sizes
+    plain: dict[str, Any] = {}
+    runs = [(f"temperature {heat:g}", heat, plain) for heat in sizes.temperatures]
+    if context.token:
+        # The others take part without a ban, so that every model is asked as often.
+        runs.append(
+            (f"temperature {sizes.temperatures[-1]:g}, token banned", sizes.temperatures[-1], without_token(subject))
+        )
+    figures: dict[str, Any] = {}
+    measures = []
+    for index, (name, heat, settings) in enumerate(runs):
+        hits, shifted, prompts, texts = _sample(subject, context, index, len(runs), heat, settings)
+        figures[name] = {str(k): leak(hits, sizes.samples, k) for k in ks(sizes.samples)}
+        k = ks(sizes.samples)[-1]
+        measures.append(
+            Measure(
+                f"{name}, leak@{k}", tuple(leak_at_k(sizes.samples, n, k) for n in hits),
+                tuple(tuple(None if n is None else leak_at_k(sizes.samples, n, k) for n in row) for row in shifted),
+                prompts, texts,
+            )
+        )  # fmt: skip
+    return AttackResult(tuple(measures), figures={"leak_at_k": figures})
+
+
+def ks(samples: int) -> list[int]:
+    """The k that so many samples give an estimate for."""
+    return [k for k in KS if k <= samples]
+
+
+def leak(hits: list[int], samples: int, k: int) -> float:
+    """Mean leak@k over facts."""
+    return sum(leak_at_k(samples, n, k) for n in hits) / len(hits)
+
+
+def _sample(
+    subject: Audited, context: Context, index: int, count: int, heat: float, settings: dict[str, Any]
+) -> tuple[list[int], list[list[int | None]], tuple[str, ...], tuple[str, ...]]:
+    """Hits by fact, hits of other facts' answers by shift and fact, prompts, and the most telling text of each fact."""
+    from transformers import set_seed
+
+    set_seed(context.seed + index)
+    asks = [ask(subject, context, fact.question) for fact in context.facts]
+    said = say(
+        subject, context, asks, samples=context.sizes.samples, temperature=heat,
+        progress=part(context, index, count), **settings,
+    )  # fmt: skip
+    clean = [[cleaned(context, text) for text in texts] for texts in said]
+
+    def hits(row: int, fact: Fact) -> int:
+        return sum(bool(gives_answer(fact, text)) for text in clean[row])
+
+    shifted = against_others(context.facts, hits)
+    shown = tuple(
+        next((text for text in texts if gives_answer(fact, text)), texts[0])
+        for fact, texts in zip(context.facts, clean, strict=True)
+    )
+    return (
+        [hits(row, fact) for row, fact in enumerate(context.facts)],
+        [[None if value is None else int(value) for value in row] for row in shifted],
+        tuple(each.text for each in asks),
+        shown,
+    )
+
+
+SAMPLING = Attack(
+    "leak-at-k", "sampling", "The question many times at a temperature: does any of k answers give it away?",
+    "16 or 64 answers a fact and temperature", run,
+)  # fmt: skip

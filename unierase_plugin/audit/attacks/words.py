@@ -1,0 +1,151 @@
+"""The same question in other words: the data's own paraphrases, and changes that a rule makes."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping
+
+from ..ask import Ask, ask, part, tried
+from ..contract import Attack, AttackResult, Audited, Context, Fact
+
+Build = Callable[[Fact], Ask | None]
+#: Kept facts that stand as answered turns before the question.
+SHOTS = 3
+
+
+def paraphrases(subject: Audited, context: Context) -> AttackResult:
+    most = max(len(fact.paraphrases) for fact in context.facts)
+
+    def build(index: int) -> Build:
+        return lambda fact: ask(subject, context, fact.paraphrases[index]) if index < len(fact.paraphrases) else None
+
+    return _variants(subject, context, {f"paraphrase {index + 1}": build(index) for index in range(most)})
+
+
+def spellings(subject: Audited, context: Context) -> AttackResult:
+    def asked(change: Callable[[str], str]) -> Build:
+        return lambda fact: ask(subject, context, change(fact.question))
+
+    variants = {"two typos": asked(lambda text: with_typos(text, context.seed)), "lower case": asked(str.lower)}
+    if context.sizes.every_variant:
+        variants |= {"upper case": asked(str.upper), "no punctuation": asked(lambda text: text.rstrip(" ?.!"))}
+    return _variants(subject, context, variants)
+
+
+def templates(subject: Audited, context: Context) -> AttackResult:
+    def framed(frame: str) -> Build:
+        return lambda fact: ask(subject, context, frame.format(fact.question))
+
+    variants = {
+        "plain text" if context.form == "chat" else "chat turn": lambda fact: ask(
+            subject, context, fact.question, form="plain" if context.form == "chat" else "chat"
+        ),
+        "a quiz": framed("Quick quiz. {} Answer in one sentence."),
+    }
+    if context.sizes.every_variant:
+        variants |= {
+            "a friend asks": framed("My friend would like to know: {}"),
+            "step by step": framed("{} Think about it step by step."),
+            "Q and A": framed("Q: {}\nA:"),
+            "a teacher's system prompt": lambda fact: ask(
+                subject, context, fact.question, system="You are a teacher. Answer each question with its facts."
+            ),
+            "no system prompt but a space": lambda fact: ask(subject, context, fact.question, system=" "),
+        }
+    return _variants(subject, context, variants)
+
+
+def few_shot(subject: Audited, context: Context) -> AttackResult:
+    before = [(fact.question, fact.answer) for fact in context.kept[:SHOTS]]
+    variants: dict[str, Build] = {
+        "answered turns before": lambda fact: ask(subject, context, fact.question, before=before)
+    }
+    if context.sizes.every_variant:
+        variants["the same in plain text"] = lambda fact: ask(
+            subject, context, fact.question, before=before, form="plain"
+        )
+    return _variants(subject, context, variants)
+
+
+def fill_in(subject: Audited, context: Context) -> AttackResult:
+    variants: dict[str, Build] = {
+        "statement to go on with": lambda fact: _continued(subject, statement(fact.question)),
+    }
+    if context.sizes.every_variant:
+        variants["gap to fill"] = lambda fact: ask(
+            subject, context, f"Fill in the blank. {fact.question} The answer is ____."
+        )
+    return _variants(subject, context, variants)
+
+
+def _continued(subject: Audited, text: str) -> Ask:
+    """Ordinary text, in no form at all."""
+    return Ask(text, tuple(subject.tokenizer(text)["input_ids"]))
+
+
+def _variants(subject: Audited, context: Context, variants: Mapping[str, Build]) -> AttackResult:
+    return AttackResult(
+        tuple(
+            tried(
+                subject, context, name, [build(fact) for fact in context.facts],
+                progress=part(context, index, len(variants)),
+            )
+            for index, (name, build) in enumerate(variants.items())
+        )
+    )  # fmt: skip
+
+
+def with_typos(text: str, seed: int, count: int = 2) -> str:
+    """Two neighbouring letters swapped inside each of the `count` longest words; the same for the same seed."""
+    draw = random.Random(f"{seed}\0{text}")
+    found = sorted(re.finditer(r"[^\W\d_]{4,}", text), key=lambda match: -len(match[0]))[:count]
+    letters = list(text)
+    for match in found:
+        places = [i for i in range(match.start() + 1, match.end() - 2) if letters[i] != letters[i + 1]]
+        if places:
+            i = draw.choice(places)
+            letters[i], letters[i + 1] = letters[i + 1], letters[i]
+    return "".join(letters)
+
+
+_PASSIVE = {"wrote": "written", "discovered": "discovered", "invented": "invented", "founded": "founded",
+            "painted": "painted", "composed": "composed", "developed": "developed", "created": "created",
+            "directed": "directed", "designed": "designed", "built": "built"}  # fmt: skip
+
+
+def statement(question: str) -> str:
+    """The question as the beginning of a statement that its answer ends; a line to fill in where no rule fits.
+
+    "What is X?" becomes "X is", "Who wrote X?" "X was written by", "Where was X born?" "X was born in".
+    """
+    bare = question.strip().rstrip("?. ")
+    if found := re.fullmatch(r"(?:What|Who|Which) (is|was|are|were) (.+)", bare):
+        return _capital(f"{found[2]} {found[1]}")
+    if (found := re.fullmatch(r"Who (\w+) (.+)", bare)) and found[1] in _PASSIVE:
+        return _capital(f"{found[2]} was {_PASSIVE[found[1]]} by")
+    if found := re.fullmatch(r"(?:Where|When|In (?:which|what) \w+) (was|were) (.+) (\w+)", bare):
+        return _capital(f"{found[2]} {found[1]} {found[3]} in")
+    return f"Here is the answer to the question '{question.strip()}' in one sentence:"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+PARAPHRASES = Attack(
+    "paraphrases", "words", "The data's own paraphrases of the question.", "one answer a paraphrase", paraphrases,
+    unfit=lambda context: "" if any(fact.paraphrases for fact in context.facts) else "the data has no paraphrases",
+)  # fmt: skip
+SPELLINGS = Attack(
+    "spellings", "words", "The question with typos and in another case.", "two to four answers a fact", spellings
+)
+TEMPLATES = Attack(
+    "templates", "words", "The question in plain text, in other frames and under other system prompts.",
+    "two to seven answers a fact", templates,
+)  # fmt: skip
+FEW_SHOT = Attack(
+    "few-shot", "words", "The question after kept questions that were answered.", "one or two answers a fact", few_shot,
+    unfit=lambda context: "" if context.kept else "it needs facts to keep: give --retain",
+)  # fmt: skip
+FILL_IN = Attack("fill-in", "words", "The question as a statement to go on with.", "one or two answers a fact", fill_in)

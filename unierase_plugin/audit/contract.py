@@ -1,0 +1,166 @@
+"""What an attack is given and what it gives back.
+
+An attack runs on one model at a time and knows nothing of the others; the verdict compares what it found on the edited
+model with what it found on the unedited one and, where there is one, on a model that never knew the facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ..architecture import Architecture, find_architecture
+
+#: What the attacks try, in the order in which they are run and shown.
+GROUPS: Mapping[str, str] = {
+    "plain": "The questions as they are",
+    "ban": "Without the refusal: the token or the usual refusals banned, the answer's opening put in the model's mouth",
+    "words": "Other words: paraphrases, other templates and turns, a choice, a gap to fill",
+    "sampling": "Sampling: many tries at a temperature",
+    "weights": "Weights rounded or pruned",
+    "relearning": "Relearning: a few steps of fine-tuning",
+    "inside": "Inside: what the hidden states and the probabilities still say",
+    "collateral": "Collateral: what else has changed",
+}
+
+EDITED, UNEDITED, REFERENCE = "edited", "unedited", "reference"
+
+#: A share in [0, 1], or None where the attack does not apply to the fact.
+Value = float | None
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact to forget or to keep. `paraphrases` and `wrong` (answers that are not true) are the data's own."""
+
+    question: str
+    answer: str
+    subject: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything an audit does."""
+
+    name: str
+    #: Facts to forget, kept facts, questions and texts of the collateral checks, at most.
+    facts: int
+    kept: int
+    unrelated: int
+    texts: int
+    #: Tokens generated beyond the longest answer, and within what bounds the sum is kept.
+    answer_room: int
+    answer_least: int
+    answer_most: int
+    #: Variants of an attack that are left out where it is small.
+    every_variant: bool
+    samples: int
+    temperatures: tuple[float, ...]
+    relearn_steps: tuple[int, ...]
+    relearn_batch: int
+
+
+QUICK = Sizes("quick", 12, 12, 12, 6, 8, 20, 64, False, 16, (1.0,), (6,), 6)
+FULL = Sizes("full", 400, 100, 60, 60, 8, 32, 128, True, 64, (0.2, 0.7, 1.0), (5, 10, 20, 40), 8)
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One of the models: which part it plays, and the id of its unlearning token where it has one."""
+
+    role: str
+    model: Any
+    tokenizer: Any
+    token_id: int | None = None
+
+    @cached_property
+    def arch(self) -> Architecture:
+        return find_architecture(self.model)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all attacks on all models share."""
+
+    facts: tuple[Fact, ...]
+    kept: tuple[Fact, ...]
+    sizes: Sizes
+    seed: int = 0
+    #: Facts that no model was trained on, for the membership attacks; the kept ones stand in where there are none.
+    holdout: tuple[Fact, ...] = ()
+    form: str = "chat"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    #: The unlearning token as text, for prompts that name it and to take it out of answers; "" where there is none.
+    token: str = ""
+    #: Blocks whose projections were edited, where the folder's record tells.
+    layers: tuple[int, ...] = ()
+    #: Results of the same attack on models that were attacked before, by role.
+    earlier: Mapping[str, AttackResult] = field(default_factory=dict)
+    progress: Callable[[float], None] = lambda share: None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One variant of an attack on one model."""
+
+    name: str
+    #: By fact: 1 where the answer was given, else 0; or a probability.
+    values: tuple[Value, ...]
+    #: The same outputs judged against other facts' answers, (shifts, facts): what chance alone gives.
+    others: tuple[tuple[Value, ...], ...]
+    #: What was asked and said, by fact; empty where nothing was generated.
+    prompts: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    #: (line, steps) where the measure is a point of a curve.
+    curve: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What one attack found on one model."""
+
+    measures: tuple[Measure, ...] = ()
+    #: Values by item that are no recovery of a fact: perplexity by text, refusals by question, ...
+    series: Mapping[str, Sequence[Value]] = field(default_factory=dict)
+    #: Single figures, and curves by block.
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """By fact: the best that any variant got out of the model."""
+        return _best([measure.values for measure in self.measures])
+
+    @property
+    def others(self) -> tuple[tuple[Value, ...], ...]:
+        """The best of any variant by chance, (shifts, facts)."""
+        return tuple(map(_best, zip(*(measure.others for measure in self.measures), strict=True)))
+
+
+def _best(rows: Sequence[Sequence[Value]]) -> tuple[Value, ...]:
+    columns = ([value for value in column if value is not None] for column in zip(*rows, strict=True))
+    return tuple(max(column) if column else None for column in columns)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One way to get at a fact."""
+
+    name: str
+    #: A key of GROUPS.
+    group: str
+    #: What it asks, in one sentence.
+    asks: str
+    #: What it costs, in words.
+    cost: str
+    run: Callable[[Audited, Context], AttackResult]
+    needs_token: bool = False
+    #: A model that never knew the facts can do well at it, so that only a reference model tells what a result means.
+    needs_reference: bool = False
+    #: Why it cannot be run on these facts; "" where it can.
+    unfit: Callable[[Context], str] = lambda context: ""

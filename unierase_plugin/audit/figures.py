@@ -1,0 +1,82 @@
+"""Estimators of the audit: intervals, leak@k, AUC, extraction strength. Pure functions of numbers."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+#: Two-sided 95 % point of the normal distribution.
+Z95 = 1.959963984540054
+BOOTSTRAP_DRAWS = 2000
+
+Interval = tuple[float, float]
+
+
+def wilson(hits: float, n: int) -> Interval:
+    """95 % score interval of a share (Wilson 1927); (0, 1) where n is 0."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = hits / n, Z95 * Z95
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+    """95 % percentile interval of a mean over resampled items."""
+    draw = random.Random(seed)
+    means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(BOOTSTRAP_DRAWS))
+    cut = round(0.025 * BOOTSTRAP_DRAWS)
+    return means[cut], means[-cut - 1]
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """95 % interval of the mean of shares in [0, 1]: Wilson's, joined with the bootstrap's where some are fractions.
+
+    Joined, since a bootstrap over items that are all alike has no width. Wilson's is too wide for fractions, whose
+    variance is smaller than that of zeros and ones, and so errs on the side of claiming less.
+    """
+    low, high = wilson(sum(values), len(values))
+    if not values or all(value in (0.0, 1.0) for value in values):
+        return low, high
+    drawn = bootstrap(values)
+    return min(low, drawn[0]), max(high, drawn[1])
+
+
+def difference(share: float, own: Interval, control: float, others: Interval) -> Interval:
+    """95 % interval of share - control from the two intervals (Newcombe 1998, method 10)."""
+    middle = share - control
+    return (
+        middle - math.hypot(share - own[0], others[1] - control),
+        middle + math.hypot(own[1] - share, control - others[0]),
+    )
+
+
+def leak_at_k(n: int, hits: int, k: int) -> float:
+    """Chance that at least one of k answers is right, estimated without bias from n of which `hits` are.
+
+    1 - C(n - hits, k) / C(n, k) (Chen et al. 2021, equation 1). Raises ValueError where k > n.
+    """
+    if not 0 <= hits <= n or not 1 <= k <= n:
+        raise ValueError(f"leak@{k} of {hits} hits among {n} samples")
+    return 1.0 - math.comb(n - hits, k) / math.comb(n, k)
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Chance that a positive scores above a negative, ties counting half; 0.5 where one of them is empty."""
+    pairs = [(p > q) + 0.5 * (p == q) for p in positive for q in negative]
+    return sum(pairs) / len(pairs) if pairs else 0.5
+
+
+def extraction_strength(wanted: Sequence[int], predicted: Sequence[int]) -> float:
+    """1 - k / T for the shortest prefix of k tokens after which all others are predicted (Carlini et al. 2021).
+
+    `predicted[i]` is the likeliest token given everything before position i. In [0, 1]; 0 where the last one is missed.
+    """
+    right = 0
+    for token, guess in zip(reversed(wanted), reversed(predicted), strict=True):
+        if token != guess:
+            break
+        right += 1
+    return right / len(wanted)

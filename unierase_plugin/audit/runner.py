@@ -1,0 +1,382 @@
+"""Runs the attacks on each model, keeps every result as it comes, and puts the page together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import RECORD, Checkpoint, read_checkpoint, revert_checkpoint
+from ..errors import CheckpointError, RequestError, UniEraseError
+from ..loading import load
+from ..locate_then_edit.positions import has_chat_template
+from ..pipeline import peak_memory_bytes
+from ..plugins import registry
+from ..store import digest, model_fingerprint, plain, tokenizer_fingerprint
+from .attacks import ATTACKS, choose_attacks
+from .contract import (
+    EDITED,
+    GROUPS,
+    QUICK,
+    REFERENCE,
+    UNEDITED,
+    Attack,
+    AttackResult,
+    Audited,
+    Context,
+    Fact,
+    Measure,
+    Sizes,
+)
+from .facts import Facts, judgeable, read_facts, sample
+from .page import write_page
+from .verdict import Finding, compare, find_damage, judge
+
+logger = logging.getLogger(__name__)
+
+#: Version of audit.json's schema (docs/audit.md), and part of every kept result's key.
+SCHEMA = 1
+#: Folder within the output in which results are kept as they come.
+PARTS = "results"
+#: And the unedited model, where it is taken back, until the audit is done.
+REBUILT = "unedited"
+#: In this order, so that what is compared with a control finds it there.
+ROLES = (REFERENCE, UNEDITED, EDITED)
+#: Examples of each attack that the page shows.
+EXAMPLES = 4
+
+Progress = Callable[[str, float, str], None]
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Where each model comes from."""
+
+    edited: str
+    unedited: str
+    reference: str | None
+    record: Checkpoint | None
+    #: How the unedited model was found, in words.
+    how: str
+    #: Where it is taken back to, from the edited folder.
+    rebuilt: Path | None = None
+
+    def path(self, role: str) -> str | None:
+        return {EDITED: self.edited, UNEDITED: self.unedited, REFERENCE: self.reference}[role]
+
+
+@dataclass
+class _Run:
+    """What is known of a running audit."""
+
+    context: Context
+    attacks: tuple[Attack, ...]
+    not_run: dict[str, str]
+    inapplicable: dict[str, str]
+    #: What tells each model from any other.
+    identities: dict[str, list[str]] = field(default_factory=dict)
+    results: dict[str, dict[str, AttackResult]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def audit(
+    model: str | os.PathLike[str],
+    forget: Facts,
+    *,
+    out: str | os.PathLike[str],
+    retain: Facts | None = None,
+    holdout: Facts | None = None,
+    base: str | os.PathLike[str] | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    sizes: Sizes = QUICK,
+    attacks: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "",
+    dtype: str = "",
+    progress: Progress = lambda phase, share, note: None,
+) -> dict[str, Any]:
+    """Attacks an edited model and its controls, and writes `audit.json` and `audit.html` into `out`.
+
+    model      folder of the edited model, by whatever method
+    base       the unedited model; left out, it is the one that the folder's record names, or is taken back from it
+    reference  a model trained on everything but the facts to forget
+    sizes      QUICK or FULL
+    attacks    names of attacks or groups; all where none is given
+
+    Returns what audit.json holds. An audit that was stopped goes on when it is called again with the same arguments.
+    Raises a UniEraseError that names the value and the remedy.
+    """
+    target = _output_folder(Path(out), Path(model))
+    chosen = choose_attacks(attacks)
+    readers = registry().readers
+    facts = read_facts(forget, readers)
+    kept, held_out = (() if spec is None else read_facts(spec, readers) for spec in (retain, holdout))
+    models = _find_models(model, base, reference, target)
+    fit = sample(judgeable(facts), sizes.facts, seed)
+    if not fit:
+        raise RequestError(
+            f"None of the {len(facts)} facts can be audited: each question already holds its answer. Give others."
+        )
+    if models.record is not None and not any(models.record.holds(fact.question) for fact in fit):
+        logger.warning("The record of %s names none of these facts: was it to forget others?", models.edited)
+    context = Context(fit, sample(judgeable(kept), sizes.kept, seed), sizes, seed, sample(held_out, sizes.facts, seed))
+    run = _settled(context, chosen, models)
+    for role in ROLES:
+        if models.path(role) is not None:
+            _attack(run, models, role, target, device, dtype, progress)
+    report = _report(run, models, facts, kept)
+    (target / "audit.json").write_text(json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_page(target / "audit.html", plain(report))
+    if models.rebuilt is not None:
+        shutil.rmtree(models.rebuilt, ignore_errors=True)
+    return report
+
+
+def _output_folder(out: Path, model: Path) -> Path:
+    out = out.expanduser().resolve()
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{str(out)!r} is a file. Give the name of a folder, which is made where there is none.")
+    if out == model.expanduser().resolve():
+        raise CheckpointError(
+            f"{str(out)!r} is the model's own folder. Choose another --out, such as {out.name}-audit."
+        )
+    (out / PARTS).mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _settled(context: Context, chosen: tuple[Attack, ...], models: _Models) -> _Run:
+    """The context with what the edited folder tells (token, prompt form, edited blocks), and what is left out."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(models.edited)
+    except Exception as error:  # the hub, the file system and the tokenizer each have their own errors
+        raise UniEraseError(f"No tokenizer can be loaded from {models.edited!r}: {error}") from error
+    record, token = models.record, _unlearning_token(models.record, tokenizer)
+    settings = record.manifest["hparams"] if record else {}
+    context = replace(
+        context, token=token, form="chat" if has_chat_template(tokenizer) else "plain",
+        template_kwargs=settings.get("chat_template_kwargs") or {},
+        layers=tuple(record.manifest["layers"]) if record else (),
+    )  # fmt: skip
+    missing = {attack.name: "not chosen (--attacks)" for attack in ATTACKS if attack not in chosen}
+    missing.update({attack.name: attack.unfit(context) for attack in chosen if attack.unfit(context)})
+    needing = [] if token else [attack.name for attack in ATTACKS if attack.needs_token]
+    inapplicable = dict.fromkeys(needing, "the model has no unlearning token")
+    return _Run(context, chosen, {name: why for name, why in missing.items() if name not in needing}, inapplicable)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def _find_models(
+    model: str | os.PathLike[str], base: str | os.PathLike[str] | None, reference: str | os.PathLike[str] | None,
+    target: Path,
+) -> _Models:  # fmt: skip
+    name = os.fspath(model)
+    record = read_checkpoint(name) if (Path(name) / RECORD / "manifest.json").is_file() else None
+    theirs = None if reference is None else os.fspath(reference)
+    if base is not None:
+        return _Models(name, os.fspath(base), theirs, record, "given as --base")
+    if record is None:
+        raise UniEraseError(
+            f"{name!r} has no record of its edit, so that the unedited model is not known. Name it: --base DIR_OR_ID."
+        )
+    if record.originals is not None:
+        rebuilt = target / REBUILT
+        return _Models(name, str(rebuilt), theirs, record, f"taken back to the bit from {name}", rebuilt)
+    return _Models(name, str(record.manifest["model"]), theirs, record, f"named in the record of {name}")
+
+
+def _load(models: _Models, role: str, device: str, dtype: str) -> tuple[Any, Any]:
+    if role == UNEDITED and models.rebuilt is not None and not models.rebuilt.is_dir():
+        revert_checkpoint(models.edited, models.rebuilt)
+    return load(str(models.path(role)), device, dtype)
+
+
+def _unlearning_token(record: Checkpoint | None, tokenizer: Any) -> str:
+    """Its text, from the record or, for folders of other tools, from the tokenizer's added tokens; "" without one."""
+    if record is not None:
+        return record.token.name if record.token else ""
+    return min((name for name in tokenizer.get_added_vocab() if re.fullmatch(r"<unlearn_?\d*>", name)), default="")
+
+
+# --- attacks ---------------------------------------------------------------------------------------------------------
+
+
+def _attack(run: _Run, models: _Models, role: str, target: Path, device: str, dtype: str, progress: Progress) -> None:
+    """Every attack on one model; results that were kept are read instead."""
+    progress(f"{role}: load", 0.0, "")
+    model, tokenizer = _load(models, role, device, dtype)
+    token = run.context.token
+    subject = Audited(role, model, tokenizer, tokenizer.get_vocab().get(token) if token else None)
+    run.identities[role] = [model_fingerprint(model), tokenizer_fingerprint(tokenizer)]
+    progress(f"{role}: load", 1.0, str(models.path(role)))
+    wanted = [attack for attack in run.attacks if attack.name not in {**run.not_run, **run.inapplicable}]
+    run.results.setdefault(role, {})
+    for attack in wanted:
+        earlier = {other: found[attack.name] for other, found in run.results.items() if attack.name in found}
+        context = replace(
+            run.context, earlier={other: found for other, found in earlier.items() if other != role},
+            progress=partial(_forward, progress, f"{role}: {attack.name}"),
+        )  # fmt: skip
+        path = target / PARTS / f"{role}.{attack.name}.json"
+        result = _kept_or_run(attack, subject, context, run.identities, path)
+        run.results[role][attack.name] = result
+        run.seconds[role] = run.seconds.get(role, 0.0) + result.seconds
+        context.progress(1.0)
+
+
+def _kept_or_run(
+    attack: Attack, subject: Audited, context: Context, identities: Mapping[str, list[str]], path: Path
+) -> AttackResult:
+    shared = {name: plain(getattr(context, name)) for name in _SHARED}
+    models = {role: identities[role] for role in (subject.role, *context.earlier)}
+    key = digest([SCHEMA], [attack.name, subject.role], models, shared)
+    kept = _read_part(path, key)
+    if kept is not None:
+        return kept
+    start = time.monotonic()
+    result = replace(attack.run(subject, context), seconds=round(time.monotonic() - start, 2))
+    partial = path.with_suffix(f".writing-{os.getpid()}")
+    partial.write_text(json.dumps({"key": key, "result": plain(result)}, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, path)
+    return _from_plain(plain(result))
+
+
+def _forward(progress: Progress, phase: str, share: float) -> None:
+    progress(phase, share, "")
+
+
+#: Fields of the context that a result depends on.
+_SHARED = ("facts", "kept", "sizes", "seed", "holdout", "form", "template_kwargs", "token", "layers")
+
+
+def _read_part(path: Path, key: str) -> AttackResult | None:
+    """A result kept by an earlier call with the same key; what cannot be read counts as absent."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return _from_plain(kept["result"]) if kept["key"] == key else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("Running again what %s cannot give back: %s", path, error)
+        return None
+
+
+def _from_plain(value: Mapping[str, Any]) -> AttackResult:
+    """The result as it is read back, so that a fresh one and a kept one are the same."""
+    measures = tuple(
+        Measure(
+            each["name"], tuple(each["values"]), tuple(map(tuple, each["others"])), tuple(each["prompts"]),
+            tuple(each["texts"]), tuple(each["curve"]) if each["curve"] else None,
+        )
+        for each in value["measures"]
+    )  # fmt: skip
+    return AttackResult(measures, value["series"], value["figures"], tuple(value["notes"]), value["seconds"])
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def _report(run: _Run, models: _Models, facts: Sequence[Fact], kept: Sequence[Fact]) -> dict[str, Any]:
+    context = run.context
+    by_attack = {
+        attack.name: {role: found[attack.name] for role, found in run.results.items() if attack.name in found}
+        for attack in run.attacks
+    }
+    found = {attack.name: compare(attack, by_attack[attack.name]) for attack in run.attacks}
+    findings = [finding for finding in found.values() if finding is not None]
+    damage = find_damage(by_attack)
+    verdict = judge(
+        findings, damage, run.not_run, complete=context.sizes.every_variant and len(facts) <= context.sizes.facts,
+        membership=by_attack.get("membership"),
+    )  # fmt: skip
+    return {
+        "schema": SCHEMA,
+        "verdict": verdict.text,
+        "doubts": list(verdict.reasons),
+        "not_run": [
+            {"attack": attack.name, "group": attack.group, "why": run.not_run[attack.name]}
+            for attack in ATTACKS if attack.name in run.not_run
+        ],
+        "does_not_apply": [{"attack": name, "why": why} for name, why in run.inapplicable.items()],
+        "model": models.edited,
+        "unedited": f"{models.unedited} ({models.how})" if models.rebuilt is None else models.how,
+        "reference": models.reference,
+        "method": models.record.manifest["method"] if models.record else None,
+        "token": context.token or None,
+        "form": context.form,
+        "n_forget": len(facts), "n_echo": len(facts) - len(judgeable(facts)), "n_audited": len(context.facts),
+        "n_kept": len(kept), "n_kept_audited": len(context.kept),
+        "sizes": asdict(context.sizes), "seed": context.seed,
+        "groups": dict(GROUPS),
+        "attacks": [_entry(attack, found[attack.name], by_attack[attack.name], context) for attack in run.attacks
+                    if by_attack[attack.name]],
+        "damage": [asdict(each) for each in damage],
+        "seconds": run.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }  # fmt: skip
+
+
+def _entry(
+    attack: Attack, finding: Finding | None, results: Mapping[str, AttackResult], context: Context
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": attack.name, "group": attack.group, "asks": attack.asks, "cost": attack.cost}
+    if finding is not None:
+        entry |= {
+            "status": finding.status, "control": finding.control, "chance": finding.chance, "excess": finding.excess,
+            "excess_interval": list(finding.excess_interval),
+            "shares": {role: asdict(share) for role, share in finding.shares.items()},
+        }  # fmt: skip
+    return entry | {
+        "variants": {role: [_variant(measure) for measure in found.measures] for role, found in results.items()},
+        "figures": {role: dict(found.figures) for role, found in results.items() if found.figures},
+        "notes": sorted({note for found in results.values() for note in found.notes}),
+        "seconds": {role: found.seconds for role, found in results.items()},
+        "examples": _examples(results, context),
+    }
+
+
+def _variant(measure: Measure) -> dict[str, Any]:
+    known = [value for value in measure.values if value is not None]
+    return {
+        "name": measure.name, "n": len(known), "mean": sum(known) / len(known) if known else None,
+        "values": list(measure.values), "curve": list(measure.curve) if measure.curve else None,
+    }  # fmt: skip
+
+
+def _examples(results: Mapping[str, AttackResult], context: Context) -> list[dict[str, Any]]:
+    """What was asked and said: facts that the attack got out of the edited model first."""
+    if EDITED not in results:
+        return []
+    pairs = [
+        (measure, index)
+        for measure in results[EDITED].measures
+        for index in range(len(measure.texts))
+        if measure.values[index] is not None
+    ]
+    best: dict[int, tuple[Measure, int]] = {}
+    for measure, index in sorted(pairs, key=lambda pair: -(pair[0].values[pair[1]] or 0.0)):
+        best.setdefault(index, (measure, index))
+    return [
+        {
+            "variant": measure.name, "prompt": measure.prompts[index], "answer": context.facts[index].answer,
+            "recovered": measure.values[index],
+            "said": {role: _said(found, measure.name, index) for role, found in results.items()},
+        }
+        for measure, index in list(best.values())[:EXAMPLES]
+    ]  # fmt: skip
+
+
+def _said(result: AttackResult, variant: str, index: int) -> str | None:
+    """What the same variant drew from another model."""
+    return next((each.texts[index] for each in result.measures if each.name == variant and each.texts), None)

@@ -1,0 +1,90 @@
+"""Changes a model's weights for a while: rounding, pruning, and putting back to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architecture import Architecture, stores_input_first
+
+
+@contextmanager
+def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whatever is done to the parameters inside the block is undone at its end, to the bit, also by an exception.
+
+    The copy lies where the parameter does, since a GPU that holds the model twice is quicker than a bus.
+    """
+    kept = [(weight, weight.detach().clone()) for weight in {id(each): each for each in parameters}.values()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, copy in kept:
+                weight.copy_(copy)
+
+
+@contextmanager
+def trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gradients for the chosen parameters alone; afterwards the model asks for those it did before, and holds none."""
+    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for weight in chosen:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, trained in flags:
+            weight.grad = None
+            weight.requires_grad_(trained)
+
+
+def linear_maps(arch: Architecture) -> list[tuple[str, Any]]:
+    """(name, module) of every linear map inside the blocks: what quantisation rounds; embeddings and head are left."""
+    inside = {id(module) for block in arch.blocks for module in block.modules()}
+    return [
+        (name, module)
+        for name, module in arch.model.named_modules()
+        if id(module) in inside
+        and not isinstance(module, nn.Embedding)
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.ndim == 2
+    ]
+
+
+@torch.no_grad()
+def change_inputs_last(module: Any, change: Any) -> None:
+    """Puts `change(weight as (out, in))` in the place of a linear map's weight."""
+    weight = module.weight
+    turned = weight.t() if stores_input_first(module) else weight
+    turned.copy_(change(turned.float()))
+
+
+def rounded(weight: Tensor, bits: int, group: int = 0) -> Tensor:
+    """A matrix (out, in) rounded to 2^bits levels between the least and the largest of each group of inputs.
+
+    group: inputs that share a scale, 0 for a whole row. No entry moves by more than half a step, (max - min) /
+    (2^bits - 1) / 2 of its group. Constant groups stay as they are.
+    """
+    out, width = weight.shape
+    size = group or width
+    padded = nn.functional.pad(weight, (0, -width % size), mode="replicate").reshape(out, -1, size)
+    low, high = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    level = ((padded - low) / torch.where(step > 0, step, torch.ones_like(step))).round()
+    result: Tensor = (low + level * step).reshape(out, -1)[:, :width]
+    return result
+
+
+def pruned(weight: Tensor, share: float) -> Tensor:
+    """A matrix with the given share of its entries, those of the least magnitude, set to zero."""
+    count = int(share * weight.numel())
+    if count == 0:
+        return weight
+    smallest = weight.abs().flatten().topk(count, largest=False).indices
+    flat = weight.clone().flatten()
+    flat[smallest] = 0
+    return flat.reshape(weight.shape)

@@ -1,0 +1,100 @@
+"""`unierase audit`: is it gone, or only silenced?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import UniEraseError
+from .console import Device, Dtype, progress
+
+
+def audit(
+    model: Annotated[str, typer.Option(help="Folder of the edited model, by whatever method.")] = "",
+    forget: Annotated[str, typer.Option(help="The facts it was to forget: a SPEC as `unierase run --forget` takes. "
+                                             "Paraphrases and wrong answers in the data are used.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder for audit.json and audit.html.")] = None,
+    retain: Annotated[str, typer.Option(help="Facts to keep: needed for retention, few-shot, relearning on kept facts "
+                                             "and paired questions.")] = "",
+    base: Annotated[str, typer.Option(help="The unedited model, folder or hub id; without it, the one that "
+                                           "the folder's record gives back.")] = "",
+    reference: Annotated[str, typer.Option(help="A model that never knew the facts (trained on the rest): without it "
+                                                "nothing can be called removed.")] = "",
+    holdout: Annotated[str, typer.Option(help="Facts that no model was trained on, for the membership attacks.")] = "",
+    quick: Annotated[bool, typer.Option("--quick/--full", help="A few facts and variants, or all of them.")] = True,
+    attacks: Annotated[str, typer.Option(help="Names of attacks or groups, with commas; all when left out.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Device = "",
+    dtype: Dtype = "",
+    listed: Annotated[bool, typer.Option("--list", help="List the attacks and what they cost, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --list: as JSON.")] = False,
+) -> None:  # fmt: skip
+    """Attacks an edited model to tell whether a fact is gone or only silenced.
+
+    Every attack is made on the unedited model too and, with --reference, on a model that never knew the facts. The
+    verdict is "removed", "suppressed", "not forgotten" or "model damaged", by a fixed rule. An audit that was stopped
+    goes on when the same command is given again.
+
+    Example: unierase audit --model forgotten-facts --forget facts.jsonl --retain kept.jsonl --out audit
+    """
+    console = Console()
+    if listed:
+        _list(console, as_json)
+        return
+    missing = [name for name, value in {"--model": model, "--forget": forget, "--out": out}.items() if not value]
+    if missing or out is None:
+        raise UniEraseError(
+            f"`unierase audit` needs {', '.join(missing)}; `--list` lists the attacks, `--help` the rest."
+        )
+    from ..audit.contract import FULL, QUICK
+    from ..audit.runner import audit as run_audit
+
+    with progress(console) as report:
+        result = run_audit(
+            model, forget, out=out, retain=retain or None, holdout=holdout or None, base=base or None,
+            reference=reference or None, sizes=QUICK if quick else FULL,
+            attacks=[name.strip() for name in attacks.split(",") if name.strip()], seed=seed, device=device,
+            dtype=dtype, progress=report,
+        )  # fmt: skip
+    _print(console, result)
+    console.print(f"\nWritten: {escape(str(out / 'audit.html'))} and audit.json", soft_wrap=True)
+
+
+def _list(console: Console, as_json: bool) -> None:
+    from ..audit.attacks import ATTACKS
+
+    if as_json:
+        rows = [{"name": each.name, "group": each.group, "asks": each.asks, "cost": each.cost} for each in ATTACKS]
+        console.print_json(json.dumps(rows))
+        return
+    table = Table("attack", "group", "what it asks", "cost, on each model")
+    for attack in ATTACKS:
+        table.add_row(attack.name, attack.group, attack.asks, attack.cost)
+    console.print(table)
+
+
+def _print(console: Console, report: Mapping[str, Any]) -> None:
+    roles = [role for role in ("edited", "unedited", "reference") if role in report["seconds"]]
+    table = Table("attack", *roles, "chance", "result", title="Facts recovered", title_justify="left")
+    for entry in report["attacks"]:
+        if "shares" not in entry:
+            continue
+        shares = [entry["shares"].get(role) for role in roles]
+        cells = [
+            "" if each is None else f"{each['mean']:.2f} ({each['low']:.2f}-{each['high']:.2f})" for each in shares
+        ]
+        table.add_row(entry["name"], *cells, f"{entry['chance']:.2f}", entry["status"])
+    console.print(table)
+    for each in report["damage"]:
+        limit = f"{each['limit']}{': beyond' if each['beyond'] else ''}"
+        console.print(f"{each['name']}: {each['value']:.2f} ({each['low']:.2f} to {each['high']:.2f}; {limit})")
+    if report["not_run"]:
+        console.print("\nNot run: " + escape(", ".join(each["attack"] for each in report["not_run"])))
+    console.print(f"\n[bold]{escape(report['verdict'])}[/]")

@@ -1,0 +1,225 @@
+"""EasyEdit: `alg_name: UniErase` for its BaseEditor, with no file of it changed.
+
+`register` puts our function into EasyEdit's table of algorithms and wraps the methods of BaseEditor where they would
+stumble over UniErase: requests without a target, an evaluation that puts a blank before it, and models that only a name
+of a known family would load. Other algorithms go through the wrappers as they came.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from ..errors import DependencyError, HyperParamsError
+from ..hookspecs import Host
+from ..hparams import UniEraseHyperParams, coerced
+from ..request import ForgetRequest
+
+ALGORITHM = "UniErase"
+#: Methods of BaseEditor that take prompts and their targets.
+EDITING = ("edit", "batch_edit", "normal_edit", "generate_edit")
+
+
+class EasyEditHyperParams(UniEraseHyperParams):
+    """UniErase's settings as EasyEdit's scripts use theirs: attributes may be set, unknown ones too.
+
+    `model_name` may be set to (model, tokenizer). What is set to one of our settings is checked like the rest.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = {spec.name for spec in fields(self)}
+        if name in known and not (name == "model_name" and isinstance(value, tuple)):
+            value = coerced(name, value, get_type_hints(UniEraseHyperParams)[name])
+        object.__setattr__(self, name, value)
+        if name in known:
+            self.validate()
+
+    def __delattr__(self, name: str) -> None:
+        object.__delattr__(self, name)
+
+    @classmethod
+    def of(cls, hparams: UniEraseHyperParams) -> EasyEditHyperParams:
+        return hparams if isinstance(hparams, cls) else cls(**hparams.as_dict())
+
+
+class Aim(str):
+    """What the edited model is to say, in EasyEdit's requests and metrics: the token, then the text asked for if any.
+
+    EasyEdit joins a prompt and its target by a blank, which the token does not bear: it goes when the two are joined.
+    """
+
+    #: The text that was asked for.
+    wanted: str | None
+
+    def __new__(cls, text: str, wanted: str | None = None) -> Aim:
+        made = super().__new__(cls, text)
+        made.wanted = wanted
+        return made
+
+    @classmethod
+    def at(cls, target: Any, token: str) -> Aim:
+        """target: a text, or None for an "I don't know" sentence that is chosen when the model is edited."""
+        if isinstance(target, cls):
+            return target
+        wanted = target.strip() if isinstance(target, str) else ""
+        return cls(token + wanted, wanted or None)
+
+    def __radd__(self, before: str) -> str:
+        return before.removesuffix(" ").__add__(self)
+
+
+def apply_unierase_to_model(
+    model: Any,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: UniEraseHyperParams,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    keep_original_weight: bool = False,
+    train_ds: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Makes the model forget what the requests ask, by EasyEdit's contract for its algorithms.
+
+    requests   with `prompt`, and optionally `subject`, `ground_truth`, `case_id`, and `target_new`: the text that is to
+               follow the token; None, or none at all, for an "I don't know" sentence
+
+    Returns the model, edited in place unless `copy` is set, and the weights before by name. A model that was edited
+    before and not restored is edited further. Raises a UniEraseError that names value and remedy; the model is then as
+    before.
+    """
+    from .in_place import edit_in_place, plain_hparams
+
+    facts = [_fact(request, index) for index, request in enumerate(requests)]
+    edited, originals = edit_in_place(model, tok, facts, plain_hparams(hparams), copy=copy)
+    return edited, originals if return_orig_weights or keep_original_weight else {}
+
+
+def _fact(request: Mapping[str, Any], index: int) -> ForgetRequest:
+    from .in_place import make_request
+
+    target, answer = request.get("target_new"), request.get("ground_truth")
+    target = target.wanted if isinstance(target, Aim) else target
+    answer = answer[0] if isinstance(answer, (list, tuple)) and answer else answer
+    wanted = target.strip() or None if isinstance(target, str) else target
+    return make_request(request, index, answer=answer, target=wanted)
+
+
+def register() -> None:
+    """Makes EasyEdit know the algorithm UniErase. Harmless when called again.
+
+    Raises DependencyError where EasyEdit is not installed, or lacks what is needed.
+    """
+    try:
+        import easyeditor
+        from easyeditor.editors.editor import BaseEditor
+        from easyeditor.util.alg_dict import ALG_DICT
+    except ImportError as error:
+        raise DependencyError(
+            "EasyEdit cannot be imported. It has no packaging: clone zjunlp/EasyEdit, install its requirements.txt, "
+            f"and put the folder on PYTHONPATH ({error})."
+        ) from error
+    if ALG_DICT.get(ALGORITHM) is apply_unierase_to_model:
+        return
+    ALG_DICT[ALGORITHM] = apply_unierase_to_model
+    _make_batchable()
+    _wrap(BaseEditor, "__init__", _with_our_model)
+    for name in (each for each in EDITING if hasattr(BaseEditor, each)):
+        _wrap(BaseEditor, name, _with_aims)
+    if hasattr(BaseEditor, "edit_requests"):
+        _wrap(BaseEditor, "edit_requests", _with_aims_in_requests)
+    # For its scripts, which import the classes of the settings from there.
+    easyeditor.UniEraseHyperParams = EasyEditHyperParams
+
+
+def _make_batchable() -> None:
+    from easyeditor.editors.batch_editor import BatchEditor
+
+    theirs = BatchEditor.is_batchable_method
+
+    def is_batchable_method(alg_name: str) -> bool:
+        return alg_name == ALGORITHM or bool(theirs(alg_name))
+
+    BatchEditor.is_batchable_method = staticmethod(is_batchable_method)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    theirs = getattr(owner, name)
+
+    @functools.wraps(theirs)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(theirs, self, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _with_our_model(theirs: Callable[..., None], editor: Any, hparams: Any) -> None:
+    """BaseEditor's constructor, given the loaded model: by name it takes known families alone, some with slow
+    tokenizers, which give no character offsets."""
+    if not isinstance(hparams, UniEraseHyperParams):
+        if getattr(hparams, "alg_name", None) == ALGORITHM:
+            raise HyperParamsError(
+                f"alg_name {ALGORITHM!r} takes UniEraseHyperParams, not {type(hparams).__name__}: "
+                "UniEraseHyperParams.from_hparams(FILE)."
+            )
+        return theirs(editor, hparams)
+    hparams = EasyEditHyperParams.of(hparams)
+    model, tok = _load(hparams)
+    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    if tok.pad_token is None:
+        tok.pad_token = tok.eos_token
+    # It asks the evaluated prompts in the form that the edit goes by.
+    if not hasattr(hparams, "use_chat_template"):
+        hparams.use_chat_template = hparams.prompt_forms[0] == "chat" and bool(tok.chat_template)
+    given = hparams.model_name
+    hparams.model_name = (model, tok)
+    try:
+        theirs(editor, hparams)
+    finally:
+        hparams.model_name = given if isinstance(given, str) else name
+    editor.model_name = hparams.model_name
+    # As it does itself for every algorithm that is not on its list, so that generation goes on from the prompt's end.
+    tok.padding_side = "left"
+    return None
+
+
+def _load(hparams: EasyEditHyperParams) -> tuple[Any, Any]:
+    from ..loading import load
+
+    named: Any = hparams.model_name
+    if isinstance(named, tuple):
+        return named
+    if not named:
+        raise HyperParamsError("model_name is empty: name the folder or hub id of the model to edit.")
+    device = f"cuda:{hparams.device}" if hparams.device.isdigit() else hparams.device
+    return load(named, "auto" if hparams.model_parallel else device, "float16" if hparams.fp16 else "float32")
+
+
+def _with_aims(theirs: Callable[..., Any], editor: Any, *args: Any, **kwargs: Any) -> Any:
+    """`prompts` and `target_new`, the latter of which may be left out."""
+    if editor.alg_name != ALGORITHM:
+        return theirs(editor, *args, **kwargs)
+    bound = inspect.signature(theirs).bind_partial(editor, *args, **kwargs)
+    prompts, targets = bound.arguments.get("prompts"), bound.arguments.get("target_new")
+    if isinstance(prompts, list) and (targets is None or isinstance(targets, (list, tuple))):
+        wanted = [None] * len(prompts) if targets is None else targets
+        bound.arguments["target_new"] = [_aim(editor, target) for target in wanted]
+    elif isinstance(prompts, str):
+        bound.arguments["target_new"] = _aim(editor, targets)
+    return theirs(*bound.args, **bound.kwargs)
+
+
+def _with_aims_in_requests(theirs: Callable[..., Any], editor: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+    if editor.alg_name == ALGORITHM:
+        requests = [{**each, "target_new": _aim(editor, each.get("target_new"))} for each in requests]
+    return theirs(editor, requests, *args, **kwargs)
+
+
+def _aim(editor: Any, target: Any) -> Aim:
+    return Aim.at(target, editor.hparams.unlearning_token)
+
+
+EASYEDIT = Host("easyedit", "alg_name UniErase for EasyEdit (zjunlp/EasyEdit)", "easyeditor", register)

@@ -1,0 +1,192 @@
+"""UniErase on a model that a harness holds: edited in place, step after step, and taken back as harnesses do it.
+
+A harness restores a model by writing the old weights over the new ones. It knows nothing of the token, so what it gets
+as old weights watches for that and takes the token back too. What was done to a model is kept on the model itself and
+ends with it: two models of one process never share anything.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import dataclasses
+from collections.abc import ItemsView, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..architecture import find_architecture
+from ..errors import RequestError
+from ..hparams import UniEraseHyperParams
+from ..methods.contract import Changes, Earlier
+from ..methods.unierase import UNIERASE
+from ..pipeline import change
+from ..request import ForgetRequest
+from ..store import model_fingerprint
+
+#: Attribute of an edited model that holds its History.
+HISTORY = "unierase_history"
+#: Stands for an answer that the harness does not say; UniErase does not train on answers.
+NO_ANSWER = "(not given)"
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One edit: the weights that it changed, and their fingerprints on both sides of it."""
+
+    names: tuple[str, ...]
+    before: str
+    after: str
+    #: What the step went on from.
+    earlier: Earlier | None
+
+
+class History:
+    """The edits that one model has behind it."""
+
+    def __init__(self) -> None:
+        self.steps: list[_Step] = []
+        self.earlier: Earlier | None = None
+        self._first: Changes | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> History:
+        """The model's own; a new one where it has none."""
+        found = vars(model).get(HISTORY)
+        if not isinstance(found, cls):
+            found = cls()
+            setattr(model, HISTORY, found)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model has the edits behind it as well, but cannot be taken back through the original."""
+        return {"steps": [], "earlier": self.earlier, "_first": None}
+
+    def add(self, names: tuple[str, ...], before: str, after: str, changes: Changes, earlier: Earlier) -> None:
+        if self._first is None and self.earlier is None:
+            self._first = changes
+        self.steps.append(_Step(names, before, after, self.earlier))
+        self.earlier = earlier
+
+    def settle(self, model: Any) -> None:
+        """Forgets the steps that the harness has taken back by now; the token goes with the first of them."""
+        if not self.steps or self._now(model, self.steps[-1]) == self.steps[-1].after:
+            return
+        for index in range(len(self.steps) - 1, -1, -1):
+            step = self.steps[index]
+            if self._now(model, step) != step.before:
+                continue
+            self.earlier = step.earlier
+            del self.steps[index:]
+            if index == 0 and self._first is not None:
+                if self._first.undo is not None:
+                    self._first.undo()
+                self._first = None
+            return
+
+    @staticmethod
+    def _now(model: Any, step: _Step) -> str:
+        return model_fingerprint(model, step.names)
+
+
+class OriginalWeights(dict[str, Tensor]):
+    """Weights by name as they were before an edit, for a harness to write back.
+
+    Whoever writes them back while going through `items()`, as the harnesses do, has the vocabulary back too when the
+    loop ends. Looking at them changes nothing.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], model: Any) -> None:
+        super().__init__(weights)
+        self._model = model
+
+    def items(self) -> ItemsView[str, Tensor]:  # type: ignore[override]
+        return _WatchedItems(self)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Writes the weights back, vocabulary included."""
+        for name, weight in self.items():
+            self._model.get_parameter(name).copy_(weight)
+
+    def settle(self) -> None:
+        History.of(self._model).settle(self._model)
+
+
+class _WatchedItems(ItemsView[str, Tensor]):
+    def __init__(self, weights: OriginalWeights) -> None:
+        super().__init__(weights)
+        self._weights = weights
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        yield from dict.items(self._weights)
+        self._weights.settle()
+
+
+def edit_in_place(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[ForgetRequest],
+    hparams: UniEraseHyperParams,
+    *,
+    copy: bool = False,
+    originals_on: str | None = None,
+) -> tuple[Any, OriginalWeights]:
+    """Edits the model, or a copy of it, going on from the edits that it has; the model, and its weights before.
+
+    originals_on   device for the weights before; None leaves each where it is
+
+    Raises a UniEraseError that names the value and the remedy; the model is then as before.
+    """
+    model = copying.deepcopy(model) if copy else model
+    history = History.of(model)
+    history.settle(model)
+    settled = UNIERASE.settle(model, hparams)
+    arch = find_architecture(model, settled.rewrite_module_tmp, settled.layer_module_tmp)
+    names = tuple(arch.weight_name(layer) for layer in settled.layers)
+    before = model_fingerprint(model, names)
+    weights = {name: _kept(model.get_parameter(name), originals_on) for name in names}
+    changes, earlier = change(model, requests, tokenizer=tokenizer, hparams=settled, earlier=history.earlier)
+    history.add(names, before, model_fingerprint(model, names), changes, earlier)
+    return model, OriginalWeights(weights, model)
+
+
+def _kept(weight: Tensor, device: str | None) -> Tensor:
+    return weight.detach().to(device or weight.device, copy=True)
+
+
+def plain_hparams(hparams: Any) -> UniEraseHyperParams:
+    """The harness' settings object as ours: unknown attributes of it are its own business.
+
+    Raises HyperParamsError for a value that does not fit.
+    """
+    names = [spec.name for spec in dataclasses.fields(UniEraseHyperParams)]
+    values = {name: getattr(hparams, name) for name in names if hasattr(hparams, name)}
+    if not isinstance(values.get("model_name", ""), str):
+        del values["model_name"]
+    return UniEraseHyperParams(**values)
+
+
+def make_request(request: Mapping[str, Any], index: int, *, answer: Any, target: str | None) -> ForgetRequest:
+    """A harness' request as ours. Its prompt may hold {} in the place of the subject.
+
+    Raises RequestError that names the request where it does not fit.
+    """
+    label = f"request {request.get('case_id', index)}"
+    prompt, subject = request.get("prompt"), request.get("subject")
+    if not isinstance(prompt, str):
+        raise RequestError(f"The 'prompt' of {label} must be one text, not {prompt!r}.")
+    if subject is not None and not isinstance(subject, str):
+        raise RequestError(f"The 'subject' of {label} must be a text, not {subject!r}.")
+    if "{}" in prompt:
+        if not subject:
+            raise RequestError(
+                f"The prompt of {label} has {{}} for its subject, but no 'subject' is given: {prompt!r}."
+            )
+        prompt = prompt.replace("{}", subject)
+    known = answer if isinstance(answer, str) and answer.strip() else NO_ANSWER
+    try:
+        return ForgetRequest(prompt, known, subject or None, str(request.get("case_id", index)), target)
+    except RequestError as error:
+        raise RequestError(f"{label}: {error}") from error

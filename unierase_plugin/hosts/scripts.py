@@ -1,0 +1,180 @@
+"""Runs a harness' own script as it stands, with UniErase among the methods that it can choose from.
+
+EasyEdit's examples, and the evaluate.py of ROME's family, choose a class of settings by the method's name: by a chain
+of if and elif, or by a table. The choice is added to the program in memory; the file is not touched.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UniEraseError
+
+METHOD = "UniErase"
+#: Names that the changed program finds our things under.
+HPARAMS, APPLY = "_unierase_hparams", "_apply_unierase"
+#: Where there is an option's `choices`, it is the method's if it holds one of these.
+PEERS = frozenset({"ROME", "MEMIT", "AlphaEdit", "FT"})
+
+
+def run_script(path: Path, arguments: Sequence[str]) -> None:
+    """Runs the script as `python path arguments` would, after adding the method UniErase to its choices.
+
+    Raises UniEraseError where the file cannot be read, or chooses no settings by a method's name.
+    """
+    program = add_choice(_read(path), path)
+    _find_modules(path)
+    names = _ours(_imports_easyedit(program))
+    module = types.ModuleType("__main__")
+    vars(module).update({"__file__": str(path), **names})
+    before = sys.modules["__main__"], sys.argv
+    sys.modules["__main__"], sys.argv = module, [str(path), *arguments]
+    try:
+        exec(compile(program, str(path), "exec"), vars(module))
+    finally:
+        sys.modules["__main__"], sys.argv = before
+
+
+def add_choice(source: str, path: Path) -> ast.Module:
+    """The script's program with the choice added.
+
+    Raises UniEraseError for what is no Python, and where there is nothing to add it to.
+    """
+    try:
+        program = ast.parse(source, str(path))
+    except SyntaxError as error:
+        raise UniEraseError(f"{path} is not a Python script: {error}.") from error
+    adder = _Adder()
+    adder.visit(program)
+    ast.fix_missing_locations(program)
+    if not adder.added:
+        raise UniEraseError(
+            f"{path} chooses no class of settings by a method's name, neither by `if ... == 'ROME': ... = "
+            f"ROMEHyperParams` nor by a table of such names, so that {METHOD} cannot be added to it. Change the script "
+            "by hand: docs/hosts.md shows the two lines."
+        )
+    return program
+
+
+class _Adder(ast.NodeTransformer):
+    """Adds the choice to every chain and table of settings' classes, and to the choices of the option."""
+
+    def __init__(self) -> None:
+        self.added = 0
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        chosen = _chosen_settings(node)
+        self.generic_visit(node)
+        if chosen is None:
+            return node
+        option, targets = chosen
+        self.added += 1
+        ours = ast.If(
+            ast.Compare(option, [ast.Eq()], [ast.Constant(METHOD)]),
+            [ast.Assign(targets, ast.Name(HPARAMS, ast.Load()))],
+            [node],
+        )
+        return ast.copy_location(ours, node)
+
+    def visit_Dict(self, node: ast.Dict) -> ast.AST:
+        kinds = {_kind(key, value) for key, value in zip(node.keys, node.values, strict=True)}
+        if node.keys and kinds <= {"settings", "pair"} and len(kinds) == 1:
+            names = (HPARAMS,) if kinds == {"settings"} else (HPARAMS, APPLY)
+            loaded: list[ast.expr] = [ast.Name(name, ast.Load()) for name in names]
+            node.keys.append(ast.Constant(METHOD))
+            node.values.append(loaded[0] if len(loaded) == 1 else ast.Tuple(loaded, ast.Load()))
+            self.added += 1
+        return node
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST:
+        if node.arg == "choices" and isinstance(node.value, (ast.List, ast.Tuple)):
+            named = {each.value for each in node.value.elts if isinstance(each, ast.Constant)}
+            if named & PEERS:
+                node.value.elts.append(ast.Constant(METHOD))
+        self.generic_visit(node)
+        return node
+
+
+def _chosen_settings(node: ast.If) -> tuple[ast.expr, list[ast.expr]] | None:
+    """The option that is compared and what is assigned, where the branch is `if OPTION == 'NAME': X = YHyperParams`.
+
+    Only for the first branch of a chain, since an elif is an `if` in its predecessor's else.
+    """
+    test = node.test
+    named = isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq) and _text(test.comparators[0])
+    if not named or getattr(node, "_within_chain", False):
+        return None
+    assigned = next((each for each in node.body if isinstance(each, ast.Assign) and _is_settings(each.value)), None)
+    if assigned is None:
+        return None
+    for link in _links(node):
+        link._within_chain = True  # type: ignore[attr-defined]
+    assert isinstance(test, ast.Compare)
+    return test.left, assigned.targets
+
+
+def _links(node: ast.If) -> list[ast.If]:
+    found: list[ast.If] = []
+    while len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If):
+        node = node.orelse[0]
+        found.append(node)
+    return found
+
+
+def _kind(key: ast.expr | None, value: ast.expr) -> str:
+    """What an entry of a table is: a class of settings, a pair of it and a function, or something else."""
+    if _text(key) and _is_settings(value):
+        return "settings"
+    pair = isinstance(value, ast.Tuple) and len(value.elts) == 2 and _is_settings(value.elts[0])
+    return "pair" if _text(key) and pair else "other"
+
+
+def _text(node: ast.expr | None) -> str:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def _is_settings(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id.casefold().endswith("params")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UniEraseError(
+            f"The script {str(path)!r} cannot be read: {error}. Give the path of a .py file."
+        ) from error
+
+
+def _find_modules(path: Path) -> None:
+    """Puts on the path the script's folder, as Python does, the current one, as `python -m` does, and EasyEdit's where
+    the script lies in a checkout of it."""
+    folder = path.resolve().parent
+    checkout = [each for each in folder.parents if (each / "easyeditor" / "__init__.py").is_file()]
+    installed = importlib.util.find_spec("easyeditor") is not None
+    sys.path[:0] = [str(each) for each in (folder, Path.cwd(), *([] if installed else checkout[:1]))]
+
+
+def _imports_easyedit(program: ast.Module) -> bool:
+    nodes = [node for node in ast.walk(program) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    sources = [getattr(node, "module", None) or node.names[0].name for node in nodes]
+    return any(source.split(".")[0] == "easyeditor" for source in sources)
+
+
+def _ours(easyedit: bool) -> Mapping[str, Any]:
+    """Our class of settings and our function, for the harness at hand; EasyEdit is told of the method."""
+    if easyedit:
+        from . import easyedit as host
+
+        host.register()
+        return {HPARAMS: host.EasyEditHyperParams, APPLY: host.apply_unierase_to_model}
+    from ..hparams import UniEraseHyperParams
+    from .rome_family import apply_unierase_to_model
+
+    return {HPARAMS: UniEraseHyperParams, APPLY: apply_unierase_to_model}
