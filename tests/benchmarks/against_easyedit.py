@@ -58,6 +58,7 @@ from unierase_plugin.evaluation.generate import continue_greedily, pad_token_id
 from unierase_plugin.evaluation.metrics import answered
 from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.loading import load
+from unierase_plugin.locate_then_edit import products
 from unierase_plugin.locate_then_edit.edit import apply_edit, compute_edit, make_solver
 from unierase_plugin.locate_then_edit.keys import KeyStream
 from unierase_plugin.locate_then_edit.positions import PLAIN_FORM, Prompt, locate_in_text
@@ -816,6 +817,7 @@ def arguments() -> argparse.Namespace:
     many = str(Path(tofu) / "forget10_subject.json") if tofu else ""
     parser.add_argument("--many", default=many, help="JSON lines with question and subject, for `slope`")
     parser.add_argument("--threads", type=int, default=2, help="of either side; one where the machine is shared")
+    parser.add_argument("--plain-products", action="store_true", help="ours too through torch's default library")
     parser.add_argument("--whole", nargs="*", help="edits of `whole`, such as ours-ridge theirs-null_space; all")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -837,6 +839,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     steps, tokens = (3, 2000) if options.quick else (20, 28000)
     setup = Setup(options.model, options.out, steps, tokens, options.many, options.threads)
+    if options.plain_products:
+        products._is_exact = lambda: False
     if options.one:
         run_one(setup, options)
         return
