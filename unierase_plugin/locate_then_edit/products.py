@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 #: (rows, inner, columns) that are tried: a few and many rows, odd sizes.
 PROBES = ((1, 96, 128), (7, 573, 331), (64, 256, 256), (300, 192, 640))
@@ -23,7 +25,10 @@ FLOAT32_ERROR = 2e-6
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Inside, float32 products on the CPU go through oneDNN if that is exact here; usable as a decorator."""
+    """Inside, float32 products on the CPU go through oneDNN if that is exact here; usable as a decorator.
+
+    Not for a whole model: attention on a CPU is made of many small products, which oneDNN is slower at.
+    """
     switch = _switch()
     if switch is None or not _is_exact():
         yield
@@ -34,6 +39,49 @@ def fast_products() -> Iterator[None]:
         yield
     finally:
         switch.fp32_precision = before
+
+
+@contextmanager
+def fast_linear_maps() -> Iterator[None]:
+    """Inside, frozen linear maps of a float32 model on the CPU, and their gradients, are `fast_products`."""
+    if _switch() is None or not _is_exact():
+        yield
+        return
+    with _Mode():
+        yield
+
+
+class _Mode(TorchFunctionMode):
+    """Takes the place of `torch.nn.functional.linear` where nothing but its input may need a gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.nn.functional.linear or not _is_plain(args, kwargs):
+            return func(*args, **(kwargs or {}))
+        product = _Product.apply(args[0], args[1])
+        return product if len(args) < 3 or args[2] is None else product + args[2]
+
+
+def _is_plain(args: Any, kwargs: Any) -> bool:
+    tensors = [each for each in args if each is not None]
+    return not kwargs and all(
+        each.dtype == torch.float32 and each.device.type == "cpu" and (each is args[0] or not each.requires_grad)
+        for each in tensors
+    )
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, with a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        with fast_products():
+            return inputs @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        with fast_products():
+            return gradients[0] @ ctx.weight, None
 
 
 def _switch() -> Any:
@@ -51,10 +99,8 @@ def _is_exact() -> bool:
     switch.fp32_precision = "bf16"
     try:
         for rows, inner, columns in PROBES:
-            left, right = (
-                torch.randn(rows, inner, generator=generator),
-                torch.randn(inner, columns, generator=generator),
-            )
+            left = torch.randn(rows, inner, generator=generator)
+            right = torch.randn(inner, columns, generator=generator)
             for got, a, b in ((left @ right, left, right), (right.T @ left.T, right.T, left.T)):
                 exact = a.double() @ b.double()
                 if float((got - exact).norm() / exact.norm()) > FLOAT32_ERROR:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..architecture import Architecture
 from ..errors import EditError
-from .products import fast_products
+from .products import fast_linear_maps, fast_products
 from .trace import halves, pad, run_blocks, token_batches
 
 #: k k^T is symmetric, so that of this many column panels only the parts from the diagonal on are computed: 58 % of all.
@@ -99,7 +99,7 @@ def _home(device: torch.device, needed: int) -> torch.device:
     return device if fits else torch.device("cpu")
 
 
-@fast_products()
+@fast_linear_maps()
 @torch.no_grad()
 def add_sequences(
     arch: Architecture,
@@ -194,6 +194,7 @@ def _adding(
             handle.remove()
 
 
+@fast_products()
 def _add_products(total: Tensor, keys: Tensor) -> None:
     """Adds keys^T keys of (T, m) to (m, m), on and above the diagonal; what lies under it means nothing.
 

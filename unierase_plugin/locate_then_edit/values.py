@@ -22,7 +22,7 @@ from ..errors import EditError
 from ..hparams import UniEraseHyperParams
 from .positions import Prompt
 from .prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
-from .products import fast_products
+from .products import fast_linear_maps
 from .trace import TokenBatch, halves, run_blocks
 
 
@@ -64,7 +64,7 @@ class Values:
     steps: Tensor
 
 
-@fast_products()
+@fast_linear_maps()
 def optimise_values(
     arch: Architecture,
     targets: Sequence[ValueTarget],
