@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_methods(register: Callable[[Method[Any]], None]) -> None:
+    from .methods.finetuning import FINE_TUNING
     from .methods.unierase import UNIERASE
 
-    register(UNIERASE)
+    for method in (UNIERASE, *FINE_TUNING):
+        register(method)
 
 
 @hookimpl
