@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_methods(register: Callable[[Method[Any]], None]) -> None:
+    from .methods.controls import CONTROLS
+    from .methods.editing import EDITING
     from .methods.finetuning import FINE_TUNING
     from .methods.unierase import UNIERASE
 
-    for method in (UNIERASE, *FINE_TUNING):
+    for method in (UNIERASE, *EDITING, *FINE_TUNING, *CONTROLS):
         register(method)
 
 
