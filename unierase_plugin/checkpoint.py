@@ -230,6 +230,19 @@ def save_checkpoint(
     return target
 
 
+def save_plain(
+    folder: str | Path, model: Any, tokenizer: Any, notes: Mapping[str, str], overwrite: bool = False
+) -> Path:
+    """Writes a model folder without a record, and `notes` as text files by name; whole or not at all."""
+    target = check_output_folder(folder, overwrite)
+    with replace_folder(target, _bytes_of(model.parameters())) as staging:
+        _save_model(model, staging)
+        tokenizer.save_pretrained(staging)
+        for name, text in notes.items():
+            (staging / name).write_text(text, encoding="utf-8")
+    return target
+
+
 def _merge_originals(new: Originals | None, earlier: Checkpoint | None) -> Originals | None:
     """Originals of the very first state: what an earlier step kept wins, since the new one saw weights already edited.
 

@@ -13,6 +13,7 @@ from .. import __version__
 from ..errors import UniEraseError
 from .console import tell
 from .evaluate import evaluate
+from .finetune import finetune
 from .lists import hparams, tasks_path
 from .plugins import hosts, methods, plugins
 from .record import inspect, revert
@@ -43,6 +44,7 @@ app = typer.Typer(
 
 app.command()(demo)
 app.command()(run)
+app.command()(finetune)
 app.command()(revert)
 app.command()(inspect)
 app.command()(hparams)
