@@ -164,7 +164,7 @@ class _Trainer(Trainer):
                 total = total + getattr(training.job.hparams, f"{name}_weight") * loss.to(total.device)
         if not bool(torch.isfinite(total)):
             raise TrainingError(
-                f"The loss became {float(total)} at step {self.state.global_step + 1} "
+                f"The loss became {float(total.detach())} at step {self.state.global_step + 1} "
                 f"({', '.join(f'{name} {values[-1]:.3g}' for name, values in self.parts.items())}). "
                 f"Lower learning_rate ({training.job.hparams.learning_rate}) or forget_weight."
             )
