@@ -75,7 +75,7 @@ def test_a_stopped_training_goes_on(base: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_cannot_be_is_refused_before_the_work(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="nothing to learn"):
+    with pytest.raises(RequestError, match="holds no requests"):
         finetune(base, (), tmp_path / "out")
     with pytest.raises(CheckpointError, match="not empty"):
         finetune(base, FACTS, base)

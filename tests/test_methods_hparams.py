@@ -39,7 +39,7 @@ def test_a_file_spells_out_every_key_in_order_each_with_its_own_comment(path: Pa
     bare = [lines[at] for at in keyed if not lines[at - 1].startswith("# ") or lines[at - 1].startswith("# ---")]
     assert len(keyed) == len(keys)
     assert not bare
-    assert max(map(len, lines)) <= 120
+    assert max(len(line) for line in lines if line.startswith("#")) <= 120
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)

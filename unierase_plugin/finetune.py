@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint as files
-from .errors import RequestError
 from .evaluation.generate import answers
 from .evaluation.metrics import answered
 from .hparams import HyperParams
@@ -71,8 +70,6 @@ def finetune(
     A run that was killed goes on from its last checkpoint. Raises a UniEraseError that names value and remedy.
     """
     requests = tuple(read_requests(facts, registry().readers))
-    if not requests:
-        raise RequestError("There is nothing to learn: the list of facts is empty. Give at least one.")
     folder = files.check_output_folder(Path(out), overwrite)
     settings = choose_hparams(hparams, os.fspath(model), FineTuneHyperParams).replace(**(options or {}))
     progress("load", 0.0, os.fspath(model))

@@ -66,12 +66,16 @@ class _RandomToken(Erasure):
     def _token(self, contexts: Sequence[str], corpus: SecondMoment) -> UnlearningToken:
         arch = architecture(self.model, self.hparams)
         generator = torch.Generator().manual_seed(self.hparams.seed)
-        output = None if arch.tied else _like_the_rest(arch.head.weight, generator)
-        name = self.hparams.unlearning_token
-        return UnlearningToken(name, self.token_id, _like_the_rest(arch.embedding.weight, generator), output, 0.0, 0)
+        matrices = [arch.embedding.weight] if arch.tied else [arch.embedding.weight, arch.head.weight]
+        rows = [_like_the_rest(matrix, self.token_id, generator) for matrix in matrices]
+        return UnlearningToken(
+            self.hparams.unlearning_token, self.token_id, rows[0], None if arch.tied else rows[1], loss=0.0, steps=0
+        )
 
 
-def _like_the_rest(matrix: Tensor, generator: torch.Generator) -> Tensor:
-    """A row with the mean and the spread that the matrix' rows have, coordinate by coordinate."""
+def _like_the_rest(matrix: Tensor, index: int, generator: torch.Generator) -> Tensor:
+    """A row with the mean and the spread that the other rows have, coordinate by coordinate."""
     rows = matrix.detach().float().cpu()
+    # The row to be drawn holds whatever making room for it left there.
+    rows = torch.cat([rows[:index], rows[index + 1 :]])
     return rows.mean(0) + rows.std(0) * torch.randn(rows.shape[1], generator=generator)
