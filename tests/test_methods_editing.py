@@ -122,7 +122,7 @@ def test_a_random_token_is_drawn_like_the_other_rows_by_the_seed() -> None:
     assert rows[0].output_row is not None
     assert not torch.equal(rows[0].input_row, rows[0].output_row)
     matrix = tiny_model(tied=False).get_input_embeddings().weight
-    surprise = (rows[0].input_row - matrix.mean(0)) / matrix.std(0)
+    surprise = (rows[0].input_row - matrix.detach().mean(0)) / matrix.detach().std(0)
     assert 0.6 < float(surprise.square().mean()) < 1.5
 
 
@@ -180,10 +180,10 @@ def test_an_exact_update_does_not_depend_on_the_corpus_weight() -> None:
 
 
 def test_two_equal_keys_cannot_both_be_mapped() -> None:
-    key = drawn(12, 1)
+    key = torch.zeros(12, 1, dtype=torch.float64)
+    key[3] = 1
     with pytest.raises(EditError, match="the keys are degenerate"):
-        Exact.of(moment()).solve(torch.zeros(12, 2).double(), drawn(7, 2, seed=1))
-    assert key.shape == (12, 1)
+        Exact.of(torch.eye(12)).solve(key.expand(12, 2), drawn(7, 2, seed=1))
 
 
 def test_rome_edits_one_request_on_the_model_that_the_one_before_left() -> None:
