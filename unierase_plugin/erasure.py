@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -198,23 +198,26 @@ class Editing(Phases):
         """The edit, applied: all targets together, or one request after another; its figures, and the way back."""
         size = len(forms_of(self.tokenizer, self.hparams)) if self.one_by_one else len(targets)
         groups = [targets[at : at + size] for at in range(0, len(targets), size)]
-        weights = {layer: float(arch.projections[layer].weight.norm()) for layer in self.hparams.layers}
+        weights = {layer: float(arch.projections[layer].weight.float().norm()) for layer in self.hparams.layers}
         edits: list[WeightEdit] = []
         values: list[Values] = []
-        applied: list[Applied] = []
+        first: Applied | None = None
+        # Factorised once, and only where an edit is not at hand.
+        solvers = cache(partial(self._solvers, corpus, retain))
 
         def revert() -> None:
-            for each in reversed(applied):
-                revert_edit(arch, each)
+            if first is not None:  # all have the same blocks
+                revert_edit(arch, first)
 
         try:
             for at, group in enumerate(groups):
                 # Alone, a group has the key itself.
                 own = digest(key, at)[:32] if len(groups) > 1 else key
                 values.append(self._values(arch, group, own, partial(_share, at, len(groups))))
-                edit, solved = self._edit(arch, group, values[-1], own, corpus, retain)
+                edit, solved = self._edit(arch, group, values[-1], own, solvers)
                 edits.append(edit)
-                applied.append(apply_edit(arch, edit))
+                applied = apply_edit(arch, edit)
+                first = first or applied
         except BaseException:
             revert()
             raise
@@ -222,8 +225,9 @@ class Editing(Phases):
         if len(edits) > 1:
             ratios = {layer: update.norm() / weights[layer] for layer, update in joined.updates.items()}
             joined = replace(joined, norm_ratios=ratios)
+        counts = {"corpus_tokens": corpus.count, "retain_tokens": retain.count if retain else 0}
         figures = {
-            **solved, **_value_figures(values), "residual_norms": list(joined.residual_norms),
+            **counts, **solved, **_value_figures(values), "residual_norms": list(joined.residual_norms),
             "ranks": {str(layer): joined.rank(layer) for layer in joined.layers},
         }  # fmt: skip
         return joined, figures, revert
@@ -244,22 +248,20 @@ class Editing(Phases):
 
     def _edit(
         self, arch: Architecture, targets: list[ValueTarget], values: Values, key: str,
-        corpus: SecondMoment, retain: SecondMoment | None,
+        solvers: Callable[[], Mapping[int, Solver]],
     ) -> tuple[WeightEdit, dict[str, Any]]:  # fmt: skip
         def compute() -> Packed:
-            solvers = self._solvers(corpus, retain)
             edit = compute_edit(
-                arch, [target.prompts for target in targets], values, solvers, max_tokens=self.max_tokens,
+                arch, [target.prompts for target in targets], values, solvers(), max_tokens=self.max_tokens,
                 pad_id=self.pad_id, progress=lambda share: self.progress("edit", share, ""),
             )  # fmt: skip
-            jitters = {str(layer): solver.jitter for layer, solver in solvers.items() if isinstance(solver, Ridge)}
+            jitters = {str(layer): solver.jitter for layer, solver in solvers().items() if isinstance(solver, Ridge)}
             tensors, metadata = files.pack_edits([edit])
             return tensors, {**metadata, "jitter": json.dumps(jitters)}
 
         with self.timed("edit"):
             tensors, metadata = self.resumed("edit", self._edit_key(key), compute)
-        counts = {"corpus_tokens": corpus.count, "retain_tokens": retain.count if retain else 0}
-        return files.unpack_edits(tensors, metadata)[0], {**counts, "jitter": json.loads(metadata["jitter"])}
+        return files.unpack_edits(tensors, metadata)[0], {"jitter": json.loads(metadata["jitter"])}
 
     def _solvers(self, corpus: SecondMoment, retain: SecondMoment | None) -> dict[int, Solver]:
         edits = self.earlier.edits if self.earlier else ()

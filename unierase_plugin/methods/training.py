@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import tempfile
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -24,6 +26,8 @@ from .contract import Changes, Job
 from .material import Material
 from .reference import Batch, Reference, Watched, take_reference
 from .terms import Term
+
+logger = logging.getLogger(__name__)
 
 #: Seconds of training between two checkpoints: what a kill can cost. Writing one takes a small part of that.
 SAVE_SECONDS = 120.0
@@ -174,6 +178,13 @@ class _Trainer(Trainer):
         means = {name: sum(values) / len(values) for name, values in self.parts.items() if values}
         self.parts = {}
         super().log({**logs, **means}, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """A checkpoint saves time after a kill and must never end a training."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            logger.warning("No checkpoint was written, so that a stopped run would begin again: %s", error)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
