@@ -203,15 +203,33 @@ def test_every_epoch_goes_through_all_facts_and_walks_evenly_through_those_to_ke
         assert sorted(pair[1] for pair in pairs[at : at + 2]) == [0, 1]
 
 
+def test_training_goes_through_the_pairs_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def watched(model: Any, material: Any, known: Any, direction: Any, pairs: Any) -> Batch:
+        seen.extend(pairs.tolist())
+        return Batch(model, material, known, direction, pairs)
+
+    monkeypatch.setattr(training, "Batch", watched)
+    task = job(tiny_model(), None, settings("ga_gd"))
+    train(task, TERMS["ga"], TERMS["gd"])
+    pairs = Material.of(task, [TERMS["ga"], TERMS["gd"]]).pairs
+    assert seen == [list(pair) for pair in pairs]
+
+
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 
 def test_memory_decides_how_a_batch_is_split_and_not_what_it_gives(taught: Any) -> None:
     """Where a term is a mean over sequences; means over tokens are taken within a pass, as published code does."""
     whole, split = knowing(taught), knowing(taught)
+    losses = []
     for model, room in ((whole, 4096), (split, 1)):
         hparams = settings("npo_gd", retain_weight=0.0)
-        train(replace(job(model, None, hparams), max_tokens=room), TERMS["npo"], TERMS["gd"])
+        done = train(replace(job(model, None, hparams), max_tokens=room), TERMS["npo"], TERMS["gd"])
+        losses.append(done.figures["loss"])
+    # Adam would not tell a gradient from twice that gradient.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert torch.allclose(whole.lm_head.weight, split.lm_head.weight, atol=1e-4)
 
 
