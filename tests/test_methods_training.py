@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from unierase_plugin.architecture import find_architecture
 from unierase_plugin.checkpoint import read_checkpoint, revert_checkpoint
-from unierase_plugin.errors import CheckpointError, HyperParamsError, RequestError, TrainingError
+from unierase_plugin.errors import CheckpointError, DependencyError, HyperParamsError, RequestError, TrainingError
 from unierase_plugin.locate_then_edit.positions import render
 from unierase_plugin.methods import training
 from unierase_plugin.methods.contract import Job
@@ -215,6 +215,10 @@ def test_training_goes_through_the_pairs_in_their_order(monkeypatch: pytest.Monk
     train(task, TERMS["ga"], TERMS["gd"])
     pairs = Material.of(task, [TERMS["ga"], TERMS["gd"]]).pairs
     assert seen == [list(pair) for pair in pairs]
+
+
+def test_few_facts_still_get_a_step_an_epoch() -> None:
+    assert run(tiny_model(), "ga_gd", batch_size=32).figures["steps"] == QUICK["epochs"]
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -417,6 +421,12 @@ def test_a_batch_that_memory_does_not_hold_says_what_to_do(monkeypatch: pytest.M
     with pytest.raises(TrainingError, match=r"does not hold training on 2 pairs .* Lower max_batch_tokens"):
         run(model, "ga_gd")
     assert model_fingerprint(model) == before
+
+
+def test_an_adapter_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(DependencyError, match=r"pip install 'unierase-plugin\[peft\]'"):
+        run(tiny_model(), "ga_gd", lora_rank=2)
 
 
 def test_nothing_to_keep_is_refused_unless_nothing_is_to_be_kept() -> None:

@@ -31,6 +31,8 @@ class Material:
 
     sequences: Mapping[str, list[Example]]
     pairs: list[tuple[int, int]]
+    #: Pairs of one epoch.
+    epoch: int
 
     @classmethod
     def of(cls, job: Job[Any], terms: Iterable[Term]) -> Material:
@@ -42,8 +44,8 @@ class Material:
                 "--retain), or set retain_weight to 0."
             )
         sequences = {part: _sequences(job, part) for part in parts}
-        pairs = _pairs(len(job.requests) * len(_forms(job)), len(job.retain) * len(_forms(job)) if keeps else 0, job)
-        return cls(sequences, pairs)
+        epoch, kept = (len(facts) * len(_forms(job)) for facts in (job.requests, job.retain if keeps else ()))
+        return cls(sequences, _pairs(epoch, kept, job), epoch)
 
     def used(self, part: str) -> list[int]:
         """Numbers of the sequences that some pair holds."""

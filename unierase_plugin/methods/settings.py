@@ -27,7 +27,8 @@ class TrainingHyperParams(HyperParams):
     learning_rate: float = 1e-5
     #: Times that training goes through the facts to forget.
     epochs: float = 5.0
-    #: Pairs of a fact to forget and one to keep in one optimiser step; split by memory, gradients added up.
+    #: Pairs of a fact to forget and one to keep in one optimiser step, those of an epoch at most; split by memory,
+    #: gradients added up.
     batch_size: int = 32
     #: Epochs in which the step grows linearly from 0.
     warmup_epochs: float = 1.0

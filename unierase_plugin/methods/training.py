@@ -105,24 +105,25 @@ class _Training(Phases):
         return Changes(parameters=weights.count, seconds=self.seconds, figures=figures, undo=weights.undo)
 
     @property
+    def batch(self) -> int:
+        """Pairs of an optimiser step: an epoch at most, so that few facts still get as many steps as epochs."""
+        return min(self.job.hparams.batch_size, self.material.epoch, len(self.material.pairs))
+
+    @property
     def micro(self) -> int:
         """Pairs that are in memory together: the largest part of a batch within the device's budget."""
-        batch = min(self.job.hparams.batch_size, len(self.material.pairs))
-        fitting = [
-            n for n in range(1, batch + 1) if batch % n == 0 and n * self.material.longest <= self.job.max_tokens
-        ]
-        return max(fitting, default=1)
+        room = max(1, self.job.max_tokens // self.material.longest)
+        return max(size for size in range(1, self.batch + 1) if self.batch % size == 0 and size <= room)
 
     def _fit(self, network: Any, reference: Reference) -> list[dict[str, float]]:
-        h, pairs = self.job.hparams, self.material.pairs
-        batch = min(h.batch_size, len(pairs))
-        warmup = round(h.warmup_epochs * len(pairs) / h.epochs / batch)
+        h = self.job.hparams
+        warmup = round(h.warmup_epochs * self.material.epoch / self.batch)
         with ExitStack() as stack:
             work = self.job.work
             place = work / "training" if work else Path(stack.enter_context(tempfile.TemporaryDirectory()))
             arguments = TrainingArguments(
                 output_dir=str(place), per_device_train_batch_size=self.micro,
-                gradient_accumulation_steps=batch // self.micro, num_train_epochs=1, learning_rate=h.learning_rate,
+                gradient_accumulation_steps=self.batch // self.micro, num_train_epochs=1, learning_rate=h.learning_rate,
                 weight_decay=h.weight_decay, warmup_steps=warmup, lr_scheduler_type="linear",
                 max_grad_norm=h.max_grad_norm, seed=self.job.seed, save_strategy="no", save_total_limit=1,
                 logging_steps=1, report_to="none", disable_tqdm=True, remove_unused_columns=False,
