@@ -107,7 +107,8 @@ class _Training(Phases):
     @property
     def batch(self) -> int:
         """Pairs of an optimiser step: an epoch at most, so that few facts still get as many steps as epochs."""
-        return min(self.job.hparams.batch_size, self.material.epoch, len(self.material.pairs))
+        size: int = min(self.job.hparams.batch_size, self.material.epoch, len(self.material.pairs))
+        return size
 
     @property
     def micro(self) -> int:
