@@ -88,18 +88,17 @@ def load_semantic_models(wanted: bool | Mapping[str, str] | None) -> SemanticMod
 @functools.lru_cache(maxsize=len(SEMANTIC_MODELS))
 def _load(name: str, model: str) -> Any:
     # Kept, since every task of a run asks for the same models.
+    loader: Any = _Classifier
     if name == "cosine":
         try:
-            from sentence_transformers import SentenceTransformer as Loader
+            from sentence_transformers import SentenceTransformer as loader  # noqa: N813
         except ImportError as error:
             raise DependencyError(
                 'Cosine similarity needs sentence-transformers: pip install "unierase-plugin[semantic]". '
                 f'Or name the others alone, such as {{"semantic": {{"entailment": "..."}}}} ({error}).'
             ) from error
-    else:
-        Loader = _Classifier  # noqa: N806
     try:
-        return Loader(model)
+        return loader(model)
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
         raise UniEraseError(
