@@ -43,9 +43,16 @@ class AnswerForm:
     after: str
     encode: Callable[[str], list[int]]
     tokenize: Callable[[str], list[str]]
+    #: Special tokens, which some model types of lm-eval leave in generations and others do not.
+    specials: tuple[str, ...]
 
     def scored(self, answer: str) -> str:
         return f"{self.before}{answer}{self.after}"
+
+    def without_specials(self, generated: str) -> str:
+        for special in self.specials:
+            generated = generated.replace(special, "")
+        return generated
 
     def tokens(self, context: str, scored: str) -> int:
         """How many tokens `scored` adds to those of `context`; a token that spans both counts to the context."""
@@ -65,7 +72,8 @@ def answer_form(model: Any, tokenizer: Any, chat: bool, end_counts: bool = True)
         after = end_of_turn(tokenizer) if chat else ""
         end = tokenizer.eos_token or ""
         after += "" if after.endswith(end) else end
-    return AnswerForm("" if chat else " ", after, encode, tokenizer.tokenize)
+    specials = tuple(tokenizer.all_special_tokens)
+    return AnswerForm("" if chat else " ", after, encode, tokenizer.tokenize, specials)
 
 
 def end_of_turn(tokenizer: Any) -> str:

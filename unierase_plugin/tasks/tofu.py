@@ -157,6 +157,9 @@ class Scored(Facts):
 
     # --- metrics
 
+    def plain(self, generated: str) -> str:
+        return self.form.without_specials(super().plain(generated))
+
     def measure(self, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         return self.with_composites(doc, self.measure_answers(doc, results))
 
@@ -166,7 +169,7 @@ class Scored(Facts):
         score = dict(zip(_answers(doc), scores, strict=True))
         right = score[doc["answer"]]
         wrong = [score[answer].probability for answer in doc["perturbed_answer"]]
-        said = generated.replace(self.settings.unlearning_token, "")
+        said = self.form.without_specials(generated.replace(self.settings.unlearning_token, ""))
         measured = {
             **self.measure_text(doc, generated),
             "token_entropy": token_entropy(self.form.tokenize(said)),
