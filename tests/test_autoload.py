@@ -325,8 +325,6 @@ def test_the_real_lm_eval_finds_our_tasks_and_prefers_the_users(installed: Envir
     (tmp_path / "empty").mkdir()
     theirs = write(tmp_path / "theirs", {"mine.yaml": "task: tofu_forget\ndataset_path: none\n"})
     assert installed.output(REAL, tmp_path / "empty", theirs).split() == ["True", "True"]
-    off = installed.run("-c", REAL, str(tmp_path / "empty"), str(theirs), UNIERASE_AUTOLOAD="0")
-    assert off.stdout.split() == ["False", "True"]
 
 
 @pytest.mark.slow
