@@ -100,17 +100,33 @@ def test_the_condition_number_is_that_of_the_matrix() -> None:
     assert null.protecting(random(M, 3)).condition() == pytest.approx(wanted, rel=1e-9)
 
 
-@pytest.mark.parametrize("solver", ["ridge", "null_space"])
-def test_float32_inputs_are_solved_in_float64(solver: str) -> None:
+def test_ridge_solves_float32_inputs_in_float64() -> None:
     keys, residual, c = random(M, N).float(), random(D, N, seed=3).float(), moment().float()
-    made = Ridge.of(c) if solver == "ridge" else NullSpace.of(c, 0.3, 1.0)
-    wanted = (
-        reference.ridge(keys, residual, reference.lifted(c, made.jitter))
-        if isinstance(made, Ridge)
-        else reference.null_space(keys, residual, c, 0.3, 1.0)
-    )
+    made = Ridge.of(c)
     assert made.solve(keys, residual).down.dtype == torch.float64
-    close(made.solve(keys, residual).matrix(), wanted)
+    close(made.solve(keys, residual).matrix(), reference.ridge(keys, residual, reference.lifted(c, made.jitter)))
+
+
+@pytest.mark.parametrize("earlier", [None, 3], ids=["first", "later"])
+@pytest.mark.parametrize("rho", [10.0, 1e-6])
+def test_null_space_takes_float32_keys_in_float32_only_where_that_keeps_six_digits(
+    rho: float, earlier: int | None
+) -> None:
+    keys, residual = random(M, N).float(), random(D, N, seed=3)
+    past = None if earlier is None else random(M, earlier, seed=9)
+    made = NullSpace.of(moment(), 0.3, rho)
+    made = made if past is None else made.protecting(past)
+    got = made.solve(keys, residual)
+    assert got.down.dtype == torch.float64
+    close(got.matrix(), reference.null_space(keys, residual, moment(), 0.3, rho, past), 1e-6)
+    rounded = bool((got.down != made.solve(keys.double(), residual).down).any())
+    assert rounded == (rho == 10.0)
+
+
+def test_earlier_keys_that_spoil_the_condition_are_seen_as_well() -> None:
+    keys, residual = random(M, N).float(), random(D, N, seed=3)
+    made = NullSpace.of(moment(), 0.3, 10.0).protecting(1e3 * random(M, 3, seed=9))
+    assert torch.equal(made.solve(keys, residual).down, made.solve(keys.double(), residual).down)
 
 
 # --- what a low-rank update is ----------------------------------------------------------------------------------------

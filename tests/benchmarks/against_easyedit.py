@@ -58,6 +58,7 @@ from unierase_plugin.evaluation.generate import continue_greedily, pad_token_id
 from unierase_plugin.evaluation.metrics import answered
 from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.loading import load
+from unierase_plugin.locate_then_edit import products
 from unierase_plugin.locate_then_edit.edit import apply_edit, compute_edit, make_solver
 from unierase_plugin.locate_then_edit.keys import KeyStream
 from unierase_plugin.locate_then_edit.positions import PLAIN_FORM, Prompt, locate_in_text
@@ -434,7 +435,7 @@ def run_statistics(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_values(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
-    """EasyEdit's values are kept as it keeps them, with the seconds each took, so that a run can be continued."""
+    """Goes on where an earlier run stopped: EasyEdit's values are kept as it keeps them, with the seconds each took."""
     import numpy
 
     model, tokenizer = setup.load()
@@ -442,7 +443,7 @@ def run_values(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
     ours, theirs = Ours(setup, model, tokenizer, contexts), Theirs(setup, "null_space", model, tokenizer, contexts)
     folder = z_folder(setup)
     folder.mkdir(exist_ok=True)
-    result: dict[str, Any] = {"ours": {}, "theirs": {}}
+    result: dict[str, Any] = read(setup, "values") or {"ours": {}, "theirs": {}}
     facts = setup.facts(options.requests[0])
     check_positions(ours, theirs, facts)
     wanted = {}
@@ -452,12 +453,15 @@ def run_values(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
             (z, passes, probability), seconds = timed(f"EasyEdit's value {index}", lambda r=request: theirs.value(r))
             numpy.savez(path, v_star=z.numpy())
             note.write_text(json.dumps({**seconds, "passes": passes, "probability": probability}))
-        result["theirs"][index] = json.loads(note.read_text())
+        result["theirs"][str(index)] = json.loads(note.read_text())
+        keep(setup, "values", result)
         wanted[index] = torch.from_numpy(numpy.load(path)["v_star"])
     theirs.close()
     for n in options.requests:
+        if str(n) in result["ours"]:
+            continue
         values, seconds = timed(f"our values of {n}", lambda n=n: ours.values(setup.facts(n)))
-        result["ours"][n] = {
+        result["ours"][str(n)] = {
             **seconds, "steps": float(values.steps.float().mean()),
             "probability": float((-values.nll / len(ours.target)).exp().mean()),
         }  # fmt: skip
@@ -465,6 +469,7 @@ def run_values(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
             torch.save(values.states, setup.out / "values.pt")
             gaps = [relative(values.states[i], z) for i, z in wanted.items()]
             result["difference"] = statistics.mean(gaps) if gaps else None
+        keep(setup, "values", result)
     return result
 
 
@@ -593,11 +598,12 @@ def exact(
 
 
 def run_whole(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
-    result = json.loads(path.read_text()) if (path := setup.out / "whole.json").is_file() else {}
+    result = read(setup, "whole")
     for name in options.whole or [f"{side}-{kind}" for kind in EDITS for side in ("ours", "theirs")]:
         print(f"  {name}", flush=True)
         subprocess.run([sys.executable, __file__, *options.passed, "--one", name], check=True)
-        result[name] = json.loads((setup.out / f"one-{name}.json").read_text())
+        result[name] = read(setup, f"one-{name}")
+        keep(setup, "whole", result)
     return result
 
 
@@ -624,7 +630,7 @@ def run_one(setup: Setup, options: argparse.Namespace) -> None:
     result["quality"] = {**quality(setup, model, tokenizer, facts), "retain_before": before}
     if side == "theirs":
         engine.close()
-    (setup.out / f"one-{options.one}.json").write_text(json.dumps(result, indent=1))
+    keep(setup, f"one-{options.one}", result)
 
 
 def earlier_values(setup: Setup, work: Path, n: int) -> tuple[Path, Seconds]:
@@ -694,6 +700,10 @@ def run_slope(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
+
+
+def keep(setup: Setup, piece: str, result: dict[str, Any]) -> None:
+    (setup.out / f"{piece}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 def read(setup: Setup, piece: str) -> dict[str, Any]:
@@ -816,6 +826,7 @@ def arguments() -> argparse.Namespace:
     many = str(Path(tofu) / "forget10_subject.json") if tofu else ""
     parser.add_argument("--many", default=many, help="JSON lines with question and subject, for `slope`")
     parser.add_argument("--threads", type=int, default=2, help="of either side; one where the machine is shared")
+    parser.add_argument("--plain-products", action="store_true", help="ours too through torch's default library")
     parser.add_argument("--whole", nargs="*", help="edits of `whole`, such as ours-ridge theirs-null_space; all")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -837,6 +848,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     steps, tokens = (3, 2000) if options.quick else (20, 28000)
     setup = Setup(options.model, options.out, steps, tokens, options.many, options.threads)
+    if options.plain_products:
+        products._is_exact = lambda: False
     if options.one:
         run_one(setup, options)
         return
@@ -844,7 +857,7 @@ def main() -> None:
         print(piece, flush=True)
         result = globals()[f"run_{piece}"](setup, options)
         if result:
-            (setup.out / f"{piece}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+            keep(setup, piece, result)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from .positions import Prompt
+from .products import fast_products
 from .trace import TokenBatch, halves, pad, run_blocks, token_batches
 
 
@@ -60,6 +61,7 @@ class KeyStream:
         #: The block at which the next pass starts.
         self._at = 0
 
+    @fast_products()
     @torch.no_grad()
     def advance(self, layer: int) -> tuple[Tensor, Tensor]:
         """K (m, n) of `layer` and H (d, n) of the last edited block, both float32, with the weights as they are now."""

@@ -19,6 +19,9 @@ JITTERS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 #: Least to largest pivot of a factor that owes nothing to the rounding of float32 sums.
 SOUND = 1e-4
 
+#: Condition number up to which rounding in float32 stays near 1e-6 in the update.
+SINGLE_CONDITION = 100.0
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -77,13 +80,18 @@ class Ridge:
 
     def solve(self, keys: Tensor, residual: Tensor) -> LowRank:
         inside = keys.to(self.factor)
-        solved = _woodbury(lambda right: torch.cholesky_solve(right, self.factor), self.earlier, inside)
-        return _dual(inside, solved, residual)
+        return _dual(inside, _woodbury(self._inverse, self.earlier, inside), residual)
+
+    def _inverse(self, right: Tensor) -> Tensor:
+        """M^{-1} X by two triangular solves; `cholesky_solve` would first copy the factor, as long as either takes."""
+        half = torch.linalg.solve_triangular(self.factor, right, upper=False)
+        whole: Tensor = torch.linalg.solve_triangular(self.factor.T, half, upper=True)
+        return whole
 
     def condition(self) -> float:
         """Condition number of M, by power iteration: within a few per cent."""
         most = _largest(lambda v: self.factor @ (self.factor.T @ v), self.factor)
-        return most * _largest(lambda v: torch.cholesky_solve(v, self.factor), self.factor)
+        return most * _largest(self._inverse, self.factor)
 
     def error(self, keys: Tensor, update: LowRank) -> float:
         """How far an update is from solving its equations: |D (M + K_p K_p^T + K K^T) - K^T| / |K|, D = update.down."""
@@ -114,13 +122,19 @@ class Exact(Ridge):
 
 @dataclass(frozen=True)
 class NullSpace:
-    """AlphaEdit, equation 14, in the coordinates of the null space: A = U_0^T K, M = rho I + A_p A_p^T."""
+    """AlphaEdit, equation 14, in the coordinates of the null space: A = U_0^T K, M = rho I + A_p A_p^T.
+
+    Keys that come in float32 go into those coordinates and back in float32, which orthonormal columns do not make
+    worse, unless M + A A^T is so badly conditioned that it would; everything else is float64.
+    """
 
     #: (m, r) eigenvectors of C whose eigenvalues lie under the threshold, float64.
     basis: Tensor
     rho: float
     #: (r, p) keys of earlier edits in those coordinates; p may be 0.
     earlier: Tensor
+    #: The basis in float32.
+    single: Tensor
 
     @classmethod
     def of(cls, second_moment: Tensor, threshold: float, rho: float) -> NullSpace:
@@ -133,16 +147,29 @@ class NullSpace:
         if not bool(free.any()):
             raise EditError(f"No eigenvalue of C lies under {threshold} of its largest: raise nullspace_threshold.")
         basis = vectors[:, free]
-        return cls(basis, rho, basis.new_zeros(basis.shape[1], 0))
+        return cls(basis, rho, basis.new_zeros(basis.shape[1], 0), basis.float())
 
     def protecting(self, keys: Tensor) -> NullSpace:
         """The same, with keys (m, p) of earlier edits, which the next one is to leave alone."""
         return replace(self, earlier=torch.cat([self.earlier, self.basis.T @ keys.to(self.basis)], dim=1))
 
     def solve(self, keys: Tensor, residual: Tensor) -> LowRank:
-        inside = self.basis.T @ keys.to(self.basis)
-        reduced = _dual(inside, _woodbury(lambda right: right / self.rho, self.earlier, inside), residual)
+        if keys.dtype == torch.float32:
+            inside = (self.single.T @ keys.to(self.single)).double()
+            if self._sound(inside):
+                reduced = self._reduced(inside, residual)
+                return LowRank(reduced.up, (reduced.down.float() @ self.single.T).double())
+        reduced = self._reduced(self.basis.T @ keys.to(self.basis), residual)
         return LowRank(reduced.up, reduced.down @ self.basis.T)
+
+    def _reduced(self, inside: Tensor, residual: Tensor) -> LowRank:
+        """The update in the coordinates of the null space."""
+        return _dual(inside, _woodbury(lambda right: right / self.rho, self.earlier, inside), residual)
+
+    def _sound(self, inside: Tensor) -> bool:
+        """Whether rounding in float32 is harmless, by the condition number of M + A A^T, roughly."""
+        most = _largest(lambda v: inside @ (inside.T @ v) + self.earlier @ (self.earlier.T @ v), inside, steps=6)
+        return 1 + most / self.rho < SINGLE_CONDITION
 
     def condition(self) -> float:
         """Condition number of rho I + A_p A_p^T."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..architecture import Architecture
 from ..errors import EditError
+from .products import fast_products
 from .trace import halves, pad, run_blocks, token_batches
 
 #: k k^T is symmetric, so that of this many column panels only the parts from the diagonal on are computed: 58 % of all.
@@ -98,6 +99,7 @@ def _home(device: torch.device, needed: int) -> torch.device:
     return device if fits else torch.device("cpu")
 
 
+@fast_products()
 @torch.no_grad()
 def add_sequences(
     arch: Architecture,

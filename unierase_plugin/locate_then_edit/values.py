@@ -22,6 +22,7 @@ from ..errors import EditError
 from ..hparams import UniEraseHyperParams
 from .positions import Prompt
 from .prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
+from .products import fast_products
 from .trace import TokenBatch, halves, run_blocks
 
 
@@ -65,6 +66,7 @@ class Values:
     steps: Tensor
 
 
+@fast_products()
 def optimise_values(
     arch: Architecture,
     targets: Sequence[ValueTarget],
