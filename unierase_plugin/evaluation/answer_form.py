@@ -35,7 +35,7 @@ class Watched(str):
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """Turns answers into what is scored after a prompt, and counts its tokens as lm-eval does."""
+    """Turns answers into what is scored after a prompt, and reads its tokens as lm-eval does."""
 
     #: What stands between a prompt and an answer.
     before: str
@@ -53,10 +53,6 @@ class AnswerForm:
         for special in self.specials:
             generated = generated.replace(special, "")
         return generated
-
-    def tokens(self, context: str, scored: str) -> int:
-        """How many tokens `scored` adds to those of `context`; a token that spans both counts to the context."""
-        return len(self.encode(context + scored)) - len(self.encode(context))
 
 
 def answer_form(model: Any, tokenizer: Any, chat: bool, end_counts: bool = True) -> AnswerForm:

@@ -139,9 +139,13 @@ class Scored(Facts):
 
     def apply_filters(self) -> None:
         super().apply_filters()
+        # A document's answers share their context.
+        length = functools.cache(lambda context: len(self.form.encode(context)))
         for instance in self._instances:
             if instance.request_type == "loglikelihood":
-                tokens = self.form.tokens(*instance.args)
+                context, scored = instance.args
+                # As lm-eval splits them: a token that spans both belongs to the context.
+                tokens = len(self.form.encode(context + scored)) - length(context)
                 for name, answer in instance.filtered_resps.items():
                     instance.filtered_resps[name] = AnswerScore(
                         answer[0], answer[1], tokens, getattr(answer, "matches", None)
