@@ -64,10 +64,11 @@ def settings(given: argparse.Namespace, scratch: Path) -> Any:
     if given.method == "unierase":
         chosen = UniEraseHyperParams.from_hparams("smollm2-135m")
         return chosen.replace(model_name=model, prompt_forms=(given.form,), device="cpu", batch_size=size)
+    from pydoc_data.topics import topics
+
     import easyeditor
     from datasets import Dataset
     from easyeditor.models.rome import layer_stats
-    from pydoc_data.topics import topics
     from transformers import AutoConfig
 
     texts = [text for _, text in sorted(topics.items()) if len(text) <= LONGEST][:TEXTS]
