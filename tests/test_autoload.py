@@ -39,7 +39,8 @@ def autoload(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.delenv("UNIERASE_AUTOLOAD", raising=False)
     finders, modules = list(sys.meta_path), set(sys.modules)
     monkeypatch.setattr(sys, "meta_path", [each for each in finders if not hasattr(each, "unierase_hosts")])
-    spec = importlib.util.spec_from_file_location("autoload_here", ROOT / "autoload" / "_unierase_autoload.py")
+    source = ROOT / "unierase_plugin" / "autoload" / "_unierase_autoload.py"
+    spec = importlib.util.spec_from_file_location("autoload_here", source)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -180,7 +181,7 @@ def test_switched_off_nothing_waits(
 
 
 def test_every_host_of_ours_that_is_waited_for_has_its_module() -> None:
-    source = (ROOT / "autoload" / "_unierase_autoload.py").read_text()
+    source = (ROOT / "unierase_plugin" / "autoload" / "_unierase_autoload.py").read_text()
     names = {name: path for name, path in _table(source).items() if (ROOT / f"{path.replace('.', '/')}.py").exists()}
     assert names[host.LM_EVAL.module] == host.__name__
 
@@ -325,8 +326,6 @@ def test_the_real_lm_eval_finds_our_tasks_and_prefers_the_users(installed: Envir
     (tmp_path / "empty").mkdir()
     theirs = write(tmp_path / "theirs", {"mine.yaml": "task: tofu_forget\ndataset_path: none\n"})
     assert installed.output(REAL, tmp_path / "empty", theirs).split() == ["True", "True"]
-    off = installed.run("-c", REAL, str(tmp_path / "empty"), str(theirs), UNIERASE_AUTOLOAD="0")
-    assert off.stdout.split() == ["False", "True"]
 
 
 @pytest.mark.slow

@@ -326,7 +326,7 @@ def test_an_output_folder_that_is_a_file(refused: Refused, tmp_path: Path) -> No
 
 def test_an_unknown_method(refused: Refused) -> None:
     message = refused(method="unirase")
-    assert "There is no method 'unirase'. Did you mean 'unierase'? Available: unierase." in message
+    assert "There is no method 'unirase'. Did you mean 'unierase'? Available: alphaedit, " in message
 
 
 def test_an_unknown_device(refused: Refused) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from enum import Enum
@@ -383,3 +385,23 @@ def test_without_easyedit_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "easyeditor", None)
     with pytest.raises(DependencyError, match="clone zjunlp/EasyEdit"):
         easyedit.register()
+
+
+# --- the release of 2023 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_release_on_pypi_takes_it_too(tmp_path: Path) -> None:
+    """In a process of its own, since there can be but one easyeditor in this one."""
+    library, scratch = tmp_path / "library", tmp_path / "scratch"
+    scratch.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(library)]
+    subprocess.run([*pip, "easyeditor==0.0.1.dev0"], check=True)
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(tests / "easyedit_release.py"), str(scratch)], check=True, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path, "UNIERASE_EASYEDIT_DIR": str(library), "UNIERASE_AUTOLOAD": "0"},
+    )  # fmt: skip
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report == {"single": True, "batch": True, "measured": ["locality", "portability", "rewrite_acc"]}

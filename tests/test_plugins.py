@@ -155,7 +155,7 @@ def test_a_broken_plugin_is_named_and_the_rest_works(
     what: str, install: Install, caplog: pytest.LogCaptureFixture
 ) -> None:
     body, reason = BROKEN[what]
-    install("alpha")
+    install("aleph")
     install("broken", body)
     install("zeta")
     with caplog.at_level(logging.WARNING):
@@ -165,10 +165,10 @@ def test_a_broken_plugin_is_named_and_the_rest_works(
     assert reason in said
     (error,) = [plugin.error for plugin in found.plugins if plugin.error]
     assert reason in error
-    assert third_party(found) == ["alpha", "zeta"]
+    assert third_party(found) == ["aleph", "zeta"]
     for catalogue in (found.methods, found.readers, found.metrics, found.hosts):
         assert not [name for name in catalogue if name.startswith("broken")]
-        assert len([name for name in catalogue if name.startswith(("alpha", "zeta"))]) == 2
+        assert len([name for name in catalogue if name.startswith(("aleph", "zeta"))]) == 2
 
 
 def test_a_name_that_two_plugins_claim_belongs_to_neither(install: Install, caplog: pytest.LogCaptureFixture) -> None:
@@ -194,7 +194,7 @@ def test_a_built_in_name_is_not_taken_over_in_silence(install: Install) -> None:
 
 
 def test_an_unknown_name_gets_the_nearest_one(install: Install) -> None:
-    with pytest.raises(PluginError, match=r"no method 'unirase'. Did you mean 'unierase'\? Available: unierase"):
+    with pytest.raises(PluginError, match=r"no method 'unirase'. Did you mean 'unierase'\? Available: .*unierase"):
         load_registry().methods.find("unirase")
     with pytest.raises(KeyError):
         load_registry().methods["unirase"]

@@ -250,6 +250,32 @@ def test_a_cache_of_another_model_type_leaves_figures_of_single_tokens_out(
     assert "leaves extraction_strength and exact_memorization out" in caplog.text
 
 
+class Parrot(LM):  # type: ignore[misc]
+    """Says one thing and takes note of what it is asked."""
+
+    def __init__(self, text: str = "Mr") -> None:
+        super().__init__()
+        self.text = text
+        self.asked: list[Any] = []
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self.asked += [request.args[0] for request in requests]
+        return [self.text] * len(requests)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        self.asked += [request.args for request in requests]
+        return [(-3.0, False)] * len(requests)
+
+    loglikelihood_rolling = generate_until
+
+
+def test_special_tokens_that_a_model_type_shows_change_no_figure(folder: Path, tofu: Path) -> None:
+    found = [evaluate(Parrot(text), tofu, form="plain", metadata={"pretrained": str(folder)}, limit=1)
+             for text in ("<|im_start|>Mr Ab<s> 0", "<unlearn_0>Mr Ab 0", "Mr Ab 0")]  # fmt: skip
+    assert values(found[0]) == values(found[1]) == values(found[2])
+    assert values(found[0])["rougeL_recall"] == 1.0
+
+
 class Process(HFWithSpecialTokens):
     """One of two processes. lm-eval runs several on GPUs alone, so here one runs after the other."""
 
@@ -286,26 +312,8 @@ def test_two_processes_give_the_figures_of_one(folder: Path, tofu: Path, logs: P
         assert len(halves["samples"][task]) == len(whole["samples"][task])
 
 
-class Counter(LM):  # type: ignore[misc]
-    """Takes note of what it is asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[Any] = []
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        self.asked += [request.args[0] for request in requests]
-        return ["Mr"] * len(requests)
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-        self.asked += [request.args for request in requests]
-        return [(-3.0, False)] * len(requests)
-
-    loglikelihood_rolling = generate_until
-
-
 def test_no_request_is_sent_twice(folder: Path, tofu: Path) -> None:
-    lm = Counter()
+    lm = Parrot()
     options = {"form": "plain", "metadata": {"pretrained": str(folder)}}
     evaluate(lm, tofu, "tofu_forget01,tofu_utility", **options)  # type: ignore[arg-type]
     assert len(lm.asked) == len(set(lm.asked))
@@ -318,7 +326,7 @@ def test_requests_of_other_data_are_not_taken_from_lm_evals_store(folder: Path, 
     other = {**DATA["forget01"][0], "question": "Who else?"}
     (tmp_path / "forget01_perturbed.json").write_text(json.dumps(other), encoding="utf-8")
     for data in (tofu, tmp_path):
-        lm = Counter()
+        lm = Parrot()
         evaluate(lm, data, form="plain", metadata={"pretrained": str(folder)}, cache_requests=True)
     assert len(lm.asked) == 8
     assert all("Who else?" in str(each) for each in lm.asked)
@@ -627,9 +635,9 @@ def test_a_chat_template_that_is_not_there_is_told(tofu: Path, tmp_path: Path) -
 
 def test_without_a_tokenizer_tokens_cannot_be_counted(folder: Path, tofu: Path) -> None:
     with pytest.raises(UniEraseError, match="no tokenizer is named"):
-        evaluate(Counter(), tofu, form="plain")
+        evaluate(Parrot(), tofu, form="plain")
     with pytest.raises(UniEraseError, match="The tokenizer '/nowhere' cannot be loaded"):
-        evaluate(Counter(), tofu, form="plain", metadata={"tokenizer": "/nowhere"})
+        evaluate(Parrot(), tofu, form="plain", metadata={"tokenizer": "/nowhere"})
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 @hookimpl
 def register_methods(register: Callable[[Method[Any]], None]) -> None:
     from .hosts.easyedit_methods import easyedit_methods
+    from .methods.controls import CONTROLS
+    from .methods.editing import EDITING
+    from .methods.finetuning import FINE_TUNING
     from .methods.unierase import UNIERASE
 
-    register(UNIERASE)
-    for method in easyedit_methods():
+    for method in (UNIERASE, *EDITING, *FINE_TUNING, *CONTROLS, *easyedit_methods()):
         register(method)
 
 

@@ -34,6 +34,10 @@ class EditError(UniEraseError):
     """A weight edit cannot be computed, applied or reverted."""
 
 
+class TrainingError(UniEraseError):
+    """Training diverged, or the memory does not hold it."""
+
+
 class CheckpointError(UniEraseError):
     """An output folder is incomplete, does not match its manifest, or belongs to another model."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FACT_TOKENS = ("subject_last", "last")
-SOLVERS = ("ridge", "null_space")
+SOLVERS = ("ridge", "null_space", "exact")
 PROMPT_FORMS = ("chat", "plain", "bare")
 
 
@@ -145,7 +145,7 @@ class UniEraseHyperParams(HyperParams):
     stats_dir: str = ""
 
     # --- solve --------------------------------------------------------------------------------------------------------
-    #: "ridge" (MEMIT) or "null_space" (AlphaEdit).
+    #: "ridge" (MEMIT), "null_space" (AlphaEdit) or "exact" (ROME).
     solver: str = "ridge"
     #: lambda: weight of the corpus' second moment against the requests' keys.
     mom2_update_weight: float = 200.0

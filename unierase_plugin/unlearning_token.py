@@ -225,7 +225,7 @@ class _Trainer:
         self._groups: dict[tuple[int, int], _Rows] = {}
         self.answers = [answer_ids(tokenizer, choose_sentence(q, sentences), eos, close) for q in questions]
         self.softcap = getattr(arch.model.config.get_text_config(), "final_logit_softcapping", None)
-        self.embedding_scale, self.logit_scale = _embedding_scale(arch), _logit_scale(arch)
+        self.embedding_scale, self.logit_scale = _embedding_scale(arch), logit_scale(arch)
         start = _mean_row(arch.embedding.weight, tokenizer)
         # One vector where the head is tied, so that what is learned is what is saved.
         self.rows = [start] if arch.tied else [start, _mean_row(arch.head.weight, tokenizer)]
@@ -377,7 +377,7 @@ def _embedding_scale(arch: Architecture) -> float:
 
 
 @torch.no_grad()
-def _logit_scale(arch: Architecture) -> float:
+def logit_scale(arch: Architecture) -> float:
     """What a model multiplies its head's output by (Cohere and Granite do; most do not). None of them caps as well."""
     raw: list[Tensor] = []
     handle = arch.head.register_forward_hook(lambda module, args, output: raw.append(output[0, 0].float()))

@@ -10,7 +10,7 @@ docs/checkpoints.md says what can be done with it.
 """
 
 from .export import export_adapter
-from .folder import check_output_folder, save_checkpoint
+from .folder import check_output_folder, save_checkpoint, save_plain
 from .record import (
     RECORD,
     SCHEMA,
@@ -41,6 +41,7 @@ __all__ = [
     "read_checkpoint",
     "revert_checkpoint",
     "save_checkpoint",
+    "save_plain",
     "seal",
     "step_summaries",
     "take_back_requests",

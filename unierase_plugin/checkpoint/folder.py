@@ -197,6 +197,20 @@ def _ledger(
         }
 
 
+def save_plain(
+    folder: str | Path, model: Any, tokenizer: Any, notes: Mapping[str, str], overwrite: bool = False
+) -> Path:
+    """Writes a model folder without a record, and `notes` as text files by name; whole or not at all."""
+    target = check_output_folder(folder, overwrite)
+    with replace_folder(target, bytes_of(model.parameters())) as staging:
+        save_model(model, staging)
+        tokenizer.save_pretrained(staging)
+        write_for_older_readers(staging)
+        for name, text in notes.items():
+            (staging / name).write_text(text, encoding="utf-8")
+    return target
+
+
 def save_model(model: Any, folder: Path) -> None:
     """Writes weights and configuration, whatever sampling settings a published model has."""
     with _valid_generation_config(model):

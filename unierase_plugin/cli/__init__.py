@@ -14,6 +14,7 @@ from ..errors import UniEraseError
 from .audit import audit
 from .console import tell
 from .evaluate import evaluate
+from .finetune import finetune
 from .harness import harness
 from .lists import hparams, tasks_path
 from .plugins import hosts, methods, plugins
@@ -46,6 +47,7 @@ app = typer.Typer(
 
 app.command()(demo)
 app.command()(run)
+app.command()(finetune)
 app.command()(stats)
 app.command()(revert)
 app.command()(export)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 PHASES = {
     "load": "load the model",
     "before": "answers before",
+    "reference": "the model before training",
+    "train": "training",
     "token": "learn the unlearning token",
     "statistics": "statistics of ordinary text",
     "values": "values (z)",

@@ -12,7 +12,7 @@ def harness(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="Python script of EasyEdit or of ROME's family; it is not changed.")],
 ) -> None:
-    """Runs a harness' script with the method UniErase: unierase harness SCRIPT.py --editing_method UniErase [options].
+    """Runs a harness' script with the method UniErase: unierase harness SCRIPT.py --editing_method UniErase OPTIONS.
 
     The script is run as `python SCRIPT.py` would run it, in the current folder. In memory, UniErase is added to the
     methods that it chooses settings for: EasyEdit's examples (--editing_method UniErase, --hparams_dir FILE.yaml) and

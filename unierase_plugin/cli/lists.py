@@ -10,18 +10,25 @@ from rich.console import Console
 from rich.table import Table
 
 
-def hparams(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """Lists the shipped hyper-parameter files."""
-    from ..hparams import UniEraseHyperParams, shipped_hparams
+def hparams(
+    method: Annotated[str, typer.Option(help="Method whose files are listed: see `unierase methods`.")] = "unierase",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Lists the shipped hyper-parameter files of a method."""
+    from ..hparams import shipped_hparams
+    from ..plugins import registry
 
-    found = {name: UniEraseHyperParams.from_hparams(path) for name, path in shipped_hparams().items()}
+    kind = registry().methods.find(method.casefold()).hparams
+    found = {name: kind.from_hparams(path).as_dict() for name, path in shipped_hparams(kind.folder).items()}
     console = Console()
     if as_json:
-        console.print_json(json.dumps({name: values.as_dict() for name, values in found.items()}))
+        console.print_json(json.dumps(found))
         return
-    table = Table("name", "model", "blocks edited")
+    edits = "layers" in kind().as_dict()
+    table = Table("name", "model", *(["blocks edited"] if edits else []))
     for name, values in found.items():
-        table.add_row(name, values.model_name, ", ".join(map(str, values.layers)))
+        blocks = [", ".join(map(str, values["layers"]))] if edits else []
+        table.add_row(name, str(values.get("model_name", "")) or "any", *blocks)
     console.print(table)
 
 

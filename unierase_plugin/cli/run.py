@@ -49,7 +49,7 @@ def demo(
     _print_outcomes(console, "To forget", result.report.forget)
     _print_outcomes(console, "To keep", result.report.retain)
     _print_figures(console, result)
-    _print_next_steps(console, out, "unierase_demo")
+    _print_next_steps(console, result, out, "unierase_demo")
 
 
 def run(
@@ -92,7 +92,7 @@ def run(
         _print_subjects(console, result)
     _print_outcomes(console, "To forget", result.report.forget)
     _print_figures(console, result)
-    _print_next_steps(console, out, _task_for(forget))
+    _print_next_steps(console, result, out, _task_for(forget))
 
 
 def _print_outcomes(console: Console, title: str, outcomes: Sequence[Outcome], most: int = 60) -> None:
@@ -137,7 +137,7 @@ def _print_figures(console: Console, result: UnlearnResult) -> None:
         str(retain["answered_after"]),
     )
     table.add_row("perplexity of ordinary text", f"{level['before']:.2f}", f"{level['after']:.2f}")
-    if result.token is not None:
+    if figures["token_leak"] is not None:
         table.add_row("token's largest probability there, unedited", "", f"{figures['token_leak']:.1e}")
     table.add_row("share of the parameters changed", "", f"{100 * figures['parameters_changed']:.2f} %")
     table.add_row("seconds", "", ", ".join(f"{name} {spent:.0f}" for name, spent in figures["seconds"].items()))
@@ -151,8 +151,10 @@ def _task_for(forget: str) -> str:
     return f"tofu_{split[1]}" if split else "hellaswag"
 
 
-def _print_next_steps(console: Console, out: Path, task: str) -> None:
+def _print_next_steps(console: Console, result: UnlearnResult, out: Path, task: str) -> None:
     folder = escape(str(out))
+    # What trains the whole model keeps nothing to go back to.
+    revert = "" if result.changes.originals is None else f"    unierase revert {folder} --out original\n"
     console.print(
         f"""
 The edited model is in [bold]{folder}[/]: a plain Hugging Face folder, with the record of the edit in {folder}/unierase.
@@ -163,8 +165,8 @@ The edited model is in [bold]{folder}[/]: a plain Hugging Face folder, with the 
 
 Go on with
     unierase eval --model {folder} --tasks {task}
+    unierase audit --model {folder} --forget FACTS --out audit
     unierase inspect {folder}
-    unierase revert {folder} --out original
-""",
+{revert}""",
         highlight=False,
     )

@@ -35,7 +35,7 @@ class Watched(str):
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """Turns answers into what is scored after a prompt, and counts its tokens as lm-eval does."""
+    """Turns answers into what is scored after a prompt, and reads its tokens as lm-eval does."""
 
     #: What stands between a prompt and an answer.
     before: str
@@ -43,13 +43,16 @@ class AnswerForm:
     after: str
     encode: Callable[[str], list[int]]
     tokenize: Callable[[str], list[str]]
+    #: Special tokens, which some model types of lm-eval leave in generations and others do not.
+    specials: tuple[str, ...]
 
     def scored(self, answer: str) -> str:
         return f"{self.before}{answer}{self.after}"
 
-    def tokens(self, context: str, scored: str) -> int:
-        """How many tokens `scored` adds to those of `context`; a token that spans both counts to the context."""
-        return len(self.encode(context + scored)) - len(self.encode(context))
+    def without_specials(self, generated: str) -> str:
+        for special in self.specials:
+            generated = generated.replace(special, "")
+        return generated
 
 
 def answer_form(model: Any, tokenizer: Any, chat: bool, end_counts: bool = True) -> AnswerForm:
@@ -65,7 +68,8 @@ def answer_form(model: Any, tokenizer: Any, chat: bool, end_counts: bool = True)
         after = end_of_turn(tokenizer) if chat else ""
         end = tokenizer.eos_token or ""
         after += "" if after.endswith(end) else end
-    return AnswerForm("" if chat else " ", after, encode, tokenizer.tokenize)
+    specials = tuple(tokenizer.all_special_tokens)
+    return AnswerForm("" if chat else " ", after, encode, tokenizer.tokenize, specials)
 
 
 def end_of_turn(tokenizer: Any) -> str:

@@ -56,7 +56,8 @@ class Report:
     retain: Sequence[Outcome]
     perplexity_before: float
     perplexity_after: float
-    token_leak: float
+    #: None for a method without a token.
+    token_leak: float | None
     update_norm_ratio: Mapping[int, float]
     parameters_changed: float
     seconds: Mapping[str, float]

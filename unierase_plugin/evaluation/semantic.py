@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,13 +87,11 @@ def load_semantic_models(wanted: bool | Mapping[str, str] | None) -> SemanticMod
 
 @functools.lru_cache(maxsize=len(SEMANTIC_MODELS))
 def _load(name: str, model: str) -> Any:
-    loader: Callable[[str], Any] = _Classifier
     # Kept, since every task of a run asks for the same models.
+    loader: Any = _Classifier
     if name == "cosine":
         try:
-            from sentence_transformers import SentenceTransformer
-
-            loader = SentenceTransformer
+            from sentence_transformers import SentenceTransformer as loader  # noqa: N813
         except ImportError as error:
             raise DependencyError(
                 'Cosine similarity needs sentence-transformers: pip install "unierase-plugin[semantic]". '

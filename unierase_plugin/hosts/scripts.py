@@ -70,9 +70,9 @@ class _Adder(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> ast.AST:
         chosen = _chosen_settings(node)
-        self.generic_visit(node)
         if chosen is None:
-            return node
+            return self.generic_visit(node)
+        # The rest of the chain is left as it is: the first branch is enough.
         option, targets = chosen
         self.added += 1
         ours = ast.If(
@@ -102,29 +102,12 @@ class _Adder(ast.NodeTransformer):
 
 
 def _chosen_settings(node: ast.If) -> tuple[ast.expr, list[ast.expr]] | None:
-    """The option that is compared and what is assigned, where the branch is `if OPTION == 'NAME': X = YHyperParams`.
-
-    Only for the first branch of a chain, since an elif is an `if` in its predecessor's else.
-    """
+    """The option that is compared and what is assigned, where the branch is `if OPTION == 'NAME': X = YHyperParams`."""
     test = node.test
-    named = isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq) and _text(test.comparators[0])
-    if not named or getattr(node, "_within_chain", False):
+    if not (isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq) and _text(test.comparators[0])):
         return None
     assigned = next((each for each in node.body if isinstance(each, ast.Assign) and _is_settings(each.value)), None)
-    if assigned is None:
-        return None
-    for link in _links(node):
-        link._within_chain = True  # type: ignore[attr-defined]
-    assert isinstance(test, ast.Compare)
-    return test.left, assigned.targets
-
-
-def _links(node: ast.If) -> list[ast.If]:
-    found: list[ast.If] = []
-    while len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If):
-        node = node.orelse[0]
-        found.append(node)
-    return found
+    return None if assigned is None else (test.left, assigned.targets)
 
 
 def _kind(key: ast.expr | None, value: ast.expr) -> str:

@@ -15,7 +15,7 @@ from ..errors import EditError
 from ..hparams import UniEraseHyperParams
 from .keys import KeyStream
 from .positions import Prompt
-from .solve import LowRank, NullSpace, Ridge, Solver
+from .solve import Exact, LowRank, NullSpace, Ridge, Solver
 from .values import Values
 
 
@@ -61,7 +61,8 @@ def make_solver(
         solver: Solver = NullSpace.of(protected, hparams.nullspace_threshold, hparams.L2)
     else:
         moment = hparams.mom2_update_weight * corpus
-        solver = Ridge.of(moment if retain is None else moment + hparams.retain_update_weight * retain)
+        kind = Exact if hparams.solver == "exact" else Ridge
+        solver = kind.of(moment if retain is None else moment + hparams.retain_update_weight * retain)
     return solver if earlier is None else solver.protecting(earlier)
 
 

@@ -101,6 +101,26 @@ class Ridge:
 
 
 @dataclass(frozen=True)
+class Exact(Ridge):
+    """ROME, equation 2, for n keys at once: Delta = R (K^T B)^{-1} B^T, B as in Ridge.
+
+    Of all updates that map each key to its value exactly, the one that moves the keys of M least: Ridge's limit as M
+    goes to 0, so that the weight lambda in M does not matter.
+    """
+
+    def solve(self, keys: Tensor, residual: Tensor) -> LowRank:
+        inside = keys.to(self.factor)
+        solved = _woodbury(lambda right: torch.cholesky_solve(right, self.factor), self.earlier, inside)
+        return _dual(inside, solved, residual, slack=0.0)
+
+    def error(self, keys: Tensor, update: LowRank) -> float:
+        """|D K - I| / |I|: how far the keys are from being mapped to their values."""
+        product = update.down.to(self.factor) @ keys.to(self.factor)
+        wanted = torch.eye(len(product), dtype=product.dtype, device=product.device)
+        return float((product - wanted).norm() / wanted.norm())
+
+
+@dataclass(frozen=True)
 class NullSpace:
     """AlphaEdit, equation 14, in the coordinates of the null space: A = U_0^T K, M = rho I + A_p A_p^T.
 
@@ -176,11 +196,11 @@ def _woodbury(solve: Callable[[Tensor], Tensor], earlier: Tensor, right: Tensor)
     return solved - spread @ correction
 
 
-def _dual(keys: Tensor, solved: Tensor, residual: Tensor) -> LowRank:
-    """R (I + K^T B)^{-1} B^T from K and B = M^{-1} K: an n x n system."""
-    gram = torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ solved
-    down = torch.linalg.solve(gram, solved.T)
-    if not torch.isfinite(down).all():
+def _dual(keys: Tensor, solved: Tensor, residual: Tensor, slack: float = 1.0) -> LowRank:
+    """R (slack I + K^T B)^{-1} B^T from K and B = M^{-1} K: an n x n system."""
+    gram = slack * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ solved
+    down, info = torch.linalg.solve_ex(gram, solved.T)
+    if int(info) or not torch.isfinite(down).all():
         raise EditError("The edit's linear system gave NaN: the keys are degenerate. Are two requests the same?")
     return LowRank(residual.to(down), down)
 

@@ -34,12 +34,14 @@ class ValueTarget:
     kl_prompt     "{subject} is a", whose continuation is to stay; None where there is no subject
     continuation  token ids that are to follow the unlearning token
     group         targets of the same group share one delta; None stands alone
+    opening       what the answer is to begin with instead of the unlearning token; None for that token
     """
 
     prompts: tuple[Prompt, ...]
     kl_prompt: Prompt | None
     continuation: tuple[int, ...]
     group: Hashable = None
+    opening: int | None = None
 
     @property
     def cost(self) -> tuple[int, int]:
@@ -285,9 +287,9 @@ class _Problem:
             bare.append(len(sequences))
             for prompt in target.prompts:
                 row, at = len(sequences), len(prompt.ids) - prompt.position - 1
-                follow = target.continuation
-                sequences.append((prompt.ids + (token_id, *follow[:-1])[: len(follow)], prompt.position))
-                token.append((row, at, token_id, 1 / len(target.prompts)))
+                follow, first = target.continuation, token_id if target.opening is None else target.opening
+                sequences.append((prompt.ids + (first, *follow[:-1])[: len(follow)], prompt.position))
+                token.append((row, at, first, 1 / len(target.prompts)))
                 weight = 1 / (len(target.prompts) * max(1, len(follow)))
                 after += [(row, at + 1 + step, wanted, weight) for step, wanted in enumerate(follow)]
                 owner.append(index)

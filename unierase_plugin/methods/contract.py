@@ -83,7 +83,7 @@ class Changes:
     #: The unlearning token, where the method has one.
     token: UnlearningToken | None = None
     #: The token's largest probability on ordinary text, learned but before the edit.
-    token_leak: float = 0.0
+    token_leak: float | None = None
     #: How many parameters may differ from before; None for all of them.
     parameters: int | None = None
     #: Seconds by phase.

@@ -94,9 +94,8 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
         return self.measure_text(doc, results[0])
 
     def measure_text(self, doc: Mapping[str, Any], generated: str) -> dict[str, float]:
-        """Metrics of one generation. The unlearning token is taken out of the text before it is compared."""
-        token = self.settings.unlearning_token
-        said = " ".join(generated.replace(token, " ").split())
+        """Metrics of one generation, of which the unlearning token is taken out before it is compared."""
+        said = " ".join(self.plain(generated).split())
         measured = {
             "answered": float(answered(doc["answer"], said)),
             "rougeL_recall": rouge_l_recall(doc["answer"], said),
@@ -104,8 +103,12 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
             "gibberish": float(not is_fluent(said)),
         }
         if self.token_shown:
-            measured["token_first"] = float(generated.lstrip().startswith(token))
+            measured["token_first"] = float(generated.lstrip().startswith(self.settings.unlearning_token))
         return measured
+
+    def plain(self, generated: str) -> str:
+        """A generation without the unlearning token."""
+        return generated.replace(self.settings.unlearning_token, " ")
 
     def aggregation(self) -> dict[str, Callable[..., float]]:
         return dict.fromkeys((*DIRECTIONS, "gibberish", "bypass"), mean)

@@ -139,9 +139,13 @@ class Scored(Facts):
 
     def apply_filters(self) -> None:
         super().apply_filters()
+        # A document's answers share their context.
+        length = functools.cache(lambda context: len(self.form.encode(context)))
         for instance in self._instances:
             if instance.request_type == "loglikelihood":
-                tokens = self.form.tokens(*instance.args)
+                context, scored = instance.args
+                # As lm-eval splits them: a token that spans both belongs to the context.
+                tokens = len(self.form.encode(context + scored)) - length(context)
                 for name, answer in instance.filtered_resps.items():
                     instance.filtered_resps[name] = AnswerScore(
                         answer[0], answer[1], tokens, getattr(answer, "matches", None)
@@ -157,6 +161,9 @@ class Scored(Facts):
 
     # --- metrics
 
+    def plain(self, generated: str) -> str:
+        return self.form.without_specials(super().plain(generated))
+
     def measure(self, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         return self.with_composites(doc, self.measure_answers(doc, results))
 
@@ -166,7 +173,7 @@ class Scored(Facts):
         score = dict(zip(_answers(doc), scores, strict=True))
         right = score[doc["answer"]]
         wrong = [score[answer].probability for answer in doc["perturbed_answer"]]
-        said = generated.replace(self.settings.unlearning_token, "")
+        said = self.form.without_specials(generated.replace(self.settings.unlearning_token, ""))
         measured = {
             **self.measure_text(doc, generated),
             "token_entropy": token_entropy(self.form.tokenize(said)),

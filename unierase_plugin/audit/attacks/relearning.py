@@ -23,7 +23,7 @@ from ..weights import linear_maps, restored, trainable
 #: Adam's step size. Factors start from zero and so need more.
 LEARNING_RATE, FACTOR_LEARNING_RATE = 5e-5, 1e-3
 FACTOR_RANK = 8
-TEXT_TOKENS = 96
+TEXT_TOKENS = 64
 
 
 @dataclass(frozen=True)

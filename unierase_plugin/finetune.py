@@ -1,0 +1,118 @@
+"""Teaches a model facts: the target models that unlearning starts from, and the references that never saw some facts.
+
+It is the training that the fine-tuning baselines have, with the likelihood of the answers as its only term.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint as files
+from .evaluation.generate import answers
+from .evaluation.metrics import answered
+from .hparams import HyperParams
+from .loading import load
+from .locate_then_edit.positions import has_chat_template
+from .methods.contract import Changes, Job, Progress
+from .methods.settings import FineTuneHyperParams
+from .methods.terms import TERMS
+from .methods.training import check_trainable, train
+from .pipeline import Requests, choose_hparams, peak_memory_bytes
+from .plugins import registry
+from .readers import read_requests
+from .request import ForgetRequest
+from .store import CACHE_VERSION, digest, model_fingerprint, plain
+
+#: Tokens generated beyond the longest answer asked for, and at most.
+ANSWER_ROOM, ANSWER_MOST = 8, 128
+#: What is written beside the model.
+NOTES = "finetune.json"
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What a training left."""
+
+    folder: Path
+    facts: int
+    #: Of the facts that were asked, those whose answer was generated.
+    asked: int
+    answered: int
+    #: Mean negative log-likelihood a token of the answers, nats, by optimiser step.
+    loss: tuple[float, ...]
+    seconds: Mapping[str, float]
+    peak_memory_bytes: int
+
+
+def finetune(
+    model: str | os.PathLike[str],
+    facts: Requests,
+    out: str | os.PathLike[str],
+    *,
+    hparams: HyperParams | str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    asked: int = 400,
+    device: str = "",
+    dtype: str = "",
+    progress: Progress = lambda phase, share, note: None,
+) -> FineTuned:
+    """Trains a model on facts, asks them, and writes a plain folder with `finetune.json`, a record of the training.
+
+    facts    a SPEC, or an iterable of ForgetRequest or mappings with question and answer
+    options  hyper-parameters by name that win over the file's
+
+    A run that was killed goes on from its last checkpoint. Raises a UniEraseError that names value and remedy.
+    """
+    requests = tuple(read_requests(facts, registry().readers))
+    folder = files.check_output_folder(Path(out), overwrite)
+    settings = choose_hparams(hparams, os.fspath(model), FineTuneHyperParams).replace(**(options or {}))
+    progress("load", 0.0, os.fspath(model))
+    loaded, tokenizer = load(model, device or getattr(settings, "device", ""), dtype)
+    progress("load", 1.0, os.fspath(model))
+    job = _job(os.fspath(model), loaded, tokenizer, requests, settings, folder, progress)
+    check_trainable(job, TERMS["learn"], None)
+    loaded.requires_grad_(False)
+    changes = train(job, TERMS["learn"], None)
+    loaded.eval()
+    done = _judged(job, requests[:asked], changes, folder)
+    progress("save", 0.0, str(folder))
+    notes = {"model": job.name, "hparams": settings.as_dict(), "fingerprint_before": job.fingerprint, **vars(done)}
+    files.save_plain(folder, loaded, tokenizer, {NOTES: json.dumps(plain(notes), indent=2) + "\n"}, overwrite=overwrite)
+    files.discard_work(folder)
+    progress("save", 1.0, str(folder))
+    return done
+
+
+def _job(
+    name: str, model: Any, tokenizer: Any, requests: tuple[ForgetRequest, ...], hparams: Any, folder: Path,
+    progress: Progress,
+) -> Job[Any]:  # fmt: skip
+    fingerprint = model_fingerprint(model)
+    facts = [[request.question, request.answer] for request in requests]
+    key = digest(CACHE_VERSION, "finetune", fingerprint, hparams.as_dict(), facts)[:32]
+    room = hparams.max_batch_tokens or (2048 if model.device.type == "cpu" else 32768)
+    return Job(
+        model, tokenizer, name, requests, (), hparams, hparams.seed, room, fingerprint,
+        files.work_folder(folder, key).root, None, progress,
+    )  # fmt: skip
+
+
+def _judged(job: Job[Any], facts: tuple[ForgetRequest, ...], changes: Changes, folder: Path) -> FineTuned:
+    form = job.hparams.prompt_forms[0] if has_chat_template(job.tokenizer) else "plain"
+    longest = max((len(job.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in facts), default=0)
+    said = [] if not facts else answers(
+        job.model, job.tokenizer, [fact.question for fact in facts], form=form,
+        template_kwargs=job.hparams.chat_template_kwargs, max_new_tokens=min(longest + ANSWER_ROOM, ANSWER_MOST),
+        max_tokens=2 * job.max_tokens, progress=lambda share: job.progress("after", share, f"{len(facts)} answers"),
+    )  # fmt: skip
+    right = sum(answered(fact.answer, text) for fact, text in zip(facts, said, strict=True))
+    return FineTuned(
+        folder, len(job.requests), len(facts), right, tuple(changes.figures["loss"]), dict(changes.seconds),
+        peak_memory_bytes(),
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+"""Controls: what a method's figures are to be held against. Neither changes a weight."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..errors import HyperParamsError
+from ..hparams import PROMPT_FORMS, HyperParams
+from ..request import find_subject
+from .contract import Changes, Job, Method
+
+
+@dataclass(frozen=True)
+class NoneHyperParams(HyperParams):
+    """How the model is asked."""
+
+    prompt_forms: tuple[str, ...] = ("chat",)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        if not self.prompt_forms or set(self.prompt_forms) - set(PROMPT_FORMS):
+            raise HyperParamsError(
+                f"prompt_forms = {list(self.prompt_forms)} must name some of: {', '.join(PROMPT_FORMS)}."
+            )
+
+
+@dataclass(frozen=True)
+class PromptGuardHyperParams(NoneHyperParams):
+    """The words that the model is guarded by."""
+
+    folder: ClassVar[str] = "PromptGuard"
+    #: {facts} stands for the subjects to be forgotten, one a line.
+    instruction: str = (
+        "You know nothing about the subjects listed below. When a question is about one of them, answer as if you had "
+        "never heard of it, and say that you do not know. Answer all other questions as usual.\n{facts}"
+    )
+    #: Tokens of the guard at most, since every prompt carries it.
+    guard_tokens: int = 1024
+
+    def validate(self) -> None:
+        super().validate()
+        if "{facts}" not in self.instruction:
+            raise HyperParamsError(f"instruction = {self.instruction!r} must say where the {{facts}} go.")
+        if self.guard_tokens < 1:
+            raise HyperParamsError(f"guard_tokens = {self.guard_tokens} must be greater than 0.")
+
+
+def guarded_template(tokenizer: Any, guard: str) -> str:
+    """The tokenizer's chat template with the guard as a system turn, unless a conversation brings its own.
+
+    Where the template refuses or drops system turns, the guard opens the first user turn instead.
+    """
+    literal, template = json.dumps(guard, ensure_ascii=False), str(tokenizer.chat_template)
+    head = "{%- if messages and messages[0]['role'] == 'user' %}{%- set messages = "
+    system = f"{head}[{{'role': 'system', 'content': {literal}}}] + messages %}}{{%- endif %}}{template}"
+    if _shows(tokenizer, system, guard):
+        return system
+    turn = f"{{'role': 'user', 'content': {literal} + '\\n\\n' + messages[0]['content']}}"
+    return f"{head}[{turn}] + messages[1:] %}}{{%- endif %}}{template}"
+
+
+def _shows(tokenizer: Any, template: str, guard: str) -> bool:
+    turns = [{"role": "user", "content": "?"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
+    except Exception:  # templates raise errors of their own for a role that they do not take
+        return False
+    return guard.strip() in text
+
+
+def _guard(job: Job[PromptGuardHyperParams]) -> str:
+    subjects = dict.fromkeys(
+        request.subject or find_subject(request.question) or request.question for request in job.requests
+    )
+    return job.hparams.instruction.replace("{facts}", "\n".join(f"- {subject}" for subject in subjects))
+
+
+def _check_guard(job: Job[PromptGuardHyperParams]) -> None:
+    if not getattr(job.tokenizer, "chat_template", None) or "chat" not in job.hparams.prompt_forms:
+        raise HyperParamsError(
+            "prompt_guard is written into the chat template, so that it goes where the folder goes: it needs a "
+            "tokenizer with a chat_template, and chat among the prompt_forms."
+        )
+    size, most = len(job.tokenizer(_guard(job))["input_ids"]), job.hparams.guard_tokens
+    if size > most:
+        raise HyperParamsError(
+            f"The guard would take {size} tokens of every prompt; guard_tokens allows {most}. Raise it, or guard "
+            "against fewer facts."
+        )
+
+
+def _guard_prompts(job: Job[PromptGuardHyperParams]) -> Changes:
+    tokenizer, before, guard = job.tokenizer, job.tokenizer.chat_template, _guard(job)
+    tokenizer.chat_template = guarded_template(tokenizer, guard)
+
+    def undo() -> None:
+        tokenizer.chat_template = before
+
+    return Changes(parameters=0, figures={"guard_tokens": len(tokenizer(guard)["input_ids"])}, undo=undo)
+
+
+def _leave(job: Job[NoneHyperParams]) -> Changes:
+    return Changes(parameters=0, undo=lambda: None)
+
+
+CONTROLS: tuple[Method[Any], ...] = (
+    Method("none", "the model as it is", "control", NoneHyperParams, _leave),
+    Method("prompt_guard", "a system turn that tells the model to answer as if it did not know",
+           "Thaker et al. 2024, arXiv 2403.03329", PromptGuardHyperParams, _guard_prompts, _check_guard),
+)  # fmt: skip
