@@ -88,6 +88,8 @@ def measure(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     forget, retain = facts["forget"][: given.facts], facts["retain"]
     questions = [fact["question"] for fact in forget]
     editor = BaseEditor.from_hparams(settings(given, scratch))
+    form = given.form if given.method == "unierase" else "bare"
+    before = generated(editor.model, editor.tok, retain, form)
     torch.manual_seed(0)
     start = time.perf_counter()
     metrics, model, _ = (editor.edit if given.sequential else editor.batch_edit)(
@@ -100,13 +102,13 @@ def measure(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         }},
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    form = given.form if given.method == "unierase" else "bare"
     return {
         "method": given.method, "form": form, "facts": len(forget), "sequential": given.sequential,
         "rewrite": mean(metrics, lambda post: post["rewrite_acc"]),
         "rephrase": mean(metrics, lambda post: post["rephrase_acc"]),
         "locality": mean(metrics, lambda post: post["locality"]["neighborhood_acc"]), "seconds": round(seconds),
         "forget": generated(model, editor.tok, forget, form), "retain": generated(model, editor.tok, retain, form),
+        "retain_before": before,
     }  # fmt: skip
 
 
