@@ -148,7 +148,8 @@ def run_blocks(
         _hook(stack, arch.head, pre=lambda x: _at_head(trace, x, head_at))
         try:
             logits = _call(arch, batch, cache).logits
-            trace.logits = logits[0] if head_at is not None else logits
+            # A view, unlike the choice of row 0, has a gradient that costs nothing.
+            trace.logits = logits.squeeze(0) if head_at is not None else logits
         except _Stop:
             pass
     return trace

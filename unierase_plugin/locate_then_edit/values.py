@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -137,7 +137,6 @@ class _Batch:
         cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, hparams: UniEraseHyperParams,
         max_tokens: int, pad_id: int,
     ) -> _Batch:  # fmt: skip
-        layer = hparams.layers[-1]
         # More than one problem only where one group alone exceeds the budget.
         tokens = sum(target.cost[0] for target in targets) * max(target.cost[1] for target in targets)
         size = -(-len(targets) // -(-tokens // max_tokens))
@@ -146,7 +145,7 @@ class _Batch:
         while waiting:
             rows = waiting.pop(0)
             try:
-                problem = _Problem.of(arch, [targets[row] for row in rows], token_id, layer, pad_id)
+                problem = _Problem.of(arch, [targets[row] for row in rows], token_id, hparams, pad_id)
                 problems.append((torch.tensor(rows, device=problem.start.device), problem))
             except torch.OutOfMemoryError:
                 waiting = [*halves(rows), *waiting]
@@ -246,22 +245,32 @@ class _Adam:
 
 @dataclass(frozen=True)
 class _Looks:
-    """Positions at which the loss looks: (N,) row and column, the token wanted there, and its weight."""
+    """Positions at which the loss looks, (N,) each: row and column, the token wanted there, its weight in the loss, and
+    whether it is the one that opens the answer."""
 
     rows: Tensor
     columns: Tensor
     wanted: Tensor
     weight: Tensor
+    opens: Tensor
+
+    @classmethod
+    def of(cls, points: list[tuple[int, int, int, float, bool]], device: torch.device) -> _Looks:
+        rows, columns, wanted, weight, opens = zip(*points, strict=True)
+        places = (torch.tensor(each, device=device) for each in (rows, columns, wanted))
+        return cls(*places, torch.tensor(weight, device=device), torch.tensor(opens, device=device))
 
     def keep(self, rows: Tensor) -> _Looks:
         """Only looks into the rows kept (a mask over rows), renumbered."""
         stay, number = rows[self.rows], rows.long().cumsum(0) - 1
-        return _Looks(number[self.rows[stay]], self.columns[stay], self.wanted[stay], self.weight[stay])
+        return _Looks(
+            number[self.rows[stay]], self.columns[stay], self.wanted[stay], self.weight[stay], self.opens[stay]
+        )
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """All rows of one optimisation: sequences cut at the fact, the state of each there, and where the loss looks."""
+class _Rows:
+    """Sequences cut at the fact: what comes before it is cached, the rest runs at every step and is looked into."""
 
     prefix: PrefixCache
     suffix: TokenBatch
@@ -269,103 +278,133 @@ class _Problem:
     hidden: Tensor
     #: (B,) target to which a row belongs.
     owner: Tensor
-    #: (n, d) float32: h of each target's bare prompt.
-    start: Tensor
-    token: _Looks
-    after: _Looks
-    kl: _Looks
-    #: (rows of `kl`, V) log-probabilities of the unedited model.
-    kl_reference: Tensor
+    looks: _Looks
     layer: int
 
     @classmethod
-    def of(cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, layer: int, pad_id: int) -> _Problem:
-        sequences: list[tuple[tuple[int, ...], int]] = []
-        owner, bare = [], []
-        token, after, kl = [], [], []
-        for index, target in enumerate(targets):
-            bare.append(len(sequences))
-            for prompt in target.prompts:
-                row, at = len(sequences), len(prompt.ids) - prompt.position - 1
-                follow, first = target.continuation, token_id if target.opening is None else target.opening
-                sequences.append((prompt.ids + (first, *follow[:-1])[: len(follow)], prompt.position))
-                token.append((row, at, first, 1 / len(target.prompts)))
-                weight = 1 / (len(target.prompts) * max(1, len(follow)))
-                after += [(row, at + 1 + step, wanted, weight) for step, wanted in enumerate(follow)]
-                owner.append(index)
-            if target.kl_prompt is not None:
-                prompt = target.kl_prompt
-                kl.append((len(sequences), len(prompt.ids) - prompt.position - 1, 0, 1.0))
-                sequences.append((prompt.ids, prompt.position))
-                owner.append(index)
+    def of(
+        cls, arch: Architecture, sequences: Sequence[tuple[tuple[int, ...], int]], owner: Sequence[int],
+        points: list[tuple[int, int, int, float, bool]], layer: int, pad_id: int,
+    ) -> _Rows:  # fmt: skip
         prefix = cache_prefixes(arch, [ids[:at] for ids, at in sequences], pad_id)
         suffix = continue_from(prefix, [ids[at:] for ids, at in sequences], pad_id)
         with torch.no_grad():
             hidden: Tensor = run_blocks(arch, suffix, last=layer, cache=prefix.fresh()).hidden
-        device = hidden.device
-        problem = cls(
-            prefix, suffix, hidden, torch.tensor(owner, device=device), hidden[bare, 0].float(),
-            token=_looks(token, device), after=_looks(after, device), kl=_looks(kl, device),
-            kl_reference=hidden.new_zeros(0), layer=layer,
+        looks = _Looks.of(points, hidden.device)
+        return cls(prefix, suffix, hidden, torch.tensor(owner, device=hidden.device), looks, layer)
+
+    def keep(self, rows: Tensor) -> _Rows:
+        """Only some rows (a mask), their targets numbered as before."""
+        prefix = self.prefix.select(rows)
+        suffix = select_suffixes(prefix, self.suffix, rows)
+        hidden = self.hidden[rows, : suffix.ids.shape[1]]
+        return replace(
+            self, prefix=prefix, suffix=suffix, hidden=hidden, owner=self.owner[rows], looks=self.looks.keep(rows)
+        )
+
+    def logits(self, arch: Architecture, delta: Tensor) -> Tensor:
+        """(N, V) float32 at the looks, where each target's delta (n, d) is added at the fact."""
+        moved = (self.hidden[:, 0].float() + delta[self.owner]).to(self.hidden.dtype)
+        hidden = torch.cat([moved[:, None], self.hidden[:, 1:]], dim=1)
+        trace = run_blocks(
+            arch, self.suffix, first=self.layer + 1, hidden=hidden, cache=self.prefix.fresh(),
+            head_at=(self.looks.rows, self.looks.columns),
         )  # fmt: skip
-        with torch.no_grad():
-            logits = problem._logits(arch, hidden, [problem.kl]) if kl else hidden.new_zeros(0, 1)
-        return replace(problem, kl_reference=logits.float().log_softmax(-1))
+        logits: Tensor = trace.logits
+        return logits.float()
+
+    def per_target(self, losses: Tensor, targets: int) -> Tensor:
+        """(targets,): what was seen at the looks (N,), weighted and summed."""
+        weighted = losses.to(self.owner.device) * self.looks.weight
+        return weighted.new_zeros(targets).index_add(0, self.owner[self.looks.rows], weighted)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One optimisation: the rows in which a token is wanted, and those, far shorter, whose continuation is to stay."""
+
+    asked: _Rows
+    kept: _Rows | None
+    #: (rows of `kept`, V) log-probabilities of the unedited model.
+    kl_reference: Tensor
+    #: (n, d) float32: h of each target's bare prompt.
+    start: Tensor
+
+    @classmethod
+    def of(
+        cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, hparams: UniEraseHyperParams, pad_id: int
+    ) -> _Problem:  # fmt: skip
+        layer, weight = hparams.layers[-1], hparams.v_continuation_weight
+        sequences: list[tuple[tuple[int, ...], int]] = []
+        owner, bare, points = [], [], []
+        for index, target in enumerate(targets):
+            bare.append(len(sequences))
+            first, follow = token_id if target.opening is None else target.opening, target.continuation
+            follow, share = follow if weight else (), 1 / len(target.prompts)
+            for prompt in target.prompts:
+                row, at = len(sequences), len(prompt.ids) - prompt.position - 1
+                sequences.append((prompt.ids + (first, *follow[:-1])[: len(follow)], prompt.position))
+                points.append((row, at, first, share, True))
+                each = weight * share / max(1, len(follow))
+                points += [(row, at + 1 + step, wanted, each, False) for step, wanted in enumerate(follow)]
+                owner.append(index)
+        asked = _Rows.of(arch, sequences, owner, points, layer, pad_id)
+        start = asked.hidden[bare, 0].float()
+        kept, reference = None, start.new_zeros(0)
+        if hparams.kl_factor and any(target.kl_prompt for target in targets):
+            prompts = [(index, target.kl_prompt) for index, target in enumerate(targets) if target.kl_prompt]
+            points = [(row, len(p.ids) - p.position - 1, 0, 1.0, False) for row, (_, p) in enumerate(prompts)]
+            kept = _Rows.of(
+                arch, [(p.ids, p.position) for _, p in prompts], [index for index, _ in prompts], points, layer, pad_id
+            )
+            with torch.no_grad():
+                reference = kept.logits(arch, torch.zeros_like(start)).log_softmax(-1)
+        return cls(asked, kept, reference, start)
 
     def keep(self, targets: Tensor) -> _Problem:
         """The same for the targets kept (a mask over targets)."""
-        rows = targets[self.owner]
         number = targets.long().cumsum(0) - 1
-        prefix = self.prefix.select(rows)
-        suffix = select_suffixes(prefix, self.suffix, rows)
-        return replace(
-            self, prefix=prefix, suffix=suffix, hidden=self.hidden[rows, : suffix.ids.shape[1]],
-            owner=number[self.owner[rows]], start=self.start[targets],
-            token=self.token.keep(rows), after=self.after.keep(rows), kl=self.kl.keep(rows),
-            kl_reference=self.kl_reference[rows[self.kl.rows]],
-        )  # fmt: skip
+
+        def part(rows: _Rows) -> _Rows:
+            kept = rows.keep(targets[rows.owner])
+            return replace(kept, owner=number[kept.owner])
+
+        kept, reference = self.kept, self.kl_reference
+        if kept is not None:
+            staying = targets[kept.owner]
+            kept, reference = (part(kept), reference[staying]) if bool(staying.any()) else (None, reference[:0])
+        return _Problem(part(self.asked), kept, reference, self.start[targets])
 
     def loss(
         self, arch: Architecture, delta: Tensor, scale: Tensor, hparams: UniEraseHyperParams
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, likelihood part, token's negative log-likelihood), each (n,), for delta (n, d)."""
-        moved = self.hidden.clone()
-        moved[:, 0] = (self.hidden[:, 0].float() + delta[self.owner]).to(moved.dtype)
-        weight = hparams.v_continuation_weight
-        looks = [self.token, *([self.after] if weight else []), self.kl]
-        logits = self._logits(arch, moved, looks).float()
-        parts = iter(logits.split([len(look.rows) for look in looks]))
-        nll = token_nll = self._per_target(self.token, _surprise(next(parts), self.token))
-        if weight:
-            nll = nll + weight * self._per_target(self.after, _surprise(next(parts), self.after))
-        rest = next(parts).log_softmax(-1)
-        kl = (self.kl_reference.exp() * (self.kl_reference - rest)).sum(-1) if len(self.kl.rows) else rest.sum(-1)
+        asked, n = self.asked, len(self.start)
+        surprise: Tensor = _Surprise.apply(asked.logits(arch, delta), asked.looks.wanted)
+        nll = asked.per_target(surprise, n)
+        with torch.no_grad():
+            token_nll = asked.per_target(surprise * asked.looks.opens.to(surprise.device), n)
         # The gradient of a norm at zero is undefined; the square root's argument is held off it.
         norm = (delta.square().sum(1) + 1e-12).sqrt()
-        loss = nll + hparams.kl_factor * self._per_target(self.kl, kl) + hparams.v_weight_decay * norm / scale.square()
+        loss = nll + hparams.v_weight_decay * norm / scale.square()
+        if self.kept is not None:
+            log_p = self.kept.logits(arch, delta).log_softmax(-1)
+            kl = (self.kl_reference.exp() * (self.kl_reference - log_p)).sum(-1)
+            loss = loss + hparams.kl_factor * self.kept.per_target(kl, n)
         return loss, nll.detach(), token_nll
 
-    def _logits(self, arch: Architecture, hidden: Tensor, looks: Sequence[_Looks]) -> Tensor:
-        where = torch.cat([look.rows for look in looks]), torch.cat([look.columns for look in looks])
-        trace = run_blocks(
-            arch, self.suffix, first=self.layer + 1, hidden=hidden, cache=self.prefix.fresh(), head_at=where
-        )
-        logits: Tensor = trace.logits
-        return logits
 
-    def _per_target(self, looks: _Looks, losses: Tensor) -> Tensor:
-        total = torch.zeros(len(self.start), device=self.start.device)
-        return total.index_add(0, self.owner[looks.rows], (losses * looks.weight.to(losses.device)).to(total.device))
+class _Surprise(torch.autograd.Function):
+    """Negative log-likelihood (N,) of the tokens wanted, whose gradient takes the place of its one (N, V) tensor."""
 
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
+        log_p = logits.log_softmax(-1)
+        ctx.log_p, ctx.wanted = log_p, wanted.to(logits.device)[:, None]
+        return -log_p.gather(1, ctx.wanted)[:, 0]
 
-def _looks(points: list[tuple[int, int, int, float]], device: torch.device) -> _Looks:
-    rows, columns, wanted = (
-        torch.tensor([point[k] for point in points], dtype=torch.long, device=device) for k in range(3)
-    )
-    weight = torch.tensor([point[3] for point in points], dtype=torch.float32, device=device)
-    return _Looks(rows, columns, wanted, weight)
-
-
-def _surprise(logits: Tensor, looks: _Looks) -> Tensor:
-    """Negative log-likelihood (N,) of the tokens wanted, without the logarithms of all the others."""
-    return torch.nn.functional.cross_entropy(logits, looks.wanted.to(logits.device), reduction="none")
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        probability: Tensor = ctx.log_p.exp_()
+        probability.scatter_add_(1, ctx.wanted, probability.new_full((), -1.0).expand_as(ctx.wanted))
+        return probability.mul_(gradients[0][:, None]), None
