@@ -257,8 +257,10 @@ class _Looks:
     @classmethod
     def of(cls, points: list[tuple[int, int, int, float, bool]], device: torch.device) -> _Looks:
         rows, columns, wanted, weight, opens = zip(*points, strict=True)
-        places = (torch.tensor(each, device=device) for each in (rows, columns, wanted))
-        return cls(*places, torch.tensor(weight, device=device), torch.tensor(opens, device=device))
+        return cls(
+            torch.tensor(rows, device=device), torch.tensor(columns, device=device), torch.tensor(wanted, device=device),
+            torch.tensor(weight, device=device), torch.tensor(opens, device=device),
+        )  # fmt: skip
 
     def keep(self, rows: Tensor) -> _Looks:
         """Only looks into the rows kept (a mask over rows), renumbered."""
@@ -332,7 +334,8 @@ class _Problem:
 
     @classmethod
     def of(
-        cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, hparams: UniEraseHyperParams, pad_id: int
+        cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, hparams: UniEraseHyperParams,
+        pad_id: int,
     ) -> _Problem:  # fmt: skip
         layer, weight = hparams.layers[-1], hparams.v_continuation_weight
         sequences: list[tuple[tuple[int, ...], int]] = []
