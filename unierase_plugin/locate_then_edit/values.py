@@ -257,10 +257,10 @@ class _Looks:
     @classmethod
     def of(cls, points: list[tuple[int, int, int, float, bool]], device: torch.device) -> _Looks:
         rows, columns, wanted, weight, opens = zip(*points, strict=True)
+        places = [torch.tensor(each, device=device) for each in (rows, columns, wanted)]
         return cls(
-            torch.tensor(rows, device=device), torch.tensor(columns, device=device), torch.tensor(wanted, device=device),
-            torch.tensor(weight, device=device), torch.tensor(opens, device=device),
-        )  # fmt: skip
+            places[0], places[1], places[2], torch.tensor(weight, device=device), torch.tensor(opens, device=device)
+        )
 
     def keep(self, rows: Tensor) -> _Looks:
         """Only looks into the rows kept (a mask over rows), renumbered."""
