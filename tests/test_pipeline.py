@@ -508,9 +508,9 @@ def test_a_second_step_keeps_the_token_and_protects_the_earlier_keys(
     seen = []
     original = edit.make_solver
 
-    def watched(hparams: Any, corpus: Any, retain: Any, earlier: Any) -> Any:
+    def watched(hparams: Any, corpus: Any, retain: Any, earlier: Any, *more: Any) -> Any:
         seen.append(earlier)
-        return original(hparams, corpus, retain, earlier)
+        return original(hparams, corpus, retain, earlier, *more)
 
     monkeypatch.setattr(erasure, "make_solver", watched)
     erase(undisturbed, tmp_path / "out", FORGET_MORE)
@@ -596,8 +596,25 @@ def test_plain_and_chat_forms_are_edited_together(base: Path) -> None:
     assert result.edit.rank(1) == 2 * len(FORGET)
 
 
-def test_the_null_space_solver_runs_too(base: Path) -> None:
-    assert erase(base, hparams=HPARAMS.replace(solver="null_space")).edit.layers == (1, 2)
+def test_a_null_space_is_found_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hparams = HPARAMS.replace(solver="null_space", retain_update_weight=0.0)
+    first = erase(base, hparams=hparams)
+    assert first.edit.layers == (1, 2)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda moment: pytest.fail("computed again"))
+    second = erase(base, hparams=hparams)
+    for layer in (1, 2):
+        assert torch.equal(first.edit.updates[layer].down, second.edit.updates[layer].down)
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        erase(base, hparams=hparams.replace(nullspace_threshold=0.5))
+
+
+@pytest.mark.parametrize("solver", ["ridge", "null_space", "exact"])
+def test_the_report_says_how_well_the_system_was_solved(base: Path, solver: str) -> None:
+    figures = erase(base, hparams=HPARAMS.replace(solver=solver)).report.edit
+    assert figures["condition_numbers"].keys() == figures["solve_errors"].keys() == {"1", "2"}
+    assert all(number >= 1 for number in figures["condition_numbers"].values())
+    assert all(0 < error < 1e-4 for error in figures["solve_errors"].values())
+    assert (figures["jitter"].keys() == {"1", "2"}) == (solver != "null_space")
 
 
 # --- every shipped file ----------------------------------------------------------------------------------------------

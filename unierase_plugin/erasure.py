@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from hashlib import sha256
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +30,7 @@ from .locate_then_edit.edit import (
     revert_edit,
 )
 from .locate_then_edit.positions import encode, render
-from .locate_then_edit.solve import Ridge, Solver
+from .locate_then_edit.solve import Ridge, Solver, null_space
 from .locate_then_edit.statistics import SecondMoment, join_moments, second_moments
 from .locate_then_edit.targets import context_texts, forms_of, make_targets
 from .locate_then_edit.values import Values, ValueTarget, optimise_values
@@ -240,23 +241,31 @@ class Editing(Phases):
                 arch, [target.prompts for target in targets], values, solvers(), max_tokens=self.max_tokens,
                 pad_id=self.pad_id, progress=lambda share: self.progress("edit", share, ""),
             )  # fmt: skip
-            jitters = {str(layer): solver.jitter for layer, solver in solvers().items() if isinstance(solver, Ridge)}
             tensors, metadata = files.pack_edits([edit])
-            return tensors, {**metadata, "jitter": json.dumps(jitters)}
+            return tensors, {**metadata, "solved": json.dumps(_solve_figures(solvers(), edit))}
 
         with self.timed("edit"):
             tensors, metadata = self.resumed("edit", self._edit_key(key), compute)
-        return files.unpack_edits(tensors, metadata)[0], {"jitter": json.loads(metadata["jitter"])}
+        return files.unpack_edits(tensors, metadata)[0], json.loads(metadata["solved"])
 
     def _solvers(self, corpus: SecondMoment, retain: SecondMoment | None) -> dict[int, Solver]:
         edits = self.earlier.edits if self.earlier else ()
         earlier: Mapping[int, Tensor] = files.join_edits(edits).keys if edits else {}
         return {
             layer: make_solver(
-                self.hparams, corpus.moments[layer], retain.moments[layer] if retain else None, earlier.get(layer)
+                self.hparams, corpus.moments[layer], retain.moments[layer] if retain else None, earlier.get(layer),
+                # That of the corpus alone serves other runs as well.
+                self._kept_null_space if retain is None else null_space,
             )
             for layer in self.hparams.layers
-        }
+        }  # fmt: skip
+
+    def _kept_null_space(self, moment: Tensor, threshold: float) -> Tensor:
+        content = sha256(moment.numpy().tobytes()).hexdigest()
+        name = digest(CACHE_VERSION, content, threshold)[:32]
+        return self.cache.cached("null-spaces", name, lambda: ({"basis": null_space(moment, threshold)}, {}))[0][
+            "basis"
+        ]
 
     def _edit_key(self, key: str) -> str:
         """What the edit depends on beyond the run's own key: what it aims at, and a corpus file's content."""
@@ -439,6 +448,16 @@ def architecture(model: Any, hparams: UniEraseHyperParams) -> Architecture:
 
 def _share(done: int, count: int, part: float) -> float:
     return (done + part) / count
+
+
+def _solve_figures(solvers: Mapping[int, Solver], edit: WeightEdit) -> dict[str, dict[str, float]]:
+    """By block: how ill-conditioned the system was, and how far the update, as it is kept, is from solving it."""
+    by_layer = {str(layer): (solver, edit.keys[layer], edit.updates[layer]) for layer, solver in solvers.items()}
+    return {
+        "jitter": {name: solver.jitter for name, (solver, _, _) in by_layer.items() if isinstance(solver, Ridge)},
+        "condition_numbers": {name: solver.condition() for name, (solver, _, _) in by_layer.items()},
+        "solve_errors": {name: solver.error(keys, update) for name, (solver, keys, update) in by_layer.items()},
+    }
 
 
 def _value_figures(values: Sequence[Values]) -> dict[str, Any]:

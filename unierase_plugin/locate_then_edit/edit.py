@@ -15,7 +15,7 @@ from ..errors import EditError
 from ..hparams import UniEraseHyperParams
 from .keys import KeyStream
 from .positions import Prompt
-from .solve import Exact, LowRank, NullSpace, Ridge, Solver
+from .solve import Exact, LowRank, NullSpace, Ridge, Solver, null_space
 from .values import Values
 
 
@@ -49,16 +49,17 @@ class Applied:
 
 
 def make_solver(
-    hparams: UniEraseHyperParams, corpus: Tensor, retain: Tensor | None, earlier: Tensor | None = None
-) -> Solver:
+    hparams: UniEraseHyperParams, corpus: Tensor, retain: Tensor | None, earlier: Tensor | None = None,
+    basis: Callable[[Tensor, float], Tensor] = null_space,
+) -> Solver:  # fmt: skip
     """The closed form that the hyper-parameters name, for one block.
 
     corpus, retain: second moments (m, m); earlier: keys (m, p) of edits made before, which the new one is to leave
-    alone.
+    alone; basis: gives the null space of a moment, by a threshold.
     """
     if hparams.solver == "null_space":
         protected = corpus if retain is None else corpus + hparams.retain_update_weight * retain
-        solver: Solver = NullSpace.of(protected, hparams.nullspace_threshold, hparams.L2)
+        solver: Solver = NullSpace.spanned(basis(protected, hparams.nullspace_threshold), hparams.L2)
     else:
         moment = hparams.mom2_update_weight * corpus
         kind = Exact if hparams.solver == "exact" else Ridge

@@ -139,14 +139,11 @@ class NullSpace:
     @classmethod
     def of(cls, second_moment: Tensor, threshold: float, rho: float) -> NullSpace:
         """`threshold` is a share of the largest eigenvalue."""
-        moment = second_moment.double()
-        if not torch.isfinite(moment).all():
-            raise EditError("The second moment C holds NaN or infinity. Check the corpus and the model's weights.")
-        values, vectors = torch.linalg.eigh(moment)
-        free = values < threshold * values[-1]
-        if not bool(free.any()):
-            raise EditError(f"No eigenvalue of C lies under {threshold} of its largest: raise nullspace_threshold.")
-        basis = vectors[:, free]
+        return cls.spanned(null_space(second_moment, threshold), rho)
+
+    @classmethod
+    def spanned(cls, basis: Tensor, rho: float) -> NullSpace:
+        """From what `null_space` gave, now or earlier."""
         return cls(basis, rho, basis.new_zeros(basis.shape[1], 0), basis.float())
 
     def protecting(self, keys: Tensor) -> NullSpace:
@@ -183,6 +180,19 @@ class NullSpace:
 
 
 Solver = Ridge | NullSpace
+
+
+def null_space(second_moment: Tensor, threshold: float) -> Tensor:
+    """(m, r) float64: eigenvectors of C (m, m) whose eigenvalues lie under `threshold` times the largest."""
+    moment = second_moment.double()
+    if not torch.isfinite(moment).all():
+        raise EditError("The second moment C holds NaN or infinity. Check the corpus and the model's weights.")
+    values, vectors = torch.linalg.eigh(moment)
+    free = values < threshold * values[-1]
+    if not bool(free.any()):
+        raise EditError(f"No eigenvalue of C lies under {threshold} of its largest: raise nullspace_threshold.")
+    basis: Tensor = vectors[:, free]
+    return basis
 
 
 def _woodbury(solve: Callable[[Tensor], Tensor], earlier: Tensor, right: Tensor) -> Tensor:
