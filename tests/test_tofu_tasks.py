@@ -516,7 +516,7 @@ def test_without_the_package_cosine_similarity_says_how_to_get_it(monkeypatch: p
     from unierase_plugin.evaluation.semantic import load_semantic_models
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(DependencyError, match=r'pip install "unierase-plugin\[semantic\]"'):
+    with pytest.raises(DependencyError, match=r'pip install "unierase-plugin\[eval-semantic\]"'):
         load_semantic_models({"cosine": "any"})
 
 

@@ -94,7 +94,7 @@ def _load(name: str, model: str) -> Any:
             from sentence_transformers import SentenceTransformer as loader  # noqa: N813
         except ImportError as error:
             raise DependencyError(
-                'Cosine similarity needs sentence-transformers: pip install "unierase-plugin[semantic]". '
+                'Cosine similarity needs sentence-transformers: pip install "unierase-plugin[eval-semantic]". '
                 f'Or name the others alone, such as {{"semantic": {{"entailment": "..."}}}} ({error}).'
             ) from error
     try:

@@ -14,6 +14,7 @@ from ..errors import UniEraseError
 from ..evaluation.metrics import answered, is_fluent, reads_as_idk, rouge_l_recall
 from ..hparams import UniEraseHyperParams
 from ..locate_then_edit.positions import PLAIN_FORM
+from ..plugins import registry
 from ..readers import read_requests
 from ..request import ForgetRequest
 from ..resources import demo_facts, lines
@@ -121,4 +122,4 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
 
 def _read(spec: str) -> Sequence[ForgetRequest]:
     source, _, part = spec.partition(":")
-    return read_requests(demo_facts()[part] if source == "demo" else spec)
+    return read_requests(demo_facts()[part] if source == "demo" else spec, registry().readers)
