@@ -27,12 +27,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import io
 import json
 import os
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -237,7 +238,8 @@ class Theirs:
             kl_factor=KL, mom2_adjustment=True, mom2_update_weight=LAMBDA,
             rewrite_module_tmp="model.layers.{}.mlp.down_proj", layer_module_tmp="model.layers.{}",
             mlp_module_tmp="model.layers.{}.mlp", attn_module_tmp="model.layers.{}.self_attn",
-            ln_f_module="model.norm", lm_head_module="lm_head", mom2_dataset="wikipedia",
+            # By a name of its own: a tied head has none among the parameters.
+            ln_f_module="model.norm", lm_head_module=head_name(model), mom2_dataset="wikipedia",
             mom2_n_samples=len(self.texts), mom2_dtype="float32", alg_name=EDITS[kind], device="cpu",
             # It allocates by the family's name in this field.
             model_name="a llama", stats_dir=str(self.work / "stats"), **extra,
@@ -356,6 +358,10 @@ class Theirs:
     def _served(self, moments: dict[int, Tensor]) -> Callable[..., Tensor]:
         by_name = {self.hparams.rewrite_module_tmp.format(layer): moments[layer].float() for layer in LAYERS}
         return lambda model, tok, name, *args, **kwargs: by_name[name]
+
+
+def head_name(model: Any) -> str:
+    return "lm_head" if "lm_head.weight" in dict(model.named_parameters()) else "model.embed_tokens"
 
 
 @contextlib.contextmanager
@@ -618,6 +624,7 @@ def run_one(setup: Setup, options: argparse.Namespace) -> None:
     phases: dict[str, Seconds] = {}
     engine: Any = (Ours if side == "ours" else Theirs)(setup, *(() if side == "ours" else (kind,)), model, tokenizer,
                                                        contexts)  # fmt: skip
+    forget_peak()
     floor = peak_bytes()
     if side == "ours":
         moments, phases["statistics"] = timed("statistics", lambda: engine.statistics(setup.texts(tokenizer)))
@@ -646,7 +653,16 @@ def earlier_values(setup: Setup, work: Path, n: int) -> tuple[Path, Seconds]:
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The process' largest resident size since the last `forget_peak`."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
+
+
+def forget_peak() -> None:
+    """Linux alone can: what was freed goes back to the system, and the largest size is that of now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 @torch.no_grad()

@@ -25,6 +25,9 @@ from .prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
 from .products import fast_linear_maps
 from .trace import TokenBatch, halves, run_blocks
 
+#: Tokens of a pass up to which reading the weights takes longer than computing with them.
+FEW_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class ValueTarget:
@@ -243,30 +246,35 @@ class _Adam:
         return (self.first / (1 - beta1**self.step)) / (root + self.EPSILON)
 
 
+#: What a look is for: the token that opens the answer, one that follows it, or what is to stay as it was.
+OPENS, FOLLOWS, STAYS = range(3)
+#: Row, column, token wanted (none where the look STAYS), weight in the loss, and one of these three.
+Point = tuple[int, int, int, float, int]
+
+
 @dataclass(frozen=True)
 class _Looks:
-    """Positions at which the loss looks, (N,) each: row and column, the token wanted there, its weight in the loss, and
-    whether it is the one that opens the answer."""
+    """Positions at which the loss looks, (N,) each, those that STAY last."""
 
     rows: Tensor
     columns: Tensor
     wanted: Tensor
     weight: Tensor
-    opens: Tensor
+    kind: Tensor
 
     @classmethod
-    def of(cls, points: list[tuple[int, int, int, float, bool]], device: torch.device) -> _Looks:
-        rows, columns, wanted, weight, opens = zip(*points, strict=True)
-        places = [torch.tensor(each, device=device) for each in (rows, columns, wanted)]
-        return cls(
-            places[0], places[1], places[2], torch.tensor(weight, device=device), torch.tensor(opens, device=device)
+    def of(cls, points: Sequence[Point], device: torch.device) -> _Looks:
+        rows, columns, wanted, weight, kind = (
+            torch.tensor(each, device=device)
+            for each in zip(*sorted(points, key=lambda p: p[-1] == STAYS), strict=True)
         )
+        return cls(rows, columns, wanted, weight, kind)
 
     def keep(self, rows: Tensor) -> _Looks:
         """Only looks into the rows kept (a mask over rows), renumbered."""
         stay, number = rows[self.rows], rows.long().cumsum(0) - 1
         return _Looks(
-            number[self.rows[stay]], self.columns[stay], self.wanted[stay], self.weight[stay], self.opens[stay]
+            number[self.rows[stay]], self.columns[stay], self.wanted[stay], self.weight[stay], self.kind[stay]
         )
 
 
@@ -282,27 +290,39 @@ class _Rows:
     owner: Tensor
     looks: _Looks
     layer: int
+    #: (looks that STAY, V) log-probabilities of the unedited model.
+    reference: Tensor
 
     @classmethod
     def of(
-        cls, arch: Architecture, sequences: Sequence[tuple[tuple[int, ...], int]], owner: Sequence[int],
-        points: list[tuple[int, int, int, float, bool]], layer: int, pad_id: int,
+        cls, arch: Architecture, prompts: Sequence[tuple[tuple[int, ...], int]], owner: Sequence[int],
+        points: Sequence[Point], layer: int, pad_id: int,
     ) -> _Rows:  # fmt: skip
-        prefix = cache_prefixes(arch, [ids[:at] for ids, at in sequences], pad_id)
-        suffix = continue_from(prefix, [ids[at:] for ids, at in sequences], pad_id)
+        prefix = cache_prefixes(arch, [ids[:at] for ids, at in prompts], pad_id)
+        suffix = continue_from(prefix, [ids[at:] for ids, at in prompts], pad_id)
         with torch.no_grad():
             hidden: Tensor = run_blocks(arch, suffix, last=layer, cache=prefix.fresh()).hidden
-        looks = _Looks.of(points, hidden.device)
-        return cls(prefix, suffix, hidden, torch.tensor(owner, device=hidden.device), looks, layer)
+        device = hidden.device
+        rows = cls(
+            prefix, suffix, hidden, torch.tensor(owner, device=device), _Looks.of(points, device), layer,
+            hidden.new_zeros(0, 1),
+        )  # fmt: skip
+        if all(kind != STAYS for *_, kind in points):
+            return rows
+        with torch.no_grad():
+            logits = rows.logits(arch, hidden.new_zeros(max(owner) + 1, hidden.shape[2], dtype=torch.float32))
+        return replace(rows, reference=logits[(rows.looks.kind == STAYS).to(logits.device)].log_softmax(-1))
 
     def keep(self, rows: Tensor) -> _Rows:
         """Only some rows (a mask), their targets numbered as before."""
         prefix = self.prefix.select(rows)
         suffix = select_suffixes(prefix, self.suffix, rows)
-        hidden = self.hidden[rows, : suffix.ids.shape[1]]
+        looks = self.looks
+        staying = rows[looks.rows[looks.kind == STAYS]].to(self.reference.device)
         return replace(
-            self, prefix=prefix, suffix=suffix, hidden=hidden, owner=self.owner[rows], looks=self.looks.keep(rows)
-        )
+            self, prefix=prefix, suffix=suffix, hidden=self.hidden[rows, : suffix.ids.shape[1]],
+            owner=self.owner[rows], looks=looks.keep(rows), reference=self.reference[staying],
+        )  # fmt: skip
 
     def logits(self, arch: Architecture, delta: Tensor) -> Tensor:
         """(N, V) float32 at the looks, where each target's delta (n, d) is added at the fact."""
@@ -315,20 +335,24 @@ class _Rows:
         logits: Tensor = trace.logits
         return logits.float()
 
-    def per_target(self, losses: Tensor, targets: int) -> Tensor:
-        """(targets,): what was seen at the looks (N,), weighted and summed."""
-        weighted = losses.to(self.owner.device) * self.looks.weight
-        return weighted.new_zeros(targets).index_add(0, self.owner[self.looks.rows], weighted)
+    def losses(self, arch: Architecture, delta: Tensor) -> Tensor:
+        """(kinds, n): what was seen at each target's looks of a kind, weighted and summed."""
+        looks = self.looks
+        seen = _Divergence.apply(self.logits(arch, delta), looks.wanted, self.reference).to(looks.weight.device)
+        place = looks.kind * len(delta) + self.owner[looks.rows]
+        summed: Tensor = seen.new_zeros(3 * len(delta)).index_add(0, place, seen * looks.weight)
+        return summed.view(3, -1)
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """One optimisation: the rows in which a token is wanted, and those, far shorter, whose continuation is to stay."""
+    """One optimisation: rows in which tokens are wanted, and the far shorter ones whose continuation is to stay.
 
-    asked: _Rows
-    kept: _Rows | None
-    #: (rows of `kept`, V) log-probabilities of the unedited model.
-    kl_reference: Tensor
+    The latter run apart, not padded to the length of the others, unless there are so few rows that reading the weights
+    is what takes the time.
+    """
+
+    parts: tuple[_Rows, ...]
     #: (n, d) float32: h of each target's bare prompt.
     start: Tensor
 
@@ -337,77 +361,70 @@ class _Problem:
         cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, hparams: UniEraseHyperParams,
         pad_id: int,
     ) -> _Problem:  # fmt: skip
-        layer, weight = hparams.layers[-1], hparams.v_continuation_weight
-        sequences: list[tuple[tuple[int, ...], int]] = []
+        weight = hparams.v_continuation_weight
+        prompts: list[tuple[tuple[int, ...], int]] = []
         owner, bare, points = [], [], []
         for index, target in enumerate(targets):
-            bare.append(len(sequences))
-            first, follow = token_id if target.opening is None else target.opening, target.continuation
-            follow, share = follow if weight else (), 1 / len(target.prompts)
+            bare.append(len(prompts))
+            first, share = token_id if target.opening is None else target.opening, 1 / len(target.prompts)
+            follow = target.continuation if weight else ()
             for prompt in target.prompts:
-                row, at = len(sequences), len(prompt.ids) - prompt.position - 1
-                sequences.append((prompt.ids + (first, *follow[:-1])[: len(follow)], prompt.position))
-                points.append((row, at, first, share, True))
+                row, at = len(prompts), len(prompt.ids) - prompt.position - 1
+                prompts.append((prompt.ids + (first, *follow[:-1])[: len(follow)], prompt.position))
+                points.append((row, at, first, share, OPENS))
                 each = weight * share / max(1, len(follow))
-                points += [(row, at + 1 + step, wanted, each, False) for step, wanted in enumerate(follow)]
+                points += [(row, at + 1 + step, wanted, each, FOLLOWS) for step, wanted in enumerate(follow)]
                 owner.append(index)
-        asked = _Rows.of(arch, sequences, owner, points, layer, pad_id)
-        start = asked.hidden[bare, 0].float()
-        kept, reference = None, start.new_zeros(0)
-        if hparams.kl_factor and any(target.kl_prompt for target in targets):
-            prompts = [(index, target.kl_prompt) for index, target in enumerate(targets) if target.kl_prompt]
-            points = [(row, len(p.ids) - p.position - 1, 0, 1.0, False) for row, (_, p) in enumerate(prompts)]
-            kept = _Rows.of(
-                arch, [(p.ids, p.position) for _, p in prompts], [index for index, _ in prompts], points, layer, pad_id
+        kept = [(index, target.kl_prompt) for index, target in enumerate(targets) if target.kl_prompt]
+        lists = [(prompts, owner, points)]
+        if kept and hparams.kl_factor:
+            apart = sum(len(ids) - at for ids, at in prompts) > FEW_TOKENS
+            begin = 0 if apart else len(prompts)
+            more = (
+                [(prompt.ids, prompt.position) for _, prompt in kept],
+                [index for index, _ in kept],
+                [
+                    (begin + row, len(prompt.ids) - prompt.position - 1, 0, hparams.kl_factor, STAYS)
+                    for row, (_, prompt) in enumerate(kept)
+                ],
             )
-            with torch.no_grad():
-                reference = kept.logits(arch, torch.zeros_like(start)).log_softmax(-1)
-        return cls(asked, kept, reference, start)
+            lists = [*lists, more] if apart else [(prompts + more[0], owner + more[1], points + more[2])]
+        parts = tuple(_Rows.of(arch, *each, hparams.layers[-1], pad_id) for each in lists)
+        return cls(parts, parts[0].hidden[bare, 0].float())
 
     def keep(self, targets: Tensor) -> _Problem:
         """The same for the targets kept (a mask over targets)."""
         number = targets.long().cumsum(0) - 1
-
-        def part(rows: _Rows) -> _Rows:
-            kept = rows.keep(targets[rows.owner])
-            return replace(kept, owner=number[kept.owner])
-
-        kept, reference = self.kept, self.kl_reference
-        if kept is not None:
-            staying = targets[kept.owner]
-            kept, reference = (part(kept), reference[staying]) if bool(staying.any()) else (None, reference[:0])
-        return _Problem(part(self.asked), kept, reference, self.start[targets])
+        staying = [(part, targets[part.owner]) for part in self.parts]
+        kept = [part.keep(rows) for part, rows in staying if bool(rows.any())]
+        return _Problem(tuple(replace(part, owner=number[part.owner]) for part in kept), self.start[targets])
 
     def loss(
         self, arch: Architecture, delta: Tensor, scale: Tensor, hparams: UniEraseHyperParams
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, likelihood part, token's negative log-likelihood), each (n,), for delta (n, d)."""
-        asked, n = self.asked, len(self.start)
-        surprise: Tensor = _Surprise.apply(asked.logits(arch, delta), asked.looks.wanted)
-        nll = asked.per_target(surprise, n)
-        with torch.no_grad():
-            token_nll = asked.per_target(surprise * asked.looks.opens.to(surprise.device), n)
+        opens, follows, stays = torch.stack([part.losses(arch, delta) for part in self.parts]).sum(0)
         # The gradient of a norm at zero is undefined; the square root's argument is held off it.
         norm = (delta.square().sum(1) + 1e-12).sqrt()
-        loss = nll + hparams.v_weight_decay * norm / scale.square()
-        if self.kept is not None:
-            log_p = self.kept.logits(arch, delta).log_softmax(-1)
-            kl = (self.kl_reference.exp() * (self.kl_reference - log_p)).sum(-1)
-            loss = loss + hparams.kl_factor * self.kept.per_target(kl, n)
-        return loss, nll.detach(), token_nll
+        nll = opens + follows
+        return nll + stays + hparams.v_weight_decay * norm / scale.square(), nll.detach(), opens.detach()
 
 
-class _Surprise(torch.autograd.Function):
-    """Negative log-likelihood (N,) of the tokens wanted, whose gradient takes the place of its one (N, V) tensor."""
+class _Divergence(torch.autograd.Function):
+    """Of each row of logits (N, V): the negative log-likelihood of the token wanted, for the last R rows instead the KL
+    divergence from reference log-probabilities (R, V). The gradient takes the place of the one tensor that is kept."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
-        log_p = logits.log_softmax(-1)
-        ctx.log_p, ctx.wanted = log_p, wanted.to(logits.device)[:, None]
-        return -log_p.gather(1, ctx.wanted)[:, 0]
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor, reference: Tensor) -> Tensor:
+        log_p, first = logits.log_softmax(-1), len(logits) - len(reference)
+        ctx.log_p, ctx.reference, ctx.wanted = log_p, reference, wanted.to(logits.device)[:first, None]
+        kl = (reference.exp() * (reference - log_p[first:])).sum(-1)
+        return torch.cat([-log_p[:first].gather(1, ctx.wanted)[:, 0], kl])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        probability: Tensor = ctx.log_p.exp_()
-        probability.scatter_add_(1, ctx.wanted, probability.new_full((), -1.0).expand_as(ctx.wanted))
-        return probability.mul_(gradients[0][:, None]), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        change: Tensor = ctx.log_p.exp_()
+        first = len(ctx.wanted)
+        change[:first].scatter_add_(1, ctx.wanted, change.new_full((), -1.0).expand_as(ctx.wanted))
+        change[first:] -= ctx.reference.exp()
+        return change.mul_(gradients[0][:, None]), None, None
