@@ -57,7 +57,7 @@ def run(model: Any, name: str, tokenizer: Any = None, retain: Any = RETAIN, **ch
 
 def job(model: Any, work: Path | None, hparams: Any, tokenizer: Any = None) -> Job[Any]:
     return Job(
-        model, tokenizer or tiny_tokenizer(), "tiny", FORGET, RETAIN, hparams, 0, 2048, "", work, None,
+        model, tokenizer or tiny_tokenizer(), "tiny", FORGET, RETAIN, hparams, 0, 2048, "", "", work, None,
         lambda phase, share, note: None,
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def taught() -> Any:
     facts = (*FORGET, *RETAIN)
     hparams = METHODS["ga_gd"].hparams(**{**QUICK, "epochs": 40, "batch_size": 4, "retain_weight": 0.0})
     model.requires_grad_(False)
-    learnt = Job(model, tokenizer, "tiny", facts, (), hparams, 0, 2048, "", None, None, lambda *_: None)
+    learnt = Job(model, tokenizer, "tiny", facts, (), hparams, 0, 2048, "", "", None, None, lambda *_: None)
     train(learnt, TERMS["learn"], None)
     model.eval()
     assert nll(model, facts) < 2

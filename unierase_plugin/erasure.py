@@ -47,7 +47,6 @@ from .store import (
     pack_moment,
     pack_token,
     pack_values,
-    tokenizer_fingerprint,
     unpack_moment,
     unpack_token,
     unpack_values,
@@ -87,7 +86,7 @@ def corpus_of(job: Job[UniEraseHyperParams]) -> Corpus:
     """The ordinary text that a job's edit is to leave alone."""
     return Corpus(
         job.model, job.tokenizer, job.name, job.hparams, Store(cache_folder(job.hparams.stats_dir)), job.fingerprint,
-        tokenizer_fingerprint(job.tokenizer), lines("questions"), paragraphs("ordinary_text_train"), job.max_tokens,
+        job.words, lines("questions"), paragraphs("ordinary_text_train"), job.max_tokens,
         lambda share, note: job.progress("statistics", CORPUS_SHARE * share, note),
     )  # fmt: skip
 
@@ -290,19 +289,20 @@ class Erasure(Editing):
         contexts, corpus = self._contexts(), self._corpus_moments()
         if self.earlier is not None and self.earlier.token is not None:
             self.token_id = self.earlier.token.id
-            return self._run(contexts, corpus, self.earlier.token, None)
+            return self._run(architecture(self.model, self.hparams), contexts, corpus, self.earlier.token, None)
         room = TokenRoom(self.model, self.tokenizer, self.hparams.unlearning_token)
         self.token_id = room.id
         try:
-            return self._run(contexts, corpus, self._token(contexts, corpus), room)
+            arch = architecture(self.model, self.hparams)
+            return self._run(arch, contexts, corpus, self._token(arch, contexts, corpus), room)
         except BaseException:
             room.leave()
             raise
 
     def _run(
-        self, contexts: Sequence[str], corpus: SecondMoment, token: UnlearningToken, room: TokenRoom | None
-    ) -> Changes:
-        arch = architecture(self.model, self.hparams)
+        self, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment, token: UnlearningToken,
+        room: TokenRoom | None,
+    ) -> Changes:  # fmt: skip
         vocabulary = room.vocabulary if room else len(arch.embedding.weight)
         originals = files.take_originals(arch, self.hparams.layers, vocabulary, room.id if room else None)
         install_token(arch, token)
@@ -322,19 +322,18 @@ class Erasure(Editing):
 
         return Changes(edit, originals, token, token.leak, changed, self.seconds, figures, undo)
 
-    def _token(self, contexts: Sequence[str], corpus: SecondMoment) -> UnlearningToken:
+    def _token(self, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment) -> UnlearningToken:
         """The token's rows, from the cache or learned now; the model has room for them."""
         h = self.hparams
         with self.timed("token"):
             sentences, questions, text = lines("idk_sentences"), lines("questions"), paragraphs("ordinary_text_train")
             sentences = sentences[: h.token_num_sentences]
             settings = {key: value for key, value in h.as_dict().items() if key.startswith(("token_", "unlearning_"))}
-            noise = h.token_noise * self._expected_size(contexts, corpus)
+            noise = h.token_noise * self._expected_size(arch, contexts, corpus)
             key = digest(
                 CACHE_VERSION, self.fingerprint, self.words, settings, noise, h.layers, h.seed, h.chat_template_kwargs,
                 sentences, questions, text,
             )[:32]  # fmt: skip
-            arch = architecture(self.model, h)
 
             def learn() -> Packed:
                 token = learn_token(
@@ -348,15 +347,15 @@ class Erasure(Editing):
 
             return unpack_token(*self.cache.cached("tokens", key, learn))
 
-    def _expected_size(self, contexts: Sequence[str], corpus: SecondMoment) -> float:
+    def _expected_size(self, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment) -> float:
         """|Delta| / |W| that the coming edit is likely to have, as a power of two: edits of like size share a token."""
         if not self.hparams.token_noise:
             return 0.0
         targets = self._targets(contexts, {})
         size = expected_norm_ratio(
-            architecture(self.model, self.hparams), [target.prompts for target in targets],
-            [target.group for target in targets], self._solvers(corpus, None), self.hparams.clamp_norm_factor,
-            max_tokens=self.max_tokens, pad_id=self.pad_id,
+            arch, [target.prompts for target in targets], [target.group for target in targets],
+            self._solvers(corpus, None), self.hparams.clamp_norm_factor, max_tokens=self.max_tokens,
+            pad_id=self.pad_id,
         )  # fmt: skip
         return min(2.0 ** round(math.log2(max(size, NOISE_LEAST))), NOISE_MOST)
 

@@ -26,7 +26,7 @@ from .pipeline import Requests, choose_hparams, peak_memory_bytes
 from .plugins import registry
 from .readers import read_requests
 from .request import ForgetRequest
-from .store import CACHE_VERSION, digest, model_fingerprint, plain
+from .store import CACHE_VERSION, digest, model_fingerprint, plain, tokenizer_fingerprint
 
 #: Tokens generated beyond the longest answer asked for, and at most.
 ANSWER_ROOM, ANSWER_MOST = 8, 128
@@ -99,7 +99,7 @@ def _job(
     room = hparams.max_batch_tokens or (2048 if model.device.type == "cpu" else 32768)
     return Job(
         model, tokenizer, name, requests, (), hparams, hparams.seed, room, fingerprint,
-        files.work_folder(folder, key).root, None, progress,
+        tokenizer_fingerprint(tokenizer), files.work_folder(folder, key).root, None, progress,
     )  # fmt: skip
 
 

@@ -266,7 +266,7 @@ class _Subject:
     ) -> Job[Any]:  # fmt: skip
         return Job(
             self.model, self.tokenizer, self.name, requests, retain, self.hparams, self.seed, self.max_tokens,
-            self.fingerprint, work, self.earlier, progress,
+            self.fingerprint, self.words, work, self.earlier, progress,
         )  # fmt: skip
 
     def history(self, changes: Changes) -> Earlier:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint as files
+from .architecture import Architecture
 from .erasure import Editing, Erasure, architecture
 from .locate_then_edit.statistics import SecondMoment
 from .locate_then_edit.targets import make_targets
@@ -63,8 +64,7 @@ class _PlainAnswer(Editing):
 class _RandomToken(Erasure):
     """Leads to a new token whose rows were drawn, not learned; the sentence after it is up to the edit alone."""
 
-    def _token(self, contexts: Sequence[str], corpus: SecondMoment) -> UnlearningToken:
-        arch = architecture(self.model, self.hparams)
+    def _token(self, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment) -> UnlearningToken:
         generator = torch.Generator().manual_seed(self.hparams.seed)
         matrices = [arch.embedding.weight] if arch.tied else [arch.embedding.weight, arch.head.weight]
         rows = [_like_the_rest(matrix, self.token_id, generator) for matrix in matrices]

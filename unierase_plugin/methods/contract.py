@@ -64,6 +64,8 @@ class Job(Generic[H]):
     max_tokens: int
     #: SHA-256 over the model's parameters as they came: what a cache of anything taken from them is keyed by.
     fingerprint: str
+    #: The same over the tokenizer.
+    words: str
     #: Folder for phases that are expensive, gone once the output is written; the same for the same job, so that a run
     #: that was killed finds them again. None where nothing is to be written.
     work: Path | None
