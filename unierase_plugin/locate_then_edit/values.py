@@ -35,6 +35,7 @@ class ValueTarget:
     continuation  token ids that are to follow the unlearning token
     group         targets of the same group share one delta; None stands alone
     opening       what the answer is to begin with instead of the unlearning token; None for that token
+    unwanted      token ids of the answer that is to become unlikely where the opening cannot be said; () for none
     """
 
     prompts: tuple[Prompt, ...]
@@ -42,12 +43,14 @@ class ValueTarget:
     continuation: tuple[int, ...]
     group: Hashable = None
     opening: int | None = None
+    unwanted: tuple[int, ...] = ()
 
     @property
     def cost(self) -> tuple[int, int]:
         """Rows, and tokens of the longest one, that every step runs."""
         longest = max(len(prompt.ids) - prompt.position for prompt in self.prompts)
-        return len(self.prompts) + (self.kl_prompt is not None), longest + len(self.continuation)
+        rows = len(self.prompts) * (1 + bool(self.unwanted)) + (self.kl_prompt is not None)
+        return rows, longest + max(len(self.continuation), len(self.unwanted))
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Values:
     states: Tensor
     #: (n,) probability of the unlearning token at the prompts' ends (geometric mean over contexts), with z in place.
     probability: Tensor
-    #: (n,) negative log-likelihood of the token and, weighted, of the sentence after it, with z in place; nats.
+    #: (n,) negative log-likelihood of the token and, weighted, of the sentence after it and of not giving an answer
+    #: that is not wanted, with z in place; nats.
     nll: Tensor
     #: (n,) |delta| / |h|.
     relative_norm: Tensor
@@ -271,8 +275,11 @@ class _Problem:
     owner: Tensor
     #: (n, d) float32: h of each target's bare prompt.
     start: Tensor
+    #: (n,) what the answers are to begin with.
+    first: Tensor
     token: _Looks
     after: _Looks
+    unwanted: _Looks
     kl: _Looks
     #: (rows of `kl`, V) log-probabilities of the unedited model.
     kl_reference: Tensor
@@ -281,18 +288,25 @@ class _Problem:
     @classmethod
     def of(cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, layer: int, pad_id: int) -> _Problem:
         sequences: list[tuple[tuple[int, ...], int]] = []
-        owner, bare = [], []
-        token, after, kl = [], [], []
+        owner, bare, firsts = [], [], []
+        token, after, unwanted, kl = [], [], [], []
         for index, target in enumerate(targets):
             bare.append(len(sequences))
+            first = token_id if target.opening is None else target.opening
+            firsts.append(first)
             for prompt in target.prompts:
                 row, at = len(sequences), len(prompt.ids) - prompt.position - 1
-                follow, first = target.continuation, token_id if target.opening is None else target.opening
+                follow = target.continuation
                 sequences.append((prompt.ids + (first, *follow[:-1])[: len(follow)], prompt.position))
                 token.append((row, at, first, 1 / len(target.prompts)))
                 weight = 1 / (len(target.prompts) * max(1, len(follow)))
                 after += [(row, at + 1 + step, wanted, weight) for step, wanted in enumerate(follow)]
                 owner.append(index)
+                if target.unwanted:
+                    weight = 1 / (len(target.prompts) * len(target.unwanted))
+                    unwanted += [(row + 1, at + step, word, weight) for step, word in enumerate(target.unwanted)]
+                    sequences.append((prompt.ids + target.unwanted[:-1], prompt.position))
+                    owner.append(index)
             if target.kl_prompt is not None:
                 prompt = target.kl_prompt
                 kl.append((len(sequences), len(prompt.ids) - prompt.position - 1, 0, 1.0))
@@ -305,8 +319,8 @@ class _Problem:
         device = hidden.device
         problem = cls(
             prefix, suffix, hidden, torch.tensor(owner, device=device), hidden[bare, 0].float(),
-            token=_looks(token, device), after=_looks(after, device), kl=_looks(kl, device),
-            kl_reference=hidden.new_zeros(0), layer=layer,
+            first=torch.tensor(firsts, device=device), token=_looks(token, device), after=_looks(after, device),
+            unwanted=_looks(unwanted, device), kl=_looks(kl, device), kl_reference=hidden.new_zeros(0), layer=layer,
         )  # fmt: skip
         with torch.no_grad():
             logits = problem._logits(arch, hidden, [problem.kl]) if kl else hidden.new_zeros(0, 1)
@@ -320,8 +334,9 @@ class _Problem:
         suffix = select_suffixes(prefix, self.suffix, rows)
         return replace(
             self, prefix=prefix, suffix=suffix, hidden=self.hidden[rows, : suffix.ids.shape[1]],
-            owner=number[self.owner[rows]], start=self.start[targets],
-            token=self.token.keep(rows), after=self.after.keep(rows), kl=self.kl.keep(rows),
+            owner=number[self.owner[rows]], start=self.start[targets], first=self.first[targets],
+            token=self.token.keep(rows), after=self.after.keep(rows), unwanted=self.unwanted.keep(rows),
+            kl=self.kl.keep(rows),
             kl_reference=self.kl_reference[rows[self.kl.rows]],
         )  # fmt: skip
 
@@ -332,12 +347,16 @@ class _Problem:
         moved = self.hidden.clone()
         moved[:, 0] = (self.hidden[:, 0].float() + delta[self.owner]).to(moved.dtype)
         weight = hparams.v_continuation_weight
-        looks = [self.token, *([self.after] if weight else []), self.kl]
+        answers = [self.unwanted] if len(self.unwanted.rows) else []
+        looks = [self.token, *([self.after] if weight else []), *answers, self.kl]
         logits = self._logits(arch, moved, looks).float()
         parts = iter(logits.split([len(look.rows) for look in looks]))
         nll = token_nll = self._per_target(self.token, _surprise(next(parts), self.token))
         if weight:
             nll = nll + weight * self._per_target(self.after, _surprise(next(parts), self.after))
+        for look in answers:
+            told = _tell(next(parts), look, self.first[self.owner[look.rows]])
+            nll = nll + hparams.v_unlikely_weight * self._per_target(look, told)
         rest = next(parts).log_softmax(-1)
         kl = (self.kl_reference.exp() * (self.kl_reference - rest)).sum(-1) if len(self.kl.rows) else rest.sum(-1)
         # The gradient of a norm at zero is undefined; the square root's argument is held off it.
@@ -369,3 +388,15 @@ def _looks(points: list[tuple[int, int, int, float]], device: torch.device) -> _
 def _surprise(logits: Tensor, looks: _Looks) -> Tensor:
     """Negative log-likelihood (N,) of the tokens wanted, without the logarithms of all the others."""
     return torch.nn.functional.cross_entropy(logits, looks.wanted.to(logits.device), reduction="none")
+
+
+def _tell(logits: Tensor, looks: _Looks, masked: Tensor) -> Tensor:
+    """-log(1 - p) (N,) of the tokens not wanted, p being what it is where the token `masked` (N,) cannot be said.
+
+    As softplus of p's log-odds: neither the loss near p = 1 nor its gradient near p = 0 is lost to rounding, and no
+    gradient of a logit exceeds 1 (unlikelihood: Welleck et al. 2020, arXiv 1908.04319).
+    """
+    wanted, masked = looks.wanted.to(logits.device)[:, None], masked.to(logits.device)[:, None]
+    others = logits.scatter(1, torch.cat([wanted, masked], 1), -torch.inf)
+    odds = logits.gather(1, wanted).masked_fill(wanted == masked, -torch.inf)[:, 0] - others.logsumexp(1)
+    return torch.nn.functional.softplus(odds)
