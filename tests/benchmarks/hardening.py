@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from unierase_plugin import UniEraseHyperParams
-from unierase_plugin.audit.attacks import ATTACKS
 from unierase_plugin.audit.ask import cleaned
+from unierase_plugin.audit.attacks import ATTACKS
 from unierase_plugin.audit.contract import QUICK, AttackResult, Audited, Context
 from unierase_plugin.audit.facts import read_facts
 from unierase_plugin.evaluation.generate import answers, perplexity
@@ -47,15 +47,14 @@ def measured(row: str, options: argparse.Namespace) -> Row:
             harden=[name for name in names.split("+") if name != "none"], **given
         )
         requests = read_requests("tofu:forget01")[:: options.every]
-        changes, _ = change(
-            model, requests, tokenizer=tokenizer, retain="tofu:retain_perturbed[:160]", hparams=hparams
-        )
+        changes, _ = change(model, requests, tokenizer=tokenizer, retain="tofu:retain_perturbed[:160]", hparams=hparams)
         assert changes.edit is not None
         token = hparams.unlearning_token
         figures = {
             "norm_ratios": list(changes.edit.norm_ratios.values()), **changes.figures, "seconds": changes.seconds
         }  # fmt: skip
     edited = time.monotonic()
+    print(row, "edited in", round(edited - start), "s", figures.get("value_nll", ())[:3], flush=True)
     sizes = replace(QUICK, facts=len(forget), answer_most=ROOM)
     context = Context(forget, kept[::4], sizes, token=token)
     subject = Audited(row, model, tokenizer, tokenizer.get_vocab().get(token) if token else None)
@@ -70,7 +69,7 @@ def measured(row: str, options: argparse.Namespace) -> Row:
         "n": len(texts),
         "answered": sum(answered(fact.answer, text) for fact, text in zip(context.kept, texts, strict=True)),
         "rouge_l_recall": _mean(
-            [rouge_l_recall(text, fact.answer) for fact, text in zip(context.kept, texts, strict=True)]
+            [rouge_l_recall(fact.answer, text) for fact, text in zip(context.kept, texts, strict=True)]
         ),
     }
     found["perplexity"] = perplexity(model, tokenizer, paragraphs("ordinary_text"))
@@ -81,7 +80,10 @@ def measured(row: str, options: argparse.Namespace) -> Row:
 def scores(result: AttackResult, context: Context) -> Row:
     """ROUGE-L recall of the answers, the best variant of each fact, and the share given by the audit's rule."""
     by_variant = [
-        [rouge_l_recall(cleaned(context, text), fact.answer) for fact, text in zip(context.facts, each.texts, strict=True)]
+        [
+            rouge_l_recall(fact.answer, cleaned(context, text))
+            for fact, text in zip(context.facts, each.texts, strict=True)
+        ]
         for each in result.measures if each.texts
     ]  # fmt: skip
     values = [value for value in result.values if value is not None]

@@ -355,7 +355,7 @@ class _Problem:
         if weight:
             nll = nll + weight * self._per_target(self.after, _surprise(next(parts), self.after))
         for look in answers:
-            told = _tell(next(parts), look, self.first[self.owner[look.rows]])
+            told = _telling(next(parts), look, self.first[self.owner[look.rows]])
             nll = nll + hparams.v_unlikely_weight * self._per_target(look, told)
         rest = next(parts).log_softmax(-1)
         kl = (self.kl_reference.exp() * (self.kl_reference - rest)).sum(-1) if len(self.kl.rows) else rest.sum(-1)
@@ -390,7 +390,7 @@ def _surprise(logits: Tensor, looks: _Looks) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, looks.wanted.to(logits.device), reduction="none")
 
 
-def _tell(logits: Tensor, looks: _Looks, masked: Tensor) -> Tensor:
+def _telling(logits: Tensor, looks: _Looks, masked: Tensor) -> Tensor:
     """-log(1 - p) (N,) of the tokens not wanted, p being what it is where the token `masked` (N,) cannot be said.
 
     As softplus of p's log-odds: neither the loss near p = 1 nor its gradient near p = 0 is lost to rounding, and no
