@@ -11,7 +11,7 @@ import reference
 import torch
 from families import FAMILIES
 from reference import At, Fact
-from small import FORGET, HPARAMS, save_base, shrink
+from small import FORGET, HPARAMS, RETAIN, save_base, shrink
 from test_values import FACTS, PAD, TOKEN, near
 from test_values import SETTINGS as MILD
 from tiny import tiny_tokenizer
@@ -20,7 +20,7 @@ from unierase_plugin import unlearn
 from unierase_plugin.architecture import Architecture, find_architecture
 from unierase_plugin.checkpoint import read_checkpoint
 from unierase_plugin.errors import HyperParamsError, RequestError
-from unierase_plugin.hparams import HARDENINGS, UniEraseHyperParams
+from unierase_plugin.hparams import HARDENED, HARDENINGS, UniEraseHyperParams
 from unierase_plugin.locate_then_edit.positions import Prompt, locate
 from unierase_plugin.locate_then_edit.rewording import LEAD_IN, REWORDINGS, reworded, with_typo
 from unierase_plugin.locate_then_edit.targets import forms_of, make_targets, targets_a_request
@@ -263,6 +263,19 @@ def test_an_unknown_hardening_is_refused_with_the_nearest_one() -> None:
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shrink(monkeypatch, tmp_path / "cache")
     return save_base(tmp_path / "base")
+
+
+def test_the_option_means_the_set_that_earned_it(base: Path) -> None:
+    plain, hard = unlearn(base, FORGET, hparams=HPARAMS), unlearn(base, FORGET, hparams=HPARAMS, harden=True)
+    assert (plain.hparams.harden, hard.hparams.harden) == ((), HARDENED)
+    assert plain.edit is not None
+    assert hard.edit is not None
+    assert not torch.equal(plain.edit.updates[1].up, hard.edit.updates[1].up)
+
+
+def test_a_method_that_cannot_be_hardened_says_so(base: Path) -> None:
+    with pytest.raises(HyperParamsError, match=r"'ga_gd' cannot be hardened.*Leave --harden out"):
+        unlearn(base, FORGET, method="ga_gd", retain=RETAIN, harden=True)
 
 
 @pytest.mark.parametrize(("harden", "width"), [(HARDENINGS, 3 * (2 + REWORDINGS)), (("answer_span",), 2)])

@@ -27,6 +27,8 @@ SOLVERS = ("ridge", "null_space", "exact")
 PROMPT_FORMS = ("chat", "plain", "bare")
 #: What can be done beyond the paper's method against attacks (docs/hardening.md); each can be had alone.
 HARDENINGS = ("forms", "paraphrases", "unlikely_answer", "answer_span")
+#: Those that earned it, by the table there.
+HARDENED = ("unlikely_answer",)
 
 
 @dataclass(frozen=True)
