@@ -31,7 +31,11 @@ STEMS = ["smollm2-135m", "gemma2-9b"]
 #: A random model holds no answer for likely, so that the term needs a weight to be felt.
 SETTINGS = MILD.replace(v_unlikely_weight=100.0)
 #: One with contexts and all other terms, one without any answer that is not wanted, one of a single token.
-HARD = [FACTS[0]._replace(unwanted=(60, 61, 62, 63)), FACTS[1], FACTS[2]._replace(unwanted=(77,))]
+HARD = [
+    FACTS[0]._replace(unwanted=(60, 61, 62, 63), instead=(90, 91)),
+    FACTS[1],
+    FACTS[2]._replace(unwanted=(77,), instead=(90, 91, 92)),
+]
 
 
 @pytest.fixture(scope="module", params=STEMS)
@@ -47,7 +51,7 @@ def llama() -> Architecture:
 def target(fact: Fact, group: str | None = None) -> ValueTarget:
     kl = None if fact.kl_prompt is None else Prompt(*fact.kl_prompt)
     prompts = tuple(Prompt(*prompt) for prompt in fact.prompts)
-    return ValueTarget(prompts, kl, fact.continuation, group, unwanted=fact.unwanted)
+    return ValueTarget(prompts, kl, fact.continuation, group, unwanted=fact.unwanted, instead=fact.instead)
 
 
 def optimise(arch: Architecture, targets: list[ValueTarget], hparams: UniEraseHyperParams = SETTINGS,
@@ -68,10 +72,11 @@ def test_values_are_those_of_the_straight_line(arch: Architecture, max_tokens: i
         assert float(got.probability[index]) == pytest.approx(probability, rel=1e-3)
         assert float(got.nll[index]) == pytest.approx(goals[-1], rel=1e-3)
     # Control: without the term they would be elsewhere.
-    plain = optimise(arch, [target(fact._replace(unwanted=())) for fact in HARD]).states
-    moved = (plain - got.states).norm(dim=1) / got.states.norm(dim=1)
-    assert bool((moved[[0, 2]] > 1e-3).all())
-    assert float(moved[1]) < 1e-5
+    for name in ("unwanted", "instead"):
+        plain = optimise(arch, [target(fact._replace(**{name: ()})) for fact in HARD]).states
+        moved = (plain - got.states).norm(dim=1) / got.states.norm(dim=1)
+        assert bool((moved[[0, 2]] > 1e-3).all()), name
+        assert float(moved[1]) < 1e-5
 
 
 def test_a_group_shares_the_delta_of_the_straight_line(llama: Architecture) -> None:
@@ -96,7 +101,8 @@ def improbability(arch: Architecture, fact: Fact, delta: torch.Tensor | None) ->
     """Of the bare prompt's answer, with the state moved by `delta`."""
     prompt, moved = fact.prompts[0], torch.zeros(arch.hidden_size) if delta is None else delta
     with torch.no_grad(), reference.added(arch.blocks[SETTINGS.layers[-1]], prompt.position, moved):
-        return float(reference.improbability(arch, prompt.ids, fact.unwanted, TOKEN))
+        found = reference.masked_probabilities(arch, prompt.ids, fact.unwanted, TOKEN)
+    return -float((1 - torch.stack(found)).log().mean())
 
 
 def test_the_answer_becomes_unlikely_with_the_token_masked() -> None:
@@ -146,6 +152,21 @@ def test_an_answer_that_begins_like_the_opening_does_not_fight_it(llama: Archite
     plain = replace(target(fact), opening=60)
     got = optimise(llama, [plain, replace(plain, unwanted=(60,))]).states
     near(got[1:], got[:1], 1e-5)
+
+
+def test_a_second_refusal_is_likely_with_the_token_masked(llama: Architecture) -> None:
+    fact = FACTS[1]._replace(instead=(90, 91, 2))
+    prompt = fact.prompts[0]
+    start = reference.state(llama, prompt, MILD.layers[-1])
+
+    def likelihood(fact: Fact) -> float:
+        hparams = MILD.replace(v_num_grad_steps=20, v_continuation_weight=8.0)
+        moved = optimise(llama, [target(fact)], hparams).states[0] - start
+        with torch.no_grad(), reference.added(llama.blocks[MILD.layers[-1]], prompt.position, moved):
+            found = reference.masked_probabilities(llama, prompt.ids, (90, 91, 2), TOKEN)
+        return float(torch.stack(found).log().mean())
+
+    assert likelihood(fact) > likelihood(FACTS[1]) + 1
 
 
 def test_without_hardening_values_are_the_same_to_the_bit(llama: Architecture) -> None:
@@ -204,6 +225,12 @@ def test_the_answer_is_unwanted_as_it_follows_the_prompt() -> None:
     assert tokenizer.decode(plain.unwanted) == f" {REQUESTS[0].answer}"
     bare = targets(forms=("chat", "plain"))[:2]
     assert [replace(each, unwanted=()) for each in (chat, plain)] == bare, "nothing else changes"
+
+
+def test_a_second_refusal_is_the_first_one() -> None:
+    hard = targets("second_refusal", "paraphrases", "answer_span")
+    assert all(each.instead == each.continuation == (1, 2) for each in hard)
+    assert [replace(each, instead=()) for each in hard] == targets("paraphrases", "answer_span")
 
 
 def test_forms_are_all_forms() -> None:

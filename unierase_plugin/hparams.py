@@ -26,7 +26,7 @@ FACT_TOKENS = ("subject_last", "last")
 SOLVERS = ("ridge", "null_space", "exact")
 PROMPT_FORMS = ("chat", "plain", "bare")
 #: What can be done beyond the paper's method against attacks (docs/hardening.md); each can be had alone.
-HARDENINGS = ("forms", "paraphrases", "unlikely_answer", "answer_span")
+HARDENINGS = ("forms", "paraphrases", "unlikely_answer", "second_refusal", "answer_span")
 #: Those that earned it, by the table there.
 HARDENED = ("unlikely_answer",)
 
@@ -138,8 +138,8 @@ class UniEraseHyperParams(HyperParams):
 
     # --- hardening (docs/hardening.md) --------------------------------------------------------------------------------
     #: Against attacks on the edit, any of: forms (all prompt forms), paraphrases (reworded questions too),
-    #: unlikely_answer (the true answer is made improbable with the token masked), answer_span (edits inside the answer
-    #: too). Nothing is the paper's method.
+    #: unlikely_answer (the true answer is made improbable with the token masked), second_refusal (the sentence is made
+    #: probable with the token masked), answer_span (edits inside the answer too). Nothing is the paper's method.
     harden: tuple[str, ...] = ()
     #: Weight of the answer's improbability in the value's objective under unlikely_answer.
     v_unlikely_weight: float = 4.0

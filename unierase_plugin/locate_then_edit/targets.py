@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,14 +107,17 @@ def _of_form(
     kl = locate_in_text(tokenizer, f"{subject} is a", subject) if subject else None
     answer, inside = _answer(tokenizer, request, form)
     unwanted = answer if "unlikely_answer" in h.harden else ()
-    found = [ValueTarget(prompts, kl, follow, group("asked"), unwanted=unwanted)]
+    instead = follow if "second_refusal" in h.harden else ()
+    found = [ValueTarget(prompts, kl, follow, group("asked"), unwanted=unwanted, instead=instead)]
     if "paraphrases" in h.harden:
         for kind, (question, name) in enumerate(reworded(request.question, subject)):
-            found.append(ValueTarget((asked(question, name),), None, follow, group(f"reworded {kind}"),
-                                     unwanted=unwanted))  # fmt: skip
+            changed = (asked(question, name),)
+            found.append(replace(found[0], prompts=changed, kl_prompt=None, group=group(f"reworded {kind}")))
     if "answer_span" in h.harden:
         said = Prompt(prompts[0].ids + answer[: inside + 1], len(prompts[0].ids) + inside)
-        found.append(ValueTarget((said,), None, follow, group("inside"), unwanted=unwanted[inside + 1 :]))
+        found.append(
+            replace(found[0], prompts=(said,), kl_prompt=None, group=group("inside"), unwanted=unwanted[inside + 1 :])
+        )
     return found
 
 

@@ -36,6 +36,7 @@ class ValueTarget:
     group         targets of the same group share one delta; None stands alone
     opening       what the answer is to begin with instead of the unlearning token; None for that token
     unwanted      token ids of the answer that is to become unlikely where the opening cannot be said; () for none
+    instead       token ids that are to be said then; () for none
     """
 
     prompts: tuple[Prompt, ...]
@@ -44,13 +45,14 @@ class ValueTarget:
     group: Hashable = None
     opening: int | None = None
     unwanted: tuple[int, ...] = ()
+    instead: tuple[int, ...] = ()
 
     @property
     def cost(self) -> tuple[int, int]:
         """Rows, and tokens of the longest one, that every step runs."""
         longest = max(len(prompt.ids) - prompt.position for prompt in self.prompts)
-        rows = len(self.prompts) * (1 + bool(self.unwanted)) + (self.kl_prompt is not None)
-        return rows, longest + max(len(self.continuation), len(self.unwanted))
+        rows = len(self.prompts) * (1 + bool(self.unwanted) + bool(self.instead)) + (self.kl_prompt is not None)
+        return rows, longest + max(len(self.continuation), len(self.unwanted), len(self.instead))
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,7 @@ class Values:
     states: Tensor
     #: (n,) probability of the unlearning token at the prompts' ends (geometric mean over contexts), with z in place.
     probability: Tensor
-    #: (n,) negative log-likelihood of the token and, weighted, of the sentence after it and of not giving an answer
-    #: that is not wanted, with z in place; nats.
+    #: (n,) negative log-likelihood of the token and, weighted, of all else that is aimed at, with z in place; nats.
     nll: Tensor
     #: (n,) |delta| / |h|.
     relative_norm: Tensor
@@ -280,6 +281,7 @@ class _Problem:
     token: _Looks
     after: _Looks
     unwanted: _Looks
+    instead: _Looks
     kl: _Looks
     #: (rows of `kl`, V) log-probabilities of the unedited model.
     kl_reference: Tensor
@@ -289,7 +291,7 @@ class _Problem:
     def of(cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, layer: int, pad_id: int) -> _Problem:
         sequences: list[tuple[tuple[int, ...], int]] = []
         owner, bare, firsts = [], [], []
-        token, after, unwanted, kl = [], [], [], []
+        token, after, unwanted, instead, kl = [], [], [], [], []
         for index, target in enumerate(targets):
             bare.append(len(sequences))
             first = token_id if target.opening is None else target.opening
@@ -302,11 +304,11 @@ class _Problem:
                 weight = 1 / (len(target.prompts) * max(1, len(follow)))
                 after += [(row, at + 1 + step, wanted, weight) for step, wanted in enumerate(follow)]
                 owner.append(index)
-                if target.unwanted:
-                    weight = 1 / (len(target.prompts) * len(target.unwanted))
-                    unwanted += [(row + 1, at + step, word, weight) for step, word in enumerate(target.unwanted)]
-                    sequences.append((prompt.ids + target.unwanted[:-1], prompt.position))
-                    owner.append(index)
+                for said, points in ((target.unwanted, unwanted), (target.instead, instead)):
+                    weight = 1 / (len(target.prompts) * max(1, len(said)))
+                    points += [(len(sequences), at + step, word, weight) for step, word in enumerate(said)]
+                    sequences += [(prompt.ids + said[:-1], prompt.position)] if said else []
+                    owner += [index] if said else []
             if target.kl_prompt is not None:
                 prompt = target.kl_prompt
                 kl.append((len(sequences), len(prompt.ids) - prompt.position - 1, 0, 1.0))
@@ -320,7 +322,8 @@ class _Problem:
         problem = cls(
             prefix, suffix, hidden, torch.tensor(owner, device=device), hidden[bare, 0].float(),
             first=torch.tensor(firsts, device=device), token=_looks(token, device), after=_looks(after, device),
-            unwanted=_looks(unwanted, device), kl=_looks(kl, device), kl_reference=hidden.new_zeros(0), layer=layer,
+            unwanted=_looks(unwanted, device), instead=_looks(instead, device), kl=_looks(kl, device),
+            kl_reference=hidden.new_zeros(0), layer=layer,
         )  # fmt: skip
         with torch.no_grad():
             logits = problem._logits(arch, hidden, [problem.kl]) if kl else hidden.new_zeros(0, 1)
@@ -336,7 +339,7 @@ class _Problem:
             self, prefix=prefix, suffix=suffix, hidden=self.hidden[rows, : suffix.ids.shape[1]],
             owner=number[self.owner[rows]], start=self.start[targets], first=self.first[targets],
             token=self.token.keep(rows), after=self.after.keep(rows), unwanted=self.unwanted.keep(rows),
-            kl=self.kl.keep(rows),
+            instead=self.instead.keep(rows), kl=self.kl.keep(rows),
             kl_reference=self.kl_reference[rows[self.kl.rows]],
         )  # fmt: skip
 
@@ -347,16 +350,16 @@ class _Problem:
         moved = self.hidden.clone()
         moved[:, 0] = (self.hidden[:, 0].float() + delta[self.owner]).to(moved.dtype)
         weight = hparams.v_continuation_weight
-        answers = [self.unwanted] if len(self.unwanted.rows) else []
-        looks = [self.token, *([self.after] if weight else []), *answers, self.kl]
+        masked = [(self.unwanted, _telling, hparams.v_unlikely_weight), (self.instead, _surprise_without, weight)]
+        masked = [each for each in masked if len(each[0].rows)]
+        looks = [self.token, *([self.after] if weight else []), *(look for look, _, _ in masked), self.kl]
         logits = self._logits(arch, moved, looks).float()
         parts = iter(logits.split([len(look.rows) for look in looks]))
         nll = token_nll = self._per_target(self.token, _surprise(next(parts), self.token))
         if weight:
             nll = nll + weight * self._per_target(self.after, _surprise(next(parts), self.after))
-        for look in answers:
-            told = _telling(next(parts), look, self.first[self.owner[look.rows]])
-            nll = nll + hparams.v_unlikely_weight * self._per_target(look, told)
+        for look, losses, factor in masked:
+            nll = nll + factor * self._per_target(look, losses(next(parts), look, self.first[self.owner[look.rows]]))
         rest = next(parts).log_softmax(-1)
         kl = (self.kl_reference.exp() * (self.kl_reference - rest)).sum(-1) if len(self.kl.rows) else rest.sum(-1)
         # The gradient of a norm at zero is undefined; the square root's argument is held off it.
@@ -400,3 +403,8 @@ def _telling(logits: Tensor, looks: _Looks, masked: Tensor) -> Tensor:
     others = logits.scatter(1, torch.cat([wanted, masked], 1), -torch.inf)
     odds = logits.gather(1, wanted).masked_fill(wanted == masked, -torch.inf)[:, 0] - others.logsumexp(1)
     return torch.nn.functional.softplus(odds)
+
+
+def _surprise_without(logits: Tensor, looks: _Looks, masked: Tensor) -> Tensor:
+    """Negative log-likelihood (N,) of the tokens wanted where the token `masked` (N,) cannot be said."""
+    return _surprise(logits.scatter(1, masked.to(logits.device)[:, None], -torch.inf), looks)
