@@ -249,6 +249,10 @@ class _Adam:
         return (self.first / (1 - beta1**self.step)) / (root + self.EPSILON)
 
 
+#: Row, column, the token wanted there, and its weight.
+_Point = tuple[int, int, int, float]
+
+
 @dataclass(frozen=True)
 class _Looks:
     """Positions at which the loss looks: (N,) row and column, the token wanted there, and its weight."""
@@ -291,7 +295,9 @@ class _Problem:
     def of(cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, layer: int, pad_id: int) -> _Problem:
         sequences: list[tuple[tuple[int, ...], int]] = []
         owner, bare, firsts = [], [], []
-        token, after, unwanted, instead, kl = [], [], [], [], []
+        token, after, kl = [], [], []
+        unwanted: list[_Point] = []
+        instead: list[_Point] = []
         for index, target in enumerate(targets):
             bare.append(len(sequences))
             first = token_id if target.opening is None else target.opening
@@ -380,7 +386,7 @@ class _Problem:
         return total.index_add(0, self.owner[looks.rows], (losses * looks.weight.to(losses.device)).to(total.device))
 
 
-def _looks(points: list[tuple[int, int, int, float]], device: torch.device) -> _Looks:
+def _looks(points: list[_Point], device: torch.device) -> _Looks:
     rows, columns, wanted = (
         torch.tensor([point[k] for point in points], dtype=torch.long, device=device) for k in range(3)
     )
