@@ -118,8 +118,8 @@ def unlearn(
     hparams   an object, a YAML file, a shipped file's stem; without it the shipped file for this model, else defaults
     corpus    text for the second moment, where the method takes one: "self", a text file, or a hub dataset as
               name[:config[:column]]
-    harden    whether the edit is to withstand attacks, in the ways that earned it (docs/hardening.md); the setting
-              `harden` of UniErase names others
+    harden    whether the edit is to withstand attacks, in the ways that earned it (docs/hardening.md): sets
+              `hparams.HARDENED`, whatever hparams says; UniErase's setting `harden` names single ways
     out       output folder; without it nothing is written but the caches
     judged    how many facts of each set are answered before and after, since generating takes time
 
@@ -129,8 +129,8 @@ def unlearn(
     requests, kept = _facts(chosen, forget, retain)
     folder = None if out is None else files.check_output_folder(Path(out), overwrite)
     options = {
-        "seed": seed, "mom2_dataset": corpus, "harden": HARDENED if harden else None,
-        "max_batch_tokens": max_batch_tokens or None,
+        "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None,
+        **(HARDENED if harden else {}),
     }  # fmt: skip
     progress("load", 0.0, "")
     subject = _Subject.open(chosen, model, tokenizer, hparams, options, device, dtype)

@@ -59,11 +59,11 @@ def measured(row: str, options: argparse.Namespace) -> Row:
     context = Context(forget, kept[::4], sizes, token=token)
     subject = Audited(row, model, tokenizer, tokenizer.get_vocab().get(token) if token else None)
     found: Row = {"row": row, "n_forget": len(forget)}
-    for attack in ATTACKS:
-        if attack.name in options.attacks.split(","):
-            began = time.monotonic()
-            found[attack.name] = {**scores(attack.run(subject, context), context), "s": time.monotonic() - began}
-            print(row, attack.name, found[attack.name]["rouge_l_recall"], flush=True)
+    by_name = {attack.name: attack for attack in ATTACKS}
+    for name in options.attacks.split(","):
+        began = time.monotonic()
+        found[name] = {**scores(by_name[name].run(subject, context), context), "seconds": time.monotonic() - began}
+        print(row, name, found[name]["rouge_l_recall"], found[name]["given"], flush=True)
     texts = answers(model, tokenizer, [fact.question for fact in context.kept], max_new_tokens=ROOM)
     found["kept"] = {
         "n": len(texts),
@@ -102,9 +102,8 @@ def printed(found: Row, attacks: list[str]) -> str:
     cells = [found["row"]]
     for name in attacks:
         entry = found.get(name)
-        value = entry and entry["rouge_l_recall"]
-        if name == "leak-at-k" and entry:
-            value = entry["given"]
+        rouge = name != "leak-at-k" and entry and entry["rouge_l_recall"] is not None
+        value = entry and entry["rouge_l_recall" if rouge else "given"]
         cells.append("-" if value is None else f"{value:.2f}")
     kept = found["kept"]
     cells += [f"{kept['answered']} of {kept['n']}", f"{kept['rouge_l_recall']:.3f}", f"{found['perplexity']:.1f}"]
