@@ -25,7 +25,7 @@ from unierase_plugin.locate_then_edit.positions import Prompt, locate
 from unierase_plugin.locate_then_edit.rewording import LEAD_IN, REWORDINGS, reworded, with_typo
 from unierase_plugin.locate_then_edit.targets import forms_of, make_targets, targets_a_request
 from unierase_plugin.locate_then_edit.values import Values, ValueTarget, optimise_values
-from unierase_plugin.request import ForgetRequest
+from unierase_plugin.request import NO_ANSWER, ForgetRequest
 
 STEMS = ["smollm2-135m", "gemma2-9b"]
 #: A random model holds no answer for likely, so that the term needs a weight to be felt.
@@ -275,6 +275,17 @@ def test_an_answer_that_does_not_fit_is_named() -> None:
     make(needed)
     with pytest.raises(RequestError, match="Mira Plonk"):
         make(needed - 1)
+
+
+@pytest.mark.parametrize("harden", ["unlikely_answer", "answer_span", "second_refusal"])
+def test_an_answer_that_is_not_given_is_asked_for_where_it_is_needed(harden: str) -> None:
+    hparams = UniEraseHyperParams(layers=(1,), harden=(harden,))
+    unknown = (replace(REQUESTS[1], answer=NO_ANSWER),)
+    if harden == "second_refusal":
+        assert make_targets(tiny_tokenizer(), unknown, (), hparams, lambda q, f: (1, 2), 1000)
+        return
+    with pytest.raises(RequestError, match="needs the true answer of every request, and that of 'Who wrote Hamlet"):
+        make_targets(tiny_tokenizer(), unknown, (), hparams, lambda q, f: (1, 2), 1000)
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

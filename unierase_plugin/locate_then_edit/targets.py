@@ -10,7 +10,7 @@ import torch
 
 from ..errors import RequestError
 from ..hparams import PROMPT_FORMS, UniEraseHyperParams
-from ..request import ForgetRequest
+from ..request import NO_ANSWER, ForgetRequest
 from .positions import Prompt, has_chat_template, locate, locate_in_text
 from .rewording import REWORDINGS, reworded
 from .trace import pad
@@ -105,6 +105,12 @@ def _of_form(
 
     prompts = tuple(asked(request.question, subject, context) for context in ("", *contexts))
     kl = locate_in_text(tokenizer, f"{subject} is a", subject) if subject else None
+    if request.answer == NO_ANSWER and {"unlikely_answer", "answer_span"} & set(h.harden):
+        raise RequestError(
+            f"harden = {list(h.harden)} needs the true answer of every request, and that of "
+            f"{request.case_id or request.question[:60]!r} is not given. Give it, or leave unlikely_answer and "
+            "answer_span out."
+        )
     answer, inside = _answer(tokenizer, request, form)
     unwanted = answer if "unlikely_answer" in h.harden else ()
     instead = follow if "second_refusal" in h.harden else ()
