@@ -5,9 +5,10 @@
         unedited reference none unlikely_answer unlikely_answer+answer_span
 
 DIR holds tofu200 and tofu160r, as `shared/models/tofu_model.py` builds them. A row is `unedited`, `reference` (never
-trained on the 40 facts), `none` (the paper's method), or hardenings joined by +; `@` sets hyper-parameters:
-`unlikely_answer@v_unlikely_weight=8`. Every row is kept in OUT as it ends and not measured again. Prints the table of
-docs/hardening.md: mean ROUGE-L recall of the true answers under each attack.
+trained on the 40 facts), a folder that `unierase run` wrote, `none` (the paper's method), or hardenings joined by +.
+`@` sets hyper-parameters: `unlikely_answer@v_unlikely_weight=8`. Every row is kept in OUT as it ends and not measured
+again. Prints the table of docs/hardening.md: mean ROUGE-L recall of the true answers under each attack (leak-at-k and
+what generates nothing: the share given).
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ Row = dict[str, Any]
 
 
 def measured(row: str, options: argparse.Namespace) -> Row:
-    model, tokenizer = load(str(options.models / ("tofu160r" if row == "reference" else "tofu200")))
+    folder = {"reference": options.models / "tofu160r"}.get(row, options.models / "tofu200")
+    made = (Path(row) / "unierase").is_dir()
+    model, tokenizer = load(row if made else str(folder))
     forget, kept = read_facts("tofu:forget01")[:: options.every], read_facts("tofu:retain_perturbed[:160]")
     token, figures, start = "", {}, time.monotonic()
-    if row not in ("unedited", "reference"):
+    if made:
+        token = str(json.loads(Path(row, "unierase", "manifest.json").read_text())["token"]["name"])
+    elif row not in ("unedited", "reference"):
         names, _, settings = row.partition("@")
         given = dict(pair.split("=") for pair in settings.split(",") if pair)
         hparams = UniEraseHyperParams.from_hparams("smollm2-135m").replace(
@@ -127,7 +132,7 @@ def main() -> None:
     columns = ["hardening", *attacks, "kept", "their ROUGE-L", "perplexity", "largest update / weight", "seconds"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
     for row in options.rows:
-        path = options.out / f"{row}-{options.every}.json"
+        path = options.out / f"{row.strip('/').replace('/', '_')}-{options.every}.json"
         if not path.is_file():
             path.write_text(json.dumps(measured(row, options), indent=1, default=str), encoding="utf-8")
         print(printed(json.loads(path.read_text(encoding="utf-8")), attacks), flush=True)
