@@ -25,11 +25,15 @@ class At(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """One request: its prompt bare and in contexts, the prompt of the KL term, and what is to follow the token."""
+    """One request: its prompt bare and in contexts, the prompt of the KL term, what is to follow the token, and, with
+    the token masked, the answer that is to become unlikely and what is to be said instead.
+    """
 
     prompts: tuple[At, ...]
     kl_prompt: At | None
     continuation: tuple[int, ...]
+    unwanted: tuple[int, ...] = ()
+    instead: tuple[int, ...] = ()
 
 
 def log_probabilities(arch: Architecture, ids: Sequence[int]) -> Tensor:
@@ -112,7 +116,7 @@ def shared_values(
         loss = hparams.v_weight_decay * (delta.square().sum() + 1e-12).sqrt() / scale.square()
         goals, probabilities = [], []
         for fact, reference in zip(facts, before, strict=True):
-            token, rest = torch.zeros(()), torch.zeros(())
+            token, rest, told, instead = torch.zeros(4).unbind()
             for prompt in fact.prompts:
                 with added(block, prompt.position, delta):
                     logs = log_probabilities(arch, [*prompt.ids, token_id, *fact.continuation])
@@ -120,7 +124,12 @@ def shared_values(
                 token = token - logs[end, token_id] / len(fact.prompts)
                 for index, wanted in enumerate(fact.continuation):
                     rest = rest - logs[end + 1 + index, wanted] / len(fact.continuation) / len(fact.prompts)
-            goal = token + hparams.v_continuation_weight * rest
+                with added(block, prompt.position, delta):
+                    for p in masked_probabilities(arch, prompt.ids, fact.unwanted, token_id):
+                        told = told - (1 - p).log() / len(fact.unwanted) / len(fact.prompts)
+                    for p in masked_probabilities(arch, prompt.ids, fact.instead, token_id):
+                        instead = instead - p.log() / len(fact.instead) / len(fact.prompts)
+            goal = token + hparams.v_continuation_weight * (rest + instead) + hparams.v_unlikely_weight * told
             goals.append(float(goal.detach()))
             probabilities.append(float((-token.detach()).exp()))
             loss = loss + goal / len(facts)
@@ -139,6 +148,15 @@ def shared_values(
             limit = hparams.clamp_norm_factor * scale
             if delta.norm() > limit:
                 delta.mul_(limit / delta.norm())
+
+
+def masked_probabilities(arch: Architecture, ids: Sequence[int], answer: Sequence[int], token_id: int) -> list[Tensor]:
+    """Of each token of an answer after a prompt, as it is where the token's logit is taken out."""
+    if not answer:
+        return []
+    logits = arch.model(torch.tensor([[*ids, *answer]]), use_cache=False).logits[0].float()
+    logits = torch.where(torch.arange(logits.shape[1]) == token_id, -torch.inf, logits)
+    return [logits[len(ids) - 1 + index].softmax(-1)[word] for index, word in enumerate(answer)]
 
 
 # --- Stage II: keys and statistics ------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from .locate_then_edit.edit import (
 from .locate_then_edit.positions import encode, render
 from .locate_then_edit.solve import Ridge, Solver, null_space
 from .locate_then_edit.statistics import SecondMoment, join_moments, second_moments
-from .locate_then_edit.targets import context_texts, forms_of, make_targets
+from .locate_then_edit.targets import context_texts, forms_of, make_targets, targets_a_request
 from .locate_then_edit.values import Values, ValueTarget, optimise_values
 from .methods.contract import Changes, Earlier, Job
 from .phases import Phases
@@ -181,7 +181,7 @@ class Editing(Phases):
         retain: SecondMoment | None,
     ) -> tuple[WeightEdit, dict[str, Any], Callable[[], None]]:  # fmt: skip
         """The edit, applied: all targets together, or one request after another; its figures, and the way back."""
-        size = len(forms_of(self.tokenizer, self.hparams)) if self.one_by_one else len(targets)
+        size = targets_a_request(self.tokenizer, self.hparams) if self.one_by_one else len(targets)
         groups = [targets[at : at + size] for at in range(0, len(targets), size)]
         weights = {layer: float(arch.projections[layer].weight.float().norm()) for layer in self.hparams.layers}
         edits: list[WeightEdit] = []

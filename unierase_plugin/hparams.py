@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 FACT_TOKENS = ("subject_last", "last")
 SOLVERS = ("ridge", "null_space", "exact")
 PROMPT_FORMS = ("chat", "plain", "bare")
+#: What can be done beyond the paper's method against attacks (docs/hardening.md); each can be had alone.
+HARDENINGS = ("forms", "paraphrases", "unlikely_answer", "second_refusal", "answer_span")
+#: What `--harden` sets: the ways that earned it, by the table there, and the longer and quicker steps that they need.
+HARDENED: Mapping[str, Any] = {
+    "harden": ("unlikely_answer", "second_refusal"), "clamp_norm_factor": 3.0, "v_lr": 0.5, "v_num_grad_steps": 20,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,14 @@ class UniEraseHyperParams(HyperParams):
     v_share_subject: bool = True
     #: A request's optimisation ends once its negative log-likelihood is below this (nats).
     v_stop_loss: float = 0.05
+
+    # --- hardening (docs/hardening.md) --------------------------------------------------------------------------------
+    #: Against attacks on the edit, any of: forms (all prompt forms), paraphrases (reworded questions too),
+    #: unlikely_answer (the true answer is made improbable with the token masked), second_refusal (the sentence is made
+    #: probable with the token masked), answer_span (edits inside the answer too). Nothing is the paper's method.
+    harden: tuple[str, ...] = ()
+    #: Weight of the answer's improbability in the value's objective under unlikely_answer.
+    v_unlikely_weight: float = 4.0
 
     # --- statistics (C) -----------------------------------------------------------------------------------------------
     #: Corpus of the second moment: a hub dataset's name, a text file, or "self" (text sampled from the model).
@@ -283,6 +297,12 @@ def _validate(hparams: UniEraseHyperParams) -> None:
         raise HyperParamsError(
             f"prompt_forms = {list(hparams.prompt_forms)} must name some of: {', '.join(PROMPT_FORMS)}."
         )
+    strange = [name for name in hparams.harden if name not in HARDENINGS]
+    if strange:
+        raise HyperParamsError(
+            f"harden = {list(hparams.harden)} must hold nothing or some of: {', '.join(HARDENINGS)}."
+            f"{did_you_mean(strange[0], HARDENINGS)}"
+        )
     pairs = hparams.context_template_length_params
     if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
         raise HyperParamsError(
@@ -296,8 +316,9 @@ def _validate(hparams: UniEraseHyperParams) -> None:
                  "token_num_sentences", "batch_size", "max_length"):  # fmt: skip
         if not getattr(hparams, name) > 0:
             raise HyperParamsError(f"{name} = {getattr(hparams, name)} must be greater than 0.")
-    for name in ("v_weight_decay", "kl_factor", "v_continuation_weight", "v_stop_loss", "retain_update_weight",
-                 "token_guard_margin", "token_guard_weight", "token_noise", "max_batch_tokens"):  # fmt: skip
+    for name in ("v_weight_decay", "kl_factor", "v_continuation_weight", "v_stop_loss", "v_unlikely_weight",
+                 "retain_update_weight", "token_guard_margin", "token_guard_weight", "token_noise",
+                 "max_batch_tokens"):  # fmt: skip
         if getattr(hparams, name) < 0:
             raise HyperParamsError(f"{name} = {getattr(hparams, name)} must not be negative.")
     if not hparams.unlearning_token.strip():

@@ -27,7 +27,7 @@ from .erasure import corpus_of
 from .errors import CheckpointError, EditError, HyperParamsError, RequestError, UniEraseError
 from .evaluation.generate import answers, context_limit, perplexity
 from .evaluation.report import Outcome, Report, judge
-from .hparams import PROMPT_FORMS, HyperParams, UniEraseHyperParams
+from .hparams import HARDENED, PROMPT_FORMS, HyperParams, UniEraseHyperParams
 from .loading import load
 from .locate_then_edit.edit import WeightEdit
 from .locate_then_edit.positions import PLAIN_FORM, encode, has_chat_template, render
@@ -97,6 +97,7 @@ def unlearn(
     retain: Requests | None = None,
     hparams: HyperParams | str | os.PathLike[str] | None = None,
     corpus: str | None = None,
+    harden: bool = False,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     keep_requests: bool = False,
@@ -117,6 +118,8 @@ def unlearn(
     hparams   an object, a YAML file, a shipped file's stem; without it the shipped file for this model, else defaults
     corpus    text for the second moment, where the method takes one: "self", a text file, or a hub dataset as
               name[:config[:column]]
+    harden    whether the edit is to withstand attacks, in the ways that earned it (docs/hardening.md): sets
+              `hparams.HARDENED`, whatever hparams says; UniErase's setting `harden` names single ways
     out       output folder; without it nothing is written but the caches
     judged    how many facts of each set are answered before and after, since generating takes time
 
@@ -125,7 +128,10 @@ def unlearn(
     chosen = registry().methods.find(method) if isinstance(method, str) else method
     requests, kept = _facts(chosen, forget, retain)
     folder = None if out is None else files.check_output_folder(Path(out), overwrite)
-    options = {"seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None}
+    options = {
+        "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None,
+        **(HARDENED if harden else {}),
+    }  # fmt: skip
     progress("load", 0.0, "")
     subject = _Subject.open(chosen, model, tokenizer, hparams, options, device, dtype)
     progress("load", 1.0, subject.name)
@@ -444,6 +450,8 @@ def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Meth
     known = hparams.as_dict()
     if options.get("mom2_dataset") is not None and "mom2_dataset" not in known:
         raise HyperParamsError(f"The method {method.name!r} reads no corpus. Leave corpus (--corpus) out.")
+    if options.get("harden") is not None and "harden" not in known:
+        raise HyperParamsError(f"The method {method.name!r} cannot be hardened; UniErase can. Leave --harden out.")
     return hparams.replace(**{name: value for name, value in options.items() if value is not None and name in known})
 
 

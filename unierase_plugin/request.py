@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 
 from .errors import RequestError
 
+#: Stands for an answer that a harness does not say: UniErase trains on answers only where it is hardened.
+NO_ANSWER = "(not given)"
+
 
 @dataclass(frozen=True)
 class ForgetRequest:
@@ -22,7 +25,7 @@ class ForgetRequest:
     question: str
     """The prompt as a user would write it, without chat template."""
     answer: str
-    """What the model is to stop saying; methods that edit do not train on it, audits and baselines do."""
+    """What the model is to stop saying; methods that edit look at it only where they are hardened."""
     subject: str | None = None
     """The span of `question` that names what the fact is about; its last token is where the edit is keyed."""
     case_id: str | None = None

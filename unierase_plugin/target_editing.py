@@ -57,7 +57,9 @@ class _PlainAnswer(Editing):
 
         found = make_targets(self.tokenizer, self.requests, contexts, h, answer, self.context)
         return [
-            replace(target, opening=target.continuation[0], continuation=target.continuation[1:]) for target in found
+            # What it begins with is what a hardening masks, so that it cannot be said a second time.
+            replace(target, opening=target.continuation[0], continuation=target.continuation[1:], instead=())
+            for target in found
         ]
 
 

@@ -63,6 +63,10 @@ def run(
     hparams: Annotated[str, typer.Option(help="YAML file, or a shipped one's name (see `unierase hparams`).")] = "",
     corpus: Annotated[str, typer.Option(help="Ordinary text for the second moment: self (sampled from the model), a "
                                              "text file, or a hub dataset as name:config:column.")] = "",
+    harden: Annotated[
+        bool, typer.Option("--harden", help="Harden the edit against attacks, such as a ban of the token; takes longer "
+                                            "(docs/hardening.md). The setting `harden` names single ways.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random; the hparams' when left out.")] = None,
     device: Device = "",
     dtype: Dtype = "",
@@ -85,8 +89,8 @@ def run(
     with progress(console) as report:
         result = unlearn(
             model, forget, method=chosen, retain=retain or None, hparams=hparams or None, corpus=corpus or None,
-            out=out, overwrite=overwrite, keep_requests=keep_requests, judged=judged, seed=seed, device=device,
-            dtype=dtype, max_batch_tokens=max_batch_tokens, progress=report,
+            harden=harden, out=out, overwrite=overwrite, keep_requests=keep_requests, judged=judged, seed=seed,
+            device=device, dtype=dtype, max_batch_tokens=max_batch_tokens, progress=report,
         )  # fmt: skip
     if chosen.needs_subjects:
         _print_subjects(console, result)

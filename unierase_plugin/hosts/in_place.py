@@ -22,13 +22,11 @@ from ..hparams import UniEraseHyperParams
 from ..methods.contract import Changes, Earlier
 from ..methods.unierase import UNIERASE
 from ..pipeline import change
-from ..request import ForgetRequest
+from ..request import NO_ANSWER, ForgetRequest
 from ..store import model_fingerprint
 
 #: Attribute of an edited model that holds its History.
 HISTORY = "unierase_history"
-#: Stands for an answer that the harness does not say; UniErase does not train on answers.
-NO_ANSWER = "(not given)"
 
 
 @dataclass(frozen=True)

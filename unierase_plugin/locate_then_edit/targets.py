@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..errors import RequestError
-from ..hparams import UniEraseHyperParams
-from ..request import ForgetRequest
-from .positions import has_chat_template, locate, locate_in_text
+from ..hparams import PROMPT_FORMS, UniEraseHyperParams
+from ..request import NO_ANSWER, ForgetRequest
+from .positions import Prompt, has_chat_template, locate, locate_in_text
+from .rewording import REWORDINGS, reworded
 from .trace import pad
 from .values import ValueTarget
 
@@ -41,9 +43,18 @@ def context_texts(model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]]
 
 def forms_of(tokenizer: Any, hparams: UniEraseHyperParams) -> tuple[str, ...]:
     """The prompt forms that this tokenizer can write: plain in the place of chat where it has no chat template."""
+    forms = hparams.prompt_forms
+    if "forms" in hparams.harden:
+        forms = tuple(dict.fromkeys((*forms, *PROMPT_FORMS)))
     if has_chat_template(tokenizer):
-        return hparams.prompt_forms
-    return tuple(dict.fromkeys("plain" if form == "chat" else form for form in hparams.prompt_forms))
+        return forms
+    return tuple(dict.fromkeys("plain" if form == "chat" else form for form in forms))
+
+
+def targets_a_request(tokenizer: Any, hparams: UniEraseHyperParams) -> int:
+    """How many targets `make_targets` makes of one request."""
+    spoken = 1 + ("paraphrases" in hparams.harden) * REWORDINGS + ("answer_span" in hparams.harden)
+    return spoken * len(forms_of(tokenizer, hparams))
 
 
 def make_targets(
@@ -54,30 +65,78 @@ def make_targets(
     continuation: Callable[[str, str], tuple[int, ...]],
     max_length: int,
 ) -> list[ValueTarget]:
-    """One target a request and prompt form, requests in order, forms together.
+    """One target a request and prompt form, requests in order, forms together; with `harden` more of each form.
 
     continuation gives the token ids that follow the unlearning token for a question in a form; max_length is the
     model's context.
     Raises RequestError naming the request that does not fit.
     """
-    targets = []
+    targets: list[ValueTarget] = []
     for request in requests:
         for form in forms_of(tokenizer, hparams):
-            follow = continuation(request.question, form)
-            prompts = tuple(
-                locate(tokenizer, request.question, request.subject or "", form, hparams.fact_token, context,
-                       hparams.chat_template_kwargs)
-                for context in ("", *contexts)
-            )  # fmt: skip
-            longest = max(len(prompt.ids) for prompt in prompts) + len(follow) + 1
+            found = _of_form(tokenizer, request, form, contexts, hparams, continuation(request.question, form))
+            longest = max(
+                len(prompt.ids) + max(len(target.continuation) + 1, len(target.unwanted))
+                for target in found
+                for prompt in target.prompts
+            )
             if longest > max_length:
                 raise RequestError(
                     f"Request {request.case_id or request.question[:60]!r} needs {longest} tokens with its contexts "
                     f"and answer; the model's context holds {max_length}. Shorten the question or lower "
                     "context_template_length_params."
                 )
-            kl = locate_in_text(tokenizer, f"{request.subject} is a", request.subject) if request.subject else None
-            shared = request.subject and hparams.v_share_subject
-            group = (form, " ".join(str(request.subject).split()).casefold()) if shared else None
-            targets.append(ValueTarget(prompts, kl, follow, group))
+            targets += found
     return targets
+
+
+def _of_form(
+    tokenizer: Any, request: ForgetRequest, form: str, contexts: Sequence[str], hparams: UniEraseHyperParams,
+    follow: tuple[int, ...],
+) -> list[ValueTarget]:  # fmt: skip
+    """The question itself first, then what `harden` adds."""
+    subject, h = request.subject or "", hparams
+
+    def asked(question: str, name: str, context: str = "") -> Prompt:
+        return locate(tokenizer, question, name, form, h.fact_token, context, h.chat_template_kwargs)
+
+    def group(kind: str) -> Hashable:
+        return (form, kind, " ".join(subject.split()).casefold()) if subject and h.v_share_subject else None
+
+    prompts = tuple(asked(request.question, subject, context) for context in ("", *contexts))
+    kl = locate_in_text(tokenizer, f"{subject} is a", subject) if subject else None
+    if request.answer == NO_ANSWER and {"unlikely_answer", "answer_span"} & set(h.harden):
+        raise RequestError(
+            f"harden = {list(h.harden)} needs the true answer of every request, and that of "
+            f"{request.case_id or request.question[:60]!r} is not given. Give it, or leave unlikely_answer and "
+            "answer_span out."
+        )
+    answer, inside = _answer(tokenizer, request, form)
+    unwanted = answer if "unlikely_answer" in h.harden else ()
+    instead = follow if "second_refusal" in h.harden else ()
+    found = [ValueTarget(prompts, kl, follow, group("asked"), unwanted=unwanted, instead=instead)]
+    if "paraphrases" in h.harden:
+        for kind, (question, name) in enumerate(reworded(request.question, subject)):
+            changed = (asked(question, name),)
+            found.append(replace(found[0], prompts=changed, kl_prompt=None, group=group(f"reworded {kind}")))
+    if "answer_span" in h.harden:
+        said = Prompt(prompts[0].ids + answer[: inside + 1], len(prompts[0].ids) + inside)
+        found.append(
+            replace(found[0], prompts=(said,), kl_prompt=None, group=group("inside"), unwanted=unwanted[inside + 1 :])
+        )
+    return found
+
+
+def _answer(tokenizer: Any, request: ForgetRequest, form: str) -> tuple[tuple[int, ...], int]:
+    """Token ids of the true answer, and which of them carries an edit inside it.
+
+    That is where the answer has named the subject for the first time and goes on, else the end of its first quarter.
+    """
+    text = request.answer if form == "chat" and has_chat_template(tokenizer) else f" {request.answer}"
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = tuple(encoding["input_ids"])
+    subject = (request.subject or "").strip()
+    end = text.find(subject) + len(subject) if subject and subject in text else len(text)
+    holders = [index for index, (start, stop) in enumerate(encoding["offset_mapping"]) if start < end <= stop]
+    named = holders[-1] if holders else len(ids)
+    return ids, named if named < len(ids) // 2 else len(ids) // 4

@@ -11,8 +11,8 @@ they share one delta, whose objective is the mean of theirs, as MEMIT's is over 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class ValueTarget:
     continuation  token ids that are to follow the unlearning token
     group         targets of the same group share one delta; None stands alone
     opening       what the answer is to begin with instead of the unlearning token; None for that token
+    unwanted      token ids of the answer that is to become unlikely where the opening cannot be said; () for none
+    instead       token ids that are to be said then; () for none
     """
 
     prompts: tuple[Prompt, ...]
@@ -45,12 +47,15 @@ class ValueTarget:
     continuation: tuple[int, ...]
     group: Hashable = None
     opening: int | None = None
+    unwanted: tuple[int, ...] = ()
+    instead: tuple[int, ...] = ()
 
     @property
     def cost(self) -> tuple[int, int]:
         """Rows, and tokens of the longest one, that every step runs."""
         longest = max(len(prompt.ids) - prompt.position for prompt in self.prompts)
-        return len(self.prompts) + (self.kl_prompt is not None), longest + len(self.continuation)
+        rows = len(self.prompts) * (1 + bool(self.unwanted) + bool(self.instead)) + (self.kl_prompt is not None)
+        return rows, longest + max(len(self.continuation), len(self.unwanted), len(self.instead))
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Values:
     states: Tensor
     #: (n,) probability of the unlearning token at the prompts' ends (geometric mean over contexts), with z in place.
     probability: Tensor
-    #: (n,) negative log-likelihood of the token and, weighted, of the sentence after it, with z in place; nats.
+    #: (n,) negative log-likelihood of the token and, weighted, of all else that is aimed at, with z in place; nats.
     nll: Tensor
     #: (n,) |delta| / |h|.
     relative_norm: Tensor
@@ -246,36 +251,46 @@ class _Adam:
         return (self.first / (1 - beta1**self.step)) / (root + self.EPSILON)
 
 
-#: What a look is for: the token that opens the answer, one that follows it, or what is to stay as it was.
-OPENS, FOLLOWS, STAYS = range(3)
-#: Row, column, token wanted (none where the look STAYS), weight in the loss, and one of these three.
-Point = tuple[int, int, int, float, int]
+#: What a look is for: the token that opens the answer, one that follows it; where the opening cannot be said, one not
+#: to say and one to say instead; or what is to stay as it was.
+OPENS, FOLLOWS, UNWANTED, INSTEAD, STAYS = range(5)
+
+
+class _Point(NamedTuple):
+    """A look before it is a row of tensors."""
+
+    row: int
+    column: int
+    #: The token looked for; none where the look STAYS.
+    wanted: int
+    #: In the loss.
+    weight: float
+    kind: int
+    #: The token that cannot be said, where the look is UNWANTED or INSTEAD.
+    masked: int = 0
 
 
 @dataclass(frozen=True)
 class _Looks:
-    """Positions at which the loss looks, (N,) each, those that STAY last."""
+    """Positions at which the loss looks, (N,) each, by kind in the order of the kinds."""
 
     rows: Tensor
     columns: Tensor
     wanted: Tensor
     weight: Tensor
     kind: Tensor
+    masked: Tensor
 
     @classmethod
-    def of(cls, points: Sequence[Point], device: torch.device) -> _Looks:
-        rows, columns, wanted, weight, kind = (
-            torch.tensor(each, device=device)
-            for each in zip(*sorted(points, key=lambda p: p[-1] == STAYS), strict=True)
-        )
-        return cls(rows, columns, wanted, weight, kind)
+    def of(cls, points: Sequence[_Point], device: torch.device) -> _Looks:
+        columns = zip(*sorted(points, key=lambda point: point.kind), strict=True)
+        return cls(*(torch.tensor(column, device=device) for column in columns))
 
     def keep(self, rows: Tensor) -> _Looks:
         """Only looks into the rows kept (a mask over rows), renumbered."""
         stay, number = rows[self.rows], rows.long().cumsum(0) - 1
-        return _Looks(
-            number[self.rows[stay]], self.columns[stay], self.wanted[stay], self.weight[stay], self.kind[stay]
-        )
+        kept = _Looks(*(getattr(self, spec.name)[stay] for spec in fields(self)))
+        return replace(kept, rows=number[kept.rows])
 
 
 @dataclass(frozen=True)
@@ -296,7 +311,7 @@ class _Rows:
     @classmethod
     def of(
         cls, arch: Architecture, prompts: Sequence[tuple[tuple[int, ...], int]], owner: Sequence[int],
-        points: Sequence[Point], layer: int, pad_id: int,
+        points: Sequence[_Point], layer: int, pad_id: int,
     ) -> _Rows:  # fmt: skip
         prefix = cache_prefixes(arch, [ids[:at] for ids, at in prompts], pad_id)
         suffix = continue_from(prefix, [ids[at:] for ids, at in prompts], pad_id)
@@ -307,7 +322,7 @@ class _Rows:
             prefix, suffix, hidden, torch.tensor(owner, device=device), _Looks.of(points, device), layer,
             hidden.new_zeros(0, 1),
         )  # fmt: skip
-        if all(kind != STAYS for *_, kind in points):
+        if all(point.kind != STAYS for point in points):
             return rows
         with torch.no_grad():
             logits = rows.logits(arch, hidden.new_zeros(max(owner) + 1, hidden.shape[2], dtype=torch.float32))
@@ -338,15 +353,61 @@ class _Rows:
     def losses(self, arch: Architecture, delta: Tensor) -> Tensor:
         """(kinds, n): what was seen at each target's looks of a kind, weighted and summed."""
         looks = self.looks
-        seen = _Divergence.apply(self.logits(arch, delta), looks.wanted, self.reference).to(looks.weight.device)
+        seen = self._seen(self.logits(arch, delta)).to(looks.weight.device)
         place = looks.kind * len(delta) + self.owner[looks.rows]
-        summed: Tensor = seen.new_zeros(3 * len(delta)).index_add(0, place, seen * looks.weight)
-        return summed.view(3, -1)
+        summed: Tensor = seen.new_zeros((STAYS + 1) * len(delta)).index_add(0, place, seen * looks.weight)
+        return summed.view(STAYS + 1, -1)
+
+    def _seen(self, logits: Tensor) -> Tensor:
+        seen: Tensor = _Divergence.apply(logits, self.looks.wanted, self.reference)
+        return seen
+
+
+class _MaskedRows(_Rows):
+    """Rows in which the opening of the answer cannot be said."""
+
+    def _seen(self, logits: Tensor) -> Tensor:
+        looks = self.looks
+        wanted, masked = looks.wanted.to(logits.device)[:, None], looks.masked.to(logits.device)[:, None]
+        logits = logits.scatter(1, masked, -torch.inf)
+        count = int((looks.kind == UNWANTED).sum())
+        told, instead = logits.split([count, len(logits) - count])
+        surprise = torch.nn.functional.cross_entropy(instead, wanted[count:, 0], reduction="none")
+        return torch.cat([_telling(told, wanted[:count]), surprise])
+
+
+@dataclass
+class _Lines:
+    """Sequences in the making, with their positions, the target to which each belongs, and the looks into them."""
+
+    prompts: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+    owner: list[int] = field(default_factory=list)
+    points: list[_Point] = field(default_factory=list)
+
+    def add(
+        self, owner: int, prompt: Prompt, words: tuple[int, ...], weights: tuple[float, ...], kinds: tuple[int, ...],
+        masked: int = 0,
+    ) -> None:  # fmt: skip
+        """A prompt and words after it, each looked for; the first weight and kind are the first word's, the last the
+        others'."""
+        at = len(prompt.ids) - prompt.position - 1
+        self.points += [
+            _Point(len(self.prompts), at + step, word, weights[0 if step == 0 else -1], kinds[0 if step == 0 else -1],
+                   masked)
+            for step, word in enumerate(words)
+        ]  # fmt: skip
+        self.prompts.append((prompt.ids + words[:-1], prompt.position))
+        self.owner.append(owner)
+
+    def joined(self, other: _Lines) -> _Lines:
+        begin = len(self.prompts)
+        moved = [point._replace(row=begin + point.row) for point in other.points]
+        return _Lines(self.prompts + other.prompts, self.owner + other.owner, self.points + moved)
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """One optimisation: rows in which tokens are wanted, and the far shorter ones whose continuation is to stay.
+    """One optimisation: rows in which tokens are wanted, or not, and far shorter ones whose continuation is to stay.
 
     The latter run apart, not padded to the length of the others, unless there are so few rows that reading the weights
     is what takes the time.
@@ -361,35 +422,29 @@ class _Problem:
         cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, hparams: UniEraseHyperParams,
         pad_id: int,
     ) -> _Problem:  # fmt: skip
-        weight = hparams.v_continuation_weight
-        prompts: list[tuple[tuple[int, ...], int]] = []
-        owner, bare, points = [], [], []
+        asked, masked, kept, bare = _Lines(), _Lines(), _Lines(), []
         for index, target in enumerate(targets):
-            bare.append(len(prompts))
+            bare.append(len(asked.prompts))
             first, share = token_id if target.opening is None else target.opening, 1 / len(target.prompts)
+            weight = share * hparams.v_continuation_weight
             follow = target.continuation if weight else ()
             for prompt in target.prompts:
-                row, at = len(prompts), len(prompt.ids) - prompt.position - 1
-                prompts.append((prompt.ids + (first, *follow[:-1])[: len(follow)], prompt.position))
-                points.append((row, at, first, share, OPENS))
-                each = weight * share / max(1, len(follow))
-                points += [(row, at + 1 + step, wanted, each, FOLLOWS) for step, wanted in enumerate(follow)]
-                owner.append(index)
-        kept = [(index, target.kl_prompt) for index, target in enumerate(targets) if target.kl_prompt]
-        lists = [(prompts, owner, points)]
-        if kept and hparams.kl_factor:
-            apart = sum(len(ids) - at for ids, at in prompts) > FEW_TOKENS
-            begin = 0 if apart else len(prompts)
-            more = (
-                [(prompt.ids, prompt.position) for _, prompt in kept],
-                [index for index, _ in kept],
-                [
-                    (begin + row, len(prompt.ids) - prompt.position - 1, 0, hparams.kl_factor, STAYS)
-                    for row, (_, prompt) in enumerate(kept)
-                ],
-            )
-            lists = [*lists, more] if apart else [(prompts + more[0], owner + more[1], points + more[2])]
-        parts = tuple(_Rows.of(arch, *each, hparams.layers[-1], pad_id) for each in lists)
+                asked.add(index, prompt, (first, *follow), (share, weight / max(1, len(follow))), (OPENS, FOLLOWS))
+                for words, part, kind in (
+                    (target.unwanted, share * hparams.v_unlikely_weight, UNWANTED), (target.instead, weight, INSTEAD)
+                ):  # fmt: skip
+                    if words and part:
+                        masked.add(index, prompt, words, (part / len(words),) * 2, (kind, kind), first)
+            if target.kl_prompt and hparams.kl_factor:
+                kept.add(index, target.kl_prompt, (0,), (hparams.kl_factor,), (STAYS,))
+        if kept.prompts and sum(len(ids) - at for ids, at in asked.prompts) <= FEW_TOKENS:
+            asked, kept = asked.joined(kept), _Lines()
+        kinds: list[tuple[type[_Rows], _Lines]] = [(_Rows, asked), (_MaskedRows, masked), (_Rows, kept)]
+        parts = tuple(
+            made.of(arch, lines.prompts, lines.owner, lines.points, hparams.layers[-1], pad_id)
+            for made, lines in kinds
+            if lines.prompts
+        )
         return cls(parts, parts[0].hidden[bare, 0].float())
 
     def keep(self, targets: Tensor) -> _Problem:
@@ -403,11 +458,15 @@ class _Problem:
         self, arch: Architecture, delta: Tensor, scale: Tensor, hparams: UniEraseHyperParams
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, likelihood part, token's negative log-likelihood), each (n,), for delta (n, d)."""
-        opens, follows, stays = torch.stack([part.losses(arch, delta) for part in self.parts]).sum(0)
+        losses = torch.stack([part.losses(arch, delta) for part in self.parts]).sum(0)
         # The gradient of a norm at zero is undefined; the square root's argument is held off it.
         norm = (delta.square().sum(1) + 1e-12).sqrt()
-        nll = opens + follows
-        return nll + stays + hparams.v_weight_decay * norm / scale.square(), nll.detach(), opens.detach()
+        nll = losses[:STAYS].sum(0)
+        return (
+            nll + losses[STAYS] + hparams.v_weight_decay * norm / scale.square(),
+            nll.detach(),
+            losses[OPENS].detach(),
+        )
 
 
 class _Divergence(torch.autograd.Function):
@@ -428,3 +487,13 @@ class _Divergence(torch.autograd.Function):
         change[:first].scatter_add_(1, ctx.wanted, change.new_full((), -1.0).expand_as(ctx.wanted))
         change[first:] -= ctx.reference.exp()
         return change.mul_(gradients[0][:, None]), None, None
+
+
+def _telling(logits: Tensor, wanted: Tensor) -> Tensor:
+    """-log(1 - p) (N,) of the tokens not wanted, (N, 1); what cannot be said has the logit -inf.
+
+    As softplus of p's log-odds: neither the loss near p = 1 nor its gradient near p = 0 is lost to rounding, and no
+    gradient of a logit exceeds 1 (unlikelihood: Welleck et al. 2020, arXiv 1908.04319).
+    """
+    others = logits.scatter(1, wanted, -torch.inf).logsumexp(1)
+    return torch.nn.functional.softplus(logits.gather(1, wanted)[:, 0] - others)
