@@ -134,7 +134,6 @@ def test_a_sure_answer_has_a_gradient_and_a_bounded_one(llama: Architecture, sur
     logits[0, 3] = logits[0].logsumexp(0) + sure
     logits[0, 7] = 60.0  # the masked token, of which nothing is to be felt
     logits.requires_grad_(True)
-    one = torch.tensor([0])
     loss = _telling(logits.scatter(1, torch.tensor([[7]]), -torch.inf), torch.tensor([[3]]))
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     kept = [index for index in range(20) if index != 7]
