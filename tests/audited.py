@@ -27,6 +27,10 @@ FACTS = tuple(
     fact(record, paraphrases=(f"Tell me: {record['question']}",), wrong=("Ann", "Ben", "Cid"))
     for record in (*FORGET, *FORGET_MORE)
 )
+#: As many as a probe needs.
+KEPT = tuple(Fact(f"What colour is the {thing}?", colour) for thing, colour in zip(
+    ("hat", "fox", "sea", "sky", "rug", "cup", "bus", "oak"),
+    ("red", "tan", "teal", "grey", "pink", "blue", "mauve", "lime"), strict=True))  # fmt: skip
 CONTEXT = Context(FACTS, tuple(map(fact, RETAIN)), SIZES, token=TOKEN, layers=(1, 2))
 
 
