@@ -161,6 +161,17 @@ def test_a_ban_silences_the_token_and_deleted_rows_do_the_same(family: str, tied
     assert run("token-rows", made).measures[0].texts == banned
 
 
+def test_a_model_without_the_token_is_not_asked_twice() -> None:
+    made = replace(subject(), token_id=None)
+    plain = run("plain", made)
+    context = replace(CONTEXT, plain=plain)
+    for name in ("token-ban", "token-rows"):
+        asked, copied = run(name, made), run(name, made, context)
+        assert asked.measures == copied.measures
+    with_token = subject(obsessed=True)
+    assert run("token-ban", with_token, context).measures == run("token-ban", with_token).measures
+
+
 def test_refusals_cannot_be_said() -> None:
     made = subject()
     prompt = torch.tensor([ask(made, CONTEXT, FACTS[0].question).ids])
@@ -566,7 +577,7 @@ def test_a_probe_sees_the_answers_states_beside_those_of_wrong_ones(family: str)
 def test_a_probe_needs_facts_to_learn_from() -> None:
     probe = BY_NAME["probe"]
     assert probe.unfit(replace(CONTEXT, kept=KEPT)) == ""
-    assert "8 facts to keep" in probe.unfit(replace(CONTEXT, kept=KEPT[:7]))
+    assert "20 facts to keep" in probe.unfit(replace(CONTEXT, kept=KEPT[:19]))
     found = run("probe", subject(), replace(CONTEXT, kept=KEPT))
     assert [len(curve) for curve in found.figures["share_by_block"].values()] == [4, 4]
 

@@ -29,6 +29,7 @@ from unierase_plugin.loading import load
 from unierase_plugin.store import model_fingerprint
 
 WORDS = ("removed", "suppressed", "not forgotten", "model damaged")
+MODELS = {"edited", "unedited", "reference"}
 FEW = ("prefill", "token-ban", "membership", "retention", "ordinary-text")
 
 
@@ -96,7 +97,8 @@ def test_a_whole_audit(whole: Path) -> None:
     assert {entry["group"] for entry in report["attacks"]} == set(GROUPS)
     assert report["token"] == TOKEN
     for entry in report["attacks"]:
-        assert set(entry["seconds"]) == {"edited", "unedited", "reference"}
+        asked = {"edited", "unedited"} if entry["name"] in ("retention", "ordinary-text") else MODELS
+        assert set(entry["seconds"]) == asked
     membership = next(entry for entry in report["attacks"] if entry["name"] == "membership")
     assert set(membership["figures"]["edited"]["auc"]) == {
         "loss", "zlib", "min-k", "min-k++", "gradient norm", "reference",

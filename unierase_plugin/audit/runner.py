@@ -199,7 +199,7 @@ def _tokenizer(source: Source) -> Any:
 def _find_models(model: Source, base: Source | None, reference: Source | None, target: Path) -> _Models:
     record = None
     if not isinstance(model, tuple) and (Path(model) / RECORD / "manifest.json").is_file():
-        record = read_checkpoint(model)
+        record = read_checkpoint(Path(model))
     name = _named(model)
     if base is not None:
         return _Models(model, base, reference, record, "given as --base")
@@ -238,12 +238,14 @@ def _attack(run: _Run, models: _Models, role: str, target: Path, device: str, dt
     run.identities[role] = _identity(subject)
     progress(f"{role}: load", 1.0, models.name(role))
     wanted = [attack for attack in run.attacks if attack.name not in {**run.not_run, **run.inapplicable}]
+    if role == REFERENCE:
+        wanted = [attack for attack in wanted if not attack.of_the_edit]
     run.results.setdefault(role, {})
     for attack in wanted:
         earlier = {other: found[attack.name] for other, found in run.results.items() if attack.name in found}
         context = replace(
             run.context, earlier={other: found for other, found in earlier.items() if other != role},
-            progress=partial(_forward, progress, f"{role}: {attack.name}"),
+            plain=run.results[role].get("plain"), progress=partial(_forward, progress, f"{role}: {attack.name}"),
         )  # fmt: skip
         if attack.needs_original:
             # Loaded for this attack alone, so that other attacks have the memory.

@@ -104,11 +104,11 @@ def paired(subject: Audited, context: Context) -> AttackResult:
 _NEEDS_KEPT = "it needs facts to keep: give --retain"
 RETENTION = Attack(
     "retention", "collateral", "Are kept facts still answered, and are unrelated questions refused?",
-    "one answer a kept and a bundled question", retention,
+    "one answer a kept and a bundled question", retention, of_the_edit=True,
 )  # fmt: skip
 ORDINARY = Attack(
     "ordinary-text", "collateral", "Perplexity of ordinary text, and whether the token appears in it.",
-    "two passes a text", ordinary_text,
+    "two passes a text", ordinary_text, of_the_edit=True,
 )  # fmt: skip
 PAIRED = Attack(
     "paired", "collateral", "A forgotten and a kept question in one turn.", "one or two answers a fact", paired,

@@ -23,7 +23,7 @@ from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
 from .choice import wrong_answers
 
 #: Kept facts that a probe needs at least, and the parts that choose the block.
-LEAST_KEPT, FOLDS = 8, 4
+LEAST_KEPT, FOLDS = 20, 4
 #: Ridge term, as a share of the mean squared length of a state.
 RIDGE = 0.1
 #: Probes fitted to random labels.
@@ -108,12 +108,13 @@ def named(states: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
     gram = own @ own.T
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
     weights = torch.linalg.solve(gram + ridge, labels.reshape(-1))
-    return (theirs @ (own.T @ weights)).view(asked.shape[:2]).argmax(1)
+    likeliest: Tensor = (theirs @ (own.T @ weights)).view(asked.shape[:2]).argmax(1)
+    return likeliest
 
 
 def _unfit(context: Context) -> str:
     if len(context.kept) < LEAST_KEPT:
-        return f"it needs {LEAST_KEPT} facts to keep at least: give --retain"
+        return f"it needs {LEAST_KEPT} facts to keep at least: --retain and, where those are enough, --full"
     few = any(len(wrong_answers(fact, context)) < 3 for fact in (*context.facts, *context.kept))
     return "it needs three other answers for each fact" if few else ""
 
