@@ -116,7 +116,7 @@ def test_the_unedited_model_is_the_base_to_the_bit(folder: Path, tmp_path: Path,
 
     def look(run: Any, models: Any, role: str, *rest: Any) -> None:
         if role == "unedited":
-            seen.append(model_fingerprint(runner._load(models, role, "", "")[0]))
+            seen.append(model_fingerprint(runner._load(models, role, "", "", "").model))
         original(run, models, role, *rest)
 
     with pytest.MonkeyPatch.context() as patch:

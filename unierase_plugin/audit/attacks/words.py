@@ -27,7 +27,7 @@ def spellings(subject: Audited, context: Context) -> AttackResult:
     def asked(change: Callable[[str], str]) -> Build:
         return lambda fact: ask(subject, context, change(fact.question))
 
-    variants = {"two typos": asked(lambda text: with_typos(text, context.seed))}
+    variants: dict[str, Build] = {"two typos": asked(lambda text: with_typos(text, context.seed))}
     if context.sizes.every_variant:
         variants |= {
             "lower case": asked(str.lower),
@@ -41,7 +41,7 @@ def templates(subject: Audited, context: Context) -> AttackResult:
     def framed(frame: str) -> Build:
         return lambda fact: ask(subject, context, frame.format(fact.question))
 
-    variants = {
+    variants: dict[str, Build] = {
         "plain text" if context.form == "chat" else "chat turn": lambda fact: ask(
             subject, context, fact.question, form="plain" if context.form == "chat" else "chat"
         ),
