@@ -64,7 +64,7 @@ class Sizes:
     relearn_batch: int
 
 
-QUICK = Sizes("quick", 8, 12, 12, 4, 8, 20, 48, False, 8, (1.0,), (4,), 3)
+QUICK = Sizes("quick", 8, 12, 12, 4, 8, 20, 40, False, 8, (1.0,), (4,), 3)
 FULL = Sizes("full", 400, 100, 60, 60, 8, 32, 128, True, 64, (0.2, 0.7, 1.0), (5, 10, 20, 40), 8)
 
 
