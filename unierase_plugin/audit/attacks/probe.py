@@ -114,7 +114,7 @@ def named(states: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
 
 def _unfit(context: Context) -> str:
     if len(context.kept) < LEAST_KEPT:
-        return f"it needs {LEAST_KEPT} facts to keep at least: --retain and, where those are enough, --full"
+        return f"it needs {LEAST_KEPT} facts to keep: give more by --retain, or --full, which looks at more of them"
     few = any(len(wrong_answers(fact, context)) < 3 for fact in (*context.facts, *context.kept))
     return "it needs three other answers for each fact" if few else ""
 
