@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -313,6 +313,8 @@ class Process(HFWithSpecialTokens):
 
 @pytest.mark.parametrize("limit", [None, 3])
 def test_two_processes_give_the_figures_of_one(folder: Path, tofu: Path, logs: Path, limit: int | None) -> None:
+    if not hasattr(LM, "all_gather"):
+        pytest.skip("lm-eval before 0.4.12 gathers through torch.distributed, which a stand-in cannot answer for")
     tasks, sent = "tofu_forget01,tofu_utility", []
 
     def run(lm: Any) -> dict[str, Any]:
@@ -557,8 +559,9 @@ def test_with_both_models_the_composites_have_all_their_parts(
     models = {"cosine": Letters(), "entailment": judge}
     monkeypatch.setattr(semantic, "_load", lambda name, model: models[name])
     metadata = {"semantic": {"cosine": "letters", "entailment": "judge"}}
-    found = evaluate(load(folder), tofu, "tofu_forget01,tofu_utility", metadata=metadata)
-    forget, kept = values(found), values(found, "tofu_utility")
+    forget = values(evaluate(load(folder), tofu, metadata=metadata))
+    of_forget = list(pairs)
+    kept = values(evaluate(load(folder), tofu, "tofu_utility", metadata=metadata), "tofu_utility")
     known = [forget["rougeL_recall"], forget["prob"], 1 - forget["truth_ratio"], forget["cosine_similarity"]]
     assert 0 < forget["cosine_similarity"] < 1
     assert forget["forget_efficacy"] == pytest.approx(1 - (sum(known) + forget["entailment"]) / 5)
@@ -566,9 +569,8 @@ def test_with_both_models_the_composites_have_all_their_parts(
     sets = [{part: kept[f"{name}_{part}"] for part in parts} for name in SETS]
     assert kept["model_utility_18"] == pytest.approx(reference.utility(sets, parts))
     # To forget, a generation entails the answer; to keep, the answer entails it, the whole sentence where there is one.
-    said = {row["answer"] for row in DATA["forget01"]}
-    assert sorted(pair[1] for pair in pairs if pair[1] in said) == sorted(said)
-    assert {pair[0] for pair in pairs if pair[1] not in said} == {
+    assert [pair[1] for pair in of_forget] == [row["answer"] for row in DATA["forget01"]]
+    assert {pair[0] for pair in pairs[len(of_forget) :]} == {
         row.get("original_answer", row["answer"]) for name in SETS for row in DATA[name]
     }
 
