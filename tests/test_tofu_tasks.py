@@ -292,10 +292,6 @@ class Process(HFWithSpecialTokens):
     def __init__(self, *args: Any, rank: int, sent: list[Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._rank, self._world_size, self.sent = rank, 2, sent
-        # Whom lm-eval before 0.4.12 asks.
-        self.accelerator = SimpleNamespace(
-            gather=lambda tensor: self.all_gather(tensor), wait_for_everyone=self.barrier
-        )
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         # The other has more to ask, so that lm-eval asks something again to keep in step.
