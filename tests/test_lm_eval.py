@@ -19,6 +19,7 @@ from unierase_plugin.errors import DependencyError, UniEraseError
 from unierase_plugin.evaluation.generate import answers
 from unierase_plugin.evaluation.lm_eval_cli import run_lm_eval, tasks_folder
 from unierase_plugin.evaluation.metrics import answered, reads_as_idk, rouge_l_recall
+from unierase_plugin.evaluation.task_manager import hand_on_metadata
 from unierase_plugin.resources import demo_facts, lines
 from unierase_plugin.unlearning_token import add_token
 
@@ -256,6 +257,7 @@ def command_line() -> Any:
 
 
 def ours(metadata: dict[str, Any] | None = None) -> Any:
+    hand_on_metadata()
     return TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=metadata or {})
 
 

@@ -15,6 +15,7 @@ import typer
 
 from ..errors import DependencyError, UniEraseError, did_you_mean
 from ..locate_then_edit.positions import has_chat_template
+from .task_manager import hand_on_metadata, load_tasks
 
 #: Our group of lm-eval's own tasks, which are asked as lm-eval asks them.
 GENERAL = "unlearning_utility"
@@ -68,6 +69,7 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
         raise DependencyError(f"`unierase eval` needs lm-eval: pip install lm-eval ({error}).") from error
+    hand_on_metadata()
     known, rest = _parser().parse_known_args(arguments)
     known.tasks = [name for part in known.tasks for name in part.split(",") if name]
     ours = _our_tasks()
@@ -90,7 +92,7 @@ def check_tasks(names: Sequence[str], metadata: Mapping[str, Any], num_fewshot: 
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=dict(metadata))
-    manager.load(list(names))
+    load_tasks(manager, names)
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DependencyError
+from ..evaluation.task_manager import hand_on_metadata
 from ..hookspecs import Host
 
 TASKS = Path(__file__).parents[1] / "tasks"
@@ -48,6 +49,7 @@ def register() -> None:
 
     init.with_unierase_tasks = True  # type: ignore[attr-defined]
     TaskManager.__init__ = init
+    hand_on_metadata()
 
 
 def _with_ours(given: Any) -> list[str]:
