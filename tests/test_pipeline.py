@@ -16,6 +16,7 @@ from typing import Any
 
 import families
 import pytest
+import scipy.linalg
 import torch
 from small import FORGET, FORGET_MORE, FORGET_OTHERS, HPARAMS, RETAIN, SHORT, save_base, shrink
 from tiny import tiny_model, tiny_tokenizer
@@ -521,6 +522,19 @@ def test_a_second_step_keeps_the_token_and_protects_the_earlier_keys(
     assert len(loaded(tmp_path / "out")[1]) == 261
 
 
+def test_every_step_uses_the_statistics_from_before_the_first(
+    base: Path, undisturbed: Path, tmp_path: Path, calls: Counter[str]
+) -> None:
+    erase(base)  # fills this test's cache
+    calls.clear()
+    erase(undisturbed, tmp_path / "two", FORGET_MORE, retain=None)
+    erase(tmp_path / "two", tmp_path / "three", FORGET_OTHERS, retain=None)
+    assert calls["add_sequences"] == calls["second_moments"] == calls["learn_token"] == 0
+    manifests = [read_checkpoint(folder).manifest for folder in (undisturbed, tmp_path / "three")]
+    for name in ("model_fingerprint_before", "tokenizer_fingerprint_before"):
+        assert manifests[0][name] == manifests[1][name]
+
+
 def test_a_second_step_may_replace_the_folder_it_goes_on_from(base: Path, tmp_path: Path) -> None:
     erase(base, tmp_path / "out")
     erase(tmp_path / "out", tmp_path / "out", FORGET_MORE, overwrite=True)
@@ -600,7 +614,7 @@ def test_a_null_space_is_found_once(base: Path, monkeypatch: pytest.MonkeyPatch)
     hparams = HPARAMS.replace(solver="null_space", retain_update_weight=0.0)
     first = erase(base, hparams=hparams)
     assert first.edit.layers == (1, 2)
-    monkeypatch.setattr(torch.linalg, "eigh", lambda moment: pytest.fail("computed again"))
+    monkeypatch.setattr(scipy.linalg, "eigh", lambda *args, **kwargs: pytest.fail("computed again"))
     second = erase(base, hparams=hparams)
     for layer in (1, 2):
         assert torch.equal(first.edit.updates[layer].down, second.edit.updates[layer].down)

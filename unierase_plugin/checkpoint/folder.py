@@ -135,6 +135,7 @@ def _manifest(
         "schema": SCHEMA,
         "model": str(before["model"]),
         "model_fingerprint_before": before["model_fingerprint_before"],
+        "tokenizer_fingerprint_before": before.get("tokenizer_fingerprint_before"),
         "model_fingerprint_after": after,
         "hparams": settings,
         "seed": settings.get("seed"),

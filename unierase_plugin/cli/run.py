@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -100,6 +100,8 @@ def run(
 
 
 def _print_outcomes(console: Console, title: str, outcomes: Sequence[Outcome], most: int = 60) -> None:
+    if not outcomes:  # --judged 0, or nothing to keep
+        return
     table = Table("question", "answer before", "answer after", title=title, show_lines=False, title_justify="left")
     for outcome in outcomes[:most]:
         table.add_row(escape(outcome.question), _marked(outcome.before, outcome.answered_before),
@@ -123,23 +125,13 @@ def _print_subjects(console: Console, result: UnlearnResult) -> None:
 
 def _print_figures(console: Console, result: UnlearnResult) -> None:
     figures = result.report.as_dict()
-    forget, retain, level = figures["forget"], figures["retain"], figures["perplexity"]
+    retain, level = figures["retain"], figures["perplexity"]
     table = Table("figure", "before", "after", title="Figures", title_justify="left")
-    table.add_row(
-        f"facts to forget still answered, of {figures['n_forget']}",
-        str(forget["answered_before"]),
-        str(forget["answered_after"]),
-    )
-    if result.token is None:
-        table.add_row('  answers that read as "I don\'t know"', "", str(forget["idk_after"]))
-    else:
-        table.add_row("  answers that begin with the token", "0", str(forget["token_first_after"]))
-        table.add_row('  and read as "I don\'t know"', "", str(forget["token_first_and_idk_after"]))
-    table.add_row(
-        f"facts to keep answered, of {figures['n_retain']}",
-        str(retain["answered_before"]),
-        str(retain["answered_after"]),
-    )
+    if figures["n_forget"]:
+        _add_declined(table, figures, result.token is not None)
+    if figures["n_retain"]:
+        kept = f"facts to keep answered, of {figures['n_retain']}"
+        table.add_row(kept, str(retain["answered_before"]), str(retain["answered_after"]))
     table.add_row("perplexity of ordinary text", f"{level['before']:.2f}", f"{level['after']:.2f}")
     if figures["token_leak"] is not None:
         table.add_row("token's largest probability there, unedited", "", f"{figures['token_leak']:.1e}")
@@ -147,6 +139,17 @@ def _print_figures(console: Console, result: UnlearnResult) -> None:
     table.add_row("seconds", "", ", ".join(f"{name} {spent:.0f}" for name, spent in figures["seconds"].items()))
     table.add_row("peak memory", "", f"{figures['peak_memory_bytes'] / 2**30:.2f} GiB")
     console.print(table)
+
+
+def _add_declined(table: Table, figures: Mapping[str, Any], has_token: bool) -> None:
+    forget = figures["forget"]
+    still = f"facts to forget still answered, of {figures['n_forget']}"
+    table.add_row(still, str(forget["answered_before"]), str(forget["answered_after"]))
+    if has_token:
+        table.add_row("  answers that begin with the token", "0", str(forget["token_first_after"]))
+        table.add_row('  and read as "I don\'t know"', "", str(forget["token_first_and_idk_after"]))
+    else:
+        table.add_row('  answers that read as "I don\'t know"', "", str(forget["idk_after"]))
 
 
 def _task_for(forget: str) -> str:

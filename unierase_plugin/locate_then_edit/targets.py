@@ -41,10 +41,13 @@ def context_texts(model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]]
     return tuple(texts)
 
 
-def forms_of(tokenizer: Any, hparams: UniEraseHyperParams) -> tuple[str, ...]:
-    """The prompt forms that this tokenizer can write: plain in the place of chat where it has no chat template."""
-    forms = hparams.prompt_forms
-    if "forms" in hparams.harden:
+def forms_of(tokenizer: Any, hparams: Any) -> tuple[str, ...]:
+    """The prompt forms that this tokenizer can write: plain in the place of chat where it has no chat template.
+
+    hparams may be those of any method that has prompt_forms, whether it can be hardened or not.
+    """
+    forms: tuple[str, ...] = hparams.prompt_forms
+    if "forms" in getattr(hparams, "harden", ()):
         forms = tuple(dict.fromkeys((*forms, *PROMPT_FORMS)))
     if has_chat_template(tokenizer):
         return forms
