@@ -31,7 +31,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
 class Entry:
     """One method as it is compared, with what was set by hand."""
 
-    #: As it was written: what rows and plots call it.
+    #: What rows and plots call it: as it was written, or `as`.
     label: str
     method: str
     #: Settings that were named, in the place of the published ones; `hparams` among them names a file of settings.
@@ -45,14 +45,18 @@ class Entry:
 def parse_methods(text: str) -> tuple[Entry, ...]:
     """Entries of a list with commas: `npo_gd`, `memit:eos`, `memit@target=eos`, `npo_gd@learning_rate=2e-5@epochs=3`.
 
-    Values are read as YAML; commas inside square brackets belong to a value (`memit@layers=[3,4]`). A set's name
-    (`SETS`) stands for its methods. Raises PluginError for an unknown method, HyperParamsError for an unknown setting.
+    Values are read as YAML; commas inside square brackets belong to a value (`memit@layers=[3,4]`). `@hparams=FILE` names
+    a file of settings, `@as=NAME` what the row is called. A set's name (`SETS`) stands for its methods. Raises PluginError for an unknown method, HyperParamsError for an unknown setting.
     """
     names = [name.strip() for name in re.split(r",(?![^\[\]]*\])", text) if name.strip()]
     spread = [each for name in names for each in _members(name)]
     if not spread:
         raise PluginError(f"--methods names none. Give names with commas; sets: {', '.join(SETS)}.")
-    return tuple(parse_method(name) for name in dict.fromkeys(spread))
+    entries = tuple(parse_method(name) for name in dict.fromkeys(spread))
+    labels = [entry.label for entry in entries]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise PluginError(f"Two methods are called {twice[0]!r}. Give one of them another name: {twice[0]}@as=NAME.")
+    return entries
 
 
 def _members(name: str) -> Sequence[str]:
@@ -68,7 +72,8 @@ def parse_method(text: str) -> Entry:
     changes = dict(_setting(text, each) for each in settings)
     if target:
         changes["target"] = target
-    entry = Entry(text, name.casefold(), changes)
+    label = str(changes.pop("as", text))
+    entry = Entry(label, name.casefold(), changes)
     settings_of(entry, "")
     return entry
 

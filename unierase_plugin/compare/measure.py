@@ -62,7 +62,8 @@ class Judge:
         """
         task = Given({
             "task": f"given_{role}", "output_type": "generate_until", "test_split": "test",
-            "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "target_delimiter": "", "generation_kwargs": self._generation(records),
+            "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "target_delimiter": "",
+            "generation_kwargs": self._generation(records),
             "dataset_kwargs": {"records": list(records), "role": role,
                                **({"reference": list(reference)} if reference is not None else {})},
             "metadata": {"version": 1.0, "token_shown": True},

@@ -45,17 +45,18 @@ def _sections(results: Results) -> Iterable[str]:
     yield _table(results)
     yield (
         '<section><h2 id="pictures">Forgetting against keeping</h2><p class=faint>Towards the upper left is better: '
-        "less of the forgotten is left, more is kept. The line joins methods that no other beats on both. Bars are standard "
-        'deviations.</p><div class="pictures"><figure id="by-rouge"></figure><figure id="by-prob"></figure></div>'
-        '<div id="curves" class="pictures"></div><h2>Cost</h2><div id="costs"></div></section>'
+        "less of the forgotten is left, more is kept. The line joins methods that no other beats on both. Bars are "
+        'standard deviations.</p><div class="pictures"><figure id="by-rouge"></figure><figure id="by-prob"></figure>'
+        '</div><div id="curves" class="pictures"></div><h2>Cost</h2><div id="costs"></div></section>'
     )
     yield (
         '<section><h2 id="answers">Read the answers</h2><p class=faint>What each method says to a question, beside the '
-        'model before. Left and right keys step through the questions.</p><div class="reader"><div class="controls">'
-        '<select id="role" aria-label="set"><option value="forget">to forget</option>'
-        '<option value="keep">to keep</option></select><button id="earlier" aria-label="earlier question">&lsaquo;</button><select id="question" '
-        'aria-label="question"></select><button id="later" aria-label="later question">&rsaquo;</button></div>'
-        '<div id="reading"></div></div></section>'
+        "model before; words of the true answer are marked. Left and right keys step through the questions.</p>"
+        '<div class="reader"><div class="controls"><select id="role" aria-label="set">'
+        '<option value="forget">to forget</option><option value="keep">to keep</option></select>'
+        '<button id="earlier" aria-label="earlier question">&lsaquo;</button>'
+        '<select id="question" aria-label="question"></select>'
+        '<button id="later" aria-label="later question">&rsaquo;</button></div><div id="reading"></div></div></section>'
     )
     yield _tuning(results)
     yield _methods(results)

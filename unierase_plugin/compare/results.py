@@ -69,7 +69,7 @@ def _row(found: Sequence[tuple[Entry, Cell, dict[str, Any]]], before: dict[str, 
     entry, cell, _ = found[0]
     worked = [stages for _, _, stages in found if stages["failed"] is None]
     failed = [{"seed": cell.seed, **stages["failed"]} for _, cell, stages in found if stages["failed"] is not None]
-    cost = next((stages["method"] for stages in worked if stages["method"]), {})
+    cost: dict[str, Any] = next((stages["method"] for stages in worked if stages["method"]), {})
     method = registry().methods.get(entry.method)
     why = next((stages["matched"]["why"] for stages in worked if (stages["matched"] or {}).get("why")), None)
     return {
