@@ -45,8 +45,9 @@ class Entry:
 def parse_methods(text: str) -> tuple[Entry, ...]:
     """Entries of a list with commas: `npo_gd`, `memit:eos`, `memit@target=eos`, `npo_gd@learning_rate=2e-5@epochs=3`.
 
-    Values are read as YAML; commas inside square brackets belong to a value (`memit@layers=[3,4]`). `@hparams=FILE` names
-    a file of settings, `@as=NAME` what the row is called. A set's name (`SETS`) stands for its methods. Raises PluginError for an unknown method, HyperParamsError for an unknown setting.
+    Values are read as YAML; commas inside square brackets belong to a value (`memit@layers=[3,4]`). `@hparams=FILE`
+    names a file of settings, `@as=NAME` what the row is called. A set's name (`SETS`) stands for its methods. Raises
+    PluginError for an unknown method or a name given twice, HyperParamsError for an unknown setting.
     """
     names = [name.strip() for name in re.split(r",(?![^\[\]]*\])", text) if name.strip()]
     spread = [each for name in names for each in _members(name)]

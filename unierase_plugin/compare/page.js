@@ -71,7 +71,7 @@ function sortTable() {
 
 // --- pictures
 
-function axes(title, xName, yName, xs, ys) {
+function axes(title, xName, yName, xs, ys, steps = false) {
   const [width, height, left, right, top, base] = [480, 330, 46, 12, 12, 286];
   const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
   const span = (values, low) => {
@@ -84,9 +84,12 @@ function axes(title, xName, yName, xs, ys) {
   svg.append(node("path", { class: "axis", d: `M${left} ${top}V${base}H${width - right}` }));
   for (let k = 0; k <= 4; k++) {
     const [vx, vy] = [x0 + (x1 - x0) * k / 4, y0 + (y1 - y0) * k / 4];
-    svg.append(node("text", { x: x(vx), y: base + 15, "text-anchor": "middle" }, vx.toFixed(2)));
+    if (!steps) svg.append(node("text", { x: x(vx), y: base + 15, "text-anchor": "middle" }, vx.toFixed(2)));
     svg.append(node("text", { x: left - 5, y: y(vy) + 4, "text-anchor": "end" }, vy.toFixed(2)));
     svg.append(node("path", { class: "axis", "stroke-dasharray": "2 4", d: `M${left} ${y(vy)}H${width - right}` }));
+  }
+  for (const step of steps ? new Set(xs) : []) {
+    svg.append(node("text", { x: x(step), y: base + 15, "text-anchor": "middle" }, step));
   }
   svg.append(node("text", { x: (left + width) / 2, y: height - 8, "text-anchor": "middle" }, xName));
   svg.append(node("text", { x: -(top + base) / 2, y: 10, transform: "rotate(-90)", "text-anchor": "middle" }, yName));
@@ -135,14 +138,17 @@ function curves() {
       .filter((line) => line.points.length);
     if (!lines.length) continue;
     const place = element("figure");
-    place.append(element("figcaption", "", title));
+    const caption = element("figcaption", "", `${title}: `);
+    place.append(caption);
     const drawn = axes(title, "step", "", lines.flatMap((l) => l.points.map((p) => p[0])),
-      lines.flatMap((l) => l.points.map((p) => p[1])));
+      lines.flatMap((l) => l.points.map((p) => p[1])), true);
     lines.forEach((line, at) => {
       const colour = `hsl(${360 * at / lines.length} 65% 50%)`;
       drawn.svg.append(node("path", { class: "line", stroke: colour,
         d: "M" + line.points.map(([x, y]) => `${drawn.x(x)} ${drawn.y(y)}`).join("L") }));
-      drawn.svg.append(node("text", { x: 60, y: 24 + 13 * at, style: `fill:${colour}` }, line.row.label));
+      const name = element("span", "", `${line.row.label} `);
+      name.style.color = colour;
+      caption.append(name);
     });
     place.append(drawn.svg);
     $("curves").append(place);

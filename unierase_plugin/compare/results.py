@@ -91,12 +91,13 @@ def _row(found: Sequence[tuple[Entry, Cell, dict[str, Any]]], before: dict[str, 
 def _kind(entry: Entry) -> str:
     """Control, editing or training, by the kind of the method's settings."""
     from ..hparams import UniEraseHyperParams
+    from ..methods.lunar import LUNARHyperParams
     from ..methods.settings import TrainingHyperParams
 
     if entry.is_control or entry.method == REFERENCE:
         return "control"
     kind = registry().methods.find(entry.method).hparams
-    if issubclass(kind, TrainingHyperParams):
+    if issubclass(kind, (TrainingHyperParams, LUNARHyperParams)):
         return "training"
     return "editing" if issubclass(kind, UniEraseHyperParams) else "other"
 

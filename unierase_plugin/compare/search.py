@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..hparams import UniEraseHyperParams
+from ..methods.lunar import LUNARHyperParams
 from ..methods.settings import PreferenceHyperParams, RMUHyperParams, TrainingHyperParams, UNDIALHyperParams
 from .entries import Entry, method_of
 
@@ -43,6 +44,8 @@ def search_space(entry: Entry, depth: int) -> Space:
         if issubclass(kind, PreferenceHyperParams):
             beta = kind().beta
             space["beta"] = (beta, beta / 3, beta * 3)
+    elif issubclass(kind, LUNARHyperParams):
+        space = {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2), "coefficient": (1.0, 2.0, 4.0)}
     elif issubclass(kind, UniEraseHyperParams):
         space = {"clamp_norm_factor": (0.75, 1.0, 2.0, 4.0), "layers": _places(depth, kind().solver == "exact")}
         weight = {"ridge": "mom2_update_weight", "null_space": "L2"}.get(kind().solver)
