@@ -59,7 +59,8 @@ def _row(
 ) -> dict[str, Any]:
     centre = {"forget_rouge": left, "forget_prob": left * 0.9, "keep_rouge": kept, "keep_prob": kept * 0.99,
               "seconds": seconds, "matched_rouge": min(1.0, left * (1 if kept >= 0.95 else 1.5)),
-              "matched_prob": left, "memory": 3 + 4 * (kind == "training"), "forget_quality": 10 ** (-9 * left)}  # fmt: skip
+              "matched_prob": left, "memory": 3 + 4 * (kind == "training"),
+              "forget_quality": 10 ** (-9 * left)}  # fmt: skip
     figures = {}
     for column in COLUMNS:
         value = centre.get(column.key, draw.random())
