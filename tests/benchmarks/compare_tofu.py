@@ -3,14 +3,14 @@
 
     python tests/benchmarks/compare_tofu.py --shared ../shared --out results/compare
     python tests/benchmarks/compare_tofu.py --shared ../shared --out results/compare --only tuned --budget 4
-    python tests/benchmarks/compare_tofu.py --shared ../shared --out results/quick --forget 8 --keep 16 --methods unierase,npo_gd
+    python tests/benchmarks/compare_tofu.py --shared ../shared --out results/quick --forget 8 --keep 16 --only published
 
-Parts: `published` (all methods, published settings), `tuned` (the same with a budget of tries), `ablation` (what the token
-brings on the same engine), `sequential` and `precise`. Each is one `unierase compare` into a folder of its own, which
-goes on where it was when it is started again. The tasks of general ability are TOFU's, cut to --utility-limit documents.
+Parts: `published` (all methods, published settings), `tuned` (the same with a budget of tries), `ablation` (what the
+token brings on the same engine), `sequential` and `precise`. Each is one `unierase compare` into a folder of its own,
+which goes on where it was when it is started again. General ability is TOFU's, cut to --utility-limit documents.
 
-UniErase takes `smollm2-135m`, the settings for this model's size, as do the editing baselines for blocks and steps; their
-closed forms and clamps stay the published ones. Everything else is as published or, in `tuned`, as the search chose.
+UniErase takes `smollm2-135m`, the settings for this model's size; the editing baselines take its blocks, their steps
+and clamps stay the published ones. Everything else is as published or, in `tuned`, as the search chose.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def folder_of(model: str, options: argparse.Namespace) -> Path:
 
 
 def facts_of(options: argparse.Namespace) -> tuple[str, str]:
-    """Specs of what the model was trained on: forget01's 40, and the first 160 of TOFU's retain questions that it saw."""
+    """Specs of what the model was trained on: forget01's 40, and 160 of TOFU's questions to keep."""
     return f"tofu:forget01[:{options.forget}]", f"{options.kept}[:{options.keep}]"
 
 

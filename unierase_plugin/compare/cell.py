@@ -45,9 +45,16 @@ def run_cell(folder: Path, progress: Progress = lambda phase, share, note: None)
     except Exception as error:  # whatever a method raises is a row of the table
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(error).lower()
         kind = "out of memory" if memory else type(error).__name__
-        write_json(
-            folder / FAILED, {"kind": kind, "error": str(error) or kind, "ours": isinstance(error, UniEraseError)}
-        )
+        _remove_models(folder)
+        found = {"kind": kind, "error": str(error) or kind, "ours": isinstance(error, UniEraseError)}
+        write_json(folder / FAILED, found)
+
+
+def _remove_models(folder: Path) -> None:
+    """The cell's models, and what unfinished runs left beside them."""
+    for pattern in ("model*", ".model*.work"):
+        for made in folder.glob(pattern):
+            shutil.rmtree(made, ignore_errors=True)
 
 
 class _Run:
@@ -69,8 +76,7 @@ class _Run:
         else:
             self._judge(str(self._edit("method", cell.model, self.facts["forget"], self.edited)))
         if not cell.keep_model:
-            for made in self.folder.glob("model*"):
-                shutil.rmtree(made, ignore_errors=True)
+            _remove_models(self.folder)
         write_json(self.folder / "done.json", {"label": cell.label})
 
     @property

@@ -11,6 +11,9 @@ from .words import Row, frontier, value
 
 logger = logging.getLogger(__name__)
 
+#: Characters of a row's name that a picture has room for.
+NAME = 28
+
 COLOURS = {"editing": "#0969da", "training": "#bc4c00", "control": "#6e7781", "other": "#8250df"}
 MARKS = {"editing": "o", "training": "s", "control": "D", "other": "^"}
 
@@ -29,6 +32,11 @@ def draw(results: Mapping[str, Any], out: Path) -> None:
         if any(row["curve"] for row in rows):
             _curves(rows, out / "steps")
         _cost(rows, out / "cost")
+
+
+def _name(row: Row) -> str:
+    label: str = row["label"]
+    return label if len(label) <= NAME else f"{label[: NAME - 1]}…"
 
 
 def _figure(width: float, height: float, panels: int) -> tuple[Any, Any]:
@@ -58,7 +66,7 @@ def _tradeoff(rows: Sequence[Row], path: Path) -> None:
             axis.errorbar(
                 x, y, spreads[1], spreads[0], fmt=MARKS[row["kind"]], color=colour, markersize=5, elinewidth=0.8
             )
-            axis.annotate(row["label"], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7, color=colour)
+            axis.annotate(_name(row), (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7, color=colour)
         best = frontier([row for row in rows if row["kind"] != "control"], left, kept)
         points = sorted((value(row, left) or 0.0, value(row, kept) or 0.0) for row in best)
         axis.plot(*zip(*points, strict=True), color="#1a7f37", linewidth=1, zorder=0) if points else None
@@ -74,7 +82,7 @@ def _curves(rows: Sequence[Row], path: Path) -> None:
         for axis, key in zip(axes, ("forget_rouge", "keep_rouge"), strict=True):
             points = [point[key]["mean"] for point in row["curve"]]
             if steps and None not in points:
-                axis.plot(steps, points, marker="o", markersize=3, label=row["label"])
+                axis.plot(steps, points, marker="o", markersize=3, label=_name(row))
     axes[0].set(xlabel="step", ylabel="ROUGE-L on the facts so far")
     axes[1].set(xlabel="step", ylabel="kept ROUGE-L, relative to before")
     axes[1].legend(fontsize=7)
@@ -87,8 +95,9 @@ def _cost(rows: Sequence[Row], path: Path) -> None:
         return
     figure, axes = _figure(10, 1 + 0.3 * len(timed), 2)
     for axis, key, title in ((axes[0], "seconds", "seconds"), (axes[1], "memory", "peak memory, GiB")):
-        labels, lengths = [row["label"] for row in timed], [value(row, key) or 0.0 for row in timed]
-        axis.barh(labels, lengths, color=[COLOURS[row["kind"]] for row in timed])
+        places, lengths = range(len(timed)), [value(row, key) or 0.0 for row in timed]
+        axis.barh(places, lengths, color=[COLOURS[row["kind"]] for row in timed])
+        axis.set_yticks(places, [_name(row) for row in timed])
         axis.invert_yaxis()
         axis.set(xlabel=title)
     _save(figure, path)
