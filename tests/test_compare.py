@@ -88,6 +88,13 @@ def test_every_method_is_a_row_and_one_that_fails_says_so(base: Path, tmp_path: 
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+def test_the_documentation_names_every_key_of_the_results(base: Path, tmp_path: Path) -> None:
+    results = run(base, tmp_path / "out", "none", bisections=0)
+    text = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    named = [*results, *(f"rows[].{key}" for key in results["rows"][0])]
+    assert [key for key in named if f"`{key}" not in text] == []
+
+
 def test_a_reference_gives_forget_quality_and_a_row(base: Path, tmp_path: Path) -> None:
     other = save_base(tmp_path / "other", tiny_model(seed=1))
     options = Options(bisections=0, utility=())
@@ -221,14 +228,17 @@ def test_the_choice_is_the_least_left_among_those_that_keep_enough() -> None:
     assert choose([None], 0.95) is None
 
 
-@pytest.mark.parametrize("name", ["unierase", "rome", "memit", "alphaedit", "npo_gd", "simnpo", "undial", "rmu"])
+@pytest.mark.parametrize(
+    "name", ["unierase", "rome", "memit", "alphaedit", "npo_gd", "simnpo", "undial", "rmu", "lunar"]
+)
 def test_every_try_is_a_setting_that_the_method_takes(name: str) -> None:
     entry = parse_method(name)
-    drawn = tries(search_space(entry, 30), 40, seed=0)
+    published = settings_of(entry, "").as_dict()
+    drawn = tries(search_space(entry, 30), published, 40, seed=0)
     assert drawn[0] == {}
     assert len({json.dumps(each, sort_keys=True) for each in drawn}) == len(drawn) <= 40
     for each in drawn:
-        settings_of(entry, "", each)
+        assert bool(each) == (settings_of(entry, "", each) != settings_of(entry, ""))
 
 
 def test_what_is_set_by_hand_is_not_searched() -> None:

@@ -133,7 +133,8 @@ def _first(columns: Sequence[Column], at: int) -> str:
 
 def _row(row: Mapping[str, Any], columns: Sequence[Column]) -> str:
     name = (
-        f'<th class="name" scope="row" title="{escape(row["label"], True)}"><span class="dot {row["kind"]}"></span>{escape(row["label"])}'
+        f'<th class="name" scope="row" title="{escape(row["label"], True)}"><span class="dot {row["kind"]}"></span>'
+        f"{escape(row['label'])}"
         f"{'<small> partly failed</small>' if row['status'] == 'failed in part' else ''}</th>"
     )
     attributes = f'data-label="{escape(row["label"], True)}" data-kind="{row["kind"]}"'

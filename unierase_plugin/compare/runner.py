@@ -187,7 +187,8 @@ def _method(plan: _Plan, entry: Entry, before: Path, ratios: str) -> None:
         found = _search(plan, entry, kept, read_json(before / "before.json")["validation"]["keep"])
         plan.searches[entry.label] = found
         chosen = found["tries"][found["chosen"]]["settings"] if found["chosen"] is not None else {}
-    for seed in plan.options.seeds:
+    # Nothing is random in a control.
+    for seed in plan.options.seeds[: 1 if entry.is_control else None]:
         cell = _cell(plan, entry, chosen, False, seed, kept, ratios)
         plan.cells.append((entry, cell, _run(plan, cell)))
 
@@ -195,7 +196,8 @@ def _method(plan: _Plan, entry: Entry, before: Path, ratios: str) -> None:
 def _search(plan: _Plan, entry: Entry, before: str, kept: Mapping[str, float | None]) -> dict[str, Any]:
     """Every try of a method with what it left and kept on the validation parts, and which one is taken."""
     space = search.search_space(entry, _depth(plan.model))
-    tried = search.tries(space, plan.options.budget, plan.options.seeds[0])
+    published = settings_of(entry, plan.model).as_dict()
+    tried = search.tries(space, published, plan.options.budget, plan.options.seeds[0])
     outcomes: list[dict[str, Any] | None] = []
     listed: list[dict[str, Any]] = []
     for settings in tried:
@@ -252,7 +254,7 @@ def _run(plan: _Plan, cell: Cell) -> Path:
 
 
 def _titled(progress: Progress, title: str, phase: str, share: float, note: str) -> None:
-    progress(f"{title}: {phase}", share, note)
+    progress(title, share, f"{phase} {note}".strip())
 
 
 def _described(plan: _Plan) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from ..hparams import UniEraseHyperParams
 from ..methods.lunar import LUNARHyperParams
 from ..methods.settings import PreferenceHyperParams, RMUHyperParams, TrainingHyperParams, UNDIALHyperParams
+from ..store import plain
 from .entries import Entry, method_of
 
 #: Values tried for each setting.
@@ -67,13 +68,18 @@ def _places(depth: int, single: bool) -> list[list[int]]:
     return found
 
 
-def tries(space: Space, budget: int, seed: int) -> list[dict[str, Any]]:
-    """So many settings at most, none twice: the published ones first (no change at all), the others drawn."""
-    everything = (
-        [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())] if space else []
-    )
+def tries(space: Space, published: Mapping[str, Any], budget: int, seed: int) -> list[dict[str, Any]]:
+    """So many settings at most, none twice: the published ones first (no change at all), the others drawn.
+
+    published: the settings without any change, by name.
+    """
+    if not space:
+        return []
+    known = {name: plain(published[name]) for name in space}
+    everything = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    everything = [each for each in everything if each != known]
     drawn = random.Random(seed).sample(everything, min(len(everything), max(0, budget - 1)))
-    return [{}, *drawn][:budget] if space else []
+    return [{}, *drawn][:budget]
 
 
 def choose(outcomes: Sequence[Mapping[str, Any] | None], target: float) -> int | None:
