@@ -122,7 +122,10 @@ def _print(console: Console, results: Mapping[str, Any]) -> None:
 
     keys = ("forget_rouge", "forget_prob", "idk", "keep_rouge", "matched_rouge", "matched_prob", "seconds")
     columns = [column for column in COLUMNS if column.key in keys]
-    table = Table("method", *(column.title for column in columns), title="Compared", title_justify="left")
+    table = Table(title="Compared", title_justify="left")
+    table.add_column("method", max_width=28, overflow="ellipsis", no_wrap=True)
+    for column in columns:
+        table.add_column(column.title, justify="right")
     for row in results["rows"]:
         figures = [cell(column, row["figures"][column.key]) for column in columns]
         if row["status"] == "failed":

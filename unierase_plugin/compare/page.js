@@ -119,11 +119,12 @@ function scatter(place, left, kept, title) {
     dot.append(node("title", {}, `${row.label}: left ${x[0].toFixed(3)}, kept ${y[0].toFixed(3)}`));
     drawn.svg.append(dot);
     // A label that would cover another is left to the dot's title.
-    const wide = 6.2 * row.label.length;
+    const name = row.label.length > 24 ? row.label.slice(0, 23) + "…" : row.label;
+    const wide = 6.2 * name.length;
     const side = px + 9 + wide > 470 ? px - 9 - wide : px + 9;
     if (!taken.some(([tx, ty, tw]) => Math.abs(ty - py) < 11 && side < tx + tw && tx < side + wide)) {
       taken.push([side, py, wide]);
-      drawn.svg.append(node("text", { x: side, y: py + 4, class: row.kind }, row.label));
+      drawn.svg.append(node("text", { x: side, y: py + 4, class: row.kind }, name));
     }
   }
   place.append(drawn.svg);

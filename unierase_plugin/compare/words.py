@@ -106,7 +106,7 @@ def _limits(results: Mapping[str, Any]) -> list[str]:
             "No reference model that never saw the facts: how little is as little as it should be is not known."
         )
     if not setup["budget"]:
-        found.append("Published settings, made for other models and sizes; nothing was tuned.")
+        found.append("Nothing was tuned: settings are published ones, made for other models and sizes, or set by hand.")
     return found
 
 
