@@ -96,7 +96,12 @@ def check_tasks(names: Sequence[str], metadata: Mapping[str, Any], num_fewshot: 
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=dict(metadata))
-    load_tasks(manager, names)
+    try:
+        load_tasks(manager, names)
+    except ValueError as error:
+        if "Duplicate task" not in str(error):
+            raise
+        raise UniEraseError(f"{error}. Name each task once: a group holds its tasks already.") from error
 
 
 def _elsewhere(known: argparse.Namespace, arguments: Sequence[str]) -> bool:
