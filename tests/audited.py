@@ -27,6 +27,12 @@ FACTS = tuple(
     fact(record, paraphrases=(f"Tell me: {record['question']}",), wrong=("Ann", "Ben", "Cid"))
     for record in (*FORGET, *FORGET_MORE)
 )
+NAMES = (
+    *("Ada", "Bob", "Cleo", "Dora", "Emil", "Finn", "Gwen", "Hugo", "Iris", "Jack"),
+    *("Kira", "Leon", "Maud", "Nils", "Olga", "Pia", "Quim", "Rosa", "Sven", "Tilda"),
+)
+#: As many as a probe needs.
+KEPT = tuple(Fact(f"What colour is the hat of {name}?", f"A shade of {name[::-1].lower()}") for name in NAMES)
 CONTEXT = Context(FACTS, tuple(map(fact, RETAIN)), SIZES, token=TOKEN, layers=(1, 2))
 
 

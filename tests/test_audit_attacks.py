@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from audited import CONTEXT, FACTS, TOKEN, subject
+from audited import CONTEXT, FACTS, KEPT, TOKEN, subject
+from tiny import tiny_model
 
 from unierase_plugin.audit.ask import answer_ids, ask, cleaned, say, tried, without_token
 from unierase_plugin.audit.attacks import ATTACKS, choose_attacks
 from unierase_plugin.audit.attacks.bans import refusal_ids
 from unierase_plugin.audit.attacks.choice import wrong_answers
+from unierase_plugin.audit.attacks.collateral import neighbours
+from unierase_plugin.audit.attacks.depth import patching_losses
 from unierase_plugin.audit.attacks.inside import force, likeliest_by_block
 from unierase_plugin.audit.attacks.membership import token_scores
 from unierase_plugin.audit.attacks.openings import PREFILLS, opening
+from unierase_plugin.audit.attacks.probe import candidate_states, cross_validated, named
 from unierase_plugin.audit.attacks.relearning import Row, _factors, as_sentence, row_losses
 from unierase_plugin.audit.attacks.sampling import ks
 from unierase_plugin.audit.attacks.words import statement, with_typos
@@ -25,6 +29,7 @@ from unierase_plugin.audit.contract import REFERENCE, UNEDITED, Attack, AttackRe
 from unierase_plugin.audit.facts import judgeable, read_facts, sample
 from unierase_plugin.audit.weights import change_inputs_last, linear_maps, pruned, restored, rounded
 from unierase_plugin.errors import UniEraseError
+from unierase_plugin.locate_then_edit.trace import pad, run_blocks
 from unierase_plugin.store import model_fingerprint
 
 BY_NAME = {attack.name: attack for attack in ATTACKS}
@@ -52,7 +57,9 @@ def test_an_attack_leaves_the_model_as_it_was(attack: Attack, victim: Audited) -
     flags = [weight.requires_grad for weight in victim.model.parameters()]
     attached = hooks(victim.model)
     shares: list[float] = []
-    result = attack.run(victim, replace(CONTEXT, progress=shares.append))
+    context = replace(CONTEXT, kept=KEPT, original=victim, progress=shares.append)
+    assert attack.unfit(replace(context, has_reference=True)) == ""
+    result = attack.run(victim, context)
     assert model_fingerprint(victim.model) == before
     assert [weight.requires_grad for weight in victim.model.parameters()] == flags
     assert all(weight.grad is None for weight in victim.model.parameters())
@@ -152,6 +159,17 @@ def test_a_ban_silences_the_token_and_deleted_rows_do_the_same(family: str, tied
     banned = run("token-ban", made).measures[0].texts
     assert not any(TOKEN in text for text in banned)
     assert run("token-rows", made).measures[0].texts == banned
+
+
+def test_a_model_without_the_token_is_not_asked_twice() -> None:
+    made = replace(subject(), token_id=None)
+    plain = run("plain", made)
+    context = replace(CONTEXT, plain=plain)
+    for name in ("token-ban", "token-rows"):
+        asked, copied = run(name, made), run(name, made, context)
+        assert asked.measures == copied.measures
+    with_token = subject(obsessed=True)
+    assert run("token-ban", with_token, context).measures == run("token-ban", with_token).measures
 
 
 def test_refusals_cannot_be_said() -> None:
@@ -456,6 +474,114 @@ def test_forced_answers_leave_the_token_out() -> None:
         assert forced.predicted == tuple(logits.argmax(-1).tolist())
 
 
+def other(made: Audited, seed: int = 5) -> Audited:
+    """A model like the one given, with other weights."""
+    family = "gpt2" if made.model.config.model_type == "gpt2" else "llama"
+    model = tiny_model(family, vocabulary=made.arch.vocabulary, seed=seed)
+    return replace(made, model=model)
+
+
+def pairs(made: Audited) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(ask(made, CONTEXT, each.question).ids, tuple(answer_ids(made, CONTEXT, each.answer))) for each in FACTS]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox"])
+def test_a_model_patched_into_itself_loses_nothing(family: str) -> None:
+    made = subject(family, tied=family != "gpt_neox")
+    losses = patching_losses(made, made, pairs(made), range(4), CONTEXT)
+    torch.testing.assert_close(losses, torch.zeros(3, 4), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_states_are_patched_where_the_answer_is_predicted_and_nowhere_else(family: str) -> None:
+    """Against whole passes in which the output of one block is replaced at those positions."""
+    target = subject(family)
+    source = other(target)
+    losses = patching_losses(source, target, pairs(target), [0, 2, 3], CONTEXT)
+    for row, (asked, said) in enumerate(pairs(target)):
+        batch = pad([(*asked, *said)], 0, "right", target.arch.device)
+        begin, end = len(asked) - 1, len(asked) + len(said) - 1
+        seen = run_blocks(source.arch, batch, outputs_of=[0, 2, 3]).outputs
+
+        def likely(edit: Any, batch: Any = batch, begin: int = begin, end: int = end, said: Any = said) -> Any:
+            logs = run_blocks(target.arch, batch, edit=edit).logits[0, begin:end].log_softmax(-1)
+            return logs.gather(1, torch.tensor(said)[:, None]).mean()
+
+        for place, block in enumerate([0, 2, 3]):
+
+            def put(own: Any, block: int = block, seen: Any = seen, begin: int = begin, end: int = end) -> Any:
+                return torch.cat([own[:, :begin], seen[block][:, begin:end], own[:, end:]], dim=1)
+
+            with torch.no_grad():
+                expected = likely(None) - likely((block, put))
+            torch.testing.assert_close(losses[row, place], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_depth_is_one_for_the_reference_and_nought_for_the_unedited() -> None:
+    original = subject()
+    reference = replace(other(original), role=REFERENCE)
+    context = replace(CONTEXT, original=original, has_reference=True)
+    first = run("patching-depth", reference, context)
+    assert first.figures["depth"] == 1.0
+    context = replace(context, earlier={REFERENCE: first})
+    again, unedited = (run("patching-depth", made, context) for made in (reference, original))
+    known = [value is not None for value in first.values]
+    assert any(known)
+    for result, left, depth in ((again, 0.0, 1.0), (unedited, 1.0, 0.0)):
+        assert [value is not None for value in result.values] == known
+        assert [value for value in result.values if value is not None] == pytest.approx([left] * sum(known), abs=1e-3)
+        assert result.figures["depth"] == pytest.approx(depth, abs=1e-3)
+
+
+def test_models_of_other_shapes_are_not_patched() -> None:
+    original = subject()
+    short = replace(original, model=tiny_model(blocks=3, vocabulary=original.arch.vocabulary), role=REFERENCE)
+    found = run("patching-depth", short, replace(CONTEXT, original=original))
+    assert "reference model has other blocks" in found.unfit
+    assert not found.measures
+    later = run("patching-depth", original, replace(CONTEXT, original=original, earlier={REFERENCE: found}))
+    assert later.unfit == found.unfit
+
+
+def test_a_probe_finds_a_direction_and_nothing_in_noise() -> None:
+    draw = torch.Generator().manual_seed(0)
+    # One coordinate far larger than the rest, as in models with massive activations.
+    states = torch.randn(600, 4, 24, generator=draw) * torch.tensor([1e3] + [1.0] * 23)
+    truth = torch.randint(4, (600,), generator=draw)
+    noise = float((named(states[:100], truth[:100], states[100:]) == truth[100:]).float().mean())
+    assert noise == pytest.approx(0.25, abs=0.08)
+    told = states.clone()
+    told[torch.arange(600), truth, 5] += 4.0
+    assert (named(told[:100], truth[:100], told[100:]) == truth[100:]).float().mean() > 0.9
+    assert cross_validated(told[:200], truth[:200]) > 0.9
+    # Answers called true at random, where the true ones could be told.
+    wrong = torch.randint(4, (100,), generator=draw)
+    assert (named(told[:100], wrong, told[100:]) == truth[100:]).float().mean() == pytest.approx(0.25, abs=0.12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_probe_sees_the_answers_states_beside_those_of_wrong_ones(family: str) -> None:
+    made = subject(family)
+    states = candidate_states(made, CONTEXT, FACTS)
+    torch.testing.assert_close(states.sum(1), torch.zeros_like(states[:, 0]), atol=1e-4, rtol=0)
+    asked = ask(made, CONTEXT, FACTS[0].question).ids
+    means = []
+    for text in (FACTS[0].answer, *wrong_answers(FACTS[0], CONTEXT)):
+        ids = (*asked, *answer_ids(made, CONTEXT, text))
+        seen = run_blocks(made.arch, pad([ids], 0, "right", made.arch.device), outputs_of=range(4)).outputs
+        means.append(torch.stack([seen[block][0, len(asked) :].mean(0) for block in range(4)]))
+    expected = torch.stack(means)
+    torch.testing.assert_close(states[0], (expected - expected.mean(0)).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_probe_needs_facts_to_learn_from() -> None:
+    probe = BY_NAME["probe"]
+    assert probe.unfit(replace(CONTEXT, kept=KEPT)) == ""
+    assert "20 facts to keep" in probe.unfit(replace(CONTEXT, kept=KEPT[:19]))
+    found = run("probe", subject(), replace(CONTEXT, kept=KEPT))
+    assert [len(curve) for curve in found.figures["share_by_block"].values()] == [4, 4]
+
+
 def test_membership_scores_against_a_straight_line() -> None:
     logits = torch.randn(10, 7, generator=torch.Generator().manual_seed(0))
     wanted = torch.arange(10) % 7
@@ -499,6 +625,20 @@ def test_refusals_are_counted_with_and_without_the_token() -> None:
     assert series["kept_refused"] == [1.0]
     assert series["unrelated_refused"] == [0.0, 1.0]
     assert cleaned(CONTEXT, said[0]) == "Hats."
+
+
+def test_facts_most_like_the_forgotten_ones_are_told_apart() -> None:
+    near = Fact("Who wrote Zorblax Nine?", "Al")
+    context = replace(CONTEXT, kept=(*KEPT[:5], near, *KEPT[5:7]))
+    assert 5 in neighbours(context)
+    assert len(neighbours(context)) == 2
+    assert neighbours(replace(CONTEXT, kept=KEPT[:3])) == frozenset()
+    made = subject()
+    said = [["no"]] * 5 + [["Al"]] + [["no"]] * 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unierase_plugin.audit.attacks.collateral.say", lambda *args, **kwargs: said)
+        shares = run("retention", made, context).figures["kept_facts_answered"]
+    assert shares == {"the 2 most like the forgotten ones": 0.5, "the other 6": 0.0}
 
 
 def test_the_token_in_ordinary_text_is_seen() -> None:

@@ -10,6 +10,7 @@ import pytest
 from unierase_plugin.audit.figures import (
     auc,
     bootstrap,
+    depth_score,
     difference,
     extraction_strength,
     interval,
@@ -86,3 +87,13 @@ def test_auc_counts_pairs() -> None:
 )  # fmt: skip
 def test_extraction_strength(wanted: list[int], predicted: list[int], strength: float) -> None:
     assert extraction_strength(wanted, predicted) == strength
+
+
+def test_depth_of_unlearning() -> None:
+    baseline = [0.04, 1.0, 3.0]
+    assert depth_score(baseline, baseline) == 1.0
+    assert depth_score(baseline, [9.0, 0.0, 0.0]) == 0.0
+    # The blocks weigh what they hold; what goes beyond the reference, or helps, counts as all or nothing.
+    assert depth_score(baseline, [0.0, 5.0, 1.5]) == pytest.approx((1.0 + 1.5) / 4.0)
+    assert depth_score(baseline, [0.0, -5.0, 3.0]) == pytest.approx(3.0 / 4.0)
+    assert depth_score([0.05, 0.0], [1.0, 1.0]) is None

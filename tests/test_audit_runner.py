@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from audited import SIZES, TOKEN
+from audited import KEPT, SIZES, TOKEN
 from small import FORGET, FORGET_MORE, HPARAMS, RETAIN, save_base, shrink
 from tiny import tiny_model
 from typer.testing import CliRunner
@@ -25,9 +25,11 @@ from unierase_plugin.audit.page import page
 from unierase_plugin.audit.runner import audit
 from unierase_plugin.cli import app
 from unierase_plugin.errors import CheckpointError, RequestError, UniEraseError
+from unierase_plugin.loading import load
 from unierase_plugin.store import model_fingerprint
 
 WORDS = ("removed", "suppressed", "not forgotten", "model damaged")
+MODELS = {"edited", "unedited", "reference"}
 FEW = ("prefill", "token-ban", "membership", "retention", "ordinary-text")
 
 
@@ -50,7 +52,8 @@ def audited(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every attack on all three models."""
     out = tmp_path_factory.mktemp("whole") / "audit"
-    audited(folder, out, attacks=(), reference=folder / "reference")
+    kept = [*RETAIN, *({"question": each.question, "answer": each.answer} for each in KEPT)]
+    audited(folder, out, attacks=(), retain=kept, reference=folder / "reference")
     return out
 
 
@@ -94,7 +97,8 @@ def test_a_whole_audit(whole: Path) -> None:
     assert {entry["group"] for entry in report["attacks"]} == set(GROUPS)
     assert report["token"] == TOKEN
     for entry in report["attacks"]:
-        assert set(entry["seconds"]) == {"edited", "unedited", "reference"}
+        asked = {"edited", "unedited"} if entry["name"] in ("retention", "ordinary-text") else MODELS
+        assert set(entry["seconds"]) == asked
     membership = next(entry for entry in report["attacks"] if entry["name"] == "membership")
     assert set(membership["figures"]["edited"]["auc"]) == {
         "loss", "zlib", "min-k", "min-k++", "gradient norm", "reference",
@@ -112,7 +116,7 @@ def test_the_unedited_model_is_the_base_to_the_bit(folder: Path, tmp_path: Path,
 
     def look(run: Any, models: Any, role: str, *rest: Any) -> None:
         if role == "unedited":
-            seen.append(model_fingerprint(runner._load(models, role, "", "")[0]))
+            seen.append(model_fingerprint(runner._load(models, role, "", "", "").model))
         original(run, models, role, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -184,6 +188,42 @@ def test_a_damaged_result_is_computed_again(folder: Path, tmp_path: Path, runs: 
     audited(folder, tmp_path / "out", attacks=("prefill",))
     assert runs["edited: prefill"] == 2
     assert runs["edited: plain"] == 1
+
+
+# --- models at hand --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_at_hand_is_audited_like_its_folder(folder: Path, tmp_path: Path) -> None:
+    chosen = ("prefill", "patching-depth", "ordinary-text")
+    loaded = {name: load(str(folder / name)) for name in ("edited", "base", "reference")}
+    before = {name: model_fingerprint(model) for name, (model, _) in loaded.items()}
+    first, second = (
+        audit(made["edited"], FORGET, out=tmp_path / name, base=made["base"], reference=made["reference"], sizes=SIZES,
+              attacks=chosen)
+        for name, made in (("folder", {name: folder / name for name in loaded}), ("hand", loaded))
+    )  # fmt: skip
+    assert {name: model_fingerprint(model) for name, (model, _) in loaded.items()} == before
+    for own, theirs in zip(first["attacks"], second["attacks"], strict=True):
+        for key in ("name", "shares", "figures", "variants"):
+            assert own.get(key) == theirs.get(key)
+    assert second["model"] == "a model at hand"
+    with pytest.raises(UniEraseError, match="--base"):
+        audit(loaded["edited"], FORGET, out=tmp_path / "none")
+
+
+def test_an_attack_that_proves_impossible_was_not_run(folder: Path, tmp_path: Path) -> None:
+    """A reference of another shape cannot be patched; the rest of the audit goes on."""
+    save_base(tmp_path / "short", tiny_model(blocks=3))
+    report = audited(folder, tmp_path / "out", attacks=("patching-depth",), reference=tmp_path / "short")
+    [entry] = [entry for entry in report["not_run"] if entry["attack"] == "patching-depth"]
+    assert "other blocks" in entry["why"]
+    assert any("patching-depth" in doubt for doubt in report["doubts"])
+
+
+def test_depth_is_looked_for_again_in_another_unedited_model(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
+    for base in (None, None, folder / "reference"):
+        audited(folder, tmp_path / "out", attacks=("patching-depth",), base=base, reference=folder / "reference")
+    assert runs["reference: patching-depth"] == 2
 
 
 # --- models without a record ------------------------------------------------------------------------------------------

@@ -83,6 +83,17 @@ def test_what_is_missing_forbids_removed(case: dict[str, object], doubt: str) ->
     assert doubt in given.text
 
 
+def test_traces_forbid_removed_and_are_no_recovery() -> None:
+    names = (*ONE_EACH, "patching-depth")
+    given = verdict({"patching-depth": {EDITED: 40, REFERENCE: 0}}, names=names)
+    assert given.text.startswith("suppressed (not shown to be removed: ")
+    assert "traces of the answers are left inside by patching-depth (0.67)" in given.text
+    assert "recoverable by" not in given.text
+    assert "too few facts to rule out traces" in verdict({"patching-depth": {EDITED: 12}}, names=names).text
+    # A second model that never knew need not come out at zero.
+    assert verdict({"patching-depth": {EDITED: 4}}, names=names).text.startswith("removed:")
+
+
 def test_an_attack_that_recovers_is_named() -> None:
     text = verdict({"quantise": {EDITED: 12}}).text
     assert text.startswith("suppressed: ")

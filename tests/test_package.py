@@ -139,9 +139,9 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not waiting, f"in or above a circle: { {name: sorted(needed) for name, needed in waiting.items()} }"
 
 
-def test_solve_knows_torch_and_errors_alone() -> None:
+def test_solve_knows_linear_algebra_and_errors_alone() -> None:
     assert own_imports("locate_then_edit.solve") == {"errors"}
-    assert imports_outside("locate_then_edit.solve") == {"torch"}
+    assert imports_outside("locate_then_edit.solve") == {"torch", "scipy"}
 
 
 def test_keys_values_and_statistics_do_not_know_one_another() -> None:

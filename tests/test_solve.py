@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unierase_plugin.errors import EditError
-from unierase_plugin.locate_then_edit.solve import JITTERS, LowRank, NullSpace, Ridge
+from unierase_plugin.locate_then_edit.solve import JITTERS, LowRank, NullSpace, Ridge, protected_directions
 
 M, D, N = 24, 10, 5
 
@@ -95,7 +95,8 @@ def test_the_condition_number_is_that_of_the_matrix() -> None:
     assert ridge.condition() == pytest.approx(wanted, rel=0.05)
     null = NullSpace.of(moment(), 0.3, 2.0)
     assert null.condition() == 1.0
-    inside = null.basis.T @ random(M, 3)
+    _, free = kept_and_free(moment(), 0.3)
+    inside = free.T @ random(M, 3)
     wanted = float(torch.linalg.cond(2.0 * torch.eye(len(inside)).double() + inside @ inside.T))
     assert null.protecting(random(M, 3)).condition() == pytest.approx(wanted, rel=1e-9)
 
@@ -109,24 +110,29 @@ def test_ridge_solves_float32_inputs_in_float64() -> None:
 
 @pytest.mark.parametrize("earlier", [None, 3], ids=["first", "later"])
 @pytest.mark.parametrize("rho", [10.0, 1e-6])
-def test_null_space_takes_float32_keys_in_float32_only_where_that_keeps_six_digits(
-    rho: float, earlier: int | None
-) -> None:
+def test_null_space_solves_float32_keys_in_float64(rho: float, earlier: int | None) -> None:
     keys, residual = random(M, N).float(), random(D, N, seed=3)
     past = None if earlier is None else random(M, earlier, seed=9)
-    made = NullSpace.of(moment(), 0.3, rho)
-    made = made if past is None else made.protecting(past)
-    got = made.solve(keys, residual)
+    got = protecting(NullSpace.of(moment(), 0.3, rho), past).solve(keys, residual)
     assert got.down.dtype == torch.float64
-    close(got.matrix(), reference.null_space(keys, residual, moment(), 0.3, rho, past), 1e-6)
-    rounded = bool((got.down != made.solve(keys.double(), residual).down).any())
-    assert rounded == (rho == 10.0)
+    close(got.matrix(), reference.null_space(keys, residual, moment(), 0.3, rho, past), 1e-7)
 
 
-def test_earlier_keys_that_spoil_the_condition_are_seen_as_well() -> None:
-    keys, residual = random(M, N).float(), random(D, N, seed=3)
-    made = NullSpace.of(moment(), 0.3, 10.0).protecting(1e3 * random(M, 3, seed=9))
-    assert torch.equal(made.solve(keys, residual).down, made.solve(keys.double(), residual).down)
+@given(st.integers(2, 40), st.floats(1e-4, 0.9), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_protected_and_free_directions_are_the_whole_space_cut_at_the_threshold(
+    m: int, threshold: float, seed: int
+) -> None:
+    c = moment(m, seed=seed)
+    kept, free = kept_and_free(c, threshold)
+    if not free.shape[1]:
+        with pytest.raises(EditError, match="nullspace_threshold"):
+            protected_directions(c, threshold)
+        return
+    found = protected_directions(c, threshold)
+    assert found.shape == kept.shape
+    close(found.T @ found, torch.eye(found.shape[1], dtype=torch.float64), 1e-12)
+    close(found @ found.T, kept @ kept.T, 1e-8)
 
 
 # --- what a low-rank update is ----------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ def register_methods(register: Callable[[Method[Any]], None]) -> None:
     from .methods.controls import CONTROLS
     from .methods.editing import EDITING
     from .methods.finetuning import FINE_TUNING
+    from .methods.lunar import LUNAR
     from .methods.unierase import UNIERASE
 
-    for method in (UNIERASE, *EDITING, *FINE_TUNING, *CONTROLS, *easyedit_methods()):
+    for method in (UNIERASE, *EDITING, *FINE_TUNING, LUNAR, *CONTROLS, *easyedit_methods()):
         register(method)
 
 

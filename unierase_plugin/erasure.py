@@ -30,7 +30,7 @@ from .locate_then_edit.edit import (
     revert_edit,
 )
 from .locate_then_edit.positions import encode, render
-from .locate_then_edit.solve import Ridge, Solver, null_space
+from .locate_then_edit.solve import Ridge, Solver, protected_directions
 from .locate_then_edit.statistics import SecondMoment, join_moments, second_moments
 from .locate_then_edit.targets import context_texts, forms_of, make_targets, targets_a_request
 from .locate_then_edit.values import Values, ValueTarget, optimise_values
@@ -254,17 +254,16 @@ class Editing(Phases):
             layer: make_solver(
                 self.hparams, corpus.moments[layer], retain.moments[layer] if retain else None, earlier.get(layer),
                 # That of the corpus alone serves other runs as well.
-                self._kept_null_space if retain is None else null_space,
+                self._kept_directions if retain is None else protected_directions,
             )
             for layer in self.hparams.layers
         }  # fmt: skip
 
-    def _kept_null_space(self, moment: Tensor, threshold: float) -> Tensor:
-        content = sha256(moment.numpy().tobytes()).hexdigest()
-        name = digest(CACHE_VERSION, content, threshold)[:32]
-        return self.cache.cached("null-spaces", name, lambda: ({"basis": null_space(moment, threshold)}, {}))[0][
-            "basis"
-        ]
+    def _kept_directions(self, moment: Tensor, threshold: float) -> Tensor:
+        name = digest(CACHE_VERSION, sha256(moment.numpy().tobytes()).hexdigest(), threshold)[:32]
+        return self.cache.cached(
+            "protected-directions", name, lambda: ({"directions": protected_directions(moment, threshold)}, {})
+        )[0]["directions"]
 
     def _edit_key(self, key: str) -> str:
         """What the edit depends on beyond the run's own key: what it aims at, and a corpus file's content."""

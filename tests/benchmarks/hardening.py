@@ -60,7 +60,9 @@ def measured(row: str, options: argparse.Namespace) -> Row:
         }  # fmt: skip
     edited = time.monotonic()
     print(row, "edited in", round(edited - start), "s", figures.get("value_nll", ())[:3], flush=True)
-    sizes = replace(QUICK, facts=len(forget), answer_most=ROOM)
+    sizes = replace(
+        QUICK, facts=len(forget), answer_most=ROOM, samples=16, relearn_steps=(20,), relearn_batch=8
+    )  # fmt: skip
     context = Context(forget, kept[::4], sizes, token=token)
     subject = Audited(row, model, tokenizer, tokenizer.get_vocab().get(token) if token else None)
     found: Row = {"row": row, "n_forget": len(forget)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..evaluation.generate import decode_answer, pad_token_id
-from ..evaluation.metrics import answered
+from ..evaluation.metrics import answered, words
 from ..locate_then_edit.positions import has_chat_template
 from ..locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
 from .contract import Audited, Context, Fact, Measure, Value
@@ -182,6 +182,12 @@ def against_others(facts: Sequence[Fact], score: Callable[[int, Fact], Value]) -
 def gives_answer(fact: Fact, text: str) -> Value:
     """1.0 where a text gives the answer by the project's rule, else 0.0."""
     return float(answered(fact.answer, text))
+
+
+def likeness(one: str, other: str) -> float:
+    """Share of the words of two texts that both have, in [0, 1]."""
+    own, theirs = set(words(one)), set(words(other))
+    return len(own & theirs) / max(1, len(own | theirs))
 
 
 def cleaned(context: Context, text: str) -> str:

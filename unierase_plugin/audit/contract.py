@@ -64,7 +64,7 @@ class Sizes:
     relearn_batch: int
 
 
-QUICK = Sizes("quick", 12, 12, 12, 6, 8, 20, 64, False, 16, (1.0,), (6,), 6)
+QUICK = Sizes("quick", 8, 12, 12, 4, 8, 20, 40, False, 8, (1.0,), (4,), 3)
 FULL = Sizes("full", 400, 100, 60, 60, 8, 32, 128, True, 64, (0.2, 0.7, 1.0), (5, 10, 20, 40), 8)
 
 
@@ -98,6 +98,12 @@ class Context:
     token: str = ""
     #: Blocks whose projections were edited, where the folder's record tells.
     layers: tuple[int, ...] = ()
+    #: Whether there is a model that never knew the facts.
+    has_reference: bool = False
+    #: The unedited model, for an attack that `needs_original`.
+    original: Audited | None = None
+    #: What the plain questions drew from the model now attacked, where they were asked before.
+    plain: AttackResult | None = None
     #: Results of the same attack on models that were attacked before, by role.
     earlier: Mapping[str, AttackResult] = field(default_factory=dict)
     progress: Callable[[float], None] = lambda share: None
@@ -129,6 +135,8 @@ class AttackResult:
     #: Single figures, and curves by block.
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    #: Why the attack could not be made on this model after all; "" where it was.
+    unfit: str = ""
     seconds: float = 0.0
 
     @property
@@ -162,5 +170,11 @@ class Attack:
     needs_token: bool = False
     #: A model that never knew the facts can do well at it, so that only a reference model tells what a result means.
     needs_reference: bool = False
+    #: It looks into the unedited model beside the one attacked.
+    needs_original: bool = False
+    #: What it finds is a trace and no answer: it forbids the word "removed" and is not called a recovery.
+    tells_only: bool = False
+    #: It asks what the edit changed, of the unedited and the edited model alone.
+    of_the_edit: bool = False
     #: Why it cannot be run on these facts; "" where it can.
     unfit: Callable[[Context], str] = lambda context: ""

@@ -80,3 +80,19 @@ def extraction_strength(wanted: Sequence[int], predicted: Sequence[int]) -> floa
             break
         right += 1
     return right / len(wanted)
+
+
+#: Log-probability in nats that a block's states must cost before they count as holding knowledge (Lee et al. 2026).
+LEAST_LOSS = 0.05
+
+
+def depth_score(baseline: Sequence[float], losses: Sequence[float]) -> float | None:
+    """Unlearning Depth Score of one fact (Lee et al. 2026, equations 2, 4 and 5), in [0, 1].
+
+    `baseline` and `losses` by block: what the answer loses by the states of a model that never knew it, and of the one
+    in question. None where the former loses nothing worth naming at any block.
+    """
+    pairs = [(most, loss) for most, loss in zip(baseline, losses, strict=True) if most > LEAST_LOSS]
+    if not pairs:
+        return None
+    return sum(min(max(loss, 0.0), most) for most, loss in pairs) / sum(most for most, _ in pairs)

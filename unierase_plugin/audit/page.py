@@ -9,6 +9,9 @@ from typing import Any
 
 Report = Mapping[str, Any]
 
+#: What stands before the attacks in a verdict.
+RECOVERABLE = "ecoverable by: "
+
 #: Order and colour class of the models in every picture.
 SHOWN = ("edited", "unedited", "reference")
 LONGEST_TEXT = 600
@@ -28,7 +31,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 0; } p { margin: .3rem 0 .6rem; } .faint,
 .verdict { font-size: 1.15rem; border-left: 6px solid var(--doubt); } .verdict b:first-child { font-size: 1.4rem; }
 .removed { border-left-color: var(--good); } .damaged, .not { border-left-color: var(--bad); }
 .badge { font-size: .8rem; border: 1px solid currentColor; border-radius: 1rem; padding: 0 .5rem; margin-left: .4rem; }
-.recovers { color: var(--bad); } .nothing { color: var(--good); } .unclear { color: var(--doubt); }
+.recovers { color: var(--bad); } .nothing { color: var(--good); } .unclear, .traces { color: var(--doubt); }
 .row { display: grid; grid-template-columns: 6rem 1fr 15rem; gap: .6rem; align-items: center; font-size: .9rem; }
 .track { position: relative; height: .9rem; background: var(--box); border: 1px solid var(--line); }
 .track i { position: absolute; inset: 0 auto 0 0; } .track u { position: absolute; top: 45%; height: 2px;
@@ -94,12 +97,16 @@ def _verdict(report: Report) -> str:
     kind = {"removed": "removed", "model damaged": "damaged", "not forgotten": "not"}.get(word, "")
     doubts = "".join(f"<li>{escape(each)}</li>" for each in report["doubts"])
     doubts = f"<p>What stands against calling it removed:</p><ul>{doubts}</ul>" if doubts else ""
+    said, _, by = text[len(word) :].partition(RECOVERABLE)
+    listed = "".join(f"<li>{escape(each.rstrip('.'))}</li>" for each in by.split("; ")) if by else ""
+    said = escape(said) + (f"{RECOVERABLE}<ul>{listed}</ul>" if listed else "")
     return (
-        f'<div class="box verdict {kind}"><b>{word}</b>{escape(text[len(word) :])}</div>{doubts}'
+        f'<div class="box verdict {kind}"><b>{word}</b>{said}</div>{doubts}'
         "<p class=faint>The rule: an attack recovers facts where it yields at least 0.05 more than its control and the "
         "95 % interval of the difference excludes zero; nothing is found where that interval ends at 0.10 or below; "
-        "anything between is unclear. The control is the reference model where there is one, else chance: the same "
-        "outputs judged against other facts' answers.</p>"
+        "anything between is unclear. Traces that are no answer by themselves are called left where that interval lies "
+        "above 0.20. The control is the reference model where there is one, else chance: the same outputs judged "
+        "against other facts' answers.</p>"
     )
 
 
@@ -211,15 +218,17 @@ def _flat(value: Any) -> str:
 
 
 def _picture(title: str, lines: Mapping[str, Sequence[tuple[float, Any]]]) -> str:
-    """A small line chart; the y axis runs from 0 to 1, or to the largest value where that is larger."""
+    """A small line chart; the y axis runs from 0 to 1, or as far as the values do where that is farther."""
     width, height, left, base = 420, 150, 34, 130
     points = [(x, y) for line in lines.values() for x, y in line if y is not None]
     if not points:
         return ""
-    most_x, most_y = max(max(x for x, _ in points), 1), max(1.0, *(y for _, y in points))
+    most_x = max(max(x for x, _ in points), 1)
+    least_y, most_y = min(0.0, *(y for _, y in points)), max(1.0, *(y for _, y in points))
+    across, up = (width - left - 8) / most_x, (base - 10) / (most_y - least_y)
 
     def place(x: float, y: float) -> str:
-        return f"{left + (width - left - 8) * x / most_x:.1f},{base - (base - 10) * y / most_y:.1f}"
+        return f"{left + across * x:.1f},{base - up * (y - least_y):.1f}"
 
     drawn = "".join(
         f'<polyline class="l-{role}" fill="none" stroke-width="2" points="'
@@ -230,7 +239,7 @@ def _picture(title: str, lines: Mapping[str, Sequence[tuple[float, Any]]]) -> st
         f"<p><small>{escape(title)} (edited, unedited and reference in the bars' colours)</small></p>"
         f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(title)}">'
         f'<path class="axis" fill="none" d="M{left} 10V{base}H{width - 8}"/>'
-        f'<text x="2" y="14">{most_y:.2g}</text><text x="2" y="{base}">0</text>'
+        f'<text x="2" y="14">{most_y:.2g}</text><text x="2" y="{base}">{least_y:.2g}</text>'
         f'<text x="{left}" y="{height - 4}">0</text><text x="{width - 30}" y="{height - 4}">{most_x:g}</text>'
         f"{drawn}</svg>"
     )

@@ -54,23 +54,32 @@ ROLES = (REFERENCE, UNEDITED, EDITED)
 EXAMPLES = 4
 
 Progress = Callable[[str, float, str], None]
+#: A folder or hub id, or a model at hand with its tokenizer.
+Source = str | os.PathLike[str] | tuple[Any, Any]
 
 
 @dataclass(frozen=True)
 class _Models:
     """Where each model comes from."""
 
-    edited: str
-    unedited: str
-    reference: str | None
+    edited: Source
+    unedited: Source
+    reference: Source | None
     record: Checkpoint | None
     #: How the unedited model was found, in words.
     how: str
     #: Where it is taken back to, from the edited folder.
     rebuilt: Path | None = None
 
-    def path(self, role: str) -> str | None:
+    def source(self, role: str) -> Source | None:
         return {EDITED: self.edited, UNEDITED: self.unedited, REFERENCE: self.reference}[role]
+
+    def name(self, role: str) -> str:
+        return _named(self.source(role))
+
+
+def _named(source: Source | None) -> str:
+    return "a model at hand" if isinstance(source, tuple) else str(source)
 
 
 @dataclass
@@ -88,14 +97,14 @@ class _Run:
 
 
 def audit(
-    model: str | os.PathLike[str],
+    model: Source,
     forget: Facts,
     *,
     out: str | os.PathLike[str],
     retain: Facts | None = None,
     holdout: Facts | None = None,
-    base: str | os.PathLike[str] | None = None,
-    reference: str | os.PathLike[str] | None = None,
+    base: Source | None = None,
+    reference: Source | None = None,
     sizes: Sizes = QUICK,
     attacks: Sequence[str] = (),
     seed: int = 0,
@@ -105,16 +114,17 @@ def audit(
 ) -> dict[str, Any]:
     """Attacks an edited model and its controls, and writes `audit.json` and `audit.html` into `out`.
 
-    model      folder of the edited model, by whatever method
-    base       the unedited model; left out, it is the one that the folder's record names, or is taken back from it
-    reference  a model trained on everything but the facts to forget
+    model      the edited model, by whatever method: its folder, or the model at hand with its tokenizer, as a pair
+    base       the unedited model, likewise; left out, it is the one that the folder's record names, or is taken back
+               from it
+    reference  a model trained on everything but the facts to forget, likewise
     sizes      QUICK or FULL
     attacks    names of attacks or groups; all where none is given
 
     Returns what audit.json holds. An audit that was stopped goes on when it is called again with the same arguments.
     Raises a UniEraseError that names the value and the remedy.
     """
-    target = _output_folder(Path(out), Path(model))
+    target = _output_folder(Path(out), model)
     chosen = choose_attacks(attacks)
     readers = registry().readers
     facts = read_facts(forget, readers)
@@ -126,11 +136,14 @@ def audit(
             f"None of the {len(facts)} facts can be audited: each question already holds its answer. Give others."
         )
     if models.record is not None and not any(models.record.holds(fact.question) for fact in fit):
-        logger.warning("The record of %s names none of these facts: was it to forget others?", models.edited)
-    context = Context(fit, sample(judgeable(kept), sizes.kept, seed), sizes, seed, sample(held_out, sizes.facts, seed))
+        logger.warning("The record of %s names none of these facts: was it to forget others?", models.name(EDITED))
+    context = Context(
+        fit, sample(judgeable(kept), sizes.kept, seed), sizes, seed, sample(held_out, sizes.facts, seed),
+        has_reference=reference is not None,
+    )  # fmt: skip
     run = _settled(context, chosen, models)
     for role in ROLES:
-        if models.path(role) is not None:
+        if models.source(role) is not None:
             _attack(run, models, role, target, device, dtype, progress)
     report = _report(run, models, facts, kept)
     (target / "audit.json").write_text(json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -140,11 +153,11 @@ def audit(
     return report
 
 
-def _output_folder(out: Path, model: Path) -> Path:
+def _output_folder(out: Path, model: Source) -> Path:
     out = out.expanduser().resolve()
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{str(out)!r} is a file. Give the name of a folder, which is made where there is none.")
-    if out == model.expanduser().resolve():
+    if not isinstance(model, tuple) and out == Path(model).expanduser().resolve():
         raise CheckpointError(
             f"{str(out)!r} is the model's own folder. Choose another --out, such as {out.name}-audit."
         )
@@ -154,12 +167,7 @@ def _output_folder(out: Path, model: Path) -> Path:
 
 def _settled(context: Context, chosen: tuple[Attack, ...], models: _Models) -> _Run:
     """The context with what the edited folder tells (token, prompt form, edited blocks), and what is left out."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(models.edited)
-    except Exception as error:  # the hub, the file system and the tokenizer each have their own errors
-        raise UniEraseError(f"No tokenizer can be loaded from {models.edited!r}: {error}") from error
+    tokenizer = _tokenizer(models.edited)
     record, token = models.record, _unlearning_token(models.record, tokenizer)
     settings = record.manifest["hparams"] if record else {}
     context = replace(
@@ -174,32 +182,43 @@ def _settled(context: Context, chosen: tuple[Attack, ...], models: _Models) -> _
     return _Run(context, chosen, {name: why for name, why in missing.items() if name not in needing}, inapplicable)
 
 
+def _tokenizer(source: Source) -> Any:
+    if isinstance(source, tuple):
+        return source[1]
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the hub, the file system and the tokenizer each have their own errors
+        raise UniEraseError(f"No tokenizer can be loaded from {str(source)!r}: {error}") from error
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def _find_models(
-    model: str | os.PathLike[str], base: str | os.PathLike[str] | None, reference: str | os.PathLike[str] | None,
-    target: Path,
-) -> _Models:  # fmt: skip
-    name = os.fspath(model)
-    record = read_checkpoint(name) if (Path(name) / RECORD / "manifest.json").is_file() else None
-    theirs = None if reference is None else os.fspath(reference)
+def _find_models(model: Source, base: Source | None, reference: Source | None, target: Path) -> _Models:
+    record = None
+    if not isinstance(model, tuple) and (Path(model) / RECORD / "manifest.json").is_file():
+        record = read_checkpoint(Path(model))
+    name = _named(model)
     if base is not None:
-        return _Models(name, os.fspath(base), theirs, record, "given as --base")
+        return _Models(model, base, reference, record, "given as --base")
     if record is None:
         raise UniEraseError(
             f"{name!r} has no record of its edit, so that the unedited model is not known. Name it: --base DIR_OR_ID."
         )
     if record.originals is not None:
         rebuilt = target / REBUILT
-        return _Models(name, str(rebuilt), theirs, record, f"taken back to the bit from {name}", rebuilt)
-    return _Models(name, str(record.manifest["model"]), theirs, record, f"named in the record of {name}")
+        return _Models(model, rebuilt, reference, record, f"taken back to the bit from {name}", rebuilt)
+    return _Models(model, str(record.manifest["model"]), reference, record, f"named in the record of {name}")
 
 
-def _load(models: _Models, role: str, device: str, dtype: str) -> tuple[Any, Any]:
+def _load(models: _Models, role: str, token: str, device: str, dtype: str) -> Audited:
+    source = models.source(role)
     if role == UNEDITED and models.rebuilt is not None and not models.rebuilt.is_dir():
-        revert_checkpoint(models.edited, models.rebuilt)
-    return load(str(models.path(role)), device, dtype)
+        revert_checkpoint(models.name(EDITED), models.rebuilt)
+    model, tokenizer = source if isinstance(source, tuple) else load(str(source), device, dtype)
+    return Audited(role, model, tokenizer, tokenizer.get_vocab().get(token) if token else None)
 
 
 def _unlearning_token(record: Checkpoint | None, tokenizer: Any) -> str:
@@ -215,19 +234,24 @@ def _unlearning_token(record: Checkpoint | None, tokenizer: Any) -> str:
 def _attack(run: _Run, models: _Models, role: str, target: Path, device: str, dtype: str, progress: Progress) -> None:
     """Every attack on one model; results that were kept are read instead."""
     progress(f"{role}: load", 0.0, "")
-    model, tokenizer = _load(models, role, device, dtype)
-    token = run.context.token
-    subject = Audited(role, model, tokenizer, tokenizer.get_vocab().get(token) if token else None)
-    run.identities[role] = [model_fingerprint(model), tokenizer_fingerprint(tokenizer)]
-    progress(f"{role}: load", 1.0, str(models.path(role)))
+    subject = _load(models, role, run.context.token, device, dtype)
+    run.identities[role] = _identity(subject)
+    progress(f"{role}: load", 1.0, models.name(role))
     wanted = [attack for attack in run.attacks if attack.name not in {**run.not_run, **run.inapplicable}]
+    if role == REFERENCE:
+        wanted = [attack for attack in wanted if not attack.of_the_edit]
     run.results.setdefault(role, {})
     for attack in wanted:
         earlier = {other: found[attack.name] for other, found in run.results.items() if attack.name in found}
         context = replace(
             run.context, earlier={other: found for other, found in earlier.items() if other != role},
-            progress=partial(_forward, progress, f"{role}: {attack.name}"),
+            plain=run.results[role].get("plain"), progress=partial(_forward, progress, f"{role}: {attack.name}"),
         )  # fmt: skip
+        if attack.needs_original:
+            # Loaded for this attack alone, so that other attacks have the memory.
+            original = subject if role == UNEDITED else _load(models, UNEDITED, run.context.token, device, dtype)
+            run.identities.setdefault(UNEDITED, _identity(original))
+            context = replace(context, original=original)
         path = target / PARTS / f"{role}.{attack.name}.json"
         result = _kept_or_run(attack, subject, context, run.identities, path)
         run.results[role][attack.name] = result
@@ -235,11 +259,16 @@ def _attack(run: _Run, models: _Models, role: str, target: Path, device: str, dt
         context.progress(1.0)
 
 
+def _identity(subject: Audited) -> list[str]:
+    return [model_fingerprint(subject.model), tokenizer_fingerprint(subject.tokenizer)]
+
+
 def _kept_or_run(
     attack: Attack, subject: Audited, context: Context, identities: Mapping[str, list[str]], path: Path
 ) -> AttackResult:
     shared = {name: plain(getattr(context, name)) for name in _SHARED}
-    models = {role: identities[role] for role in (subject.role, *context.earlier)}
+    seen = (subject.role, *context.earlier, *([UNEDITED] if attack.needs_original else []))
+    models = {role: identities[role] for role in seen}
     key = digest([SCHEMA], [attack.name, subject.role], models, shared)
     kept = _read_part(path, key)
     if kept is not None:
@@ -281,7 +310,9 @@ def _from_plain(value: Mapping[str, Any]) -> AttackResult:
         )
         for each in value["measures"]
     )  # fmt: skip
-    return AttackResult(measures, value["series"], value["figures"], tuple(value["notes"]), value["seconds"])
+    return AttackResult(
+        measures, value["series"], value["figures"], tuple(value["notes"]), value["unfit"], value["seconds"]
+    )
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -293,6 +324,9 @@ def _report(run: _Run, models: _Models, facts: Sequence[Fact], kept: Sequence[Fa
         attack.name: {role: found[attack.name] for role, found in run.results.items() if attack.name in found}
         for attack in run.attacks
     }
+    run.not_run.update(
+        (name, result.unfit) for name, by_role in by_attack.items() for result in by_role.values() if result.unfit
+    )
     found = {attack.name: compare(attack, by_attack[attack.name]) for attack in run.attacks}
     findings = [finding for finding in found.values() if finding is not None]
     damage = find_damage(by_attack)
@@ -309,9 +343,9 @@ def _report(run: _Run, models: _Models, facts: Sequence[Fact], kept: Sequence[Fa
             for attack in ATTACKS if attack.name in run.not_run
         ],
         "does_not_apply": [{"attack": name, "why": why} for name, why in run.inapplicable.items()],
-        "model": models.edited,
-        "unedited": f"{models.unedited} ({models.how})" if models.rebuilt is None else models.how,
-        "reference": models.reference,
+        "model": models.name(EDITED),
+        "unedited": f"{models.name(UNEDITED)} ({models.how})" if models.rebuilt is None else models.how,
+        "reference": models.name(REFERENCE) if models.reference is not None else None,
         "method": models.record.manifest["method"] if models.record else None,
         "token": context.token or None,
         "form": context.form,

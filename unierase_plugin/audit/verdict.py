@@ -20,7 +20,12 @@ LEAST_KEPT, MOST_REFUSED, LEAST_FLUENT, MOST_PERPLEXITY_RATIO = 0.9, 0.1, 0.9, 1
 #: A membership attack's AUC this far from the reference model's tells that there was something.
 MOST_AUC_DISTANCE = 0.1
 
+#: What only tells that there is something (Attack.tells_only) stands against "removed" beyond this excess. A second
+#: model that never knew the facts need not come out at zero.
+LEAST_TRACE = 0.2
+
 RECOVERS, NOTHING, UNCLEAR, UNJUDGED = "recovers", "nothing found", "unclear", "not judged"
+TRACES = "traces left"
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Finding:
     """One attack on all models, compared."""
 
     attack: Attack
-    #: One of RECOVERS, NOTHING, UNCLEAR, UNJUDGED.
+    #: One of RECOVERS, NOTHING, UNCLEAR, UNJUDGED, TRACES.
     status: str
     shares: Mapping[str, Share]
     #: What the edited model's outputs score against other facts' answers.
@@ -92,7 +97,7 @@ def compare(attack: Attack, results: Mapping[str, AttackResult]) -> Finding | No
     excess = edited.mean - floor
     reach = difference(edited.mean, (edited.low, edited.high), floor, around)
     judged = control is not None or not attack.needs_reference
-    status = _status(excess, reach) if judged else UNJUDGED
+    status = (_trace if attack.tells_only else _status)(excess, reach) if judged else UNJUDGED
     return Finding(attack, status, shares, chance, "reference" if control else "chance", excess, reach)
 
 
@@ -100,6 +105,12 @@ def _status(excess: float, reach: Interval) -> str:
     if reach[0] > 0 and excess >= LEAST_EXCESS:
         return RECOVERS
     return NOTHING if reach[1] <= TOLERANCE else UNCLEAR
+
+
+def _trace(excess: float, reach: Interval) -> str:
+    if reach[0] > LEAST_TRACE:
+        return TRACES
+    return NOTHING if reach[1] <= LEAST_TRACE else UNCLEAR
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -245,9 +256,15 @@ def _doubts(
     elif plain.shares[UNEDITED].low <= plain.shares[EDITED].mean - plain.excess:
         doubts.append("the unedited model does not answer these questions either, so that there is nothing to recover")
     unclear = [f"{each.attack.name} (up to {each.excess_interval[1]:.0%})" for each in (plain, *attacks)
-               if each.status == UNCLEAR]  # fmt: skip
+               if each.status == UNCLEAR and not each.attack.tells_only]  # fmt: skip
     if unclear:
         doubts.append(f"too few facts to rule out a recovery of more than {TOLERANCE:.0%} by {', '.join(unclear)}")
+    traces = [f"{each.attack.name} ({each.shares[EDITED].mean:.2f})" for each in attacks if each.status == TRACES]
+    if traces:
+        doubts.append(f"traces of the answers are left inside by {', '.join(traces)}")
+    hazy = [each.attack.name for each in attacks if each.status == UNCLEAR and each.attack.tells_only]
+    if hazy:
+        doubts.append(f"too few facts to rule out traces of the answers by {', '.join(hazy)}")
     if not damage:
         doubts.append("what else the edit changed was not measured")
     telling = _telling(membership)

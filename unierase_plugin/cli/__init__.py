@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import UniEraseError
 from .audit import audit
+from .compare import compare
 from .console import tell
 from .evaluate import evaluate
 from .finetune import finetune
@@ -53,6 +54,7 @@ app.command()(revert)
 app.command()(export)
 app.command()(inspect)
 app.command()(audit)
+app.command()(compare)
 app.command()(hparams)
 # lm-eval reads its own options, --help among them.
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,

@@ -82,7 +82,10 @@ def _list(console: Console, as_json: bool) -> None:
 
 def _print(console: Console, report: Mapping[str, Any]) -> None:
     roles = [role for role in ("edited", "unedited", "reference") if role in report["seconds"]]
-    table = Table("attack", *roles, "chance", "result", title="Facts recovered", title_justify="left")
+    table = Table(title="Facts recovered", title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("attack", no_wrap=True)
+    for name in (*roles, "chance", "result"):
+        table.add_column(name)
     for entry in report["attacks"]:
         if "shares" not in entry:
             continue

@@ -15,7 +15,7 @@ from ..errors import EditError
 from ..hparams import UniEraseHyperParams
 from .keys import KeyStream
 from .positions import Prompt
-from .solve import Exact, LowRank, NullSpace, Ridge, Solver, null_space
+from .solve import Exact, LowRank, NullSpace, Ridge, Solver, protected_directions
 from .values import Values
 
 
@@ -50,16 +50,16 @@ class Applied:
 
 def make_solver(
     hparams: UniEraseHyperParams, corpus: Tensor, retain: Tensor | None, earlier: Tensor | None = None,
-    basis: Callable[[Tensor, float], Tensor] = null_space,
+    directions: Callable[[Tensor, float], Tensor] = protected_directions,
 ) -> Solver:  # fmt: skip
     """The closed form that the hyper-parameters name, for one block.
 
     corpus, retain: second moments (m, m); earlier: keys (m, p) of edits made before, which the new one is to leave
-    alone; basis: gives the null space of a moment, by a threshold.
+    alone; directions: gives those that a moment protects, by a threshold.
     """
     if hparams.solver == "null_space":
         protected = corpus if retain is None else corpus + hparams.retain_update_weight * retain
-        solver: Solver = NullSpace.spanned(basis(protected, hparams.nullspace_threshold), hparams.L2)
+        solver: Solver = NullSpace.beside(directions(protected, hparams.nullspace_threshold), hparams.L2)
     else:
         moment = hparams.mom2_update_weight * corpus
         kind = Exact if hparams.solver == "exact" else Ridge

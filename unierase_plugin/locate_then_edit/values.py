@@ -27,6 +27,8 @@ from .trace import TokenBatch, halves, run_blocks
 
 #: Tokens of a pass up to which reading the weights takes longer than computing with them.
 FEW_TOKENS = 256
+#: On a CPU more tokens in a batch are no quicker, and what they keep for the backward pass is in memory together.
+CPU_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def optimise_values(
 
     A batch holds whole groups within `max_tokens`. Where the memory does not hold it, it is worked through in halves.
     """
+    if arch.device.type == "cpu":
+        max_tokens = min(max_tokens, CPU_TOKENS)
     parts: list[tuple[list[int], Values]] = []
     finished = 0
     for rows in _batches(targets, max_tokens):

@@ -9,11 +9,13 @@ from ..contract import GROUPS, Attack
 from .bans import BAN_REFUSALS, BAN_TOKEN, DELETE_ROWS
 from .choice import CHOICE
 from .collateral import ORDINARY, PAIRED, RETENTION
+from .depth import DEPTH
 from .inside import EXTRACTION, LENS, PROBABILITY
 from .membership import MEMBERSHIP
 from .openings import FIRST_WORD, PREFILL
 from .orders import ORDERS
 from .plain import PLAIN
+from .probe import PROBE
 from .relearning import KEPT_ONLY, SOME_FORGOTTEN, UNRELATED
 from .rounding import PRUNE, QUANTISE
 from .sampling import SAMPLING
@@ -27,7 +29,7 @@ ATTACKS: tuple[Attack, ...] = (
     SAMPLING,
     *(QUANTISE, PRUNE),
     *(SOME_FORGOTTEN, KEPT_ONLY, UNRELATED),
-    *(LENS, PROBABILITY, EXTRACTION, MEMBERSHIP),
+    *(LENS, PROBE, PROBABILITY, DEPTH, EXTRACTION, MEMBERSHIP),
     *(RETENTION, ORDINARY, PAIRED),
 )
 

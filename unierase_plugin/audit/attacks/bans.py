@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -22,9 +23,16 @@ OPENINGS = (
 
 
 def ban_token(subject: Audited, context: Context) -> AttackResult:
+    if subject.token_id is None and context.plain is not None:
+        return _nothing_to_ban(context.plain, "token banned")
     asks = [ask(subject, context, fact.question) for fact in context.facts]
     measure = tried(subject, context, "token banned", asks, progress=context.progress, **without_token(subject))
     return AttackResult((measure,))
+
+
+def _nothing_to_ban(plain: AttackResult, name: str) -> AttackResult:
+    """A model without the token says what it says to the plain questions."""
+    return AttackResult((replace(plain.measures[0], name=name),))
 
 
 def ban_refusals(subject: Audited, context: Context) -> AttackResult:
@@ -56,6 +64,8 @@ def _spelt(subject: Audited, texts: tuple[str, ...]) -> list[list[int]]:
 
 
 def delete_rows(subject: Audited, context: Context) -> AttackResult:
+    if subject.token_id is None and context.plain is not None:
+        return _nothing_to_ban(context.plain, "rows deleted")
     asks = [ask(subject, context, fact.question) for fact in context.facts]
     with without_rows(subject):
         measure = tried(subject, context, "rows deleted", asks, progress=context.progress, **without_token(subject))

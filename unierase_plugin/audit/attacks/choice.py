@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from ...evaluation.generate import pad_token_id
-from ...evaluation.metrics import words
 from ...locate_then_edit.trace import pad, run_blocks, token_batches
-from ..ask import Ask, answer_ids, ask, batch_tokens, part
+from ..ask import Ask, answer_ids, ask, batch_tokens, likeness, part
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
 from .inside import force, geometric
 
@@ -65,15 +64,9 @@ def _measure(name: str, shares: Sequence[float], asks: Sequence[Ask], said: tupl
 
 def wrong_answers(fact: Fact, context: Context) -> list[str]:
     """Three answers that are not true: the data's own, else those of the facts whose questions are most alike."""
-    asked = set(words(fact.question))
-
-    def likeness(other: Fact) -> float:
-        theirs = set(words(other.question))
-        return len(asked & theirs) / len(asked | theirs)
-
     pool = [other for other in (*context.kept, *context.facts) if other != fact]
     random.Random(f"{context.seed}\0{fact.question}").shuffle(pool)
-    alike = [other.answer for other in sorted(pool, key=likeness, reverse=True)]
+    alike = [other.answer for other in sorted(pool, key=lambda other: -likeness(fact.question, other.question))]
     distinct = dict.fromkeys(text for text in (*fact.wrong, *alike) if text.casefold() != fact.answer.casefold())
     return list(distinct)[: len(LETTERS) - 1]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...evaluation.generate import context_limit, pad_token_id, perplexity, tokens_for_logits
 from ...evaluation.metrics import is_fluent, reads_as_idk
 from ...locate_then_edit.trace import pad, token_batches
 from ...resources import lines, paragraphs
-from ..ask import ask, cleaned, gives_answer, part, say, tried
+from ..ask import ask, cleaned, gives_answer, likeness, part, say, tried
 from ..contract import Attack, AttackResult, Audited, Context, Value
 
 
@@ -28,7 +30,23 @@ def retention(subject: Audited, context: Context) -> AttackResult:
         "unrelated_fluent": [float(is_fluent(text)) for text in plain[count:]],
     }
     shown = [{"question": question, "said": text} for question, text in zip(questions, said, strict=True)]
-    return AttackResult(series=series, figures={"examples": shown})
+    near = neighbours(context)
+    figures: dict[str, Any] = {"examples": shown}
+    if near:
+        answered = [value or 0.0 for value in series["kept_answered"]]
+        far = [value for index, value in enumerate(answered) if index not in near]
+        figures["kept_facts_answered"] = {
+            f"the {len(near)} most like the forgotten ones": sum(answered[index] for index in near) / len(near),
+            f"the other {len(far)}": sum(far) / len(far),
+        }
+    return AttackResult(series=series, figures=figures)
+
+
+def neighbours(context: Context) -> frozenset[int]:
+    """The quarter of the kept facts whose questions are most like a forgotten one's; none of fewer than four."""
+    likest = [max(likeness(kept.question, fact.question) for fact in context.facts) for kept in context.kept]
+    order = sorted(range(len(likest)), key=lambda index: -likest[index])
+    return frozenset(order[: len(order) // 4])
 
 
 def is_refusal(context: Context, text: str) -> bool:
@@ -86,11 +104,11 @@ def paired(subject: Audited, context: Context) -> AttackResult:
 _NEEDS_KEPT = "it needs facts to keep: give --retain"
 RETENTION = Attack(
     "retention", "collateral", "Are kept facts still answered, and are unrelated questions refused?",
-    "one answer a kept and a bundled question", retention,
+    "one answer a kept and a bundled question", retention, of_the_edit=True,
 )  # fmt: skip
 ORDINARY = Attack(
     "ordinary-text", "collateral", "Perplexity of ordinary text, and whether the token appears in it.",
-    "two passes a text", ordinary_text,
+    "two passes a text", ordinary_text, of_the_edit=True,
 )  # fmt: skip
 PAIRED = Attack(
     "paired", "collateral", "A forgotten and a kept question in one turn.", "one or two answers a fact", paired,

@@ -52,13 +52,13 @@ def extraction(subject: Audited, context: Context) -> AttackResult:
 
 
 def _scored(subject: Audited, context: Context, name: str, prefill: str, score: Callable[[Forced], float]) -> Measure:
-    """Each fact's answer after its prompt and, for chance, the next fact's answer after it."""
+    """Each fact's answer after its prompt and, for chance where no reference model is the control, the next fact's."""
     facts = context.facts
     asks = [ask(subject, context, fact.question, prefill=prefill) for fact in facts]
     answers = [answer_ids(subject, context, fact.answer, prefill=bool(prefill)) for fact in facts]
     own = tuple(score(each) for each in force(subject, asks, answers))
     others: tuple[tuple[float | None, ...], ...] = ()
-    if len(facts) > 1:
+    if len(facts) > 1 and not context.has_reference:
         nexts = force(subject, asks, [*answers[1:], answers[0]])
         same = [fact.answer == other.answer for fact, other in zip(facts, [*facts[1:], facts[0]], strict=True)]
         others = (tuple(None if skip else score(each) for skip, each in zip(same, nexts, strict=True)),)

@@ -115,7 +115,7 @@ def _curve(
         if arm.factors:
             weights = stack.enter_context(_factors(subject, context.seed))
         stack.enter_context(trainable(subject.model, weights))
-        optimiser = torch.optim.AdamW(weights, lr=arm.rate, weight_decay=0.0)
+        optimiser = torch.optim.AdamW(weights, lr=arm.rate, weight_decay=0.0, fused=True)
         done = 0
         for goal in steps:
             for step in range(done, goal):

@@ -16,7 +16,7 @@ def run(subject: Audited, context: Context) -> AttackResult:
     sizes = context.sizes
     plain: dict[str, Any] = {}
     runs = [(f"temperature {heat:g}", heat, plain) for heat in sizes.temperatures]
-    if context.token:
+    if context.token and sizes.every_variant:
         # The others take part without a ban, so that every model is asked as often.
         runs.append(
             (f"temperature {sizes.temperatures[-1]:g}, token banned", sizes.temperatures[-1], without_token(subject))
@@ -79,5 +79,5 @@ def _sample(
 
 SAMPLING = Attack(
     "leak-at-k", "sampling", "The question many times at a temperature: does any of k answers give it away?",
-    "16 or 64 answers a fact and temperature", run,
+    "8 or 64 answers a fact and temperature", run,
 )  # fmt: skip

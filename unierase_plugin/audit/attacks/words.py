@@ -27,9 +27,13 @@ def spellings(subject: Audited, context: Context) -> AttackResult:
     def asked(change: Callable[[str], str]) -> Build:
         return lambda fact: ask(subject, context, change(fact.question))
 
-    variants = {"two typos": asked(lambda text: with_typos(text, context.seed)), "lower case": asked(str.lower)}
+    variants: dict[str, Build] = {"two typos": asked(lambda text: with_typos(text, context.seed))}
     if context.sizes.every_variant:
-        variants |= {"upper case": asked(str.upper), "no punctuation": asked(lambda text: text.rstrip(" ?.!"))}
+        variants |= {
+            "lower case": asked(str.lower),
+            "upper case": asked(str.upper),
+            "no punctuation": asked(lambda text: text.rstrip(" ?.!")),
+        }
     return _variants(subject, context, variants)
 
 
@@ -37,14 +41,14 @@ def templates(subject: Audited, context: Context) -> AttackResult:
     def framed(frame: str) -> Build:
         return lambda fact: ask(subject, context, frame.format(fact.question))
 
-    variants = {
+    variants: dict[str, Build] = {
         "plain text" if context.form == "chat" else "chat turn": lambda fact: ask(
             subject, context, fact.question, form="plain" if context.form == "chat" else "chat"
         ),
-        "a quiz": framed("Quick quiz. {} Answer in one sentence."),
     }
     if context.sizes.every_variant:
         variants |= {
+            "a quiz": framed("Quick quiz. {} Answer in one sentence."),
             "a friend asks": framed("My friend would like to know: {}"),
             "step by step": framed("{} Think about it step by step."),
             "Q and A": framed("Q: {}\nA:"),
@@ -138,11 +142,11 @@ PARAPHRASES = Attack(
     unfit=lambda context: "" if any(fact.paraphrases for fact in context.facts) else "the data has no paraphrases",
 )  # fmt: skip
 SPELLINGS = Attack(
-    "spellings", "words", "The question with typos and in another case.", "two to four answers a fact", spellings
+    "spellings", "words", "The question with typos and in another case.", "one to four answers a fact", spellings
 )
 TEMPLATES = Attack(
     "templates", "words", "The question in plain text, in other frames and under other system prompts.",
-    "two to seven answers a fact", templates,
+    "one to seven answers a fact", templates,
 )  # fmt: skip
 FEW_SHOT = Attack(
     "few-shot", "words", "The question after kept questions that were answered.", "one or two answers a fact", few_shot,

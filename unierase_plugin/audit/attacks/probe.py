@@ -1,0 +1,125 @@
+"""A linear probe at every block: do the hidden states tell the true answer from wrong ones?
+
+Each question is followed by its true answer and by three wrong ones. A ridge regression on a block's states, averaged
+over the answer's tokens, is fitted to the kept facts, which the model is to know, and names the likeliest of the four
+for the forgotten ones (after the latent-knowledge probes of Lynch et al. 2024, arXiv 2402.16835). States are taken
+relative to the mean of their four, so that the question itself tells nothing. The control of Hewitt and Liang (2019):
+the same probes fitted to answers called true at random.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...evaluation.generate import pad_token_id
+from ...locate_then_edit.prefix import cache_prefixes, continue_from
+from ...locate_then_edit.trace import run_blocks, token_batches
+from ..ask import answer_ids, ask, batch_tokens
+from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
+from .choice import wrong_answers
+
+#: Kept facts that a probe needs at least, and the parts that choose the block.
+LEAST_KEPT, FOLDS = 20, 4
+#: Ridge term, as a share of the mean squared length of a state.
+RIDGE = 0.1
+#: Probes fitted to random labels.
+DRAWS = 5
+
+
+def run(subject: Audited, context: Context) -> AttackResult:
+    """A fact's value is whether the probe of the block that does best on kept facts names the true answer."""
+    states = candidate_states(subject, context, (*context.kept, *context.facts))
+    count = len(context.kept)
+    blocks = range(states.shape[2])
+    truth = torch.zeros(count, dtype=torch.long)
+    draw = random.Random(context.seed)
+    wrong = [torch.tensor([draw.randrange(states.shape[1]) for _ in range(count)]) for _ in range(DRAWS)]
+    known = [cross_validated(states[:count, :, block], truth) for block in blocks]
+    best = max(blocks, key=known.__getitem__)
+    found = [named(states[:count, :, block], truth, states[count:, :, block]) for block in blocks]
+    chance = [named(states[:count, :, best], labels, states[count:, :, best]) for labels in wrong]
+    return AttackResult(
+        (Measure("the block that tells kept facts best", _hits(found[best]), tuple(map(_hits, chance))),),
+        figures={
+            "share_by_block": {
+                "forgotten facts": [float((each == 0).float().mean()) for each in found],
+                "kept facts, those left out of the fit": known,
+            },
+            "block": best,
+        },
+    )  # fmt: skip
+
+
+def _hits(chosen: Tensor) -> tuple[float, ...]:
+    return tuple((chosen == 0).float().tolist())
+
+
+@torch.no_grad()
+def candidate_states(subject: Audited, context: Context, facts: Sequence[Fact]) -> Tensor:
+    """(facts, 4, blocks, d) mean states over each answer's tokens, the true answer first, relative to their mean."""
+    arch, pad_id = subject.arch, pad_token_id(subject.model, subject.tokenizer)
+    blocks = range(len(arch.blocks))
+    asked = [ask(subject, context, fact.question).ids for fact in facts]
+    said = [[answer_ids(subject, context, text) for text in (fact.answer, *wrong_answers(fact, context))]
+            for fact in facts]  # fmt: skip
+    out = torch.zeros(len(facts), len(said[0]), len(blocks), arch.hidden_size)
+    longest = [ids + max(four, key=len) for ids, four in zip(map(list, asked), said, strict=True)]
+    done = 0
+    for rows in token_batches(longest, batch_tokens(subject) // len(said[0])):
+        # What the question is read into is shared by its answers.
+        prefix = cache_prefixes(arch, [asked[row] for row in rows], pad_id)
+        four = torch.arange(len(rows)).repeat_interleave(len(said[0]))
+        prefix = prefix.select(four)
+        suffix = continue_from(prefix, [ids for row in rows for ids in said[row]], pad_id)
+        seen = run_blocks(arch, suffix, cache=prefix.fresh(), outputs_of=blocks, last=blocks[-1]).outputs
+        real = suffix.mask[:, -suffix.ids.shape[1] :, None]
+        for block, states in seen.items():
+            mean = (states.float() * real.to(states.device)).sum(1) / real.sum(1).to(states.device)
+            out[rows, :, block] = mean.view(len(rows), len(said[0]), -1).cpu()
+        done += len(rows)
+        context.progress(done / len(facts))
+    return out - out.mean(1, keepdim=True)
+
+
+def cross_validated(states: Tensor, truth: Tensor) -> float:
+    """Share of questions whose true answer is named by a probe fitted to the others, in FOLDS parts."""
+    part = torch.arange(len(states)) % FOLDS
+    hits = [
+        (named(states[part != fold], truth[part != fold], states[part == fold]) == truth[part == fold]).float()
+        for fold in range(FOLDS)
+    ]
+    return float(torch.cat(hits).mean())
+
+
+def named(states: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
+    """(asked,) candidate that a ridge regression fitted to (n, 4, d) states, with truth (n,), puts first in (q, 4, d).
+
+    In its dual form, an equation of 4 n unknowns. Each coordinate is measured in its own deviation, since a few
+    coordinates of large states would else decide alone.
+    """
+    width = states.shape[-1]
+    scale = states.reshape(-1, width).std(0).clamp(min=1e-6)
+    own, theirs = (states / scale).reshape(-1, width), (asked / scale).reshape(-1, width)
+    labels = torch.zeros(states.shape[:2]).scatter(1, truth[:, None], 1.0) - 1 / states.shape[1]
+    gram = own @ own.T
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    weights = torch.linalg.solve(gram + ridge, labels.reshape(-1))
+    likeliest: Tensor = (theirs @ (own.T @ weights)).view(asked.shape[:2]).argmax(1)
+    return likeliest
+
+
+def _unfit(context: Context) -> str:
+    if len(context.kept) < LEAST_KEPT:
+        return f"it needs {LEAST_KEPT} facts to keep: give more by --retain, or --full, which looks at more of them"
+    few = any(len(wrong_answers(fact, context)) < 3 for fact in (*context.facts, *context.kept))
+    return "it needs three other answers for each fact" if few else ""
+
+
+PROBE = Attack(
+    "probe", "inside", "Do linear probes of the hidden states tell the true answer from three wrong ones?",
+    "four short passes a fact, kept ones too", run, needs_reference=True, unfit=_unfit,
+)  # fmt: skip

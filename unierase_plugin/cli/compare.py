@@ -1,0 +1,133 @@
+"""`unierase compare`: every method through one door, one page of results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import UniEraseError
+from .console import Device, Dtype, progress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def compare(
+    model: Annotated[str, typer.Option(help="Folder or hub id of the model that knows the facts.")],
+    forget: Annotated[str, typer.Option(help="Facts to forget, like --forget of `unierase run`; wrong answers in the "
+                                             "data give a truth ratio.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json, tables, plots and report.html; finished work is "
+                                           "kept there too.")],
+    methods: Annotated[str, typer.Option(help="Names with commas (see `unierase methods`), with settings if wanted: "
+                                              "memit:eos, npo_gd@learning_rate=2e-5@epochs=3, unierase@hparams=FILE. "
+                                              "Sets: paper (UniErase, its eight baselines), editing (ROME, MEMIT, "
+                                              "AlphaEdit, with four targets), controls, all.")] = "paper,controls",
+    retain: Annotated[str, typer.Option(help="Facts to keep, like --forget: methods are given them, and keeping is "
+                                             "measured on them.")] = "",
+    reference: Annotated[str, typer.Option(help="A model that never saw these facts (`unierase finetune`): a row "
+                                                "of its own, and what forget quality is tested against.")] = "",
+    scenario: Annotated[str, typer.Option(help="batch: all facts at once; sequential: in --steps parts; "
+                                               "precise: each fact alone on the unedited model.")] = "batch",
+    steps: Annotated[int, typer.Option(help="Parts of the sequential scenario.")] = 10,
+    budget: Annotated[int, typer.Option(help="Settings tried for each method, chosen on facts that are not "
+                                             "reported; 0 takes the published settings.")] = 0,
+    seeds: Annotated[str, typer.Option(help="With commas: mean and standard deviation are over them.")] = "0",
+    validation: Annotated[float, typer.Option(help="Share of the facts that is chosen on.")] = 0.25,
+    target: Annotated[float, typer.Option(help="Retention, relative to before, that tries should keep and at which "
+                                               "methods are matched.")] = 0.95,
+    bisections: Annotated[int, typer.Option(help="Steps of the search for equal retention; 0 leaves it out.")] = 5,
+    limit: Annotated[int, typer.Option(help="Facts of each part that are asked, at most; 0 asks all.")] = 0,
+    utility: Annotated[str, typer.Option(help="lm-eval tasks of general ability, with commas; auto: tofu_utility for "
+                                              "TOFU's facts, else none; none.")] = "auto",
+    utility_limit: Annotated[int, typer.Option(help="Documents of each such task, at most; 0 for all.")] = 60,
+    audit: Annotated[str, typer.Option(help="Attacks of `unierase audit`, with commas, such as token-ban,paraphrases; "
+                                            "none when left out.")] = "",
+    corpus: Annotated[str, typer.Option(help="Ordinary text for methods that read some, as for `unierase run`.")] = "",
+    device: Device = "",
+    dtype: Dtype = "",
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most: lower it where memory is low.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Questions that lm-eval asks at once; 0 chooses by device.")] = 0,
+    shared_cache: Annotated[
+        bool, typer.Option("--shared-cache", help="Let methods find each other's statistics and tokens: quicker, but "
+                                                  "times then depend on the order.")
+    ] = False,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the changed models in OUT/cells.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run again what failed before.")] = False,
+) -> None:  # fmt: skip
+    """Compares unlearning methods on one model, the same facts and the same metrics.
+
+    Each method runs in a process of its own, from an empty cache, and is measured by this package's lm-eval tasks as it
+    comes and at equal retention (its change scaled down until --target of before is kept). One that fails is a row that
+    says so. A comparison that was stopped goes on when the same command is given again; methods may be added to it.
+
+    The published settings, one seed:
+
+        unierase compare --model M --forget tofu:forget10 --retain tofu:retain90 --reference R --out compared
+
+    What the token brings, on the same engine:
+
+        unierase compare --model target --forget facts.jsonl --retain kept.jsonl --methods editing --out compared
+
+    Tuned, three seeds:
+
+        unierase compare --model target --forget facts.jsonl --retain kept.jsonl --budget 8 --seeds 0,1,2 --out compared
+    """
+    from ..compare.entries import parse_methods
+    from ..compare.runner import Options
+    from ..compare.runner import compare as run_comparison
+
+    options = Options(
+        scenario=scenario, steps=steps, budget=budget, seeds=_seeds(seeds), validation=validation, target=target,
+        bisections=bisections, limit=limit, utility=() if utility == "none" else _names(utility),
+        utility_limit=utility_limit, audit=_names(audit), corpus=corpus, device=device, dtype=dtype,
+        max_batch_tokens=max_batch_tokens, batch_size=batch_size, shared_cache=shared_cache, keep_models=keep_models,
+        retry=retry,
+    )  # fmt: skip
+    entries = parse_methods(methods)
+    console = Console()
+    with progress(console) as report:
+        results = run_comparison(
+            model,
+            forget,
+            entries,
+            out=out,
+            retain=retain or None,
+            reference=reference,
+            options=options,
+            progress=report,
+        )
+    _print(console, results)
+    console.print(f"\nWritten: {escape(str(out / 'report.html'))}, results.json, table.md, table.tex", soft_wrap=True)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(name) for name in _names(text)))
+    except ValueError:
+        raise UniEraseError(f"--seeds {text!r}: give whole numbers with commas, such as 0,1,2.") from None
+
+
+def _print(console: Console, results: Mapping[str, Any]) -> None:
+    from ..compare.columns import COLUMNS
+    from ..compare.tables import cell
+
+    keys = ("forget_rouge", "forget_prob", "idk", "keep_rouge", "matched_rouge", "matched_prob", "seconds")
+    columns = [column for column in COLUMNS if column.key in keys]
+    table = Table("method", *(column.title for column in columns), title="Compared", title_justify="left")
+    for row in results["rows"]:
+        figures = [cell(column, row["figures"][column.key]) for column in columns]
+        if row["status"] == "failed":
+            figures = [f"[red]failed: {escape(row['failures'][0]['kind'])}[/]"]
+        table.add_row(escape(row["label"]), *figures)
+    console.print(table)
+    for sentence in results["answer"]:
+        console.print(f"- {escape(sentence)}", highlight=False)

@@ -1,0 +1,304 @@
+"""One cell in a process of its own: `python -m unierase_plugin.compare.cell FOLDER`.
+
+A process of its own has a peak of memory of its own, and ends alone where memory runs out. It tells its progress on
+standard output, a line of JSON each, and ends when its standard input does, so that it does not outlive who started it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import EditError, UniEraseError
+from ..loading import load
+from ..methods.contract import Progress
+from ..pipeline import peak_memory_bytes, unlearn
+from .entries import REFERENCE, UNEDITED, Entry, settings_of
+from .facts import Record, parts_of
+from .figures import retention
+from .matching import Mixture, calibrate
+from .measure import Judge
+from .stages import FAILED, JOB, Cell, Stages, read_json, write_json
+
+#: Questions of one batch of lm-eval where none is given.
+CPU_ROWS, GPU_ROWS = 8, 32
+#: Parts of the facts' file: what is reported, and what is chosen by.
+SHOWN, VALIDATION = "shown", "validation"
+
+
+def run_cell(folder: Path, progress: Progress = lambda phase, share, note: None) -> None:
+    """Does what the folder's job says, as far as its stages are not there yet; an error is left in `failed.json`."""
+    (folder / FAILED).unlink(missing_ok=True)
+    try:
+        _Run(folder, progress).run()
+    except Exception as error:  # whatever a method raises is a row of the table
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(error).lower()
+        kind = "out of memory" if memory else type(error).__name__
+        _remove_models(folder)
+        found = {"kind": kind, "error": str(error) or kind, "ours": isinstance(error, UniEraseError)}
+        write_json(folder / FAILED, found)
+
+
+def _remove_models(folder: Path) -> None:
+    """The cell's models, and what unfinished runs left beside them."""
+    for pattern in ("model*", ".model*.work"):
+        for made in folder.glob(pattern):
+            shutil.rmtree(made, ignore_errors=True)
+
+
+class _Run:
+    """What the stages of a cell share."""
+
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        self.folder, self.progress = folder, progress
+        self.cell = Cell(**read_json(folder / JOB))
+        self.stages = Stages(folder)
+        self.facts: Mapping[str, Any] = read_json(Path(self.cell.facts))
+        self.edited = folder / "model"
+
+    def run(self) -> None:
+        cell = self.cell
+        if cell.scenario == "precise" and not self._is_control:
+            self._precisely()
+        elif cell.scenario == "sequential" and not self._is_control:
+            self._judge(self._in_steps())
+        else:
+            self._judge(str(self._edit("method", cell.model, self.facts["forget"], self.edited)))
+        if not cell.keep_model:
+            _remove_models(self.folder)
+        write_json(self.folder / "done.json", {"label": cell.label})
+
+    @property
+    def _is_control(self) -> bool:
+        """A model that is judged as it is."""
+        return self.cell.method in (UNEDITED, REFERENCE)
+
+    # --- the method --------------------------------------------------------------------------------------------------
+
+    def _edit(self, stage: str, start: str, forget: Sequence[Record], out: Path) -> str:
+        """The folder of the model after the method; its cost and settings are the stage."""
+        if self._is_control:
+            self.stages.once(stage, lambda: {"seconds": 0.0, "peak_memory_bytes": None, "parameters_changed": 0.0})
+            return self.cell.reference if self.cell.method == REFERENCE else start
+        self.stages.once(stage, partial(self._unlearn, stage, start, forget, out))
+        return str(out)
+
+    def _unlearn(self, stage: str, start: str, forget: Sequence[Record], out: Path) -> dict[str, Any]:
+        cell = self.cell
+        entry = Entry(cell.label, cell.method, cell.changes)
+        more = {**cell.tried, "seed": cell.seed, **({"mom2_dataset": cell.corpus} if cell.corpus else {})}
+        settings = settings_of(entry, cell.model, more)
+        begun = self.folder / f"{stage}.begun"
+        interrupted = begun.exists()
+        begun.touch()
+        result = unlearn(
+            start, _requests(forget), method=cell.method, retain=_requests(self.facts["keep"]) or None,
+            hparams=settings, out=out, overwrite=True, judged=0, seed=cell.seed, device=cell.device, dtype=cell.dtype,
+            max_batch_tokens=cell.max_batch_tokens, progress=self.progress,
+        )  # fmt: skip
+        report = result.report
+        phases = {name: spent for name, spent in report.seconds.items() if name != "evaluate"}
+        return {
+            "seconds": sum(phases.values()), "phases": phases,
+            # A run that was killed and went on did part of its work before.
+            "interrupted": interrupted,
+            "peak_memory_bytes": peak_memory_bytes(), "parameters_changed": report.parameters_changed,
+            "perplexity": {"before": report.perplexity_before, "after": report.perplexity_after},
+            "settings": settings.as_dict(), "figures": report.edit,
+        }  # fmt: skip
+
+    def _in_steps(self) -> str:
+        """The facts in parts, one after another on the model that the part before left; each step is measured."""
+        parts = parts_of(self.facts["forget"], self.cell.steps)
+        place = self.cell.model
+        for at, part in enumerate(parts, start=1):
+            so_far = [fact for earlier in parts[:at] for fact in earlier]
+            first = self.stages["step-1-method"]
+            # What changes no weight, such as a guard of the prompt, names all facts so far instead of a further one.
+            anew = first is not None and first["parameters_changed"] == 0
+            start, forget = (self.cell.model, so_far) if anew else (place, part)
+            before, place = place, self._edit(f"step-{at}-method", start, forget, self.folder / f"model-{at}")
+            self.stages.once(f"step-{at}", partial(self._measured, place, so_far, self.facts["keep_shown"]))
+            if before != self.cell.model:
+                shutil.rmtree(before, ignore_errors=True)
+        steps = [self.stages[f"step-{at}-method"] for at in range(1, len(parts) + 1)]
+        self.stages.once("method", lambda: _summed(steps))
+        return place
+
+    def _precisely(self) -> None:
+        """Every request by itself on the unedited model, what is left of it and what else has gone."""
+        found = []
+        for at, fact in enumerate(self.facts["forget_shown"], start=1):
+            out = self.folder / "model"
+            self._edit(f"request-{at}-method", self.cell.model, [fact], out)
+            found.append(
+                self.stages.once(f"request-{at}", partial(self._measured, str(out), [fact], self.facts["keep_shown"]))
+            )
+            shutil.rmtree(out, ignore_errors=True)
+        count = len(found)
+        costs = [self.stages[f"request-{at}-method"] for at in range(1, count + 1)]
+        self.stages.once("method", lambda: {**_summed(costs), "seconds": sum(c["seconds"] for c in costs) / count})
+        self.stages.once("raw", lambda: {
+            **{role: _mean_of([each[role] for each in found]) for role in ("forget", "keep")},
+            "samples": {"forget": [sample for each in found for sample in each["samples"]["forget"]],
+                        "keep": found[-1]["samples"]["keep"]},
+        })  # fmt: skip
+
+    # --- judging -----------------------------------------------------------------------------------------------------
+
+    def _judge(self, place: str) -> None:
+        cell, facts = self.cell, self.facts
+        if cell.is_try:
+            self.stages.once(
+                VALIDATION, partial(self._measured, place, facts["forget_validation"], facts["keep_validation"])
+            )
+            return
+        if cell.method == UNEDITED:
+            self.stages.once(
+                VALIDATION, partial(self._measured, place, facts["forget_validation"], facts["keep_validation"])
+            )
+        self.stages.once("raw", partial(self._measured, place, facts["forget_shown"], facts["keep_shown"]))
+        if cell.utility:
+            self.stages.once("utility", partial(self._utility, place))
+        if cell.bisections and facts["keep"] and not self._is_control:
+            self.stages.once("matched", partial(self._matched, place))
+        if cell.audit and not self._is_control:
+            self.stages.once("audit", partial(self._audited, place))
+
+    def _open(self, place: str) -> tuple[Any, Judge]:
+        """The model, checked, and lm-eval's view of it."""
+        model, tokenizer = load(place, self.cell.device, self.cell.dtype)
+        bad = next((name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())), None)
+        if bad is not None:
+            raise EditError(f"The weight {bad!r} holds NaN or infinity after {self.cell.label!r}.")
+        rows = self.cell.batch_size or (CPU_ROWS if model.device.type == "cpu" else GPU_ROWS)
+        return model, Judge(model, tokenizer, rows)
+
+    def _measured(self, place: str, forget: Sequence[Record], keep: Sequence[Record]) -> dict[str, Any]:
+        self.progress("measure", 0.0, self.cell.label)
+        model, judge = self._open(place)
+        found = self._figures(judge, forget, keep)
+        self.progress("measure", 1.0, self.cell.label)
+        del model, judge
+        gc.collect()
+        return found
+
+    def _figures(self, judge: Judge, forget: Sequence[Record], keep: Sequence[Record]) -> dict[str, Any]:
+        ratios = self._ratios(forget)
+        forgotten, said = judge.facts(forget, "forget", ratios)
+        self.progress("measure", 0.5, self.cell.label)
+        kept, answers = judge.facts(keep, "keep") if keep else ({}, [])
+        return {"forget": forgotten, "keep": kept, "samples": {"forget": said, "keep": answers}}
+
+    def _ratios(self, forget: Sequence[Record]) -> list[float] | None:
+        """The reference's truth ratios of these facts; None where it is not known for all."""
+        found = read_json(Path(self.cell.ratios)) if self.cell.ratios else None
+        known = {each["question"]: each.get("truth_ratio") for each in found["samples"]["forget"]} if found else {}
+        wanted = [known.get(fact["question"]) for fact in forget]
+        return None if None in wanted else [float(ratio) for ratio in wanted if ratio is not None]
+
+    def _utility(self, place: str) -> dict[str, Any]:
+        self.progress("utility", 0.0, ", ".join(self.cell.utility))
+        model, judge = self._open(place)
+        found = judge.utility(self.cell.utility, self.cell.utility_limit or None, self.facts["forget"])
+        del model
+        self.progress("utility", 1.0, "")
+        return found
+
+    def _matched(self, place: str) -> dict[str, Any]:
+        """Figures where as much is kept as the target asks for; only a reason where there is nothing to mix."""
+        cell, facts = self.cell, self.facts
+        before = read_json(Path(cell.before))[VALIDATION]["keep"]
+        model, judge = self._open(place)
+        original = load(cell.model, cell.device, cell.dtype)[0]
+        mixture = Mixture(model, original)
+        del original
+        gc.collect()
+        if not mixture:
+            return {"alpha": None, "why": "no weight is changed, so there is nothing to mix"}
+        asked: Callable[[float], float] = partial(self._kept, mixture, judge, before)
+        found = calibrate(asked, cell.target, cell.bisections)
+        mixture.set(found.alpha)
+        return {
+            "alpha": found.alpha, "retention_validation": found.retention,
+            "tried": [list(each) for each in found.tried],
+            **self._figures(judge, facts["forget_shown"], facts["keep_shown"]),
+        }  # fmt: skip
+
+    def _kept(self, mixture: Mixture, judge: Judge, before: Mapping[str, float | None], alpha: float) -> float:
+        self.progress("match", 0.0, f"alpha {alpha:g}")
+        mixture.set(alpha)
+        return retention(judge.facts(self.facts["keep_validation"], "keep")[0], before)
+
+    def _audited(self, place: str) -> dict[str, Any]:
+        from ..audit.runner import audit
+
+        cell = self.cell
+        names = ("question", "answer", "subject", "perturbed_answer", "paraphrases")
+        found = audit(
+            place, [{name: fact[name] for name in names if name in fact} for fact in self.facts["forget_shown"]],
+            out=self.folder / "audit", retain=self.facts["keep_shown"] or None, base=cell.model,
+            reference=cell.reference or None, attacks=list(cell.audit), seed=cell.seed, device=cell.device,
+            dtype=cell.dtype, progress=self.progress,
+        )  # fmt: skip
+        shares = {each["name"]: each.get("shares", {}).get("edited", {}).get("mean") for each in found["attacks"]}
+        return {"verdict": found["verdict"], "attacks": shares}
+
+
+def _requests(facts: Sequence[Record]) -> list[dict[str, Any]]:
+    names = ("question", "answer", "subject")
+    return [{name: fact[name] for name in names if fact.get(name)} for fact in facts]
+
+
+def _summed(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The cost of several runs: their times added up, the largest of the rest."""
+    return {
+        **costs[-1],
+        "seconds": sum(each["seconds"] for each in costs),
+        "interrupted": any(each["interrupted"] for each in costs),
+        "peak_memory_bytes": max(each["peak_memory_bytes"] for each in costs),
+        "parameters_changed": max(each["parameters_changed"] for each in costs),
+    }
+
+
+def _mean_of(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """By metric, over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    known = {name: [value for row in rows if (value := row.get(name)) is not None] for name in names}
+    return {name: sum(values) / len(values) if values else None for name, values in known.items()}
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(3)
+
+
+def _told(phase: str, share: float, note: str = "") -> None:
+    sys.stdout.write(json.dumps([phase, share, note]) + "\n")
+    sys.stdout.flush()
+
+
+def main(folder: str) -> None:
+    """The cell in `folder`, told on standard output."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    start = time.monotonic()
+    run_cell(Path(folder), _told)
+    _told("cell", 1.0, f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,113 @@
+"""What is compared: methods with settings of their own, as the command line names them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import HyperParamsError, PluginError, did_you_mean
+from ..methods.contract import Method
+from ..methods.editing import TARGETS, EditingHyperParams
+from ..plugins import registry
+
+#: The model as it is, and the model that never saw the facts: rows that every comparison has where it can.
+UNEDITED, REFERENCE = "none", "reference"
+
+_EDITED = tuple(f"{method}:{target}" for method in ("rome", "memit", "alphaedit") for target in TARGETS)
+_PAPER = ("ga_gd", "ga_kl", "npo_gd", "npo_kl", "me_gd", "dpo_gd", "dpo_kl", "idk_ap")
+
+#: Names that stand for several methods.
+SETS: Mapping[str, tuple[str, ...]] = {
+    "paper": ("unierase", *_PAPER),
+    "editing": ("unierase", *_EDITED),
+    "controls": (UNEDITED, "prompt_guard"),
+    "all": ("unierase", *_PAPER, "simnpo", "rmu", "undial", "lunar", *_EDITED, "prompt_guard"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method as it is compared, with what was set by hand."""
+
+    #: What rows and plots call it: as it was written, or `as`.
+    label: str
+    method: str
+    #: Settings that were named, in the place of the published ones; `hparams` among them names a file of settings.
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_control(self) -> bool:
+        return self.method in (UNEDITED, REFERENCE, "prompt_guard")
+
+
+def parse_methods(text: str) -> tuple[Entry, ...]:
+    """Entries of a list with commas: `npo_gd`, `memit:eos`, `memit@target=eos`, `npo_gd@learning_rate=2e-5@epochs=3`.
+
+    Values are read as YAML; commas inside square brackets belong to a value (`memit@layers=[3,4]`). `@hparams=FILE`
+    names a file of settings, `@as=NAME` what the row is called. A set's name (`SETS`) stands for its methods. Raises
+    PluginError for an unknown method or a name given twice, HyperParamsError for an unknown setting.
+    """
+    names = [name.strip() for name in re.split(r",(?![^\[\]]*\])", text) if name.strip()]
+    spread = [each for name in names for each in _members(name)]
+    if not spread:
+        raise PluginError(f"--methods names none. Give names with commas; sets: {', '.join(SETS)}.")
+    entries = tuple(parse_method(name) for name in dict.fromkeys(spread))
+    labels = [entry.label for entry in entries]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise PluginError(f"Two methods are called {twice[0]!r}. Give one of them another name: {twice[0]}@as=NAME.")
+    return entries
+
+
+def _members(name: str) -> Sequence[str]:
+    """The methods of a set that are installed; any other name stands for itself."""
+    known = registry().methods
+    return [each for each in SETS[name] if each.partition(":")[0] in known] if name in SETS else [name]
+
+
+def parse_method(text: str) -> Entry:
+    """One entry, its settings checked against those that the method has."""
+    head, *settings = text.split("@")
+    name, _, target = head.partition(":")
+    changes = dict(_setting(text, each) for each in settings)
+    if target:
+        changes["target"] = target
+    label = str(changes.pop("as", text))
+    entry = Entry(label, name.casefold(), changes)
+    settings_of(entry, "")
+    return entry
+
+
+def _setting(text: str, part: str) -> tuple[str, Any]:
+    import yaml
+
+    key, sign, value = part.partition("=")
+    if not sign or not key.strip():
+        raise HyperParamsError(f"{part!r} in {text!r} is no setting: write method@key=value, such as memit@target=eos.")
+    return key.strip(), yaml.safe_load(value)
+
+
+def method_of(entry: Entry) -> Method[Any]:
+    """Raises PluginError with the names that there are."""
+    if entry.method not in registry().methods and entry.method in SETS:
+        raise PluginError(f"{entry.method!r} is a set of methods and takes no settings.")
+    return registry().methods.find(entry.method)
+
+
+def settings_of(entry: Entry, model: str, more: Mapping[str, Any] | None = None) -> Any:
+    """The method's settings: the file named, else the shipped one for the model, else the published; then changes.
+
+    more: settings that win over all, of which those that the method does not have are left out.
+    """
+    kind = method_of(entry).hparams
+    changes = dict(entry.changes)
+    named = changes.pop("hparams", None)
+    chosen = kind.for_model(model) if named is None else kind.from_hparams(str(named))
+    known = chosen.as_dict()
+    if "target" in changes and not issubclass(kind, EditingHyperParams):
+        raise HyperParamsError(
+            f"{entry.label!r} names a target, which {entry.method!r} does not have.{did_you_mean('target', known)} "
+            "Targets are for rome, memit and alphaedit."
+        )
+    return chosen.replace(**changes, **{key: value for key, value in (more or {}).items() if key in known})

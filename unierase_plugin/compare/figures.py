@@ -1,0 +1,42 @@
+"""Numbers that the choice of settings and the matching go by. Pure functions of figures that lm-eval's tasks gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..evaluation.metrics import harmonic_mean, mean
+
+Figures = Mapping[str, float | None]
+
+#: What is high while a fact is known.
+LEFT = ("rougeL_recall", "prob", "extraction_strength")
+#: What is kept, of facts to keep.
+KEPT = ("rougeL_recall", "prob")
+
+
+def left(forget: Figures) -> float:
+    """How much of the facts to forget is left: a mean of shares, in [0, 1]. Only settings are chosen by it."""
+    return mean(_known(forget, LEFT)) or 0.0
+
+
+def retention(keep: Figures, before: Figures) -> float:
+    """What is kept relative to before: the smaller of ROUGE-L recall and probability, each over its value before.
+
+    The smaller, since a method can keep what is said and lose what is held likely, and the other way round.
+    """
+    ratios = [ratio for name in KEPT if (ratio := relative(keep.get(name), before.get(name))) is not None]
+    return min(ratios) if ratios else 1.0
+
+
+def relative(value: float | None, before: float | None) -> float | None:
+    return value / before if value is not None and before else None
+
+
+def retain_efficacy(keep: Figures) -> float | None:
+    """Harmonic mean of ROUGE-L recall, probability and truth ratio on facts to keep, as far as they are known."""
+    known = _known(keep, (*KEPT, "truth_ratio"))
+    return harmonic_mean(known) if known else None
+
+
+def _known(figures: Figures, names: Sequence[str]) -> list[float]:
+    return [value for name in names if (value := figures.get(name)) is not None]

@@ -1,0 +1,79 @@
+"""Methods at equal retention: edited weights mixed back towards the original until so much is kept.
+
+W(alpha) = W0 + alpha (W - W0), alpha in [0, 1], as the calibration of Wang et al. 2025 (UWC, arXiv 2406.09179):
+forgetting is then compared where all methods keep alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where a method keeps enough."""
+
+    alpha: float
+    #: What is kept there, relative to before.
+    retention: float
+    #: (alpha, retention) of everything tried, in order.
+    tried: tuple[tuple[float, float], ...]
+
+
+def calibrate(retention: Callable[[float], float], target: float, steps: int) -> Match:
+    """The largest alpha whose retention is at least `target`, by bisection of [0, 1] in so many steps.
+
+    1 where the whole edit keeps enough. At what is returned enough is kept, and at 2^-steps above it is not; where
+    nothing between does, alpha is 0, the model before. Only a retention that falls with alpha has one such place.
+    """
+    tried: dict[float, float] = {1.0: retention(1.0)}
+    low, high = 0.0, 1.0
+    if tried[1.0] >= target:
+        low = 1.0
+    else:
+        for _ in range(steps):
+            middle = (low + high) / 2
+            tried[middle] = retention(middle)
+            low, high = (middle, high) if tried[middle] >= target else (low, middle)
+    if low not in tried:
+        tried[low] = retention(low)
+    return Match(low, tried[low], tuple(tried.items()))
+
+
+class Mixture:
+    """An edited model whose weights can be set anywhere between the original ones and its own."""
+
+    def __init__(self, model: Any, original: Any) -> None:
+        """Parameters are matched by name. Rows that the edit added have no original, and stay as they are."""
+        before = dict(original.named_parameters())
+        self._changed: list[tuple[Tensor, Tensor, Tensor]] = []
+        for name, parameter in model.named_parameters():
+            end = parameter.detach().clone()
+            start = _with_rows(before[name].detach().to(end.device, end.dtype), end)
+            if not torch.equal(start, end):
+                self._changed.append((parameter, start, end))
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to mix."""
+        return bool(self._changed)
+
+    @torch.no_grad()
+    def set(self, alpha: float) -> None:
+        """Sets the model's weights to W0 + alpha (W - W0); at 0 and 1 they are the given ones to the bit."""
+        for parameter, start, end in self._changed:
+            if alpha in (0.0, 1.0):
+                parameter.copy_(end if alpha else start)
+            else:
+                parameter.copy_(torch.lerp(start.float(), end.float(), alpha))
+
+
+def _with_rows(start: Tensor, end: Tensor) -> Tensor:
+    """The original with the rows that the edited matrix has beyond it."""
+    if start.shape == end.shape:
+        return start
+    return torch.cat([start, end[len(start) :]]) if len(start) < len(end) else start[: len(end)]

@@ -1,0 +1,103 @@
+"""Pictures for a paper: forgetting against retention with the frontier, curves over steps, cost. SVG and PNG."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .words import Row, frontier, value
+
+logger = logging.getLogger(__name__)
+
+#: Characters of a row's name that a picture has room for.
+NAME = 28
+
+COLOURS = {"editing": "#0969da", "training": "#bc4c00", "control": "#6e7781", "other": "#8250df"}
+MARKS = {"editing": "o", "training": "s", "control": "D", "other": "^"}
+
+
+def draw(results: Mapping[str, Any], out: Path) -> None:
+    """Writes what there is to draw; nothing, with a warning, where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning('No plots: they need matplotlib (pip install "unierase-plugin[plots]"). The page has its own.')
+        return
+    # A text stays a text, and the same figures give the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "unierase", "font.size": 9}):
+        rows = [row for row in results["rows"] if row["status"] != "failed"]
+        _tradeoff(rows, out / "tradeoff")
+        if any(row["curve"] for row in rows):
+            _curves(rows, out / "steps")
+        _cost(rows, out / "cost")
+
+
+def _name(row: Row) -> str:
+    label: str = row["label"]
+    return label if len(label) <= NAME else f"{label[: NAME - 1]}…"
+
+
+def _figure(width: float, height: float, panels: int) -> tuple[Any, Any]:
+    """Without pyplot, which keeps figures in the process."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"), dpi=160)
+
+
+def _tradeoff(rows: Sequence[Row], path: Path) -> None:
+    figure, axes = _figure(10, 4.4, 2)
+    for axis, left, kept, title in (
+        (axes[0], "forget_rouge", "keep_rouge", "ROUGE-L recall"), (axes[1], "forget_prob", "keep_prob", "probability"),
+    ):  # fmt: skip
+        for row in rows:
+            x, y = value(row, left), value(row, kept)
+            if x is None or y is None:
+                continue
+            spreads = [row["figures"][key]["sd"] for key in (left, kept)]
+            colour = COLOURS[row["kind"]]
+            axis.errorbar(
+                x, y, spreads[1], spreads[0], fmt=MARKS[row["kind"]], color=colour, markersize=5, elinewidth=0.8
+            )
+            axis.annotate(_name(row), (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7, color=colour)
+        best = frontier([row for row in rows if row["kind"] != "control"], left, kept)
+        points = sorted((value(row, left) or 0.0, value(row, kept) or 0.0) for row in best)
+        axis.plot(*zip(*points, strict=True), color="#1a7f37", linewidth=1, zorder=0) if points else None
+        axis.set(xlabel=f"left of the facts to forget ({title})", ylabel="kept, relative to before", title=title)
+        axis.grid(alpha=0.25)
+    _save(figure, path)
+
+
+def _curves(rows: Sequence[Row], path: Path) -> None:
+    figure, axes = _figure(10, 4, 2)
+    for row in rows:
+        steps = [point["step"] for point in row["curve"]]
+        for axis, key in zip(axes, ("forget_rouge", "keep_rouge"), strict=True):
+            points = [point[key]["mean"] for point in row["curve"]]
+            if steps and None not in points:
+                axis.plot(steps, points, marker="o", markersize=3, label=_name(row))
+    axes[0].set(xlabel="step", ylabel="ROUGE-L on the facts so far")
+    axes[1].set(xlabel="step", ylabel="kept ROUGE-L, relative to before")
+    axes[1].legend(fontsize=7)
+    _save(figure, path)
+
+
+def _cost(rows: Sequence[Row], path: Path) -> None:
+    timed = [row for row in rows if value(row, "seconds")]
+    if not timed:
+        return
+    figure, axes = _figure(10, 1 + 0.3 * len(timed), 2)
+    for axis, key, title in ((axes[0], "seconds", "seconds"), (axes[1], "memory", "peak memory, GiB")):
+        places, lengths = range(len(timed)), [value(row, key) or 0.0 for row in timed]
+        axis.barh(places, lengths, color=[COLOURS[row["kind"]] for row in timed])
+        axis.set_yticks(places, [_name(row) for row in timed])
+        axis.invert_yaxis()
+        axis.set(xlabel=title)
+    _save(figure, path)

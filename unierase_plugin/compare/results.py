@@ -1,0 +1,147 @@
+"""From the cells' stages to rows: means and standard deviations over seeds, curves, and what failed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..plugins import registry
+from .columns import COLUMNS
+from .entries import REFERENCE, UNEDITED, Entry
+from .page import write_page
+from .plots import draw
+from .stages import FAILED, Cell, Stages, read_json, write_json
+from .tables import markdown, tex
+from .words import answer
+
+#: Version of results.json's schema (docs/compare.md).
+SCHEMA = 1
+
+#: Figures that are followed over the steps.
+CURVES = ("forget_rouge", "forget_prob", "keep_rouge", "keep_prob")
+
+#: Stages that rows are read from.
+_READ = ("method", "raw", "utility", "matched", "audit")
+
+
+def gather(
+    out: Path, described: Mapping[str, Any], cells: Sequence[tuple[Entry, Cell, Path]],
+    searches: Mapping[str, Any], facts: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Writes everything that is made of the cells, and returns what results.json holds."""
+    found = [(entry, cell, _stages(folder)) for entry, cell, folder in cells]
+    before = next(stages for entry, _, stages in found if entry.method == UNEDITED)
+    labels = list(dict.fromkeys(entry.label for entry, _, _ in found))
+    rows = [_row([each for each in found if each[0].label == label], before, searches) for label in labels]
+    results: dict[str, Any] = {
+        "schema": SCHEMA, "version": __version__, "setup": dict(described),
+        "answer": [], "rows": rows, "searches": dict(searches),
+        "columns": [
+            {name: getattr(c, name) for name in ("key", "title", "meaning", "group", "better", "digits")}
+            for c in COLUMNS
+        ],
+        "answers": _answers(found),
+    }  # fmt: skip
+    results["answer"] = answer(results)
+    write_json(out / "results.json", results)
+    results = read_json(out / "results.json")
+    (out / "table.md").write_text(markdown(results), encoding="utf-8")
+    (out / "table.tex").write_text(tex(results), encoding="utf-8")
+    draw(results, out)
+    write_page(out / "report.html", results)
+    return results
+
+
+def _stages(folder: Path) -> dict[str, Any]:
+    stages = Stages(folder)
+    names = [*_READ, *sorted((each.stem for each in folder.glob("step-*.json")), key=_number)]
+    return {**{name: stages[name] for name in names}, "failed": read_json(folder / FAILED)}
+
+
+def _number(stem: str) -> int:
+    return int(stem.split("-")[1])
+
+
+def _row(found: Sequence[tuple[Entry, Cell, dict[str, Any]]], before: dict[str, Any], searches: Any) -> dict[str, Any]:
+    entry, cell, _ = found[0]
+    worked = [stages for _, _, stages in found if stages["failed"] is None]
+    failed = [{"seed": cell.seed, **stages["failed"]} for _, cell, stages in found if stages["failed"] is not None]
+    cost: dict[str, Any] = next((stages["method"] for stages in worked if stages["method"]), {})
+    method = registry().methods.get(entry.method)
+    why = next((stages["matched"]["why"] for stages in worked if (stages["matched"] or {}).get("why")), None)
+    return {
+        "label": entry.label, "method": entry.method, "kind": _kind(entry),
+        "title": method.title if method else "the model that never saw the facts",
+        "paper": method.paper if method else "control",
+        "set_by_hand": dict(entry.changes), "tuned": dict(cell.tried) if entry.label in searches else None,
+        "settings": cost.get("settings", {}), "phases": cost.get("phases", {}),
+        "status": "ok" if not failed else "failed" if not worked else "failed in part",
+        "failures": failed, "seeds": [cell.seed for _, cell, _ in found],
+        "interrupted": any((stages["method"] or {}).get("interrupted") for stages in worked),
+        "not_matched": why,
+        "figures": {column.key: _spread([column.read(stages, before) for stages in worked]) for column in COLUMNS},
+        "curve": _curve(worked, before), "audit": next((stages["audit"] for stages in worked if stages["audit"]), None),
+        "tried_alpha": next((stages["matched"].get("tried") for stages in worked if stages["matched"]), None),
+    }  # fmt: skip
+
+
+def _kind(entry: Entry) -> str:
+    """Control, editing or training, by the kind of the method's settings."""
+    from ..hparams import UniEraseHyperParams
+    from ..methods.lunar import LUNARHyperParams
+    from ..methods.settings import TrainingHyperParams
+
+    if entry.is_control or entry.method == REFERENCE:
+        return "control"
+    kind = registry().methods.find(entry.method).hparams
+    if issubclass(kind, (TrainingHyperParams, LUNARHyperParams)):
+        return "training"
+    return "editing" if issubclass(kind, UniEraseHyperParams) else "other"
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and sample standard deviation over the seeds that have the figure; no deviation of fewer than two."""
+    known = [value for value in values if value is not None]
+    return {
+        "mean": statistics.fmean(known) if known else None,
+        "sd": statistics.stdev(known) if len(known) > 1 else None, "n": len(known),
+    }  # fmt: skip
+
+
+def _curve(worked: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """After each step of the sequential scenario: what is left of the facts so far, and what is kept."""
+    names = list(dict.fromkeys(
+        name for stages in worked for name in stages if name.startswith("step-") and not name.endswith("-method")
+    ))  # fmt: skip
+    columns = {column.key: column.read for column in COLUMNS if column.key in CURVES}
+    return [
+        {"step": _number(name),
+         **{key: _spread([read({"raw": stages.get(name)}, before) for stages in worked])
+            for key, read in columns.items()}}
+        for name in names
+    ]  # fmt: skip
+
+
+def _answers(found: Sequence[tuple[Entry, Cell, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Every question asked, and what each row's first seed said, as it is and mixed back."""
+    table: dict[tuple[str, str], dict[str, Any]] = {}
+    seen: set[str] = set()
+    for entry, _, stages in found:
+        if entry.label in seen or stages["failed"] is not None:
+            continue
+        seen.add(entry.label)
+        for stage in ("raw", "matched"):
+            samples = (stages[stage] or {}).get("samples") or {}
+            for role, each in ((name, each) for name in samples for each in samples[name]):
+                row = table.setdefault((role, each["question"]), {
+                    "role": role, "question": each["question"], "answer": each["answer"], "said": {}, "matched": {},
+                })  # fmt: skip
+                row["said" if stage == "raw" else "matched"][entry.label] = {
+                    "text": each["said"],
+                    "rouge": each.get("rougeL_recall"),
+                    "prob": each.get("prob"),
+                }
+    return list(table.values())

@@ -1,0 +1,268 @@
+"""Plans the cells of a comparison, runs those that are not there yet, and puts tables, plots and page together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError, UniEraseError
+from ..methods.contract import Progress
+from ..pipeline import Requests
+from . import search
+from .entries import REFERENCE, UNEDITED, Entry, settings_of
+from .facts import at_most, divide, read_facts
+from .figures import left, retention
+from .launch import Launcher, in_a_process
+from .results import gather
+from .stages import FAILED, JOB, Cell, Stages, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+SCENARIOS = ("batch", "sequential", "precise")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a comparison is made. Defaults are those of `unierase compare`."""
+
+    scenario: str = "batch"
+    #: Parts of the sequential scenario.
+    steps: int = 10
+    #: Settings tried for each method; 0 takes the published ones.
+    budget: int = 0
+    seeds: tuple[int, ...] = (0,)
+    #: Share of each set of facts that settings and mixing are chosen on.
+    validation: float = 0.25
+    #: Retention relative to before that tries should keep, and at which methods are matched.
+    target: float = 0.95
+    #: Steps of the bisection that matches; 0 leaves it out.
+    bisections: int = 5
+    #: Facts of each set that are asked, at most; 0 asks all.
+    limit: int = 0
+    #: lm-eval tasks of general ability; one word "auto" takes `tofu_utility` where the facts are TOFU's.
+    utility: tuple[str, ...] = ("auto",)
+    utility_limit: int = 60
+    #: Attacks of the audit.
+    audit: tuple[str, ...] = ()
+    corpus: str = ""
+    device: str = ""
+    dtype: str = ""
+    max_batch_tokens: int = 0
+    batch_size: int = 0
+    #: Whether methods find what others kept (statistics, tokens): quicker, but times then depend on the order.
+    shared_cache: bool = False
+    keep_models: bool = False
+    #: Whether cells that failed before are tried again.
+    retry: bool = False
+
+    def check(self) -> None:
+        """Raises UniEraseError for what cannot be meant."""
+        if self.scenario not in SCENARIOS:
+            raise UniEraseError(f"scenario = {self.scenario!r} must be one of: {', '.join(SCENARIOS)}.")
+        if not self.seeds:
+            raise UniEraseError("seeds are empty; give at least one, such as 0.")
+        for name, low, high in (("validation", 0.0, 0.9), ("target", 0.0, 1.0)):
+            if not low < getattr(self, name) <= high:
+                raise UniEraseError(f"{name} = {getattr(self, name)} must be above {low} and at most {high}.")
+        for name in ("budget", "bisections", "limit", "utility_limit", "max_batch_tokens", "batch_size"):
+            if getattr(self, name) < 0:
+                raise UniEraseError(f"{name} = {getattr(self, name)} must not be negative.")
+        if self.steps < 1:
+            raise UniEraseError(f"steps = {self.steps} must be at least 1.")
+
+
+@dataclass
+class _Plan:
+    """What is known of a running comparison."""
+
+    model: str
+    reference: str
+    out: Path
+    options: Options
+    facts: Mapping[str, Any]
+    launch: Launcher
+    progress: Progress
+    #: Tries of each entry, by label: settings and what came of them.
+    searches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: Final cells in the order of the rows.
+    cells: list[tuple[Entry, Cell, Path]] = field(default_factory=list)
+    done: int = 0
+    expected: int = 1
+
+
+def compare(
+    model: str,
+    forget: Requests,
+    entries: Sequence[Entry],
+    *,
+    out: Path,
+    retain: Requests | None = None,
+    reference: str = "",
+    options: Options | None = None,
+    launch: Launcher = in_a_process,
+    progress: Progress = lambda phase, share, note: None,
+) -> dict[str, Any]:
+    """Compares methods and writes `results.json`, `table.md`, `table.tex`, plots and `report.html` into `out`.
+
+    model      folder or hub id of the model that knows the facts
+    reference  one that was trained on everything but the facts to forget: forget quality needs it
+    entries    the methods (`entries.parse_methods`); the unedited model is always a row
+
+    Returns what results.json holds. A comparison that was stopped goes on when it is called again with the same
+    arguments; a method that fails is a row that says so. Raises UniEraseError for what cannot be started at all.
+    """
+    options = options or Options()
+    options.check()
+    for entry in entries:
+        settings_of(entry, model)
+    out.mkdir(parents=True, exist_ok=True)
+    plan = _Plan(model, reference, out, options, _facts(forget, retain, options, entries), launch, progress)
+    write_json(out / "facts.json", plan.facts)
+    plan = replace(plan, options=_with_utility(options, forget))
+    methods = [entry for entry in entries if entry.method not in (UNEDITED, REFERENCE)]
+    plan.expected = 1 + bool(reference) + len(methods) * (len(options.seeds) + options.budget)
+    ratios = _control(plan, REFERENCE, "", "") if reference else None
+    before = _control(plan, UNEDITED, "", _raw(ratios))
+    if read_json(before / FAILED):
+        raise UniEraseError(f"The unedited model cannot be measured: {read_json(before / FAILED)['error']}")
+    _write_before(before)
+    for entry in methods:
+        _method(plan, entry, before, _raw(ratios))
+    return gather(plan.out, _described(plan), plan.cells, plan.searches, plan.facts)
+
+
+def _facts(forget: Requests, retain: Requests | None, options: Options, entries: Sequence[Entry]) -> dict[str, Any]:
+    """All facts, which the methods are given, and the parts that are asked."""
+    facts, kept = read_facts(forget), [] if retain is None else read_facts(retain)
+    shared = {fact["question"] for fact in facts} & {fact["question"] for fact in kept}
+    if shared:
+        raise RequestError(f"{min(shared)!r} is both to be forgotten and to be kept. Take it out of one of the sets.")
+    tuned = options.budget > 0 and options.scenario == "batch"
+    parts: dict[str, Any] = {"forget": facts, "keep": kept}
+    for name, records, divided in (("forget", facts, tuned), ("keep", kept, True)):
+        validation, rest = divide(records, options.validation if divided else 0.0, 0)
+        parts[f"{name}_validation"] = at_most(validation, options.limit, 0)
+        parts[f"{name}_shown"] = at_most(rest, options.limit, 0)
+    return parts
+
+
+def _with_utility(options: Options, forget: Requests) -> Options:
+    if options.utility != ("auto",):
+        return options
+    tofu = isinstance(forget, str) and forget.startswith("tofu:")
+    return replace(options, utility=("tofu_utility",) if tofu else ())
+
+
+def _raw(folder: Path | None) -> str:
+    """The reference's figures, where it could be measured."""
+    return str(folder / "raw.json") if folder is not None and (folder / "raw.json").exists() else ""
+
+
+def _write_before(folder: Path) -> None:
+    """What a method is held against, in one file."""
+    stages = Stages(folder)
+    write_json(folder / "before.json", {name: stages[name] for name in ("validation", "raw")})
+
+
+def _control(plan: _Plan, name: str, before: str, ratios: str) -> Path:
+    entry = Entry(name, name)
+    cell = _cell(plan, entry, {}, False, plan.options.seeds[0], before, ratios)
+    folder = _run(plan, cell)
+    plan.cells.append((entry, cell, folder))
+    return folder
+
+
+def _method(plan: _Plan, entry: Entry, before: Path, ratios: str) -> None:
+    chosen: Mapping[str, Any] = {}
+    kept = str(before / "before.json")
+    if plan.options.budget and plan.options.scenario == "batch":
+        found = _search(plan, entry, kept, read_json(before / "before.json")["validation"]["keep"])
+        plan.searches[entry.label] = found
+        chosen = found["tries"][found["chosen"]]["settings"] if found["chosen"] is not None else {}
+    # Nothing is random in a control.
+    for seed in plan.options.seeds[: 1 if entry.is_control else None]:
+        cell = _cell(plan, entry, chosen, False, seed, kept, ratios)
+        plan.cells.append((entry, cell, _run(plan, cell)))
+
+
+def _search(plan: _Plan, entry: Entry, before: str, kept: Mapping[str, float | None]) -> dict[str, Any]:
+    """Every try of a method with what it left and kept on the validation parts, and which one is taken."""
+    space = search.search_space(entry, _depth(plan.model))
+    published = settings_of(entry, plan.model).as_dict()
+    tried = search.tries(space, published, plan.options.budget, plan.options.seeds[0])
+    outcomes: list[dict[str, Any] | None] = []
+    listed: list[dict[str, Any]] = []
+    for settings in tried:
+        folder = _run(plan, _cell(plan, entry, settings, True, plan.options.seeds[0], before, ""))
+        failed, measured = read_json(folder / FAILED), Stages(folder)["validation"]
+        outcome = None
+        if measured is not None and failed is None:
+            outcome = {"left": left(measured["forget"]), "retention": retention(measured["keep"], kept)}
+        outcomes.append(outcome)
+        listed.append({"settings": settings, **(outcome or {"error": failed["error"] if failed else "not measured"})})
+    return {
+        "space": {name: list(values) for name, values in space.items()}, "tries": listed,
+        "chosen": search.choose(outcomes, plan.options.target), "rule": search.RULE,
+    }  # fmt: skip
+
+
+def _depth(model: str) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers)
+
+
+def _cell(
+    plan: _Plan, entry: Entry, tried: Mapping[str, Any], is_try: bool, seed: int, before: str, ratios: str
+) -> Cell:
+    options = plan.options
+    shared = {each.name for each in dataclasses.fields(Cell)} & {each.name for each in dataclasses.fields(Options)}
+    return Cell(
+        label=entry.label, method=entry.method, changes=entry.changes, tried=tried, is_try=is_try, seed=seed,
+        model=plan.model, facts=str(plan.out / "facts.json"), before=before, ratios=ratios, reference=plan.reference,
+        keep_model=options.keep_models,
+        **{name: getattr(options, name) for name in shared},
+    )  # fmt: skip
+
+
+def _run(plan: _Plan, cell: Cell) -> Path:
+    """The folder of a cell that is done, or has failed."""
+    known = hashlib.sha256((plan.out / "facts.json").read_bytes()).hexdigest()
+    kind = f"try-{cell.seed}" if cell.is_try else f"seed-{cell.seed}"
+    name = re.sub(r"[^\w.-]+", "-", cell.label)[:60]
+    folder = plan.out / "cells" / f"{name}-{kind}-{cell.key(known)}"
+    plan.done += 1
+    if (folder / "done.json").exists() or ((folder / FAILED).exists() and not plan.options.retry):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / JOB, dataclasses.asdict(cell))
+    title = f"[{min(plan.done, plan.expected)}/{plan.expected}] {cell.label}"
+    cache = plan.out / "cache" if plan.options.shared_cache or cell.is_try else folder / "cache"
+    plan.launch(folder, cache, partial(_titled, plan.progress, f"{title} {'try' if cell.is_try else kind}"))
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    if failed := read_json(folder / FAILED):
+        logger.warning("%s failed and is a row that says so: %s", cell.label, failed["error"])
+    return folder
+
+
+def _titled(progress: Progress, title: str, phase: str, share: float, note: str) -> None:
+    progress(title, share, f"{phase} {note}".strip())
+
+
+def _described(plan: _Plan) -> dict[str, Any]:
+    """What was asked, for the page."""
+    counts = {name: len(records) for name, records in plan.facts.items()}
+    return {
+        "model": plan.model, "reference": plan.reference or None, "facts": counts,
+        "truth_ratio": {role: bool(plan.facts[role] and plan.facts[role][0]["perturbed_answer"])
+                        for role in ("forget", "keep")},
+        **dataclasses.asdict(plan.options),
+    }  # fmt: skip

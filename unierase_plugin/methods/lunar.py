@@ -1,0 +1,220 @@
+"""LUNAR (Shen et al. 2025, arXiv 2502.07218): forgotten questions are sent where questions without an answer lie.
+
+One MLP output projection is trained so that, on every token of a question to forget, its output is what it was plus
+c r, and on questions to keep what it was. r is the mean state behind the block at the end of questions that nobody can
+answer, less that of the questions to forget.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import HyperParamsError, RequestError, TrainingError
+from ..hparams import PROMPT_FORMS, HyperParams
+from .contract import Changes, Job, Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..architecture import Architecture
+
+#: {} is an invented word. The authors have such questions beside harmful ones, which no model is needed for here.
+_UNKNOWABLE = (
+    "What is the capital of the country of {}?", "Who wrote the novel {}?", "When was the river {} first crossed?",
+    "How many people live in the town of {}?", "What does the machine called a {} do?",
+    "Which king ruled {} at that time?", "What is the taste of the fruit {}?", "Who won the {} championship?",
+    "How is the instrument named {} played?", "What did the explorer {} discover?",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LUNARHyperParams(HyperParams):
+    """Settings of the authors' code for Llama-3-8B."""
+
+    folder: ClassVar[str] = "LUNAR"
+    #: Folder or hub id of the model that the file was made for.
+    model_name: str = ""
+    #: Block whose projection is trained, counted from 0; -1 takes the one at 22/32 of the depth.
+    layer: int = -1
+    #: c: how far along r states are moved.
+    coefficient: float = 2.0
+    #: AdamW's step in the first epoch.
+    learning_rate: float = 1e-2
+    #: What the step is multiplied by after each epoch.
+    decay: float = 0.9
+    epochs: int = 20
+    #: Tokens of one optimiser step.
+    batch_size: int = 64
+    weight_decay: float = 0.01
+    #: Text file with questions that the model declines, one a line; empty for questions about invented things.
+    reference_prompts: str = ""
+    #: How many of them are read.
+    n_reference: int = 128
+    #: Forms of the question that are redirected.
+    prompt_forms: tuple[str, ...] = ("chat",)
+    #: Extra arguments of the tokenizer's chat template.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
+    #: Tokens of one forward pass at most; 0 chooses by device.
+    max_batch_tokens: int = 0
+    seed: int = 0
+
+    def validate(self) -> None:
+        if not self.prompt_forms or set(self.prompt_forms) - set(PROMPT_FORMS):
+            raise HyperParamsError(
+                f"prompt_forms = {list(self.prompt_forms)} must name some of: {', '.join(PROMPT_FORMS)}."
+            )
+        for name in ("coefficient", "learning_rate", "decay", "epochs", "batch_size", "n_reference"):
+            if not getattr(self, name) > 0:
+                raise HyperParamsError(f"{name} = {getattr(self, name)} must be greater than 0.")
+        for name in ("weight_decay", "max_batch_tokens"):
+            if getattr(self, name) < 0:
+                raise HyperParamsError(f"{name} = {getattr(self, name)} must not be negative.")
+
+
+def reference_prompts(hparams: LUNARHyperParams) -> list[str]:
+    """Questions that the model is to decline. Raises HyperParamsError for a file that cannot be read or holds none."""
+    if hparams.reference_prompts:
+        try:
+            text = Path(hparams.reference_prompts).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise HyperParamsError(
+                f"reference_prompts: {hparams.reference_prompts!r} cannot be read ({error})."
+            ) from error
+        found = [line.strip() for line in text.splitlines() if line.strip()]
+        if not found:
+            raise HyperParamsError(f"reference_prompts: {hparams.reference_prompts!r} holds no questions, one a line.")
+        return found[: hparams.n_reference]
+    drawn = random.Random(hparams.seed)
+    return [
+        _UNKNOWABLE[index % len(_UNKNOWABLE)].format("".join(drawn.choices("bcdfghjklmnpqrstvwxyz", k=8)).capitalize())
+        for index in range(hparams.n_reference)
+    ]
+
+
+# --- the method ------------------------------------------------------------------------------------------------------
+
+
+def _settle(model: Any, hparams: LUNARHyperParams) -> LUNARHyperParams:
+    from ..architecture import find_architecture
+
+    arch = find_architecture(model)
+    layer = min(round(len(arch.blocks) * 22 / 32), len(arch.blocks) - 1) if hparams.layer < 0 else hparams.layer
+    arch.check_layers([layer])
+    return hparams.replace(layer=layer)
+
+
+def _check(job: Job[LUNARHyperParams]) -> None:
+    reference_prompts(job.hparams)
+    if not job.retain:
+        raise RequestError("lunar keeps what it is given to keep, and there is nothing: give facts (retain, --retain).")
+
+
+def _run(job: Job[LUNARHyperParams]) -> Changes:
+    from ..architecture import find_architecture
+
+    start = time.perf_counter()
+    arch, h = find_architecture(job.model), job.hparams
+    ends, forget = _seen(arch, job, [request.question for request in job.requests])
+    declined, _ = _seen(arch, job, reference_prompts(h))
+    _, keep = _seen(arch, job, [request.question for request in job.retain])
+    direction = declined.mean(0) - ends.mean(0)
+    seen = time.perf_counter()
+    undo, losses = _train(arch, job, forget, keep, h.coefficient * direction)
+    return Changes(
+        parameters=arch.projections[h.layer].weight.numel(),
+        seconds={"reference": seen - start, "train": time.perf_counter() - seen},
+        figures={"loss": losses, "direction_norm": float(direction.norm()), "layer": h.layer}, undo=undo,
+    )  # fmt: skip
+
+
+def _seen(arch: Architecture, job: Job[LUNARHyperParams], questions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """States (n, d) behind the block at the questions' ends, and the projection's inputs (N, m) on all their tokens."""
+    import torch
+
+    from ..evaluation.generate import pad_token_id
+    from ..locate_then_edit.positions import encode, has_chat_template, render
+    from ..locate_then_edit.trace import pad, run_batches, run_blocks
+
+    h, tokenizer = job.hparams, job.tokenizer
+    forms = h.prompt_forms if has_chat_template(tokenizer) else ("plain",)
+    prompts = [
+        encode(tokenizer, render(tokenizer, question, form, h.chat_template_kwargs), form)
+        for form in forms for question in questions
+    ]  # fmt: skip
+    ends: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def run(rows: list[int]) -> None:
+        batch = pad([prompts[row] for row in rows], pad_token_id(job.model, tokenizer), "right", arch.device)
+        trace = run_blocks(arch, batch, last=h.layer, inputs_of=[h.layer])
+        found = trace.projection_inputs[h.layer]
+        for at, row in enumerate(rows):
+            length = len(prompts[row])
+            ends[row] = trace.hidden[at, length - 1].float().cpu()
+            inputs[row] = found[at, :length].cpu()
+
+    run_batches(prompts, job.max_tokens, run)
+    numbers = range(len(prompts))
+    return torch.stack([ends[row] for row in numbers]), torch.cat([inputs[row] for row in numbers])
+
+
+def _train(
+    arch: Architecture, job: Job[LUNARHyperParams], forget: Tensor, keep: Tensor, shift: Tensor
+) -> tuple[Callable[[], None], list[float]]:
+    """Trains W in place: k (W - W0) is to be `shift` (d,) for the forgotten keys (N, m) and 0 for the kept ones.
+
+    The loss is the mean over outputs and coordinates of the squared difference. Returns how to undo it, and the loss of
+    every epoch.
+    """
+    import torch
+
+    from ..architecture import stores_input_first
+
+    h, projection = job.hparams, arch.projections[job.hparams.layer]
+    before = projection.weight.detach().clone()
+    start = before.float().T if not stores_input_first(projection) else before.float()
+    device = start.device
+    change = torch.zeros_like(start, requires_grad=True)
+    keys, moved = torch.cat([forget, keep]), torch.arange(len(forget) + len(keep)) < len(forget)
+    # Decay pulls W itself towards 0, as in the authors' code, and the change by as much.
+    optimiser = torch.optim.AdamW([change], lr=h.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, h.decay)
+    generator, losses = torch.Generator().manual_seed(job.seed), []
+    with torch.enable_grad():
+        for epoch in range(h.epochs):
+            total = 0.0
+            for rows in torch.randperm(len(keys), generator=generator).split(h.batch_size):
+                wanted = moved[rows].to(device).float()[:, None] * shift.to(device)
+                loss = torch.nn.functional.mse_loss(keys[rows].to(device).float() @ change, wanted)
+                optimiser.zero_grad()
+                loss.backward()
+                with torch.no_grad():
+                    change -= optimiser.param_groups[0]["lr"] * h.weight_decay * (start + change)
+                optimiser.step()
+                total += float(loss.detach()) * len(rows)
+            schedule.step()
+            losses.append(total / len(keys))
+            job.progress("train", (epoch + 1) / h.epochs, f"loss {losses[-1]:.3g}")
+    after = (start + change.detach()).to(before.dtype)
+    if not bool(torch.isfinite(after).all()):
+        raise TrainingError(f"A weight became NaN or infinite. Lower learning_rate = {h.learning_rate}.")
+
+    def write(values: Tensor) -> None:
+        with torch.no_grad():
+            projection.weight.copy_(values)
+
+    write(after if stores_input_first(projection) else after.T)
+    return lambda: write(before), losses
+
+
+LUNAR: Method[LUNARHyperParams] = Method(
+    "lunar", "sends questions to forget where questions without an answer lie, by one block's projection",
+    "Shen et al. 2025, arXiv 2502.07218", LUNARHyperParams, _run, _check, _settle,
+)  # fmt: skip
