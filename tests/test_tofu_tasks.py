@@ -149,7 +149,7 @@ def test_a_forget_task_has_the_figures_of_a_plain_forward_pass(folder: Path, tof
     for name in ("rougeL_recall", "extraction_strength", "exact_memorization"):
         assert len({row[name] for row in rows}) > 1, name
     # Without a chat template the tokenizer writes the start of a text itself, as for the reference.
-    lm = load(folder, batch_size=batch, add_bos_token=None if form == "plain" else False)
+    lm = load(folder, batch_size=batch, add_bos_token=form == "plain")
     found = evaluate(lm, tofu, form=form, metadata={"pretrained": str(folder)})
     wanted = reference.forget_set(rows)
     assert {name: values(found)[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
