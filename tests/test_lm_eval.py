@@ -176,6 +176,35 @@ def test_metadata_that_is_not_json_is_quoted(folder: Path) -> None:
         run_lm_eval(["--model", str(folder), "--tasks", "unierase_demo", "--metadata", "{'unlearning_token': 'x'}"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "unierase_demo"], "No model is named: --model DIR"),
+        (["--model", "x"], "No tasks are named: --tasks TASK"),
+        (["--model", "x", "--tasks", ","], "No tasks are named"),
+    ],
+)
+def test_what_is_not_named_is_asked_for_at_once(arguments: list[str], message: str) -> None:
+    with pytest.raises(UniEraseError, match=message):
+        run_lm_eval(arguments)
+
+
+def test_a_misspelt_key_of_metadata_is_told(folder: Path) -> None:
+    error = run_fails(folder, "--metadata", '{"referense": "x"}', tasks="unierase_demo")
+    assert error.match("a key 'referense' that no task here reads. Did you mean 'reference'?")
+
+
+def test_a_file_may_name_model_and_tasks(folder: Path, tmp_path: Path) -> None:
+    config = {
+        **{"model": "hf", "model_args": {"pretrained": str(folder)}, "tasks": ["unierase_demo_forget"], "limit": 1},
+        **{"device": "cpu", "include_path": str(tasks_folder()), "output_path": str(tmp_path)},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
+    with lm_evals_own_tasks_left_out():
+        run_lm_eval(["--config", str(tmp_path / "run.yaml")])
+    assert next(tmp_path.rglob("results_*.json"))
+
+
 def test_without_lm_eval_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     with pytest.raises(DependencyError, match="pip install lm-eval"):

@@ -591,6 +591,12 @@ def test_examples_are_refused(folder: Path, tofu: Path) -> None:
     assert values(evaluate(load(folder), tofu, num_fewshot=0, limit=1))
 
 
+def test_a_task_that_its_group_holds_already_is_refused(folder: Path, tofu: Path) -> None:
+    if not hasattr(TaskManager, "load"):
+        pytest.skip("lm-eval before 0.4.12 runs it once")
+    assert "Name each task once" in refused(folder, "tofu,tofu_utility", data_dir=str(tofu))
+
+
 def test_a_folder_that_is_none_and_a_file_that_is_not_there_are_named(folder: Path, tofu: Path) -> None:
     assert "'/nowhere' is not a folder" in refused(folder, data_dir="/nowhere")
     error = refused(folder, "tofu_forget05", data_dir=str(tofu))

@@ -37,6 +37,10 @@ class Settings:
     semantic: bool | Mapping[str, str] = False
 
 
+#: Their keys, and those that say whose tokens are counted.
+SETTINGS = frozenset({field.name for field in fields(Settings)} | {"tokenizer", "pretrained", "revision"})
+
+
 class Facts(ConfigurableTask):  # type: ignore[misc]
     """A task over the facts that `dataset_kwargs.facts` names: `demo:forget`, `demo:retain` or a forget spec.
 
