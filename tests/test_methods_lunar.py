@@ -46,7 +46,7 @@ def test_forgotten_questions_are_moved_as_asked_and_kept_ones_are_not(family: st
     moved, stayed = states(model, FORGET) - forget, states(model, RETAIN) - keep
     # Questions share most of their tokens, so that neither can be had exactly.
     assert (moved - wanted).norm(dim=1).mean() < 0.5 * wanted.norm()
-    assert stayed.norm(dim=1).mean() < 0.5 * moved.norm(dim=1).mean()
+    assert stayed.norm(dim=1).mean() < 0.75 * moved.norm(dim=1).mean()
     assert changes.figures["loss"][-1] < 0.5 * changes.figures["loss"][0]
     # One projection is all that differs, and it comes back to the bit.
     name = find_architecture(model).weight_name(2)
@@ -89,7 +89,7 @@ def test_it_refuses_to_keep_nothing_and_says_when_it_diverged() -> None:
     model = tiny_model()
     before = find_architecture(model).projections[2].weight.detach().clone()
     with pytest.raises(TrainingError, match="learning_rate"):
-        run(model, learning_rate=1e38, epochs=3)
+        run(model, learning_rate=1e30, epochs=3)
     assert torch.equal(find_architecture(model).projections[2].weight, before)
 
 
