@@ -94,6 +94,13 @@ def test_traces_forbid_removed_and_are_no_recovery() -> None:
     assert verdict({"patching-depth": {EDITED: 4}}, names=names).text.startswith("removed:")
 
 
+def test_many_unclear_attacks_are_counted() -> None:
+    few = {name: {EDITED: 4} for name in ("prefill", "spellings")}
+    assert "by prefill (up to" in verdict(few).text
+    many = verdict({name: {EDITED: 4} for name in ONE_EACH if name != "plain"}).text
+    assert f"by {len(ONE_EACH) - 1} attacks (up to" in many
+
+
 def test_an_attack_that_recovers_is_named() -> None:
     text = verdict({"quantise": {EDITED: 12}}).text
     assert text.startswith("suppressed: ")

@@ -231,6 +231,15 @@ def test_our_folder_comes_before_the_users_and_only_beside_lm_evals_own(manager:
         manager(no_such=1)
 
 
+def test_a_task_that_is_nearly_one_of_ours_is_hinted_at(manager: Any, caplog: pytest.LogCaptureFixture) -> None:
+    manager.match_tasks = lambda self, names: [name for name in names if name == "theirs"]
+    host.register()
+    assert manager().match_tasks(["theirs", "tofu_forgot", "something else"]) == ["theirs"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "There is no task 'tofu_forgot'. Did you mean 'tofu_forget'?"
+    ]
+
+
 def test_an_lm_eval_that_takes_no_folder_is_left_alone(manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(self: Any, verbosity: Any = None) -> None:
         pass

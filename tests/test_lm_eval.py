@@ -90,7 +90,11 @@ def expected(texts: list[str]) -> dict[str, float]:
 # --- unierase eval ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("flags", "form"), [((), "chat"), (("--apply_chat_template", "False"), "plain")])
+# lm-eval 0.4.9 leaves the tokenizer's start of a text out unless it is asked for.
+PLAINLY = ("--apply_chat_template", "False", "--model_args", "add_bos_token=True")
+
+
+@pytest.mark.parametrize(("flags", "form"), [((), "chat"), (PLAINLY, "plain")])
 def test_the_figures_and_texts_are_those_of_the_package(
     folder: Path, tmp_path: Path, flags: tuple[str, ...], form: str
 ) -> None:
@@ -115,7 +119,7 @@ def test_the_tag_runs_both_sets_and_prints_lm_evals_table(
 def test_model_args_and_metadata_of_the_user_are_kept(folder: Path, tmp_path: Path) -> None:
     flags = ("--model_args", "dtype=float32", "--metadata", '{"unlearning_token": "<other>"}')
     results = run(folder, tmp_path, *flags)
-    assert results["config"]["model_args"]["dtype"] == "float32"
+    assert re.search(r"dtype\W+float32", str(results["config"]["model_args"]))
     assert figures(results)["token_first"] == 0.0
 
 
@@ -174,6 +178,36 @@ def test_a_model_that_is_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_metadata_that_is_not_json_is_quoted(folder: Path) -> None:
     with pytest.raises(UniEraseError, match="Not JSON"):
         run_lm_eval(["--model", str(folder), "--tasks", "unierase_demo", "--metadata", "{'unlearning_token': 'x'}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "unierase_demo"], "No model is named: --model DIR"),
+        (["--model", "x"], "No tasks are named: --tasks TASK"),
+        (["--model", "x", "--tasks", ","], "No tasks are named"),
+    ],
+)
+def test_what_is_not_named_is_asked_for_at_once(arguments: list[str], message: str) -> None:
+    with pytest.raises(UniEraseError, match=message):
+        run_lm_eval(arguments)
+
+
+def test_a_misspelt_key_of_metadata_is_told(folder: Path) -> None:
+    error = run_fails(folder, "--metadata", '{"referense": "x"}', tasks="unierase_demo")
+    assert error.match("a key 'referense' that no task here reads. Did you mean 'reference'?")
+
+
+def test_a_file_may_name_model_and_tasks(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval.config.evaluate_config", reason="lm-eval 0.4.9 reads no such file")
+    config = {
+        **{"model": "hf", "model_args": {"pretrained": str(folder)}, "tasks": ["unierase_demo_forget"], "limit": 1},
+        **{"device": "cpu", "include_path": str(tasks_folder()), "output_path": str(tmp_path)},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
+    with lm_evals_own_tasks_left_out():
+        run_lm_eval(["--config", str(tmp_path / "run.yaml")])
+    assert next(tmp_path.rglob("results_*.json"))
 
 
 def test_without_lm_eval_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def test_a_forget_task_has_the_figures_of_a_plain_forward_pass(folder: Path, tof
     for name in ("rougeL_recall", "extraction_strength", "exact_memorization"):
         assert len({row[name] for row in rows}) > 1, name
     # Without a chat template the tokenizer writes the start of a text itself, as for the reference.
-    lm = load(folder, batch_size=batch, add_bos_token=None if form == "plain" else False)
+    lm = load(folder, batch_size=batch, add_bos_token=form == "plain")
     found = evaluate(lm, tofu, form=form, metadata={"pretrained": str(folder)})
     wanted = reference.forget_set(rows)
     assert {name: values(found)[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
@@ -589,6 +589,12 @@ def test_examples_are_refused(folder: Path, tofu: Path) -> None:
     with pytest.raises(UniEraseError, match="--num_fewshot is 5"):
         evaluate(load(folder), tofu, num_fewshot=5)
     assert values(evaluate(load(folder), tofu, num_fewshot=0, limit=1))
+
+
+def test_a_task_that_its_group_holds_already_is_refused(folder: Path, tofu: Path) -> None:
+    if not hasattr(TaskManager, "load"):
+        pytest.skip("lm-eval before 0.4.12 runs it once")
+    assert "Name each task once" in refused(folder, "tofu,tofu_utility", data_dir=str(tofu))
 
 
 def test_a_folder_that_is_none_and_a_file_that_is_not_there_are_named(folder: Path, tofu: Path) -> None:

@@ -23,6 +23,8 @@ MOST_AUC_DISTANCE = 0.1
 #: What only tells that there is something (Attack.tells_only) stands against "removed" beyond this excess. A second
 #: model that never knew the facts need not come out at zero.
 LEAST_TRACE = 0.2
+#: Attacks without a clear result that a verdict names one by one; of more it gives the number.
+MOST_NAMED = 5
 
 RECOVERS, NOTHING, UNCLEAR, UNJUDGED = "recovers", "nothing found", "unclear", "not judged"
 TRACES = "traces left"
@@ -255,10 +257,9 @@ def _doubts(
         doubts.append("there was no unedited model to compare with")
     elif plain.shares[UNEDITED].low <= plain.shares[EDITED].mean - plain.excess:
         doubts.append("the unedited model does not answer these questions either, so that there is nothing to recover")
-    unclear = [f"{each.attack.name} (up to {each.excess_interval[1]:.0%})" for each in (plain, *attacks)
-               if each.status == UNCLEAR and not each.attack.tells_only]  # fmt: skip
+    unclear = [each for each in (plain, *attacks) if each.status == UNCLEAR and not each.attack.tells_only]
     if unclear:
-        doubts.append(f"too few facts to rule out a recovery of more than {TOLERANCE:.0%} by {', '.join(unclear)}")
+        doubts.append(f"too few facts to rule out a recovery of more than {TOLERANCE:.0%} by {_unclear(unclear)}")
     traces = [f"{each.attack.name} ({each.shares[EDITED].mean:.2f})" for each in attacks if each.status == TRACES]
     if traces:
         doubts.append(f"traces of the answers are left inside by {', '.join(traces)}")
@@ -271,6 +272,12 @@ def _doubts(
     if telling:
         doubts.append(f"membership attacks tell the model from the reference: {', '.join(telling)}")
     return doubts
+
+
+def _unclear(findings: Sequence[Finding]) -> str:
+    if len(findings) > MOST_NAMED:
+        return f"{len(findings)} attacks (up to {max(each.excess_interval[1] for each in findings):.0%})"
+    return ", ".join(f"{each.attack.name} (up to {each.excess_interval[1]:.0%})" for each in findings)
 
 
 def _telling(membership: Mapping[str, AttackResult]) -> list[str]:

@@ -72,8 +72,12 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     hand_on_metadata()
     known, rest = _parser().parse_known_args(arguments)
     known.tasks = [name for part in known.tasks for name in part.split(",") if name]
+    if not _elsewhere(known, arguments):
+        _check_named(known)
     ours = _our_tasks()
     check_tasks([name for name in known.tasks if name in ours], _metadata(known), known.num_fewshot)
+    if known.tasks and ours.issuperset(known.tasks):
+        _check_metadata(known.metadata)
     if known.model is not None and not _is_model_type(known.model):
         arguments = [*rest, *_spelt_out(known, ours)]
     with _our_tasks_known(known.tasks, ours), _command_line(arguments):
@@ -92,7 +96,34 @@ def check_tasks(names: Sequence[str], metadata: Mapping[str, Any], num_fewshot: 
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=dict(metadata))
-    load_tasks(manager, names)
+    try:
+        load_tasks(manager, names)
+    except ValueError as error:
+        if "Duplicate task" not in str(error):
+            raise
+        raise UniEraseError(f"{error}. Name each task once: a group holds its tasks already.") from error
+
+
+def _elsewhere(known: argparse.Namespace, arguments: Sequence[str]) -> bool:
+    """Whether nothing is evaluated (`ls`, `validate`, help), or a file names what is."""
+    return known.config is not None or arguments[0] in ("ls", "validate") or not {"-h", "--help"}.isdisjoint(arguments)
+
+
+def _check_named(known: argparse.Namespace) -> None:
+    if not (known.model or known.model_args):
+        raise UniEraseError("No model is named: --model DIR, a folder or a hub id (`unierase eval --help`).")
+    if not known.tasks:
+        raise UniEraseError("No tasks are named: --tasks TASK[,TASK...] (`unierase eval --help` lists ours).")
+
+
+def _check_metadata(given: Sequence[str]) -> None:
+    """Refuses a key that looks like one of ours but is none, which lm-eval would pass over in silence."""
+    from ..tasks.facts import SETTINGS
+
+    for key in _read_settings(given).keys() - SETTINGS:
+        hint = did_you_mean(key, SETTINGS)
+        if hint:
+            raise UniEraseError(f"--metadata has a key {key!r} that no task here reads.{hint}")
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -106,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_args", "-a", nargs="+", action="extend", default=[])
     parser.add_argument("--metadata", nargs="+", action="extend", default=[])
     parser.add_argument("--num_fewshot", "-f", type=int)
+    parser.add_argument("--config", "-C")
     parser.add_argument("--apply_chat_template", nargs="?", const="true", type=_form)
     return parser
 
@@ -133,17 +165,24 @@ def _spelt_out(known: argparse.Namespace, ours: frozenset[str]) -> list[str]:
         *(("--tasks", ",".join(known.tasks)) if known.tasks else ()),
         *(("--metadata", _joined(metadata, known.metadata)) if metadata or known.metadata else ()),
         *(("--num_fewshot", str(known.num_fewshot)) if known.num_fewshot is not None else ()),
+        *(("--config", known.config) if known.config is not None else ()),
         *_chat_arguments(chat),
     ]
 
 
 def _metadata(known: argparse.Namespace) -> dict[str, Any]:
     """What lm-eval hands to tasks: the model's arguments and the metadata, which win."""
+    found: dict[str, Any] = {} if known.model is None else {"pretrained": known.model}
+    return found | _read_settings(known.model_args) | _read_settings(known.metadata)
+
+
+def _read_settings(given: Sequence[str]) -> dict[str, Any]:
+    """JSON, or KEY=VALUE with commas between, as lm-eval reads both."""
     from lm_eval.utils import simple_parse_args_string
 
-    found: dict[str, Any] = {} if known.model is None else {"pretrained": known.model}
-    for given in (known.model_args, known.metadata):
-        found |= json.loads(_joined({}, given)) if _is_json(given) else simple_parse_args_string(",".join(given))
+    found: dict[str, Any] = json.loads(_joined({}, given)) if _is_json(given) else (
+        simple_parse_args_string(",".join(given))
+    )  # fmt: skip
     return found
 
 

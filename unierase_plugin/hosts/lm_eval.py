@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import DependencyError
+from ..errors import DependencyError, did_you_mean
 from ..evaluation.task_manager import hand_on_metadata
 from ..hookspecs import Host
+
+logger = logging.getLogger(__name__)
 
 TASKS = Path(__file__).parents[1] / "tasks"
 
@@ -49,7 +52,27 @@ def register() -> None:
 
     init.with_unierase_tasks = True  # type: ignore[attr-defined]
     TaskManager.__init__ = init
+    _hint_at_ours(TaskManager)
     hand_on_metadata()
+
+
+def _hint_at_ours(manager: Any) -> None:
+    """lm-eval says of a task that it does not find no more than that; what is nearly one of ours is told in its log."""
+    original = getattr(manager, "match_tasks", None)
+    if original is None:
+        return
+    ours = {path.stem for path in TASKS.glob("*.yaml")}
+
+    @functools.wraps(original)
+    def match_tasks(self: Any, task_list: Any) -> Any:
+        found = original(self, task_list)
+        for name in (each for each in task_list if isinstance(each, str) and not original(self, [each])):
+            hint = did_you_mean(name, ours)
+            if hint:
+                logger.warning("There is no task %r.%s", name, hint)
+        return found
+
+    manager.match_tasks = match_tasks
 
 
 def _with_ours(given: Any) -> list[str]:

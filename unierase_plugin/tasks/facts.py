@@ -37,11 +37,17 @@ class Settings:
     semantic: bool | Mapping[str, str] = False
 
 
+#: Their keys, and those that say whose tokens are counted.
+SETTINGS = frozenset({field.name for field in fields(Settings)} | {"tokenizer", "pretrained", "revision"})
+
+
 class Facts(ConfigurableTask):  # type: ignore[misc]
     """A task over the facts that `dataset_kwargs.facts` names: `demo:forget`, `demo:retain` or a forget spec.
 
     `dataset_kwargs.role` is `forget` or `keep`, and gives the metrics a direction.
     """
+
+    chat = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         # `class` brought lm-eval here; its TaskConfig does not know the key.
@@ -76,11 +82,13 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
 
     def prepare(self, model: Any, chat: bool) -> None:
         """Takes note of how the model will be asked; without a chat template lm-eval does not show `model` to tasks."""
+        self.chat = chat
         self.token_shown = self.token_shown or getattr(model, "shows_special_tokens", False)
 
     def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, *args: Any, **kwargs: Any) -> Any:
         """The prompt: the question as it is in a chat, or in the plain form in which `unierase run` asks it."""
-        if not kwargs.get("apply_chat_template"):
+        # lm-eval before 0.4.10 says it by position.
+        if not (self.chat or kwargs.get("apply_chat_template")):
             doc = {**doc, "question": PLAIN_FORM.format(question=doc["question"])}
         return super().fewshot_context(doc, num_fewshot, *args, **kwargs)
 
