@@ -138,14 +138,14 @@ def _seen(arch: Architecture, job: Job[LUNARHyperParams], questions: Sequence[st
     import torch
 
     from ..evaluation.generate import pad_token_id
-    from ..locate_then_edit.positions import encode, has_chat_template, render
+    from ..locate_then_edit.positions import encode, render
     from ..locate_then_edit.trace import pad, run_batches, run_blocks
+    from .material import question_forms
 
     h, tokenizer = job.hparams, job.tokenizer
-    forms = h.prompt_forms if has_chat_template(tokenizer) else ("plain",)
     prompts = [
         encode(tokenizer, render(tokenizer, question, form, h.chat_template_kwargs), form)
-        for form in forms for question in questions
+        for form in question_forms(job) for question in questions
     ]  # fmt: skip
     ends: dict[int, Tensor] = {}
     inputs: dict[int, Tensor] = {}

@@ -44,7 +44,7 @@ class Material:
                 "--retain), or set retain_weight to 0."
             )
         sequences = {part: _sequences(job, part) for part in parts}
-        epoch, kept = (len(facts) * len(_forms(job)) for facts in (job.requests, job.retain if keeps else ()))
+        epoch, kept = (len(facts) * len(question_forms(job)) for facts in (job.requests, job.retain if keeps else ()))
         return cls(sequences, _pairs(epoch, kept, job), epoch)
 
     def used(self, part: str) -> list[int]:
@@ -58,7 +58,8 @@ class Material:
         return sum(max(len(sequence.ids) for sequence in found) for found in self.sequences.values())
 
 
-def _forms(job: Job[Any]) -> tuple[str, ...]:
+def question_forms(job: Job[Any]) -> tuple[str, ...]:
+    """The prompt forms that the settings name; plain alone where the tokenizer has no chat template."""
     forms: tuple[str, ...] = job.hparams.prompt_forms
     return forms if has_chat_template(job.tokenizer) else ("plain",)
 
@@ -67,7 +68,7 @@ def _sequences(job: Job[Any], part: str) -> list[Example]:
     facts = job.requests if part in (FORGET, DECLINED) else job.retain
     sentences = lines("idk_sentences") if part in (DECLINED, RETAIN_DECLINED) else ()
     end, limit = end_id(job.model, job.tokenizer), context_limit(job.model)
-    return [_sequence(job, fact, form, sentences, end, limit) for form in _forms(job) for fact in facts]
+    return [_sequence(job, fact, form, sentences, end, limit) for form in question_forms(job) for fact in facts]
 
 
 def _sequence(job: Job[Any], fact: ForgetRequest, form: str, sentences: Sequence[str], end: int, limit: int) -> Example:
