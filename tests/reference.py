@@ -130,7 +130,9 @@ def shared_values(
                     for p in masked_probabilities(arch, prompt.ids, fact.instead, token_id):
                         instead = instead - p.log() / len(fact.instead) / len(fact.prompts)
             goal = token + hparams.v_continuation_weight * (rest + instead) + hparams.v_unlikely_weight * told
-            goals.append(float(goal.detach()))
+            weight = 1 + hparams.v_continuation_weight * (bool(fact.continuation) + bool(fact.instead))
+            weight += hparams.v_unlikely_weight * bool(fact.unwanted)
+            goals.append(float(goal.detach()) / weight)
             probabilities.append(float((-token.detach()).exp()))
             loss = loss + goal / len(facts)
             if fact.kl_prompt is not None:

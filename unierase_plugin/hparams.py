@@ -135,7 +135,8 @@ class UniEraseHyperParams(HyperParams):
     #: Whether requests about one subject share one delta: their keys nearly coincide, so that no linear map could give
     #: each its own.
     v_share_subject: bool = True
-    #: A request's optimisation ends once its negative log-likelihood is below this (nats).
+    #: A request's optimisation ends once the weighted mean of the negative log-likelihoods that it aims at, the token's
+    #: and the sentence's, is below this (nats).
     v_stop_loss: float = 0.05
 
     # --- hardening (docs/hardening.md) --------------------------------------------------------------------------------

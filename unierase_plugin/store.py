@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 Packed = tuple[dict[str, Tensor], dict[str, str]]
 
 #: Part of every cache key: raised when what a phase computes changes.
-CACHE_VERSION = "2"
+CACHE_VERSION = "3"
 #: Bytes of a weight that are copied at a time while it is hashed.
 HASH_CHUNK = 1 << 24
 

@@ -150,7 +150,7 @@ class Ours:
         length = len(self.target)
         values: dict[str, Any] = {
             "layers": LAYERS, "v_num_grad_steps": setup.steps - 1, "clamp_norm_factor": CLAMP,
-            "kl_factor": KL * length, "v_weight_decay": DECAY * length, "v_stop_loss": STOP * length,
+            "kl_factor": KL * length, "v_weight_decay": DECAY * length, "v_stop_loss": STOP,
             "v_continuation_weight": float(length - 1), "mom2_update_weight": LAMBDA, "L2": RHO,
         }  # fmt: skip
         if "v_share_subject" in UniEraseHyperParams.__dataclass_fields__:
@@ -469,7 +469,7 @@ def run_values(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
         values, seconds = timed(f"our values of {n}", lambda n=n: ours.values(setup.facts(n)))
         result["ours"][str(n)] = {
             **seconds, "steps": float(values.steps.float().mean()),
-            "probability": float((-values.nll / len(ours.target)).exp().mean()),
+            "probability": float((-values.nll).exp().mean()),
         }  # fmt: skip
         if n == options.requests[0]:
             torch.save(values.states, setup.out / "values.pt")

@@ -68,7 +68,7 @@ class Values:
     states: Tensor
     #: (n,) probability of the unlearning token at the prompts' ends (geometric mean over contexts), with z in place.
     probability: Tensor
-    #: (n,) negative log-likelihood of the token and, weighted, of all else that is aimed at, with z in place; nats.
+    #: (n,) negative log-likelihood of the token and of all else that is aimed at, with z in place: the weighted mean, nats.
     nll: Tensor
     #: (n,) |delta| / |h|.
     relative_norm: Tensor
@@ -458,17 +458,25 @@ class _Problem:
         kept = [part.keep(rows) for part, rows in staying if bool(rows.any())]
         return _Problem(tuple(replace(part, owner=number[part.owner]) for part in kept), self.start[targets])
 
+    def weights(self) -> Tensor:
+        """(n,): what each target's likelihoods weigh together."""
+        total = self.start.new_zeros(len(self.start))
+        for part in self.parts:
+            aimed = part.looks.kind != STAYS
+            total.index_add_(0, part.owner[part.looks.rows[aimed]], part.looks.weight[aimed])
+        return total
+
     def loss(
         self, arch: Architecture, delta: Tensor, scale: Tensor, hparams: UniEraseHyperParams
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, likelihood part, token's negative log-likelihood), each (n,), for delta (n, d)."""
+        """(loss, weighted mean of the likelihood part, token's negative log-likelihood), each (n,), for delta (n, d)."""
         losses = torch.stack([part.losses(arch, delta) for part in self.parts]).sum(0)
         # The gradient of a norm at zero is undefined; the square root's argument is held off it.
         norm = (delta.square().sum(1) + 1e-12).sqrt()
         nll = losses[:STAYS].sum(0)
         return (
             nll + losses[STAYS] + hparams.v_weight_decay * norm / scale.square(),
-            nll.detach(),
+            nll.detach() / self.weights(),
             losses[OPENS].detach(),
         )
 
