@@ -120,7 +120,7 @@ def attributed(counter: Counter) -> Iterator[None]:
 
 
 def build(options: argparse.Namespace) -> tuple[Any, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(fetch_base_model(cache_folder()).path)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or fetch_base_model(cache_folder()).path)
     config = LlamaConfig(
         **SHAPES[options.shape], max_position_embeddings=2048, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="llama3.1-8b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--tokenizer", default="", help="a folder; without it, that of the demo's model")
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--samples", type=int, default=512, help="texts of the corpus")
     parser.add_argument("--peak-tflops", type=float, help="of dense products in this dtype")
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"))
     options = parser.parse_args()
     scratch = options.out / "big_model_cache"
+    options.out.mkdir(parents=True, exist_ok=True)
     counter = Counter()
     model, tokenizer = build(options)
     requests = read_requests(f"tofu:forget10[:{options.requests}]")
