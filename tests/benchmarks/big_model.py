@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +80,7 @@ class Counter(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             cost = self.costs.setdefault(self.phase, Cost())
-            cost.operations += count(*args, **(kwargs or {}), out_val=out)
+            cost.operations += count(*_as_many_heads(args), **(kwargs or {}), out_val=out)
             whole = out if isinstance(out, tuple) else (out,)
             cost.bytes += sum(each.nbytes for each in (*args, *whole) if isinstance(each, torch.Tensor))
         return out
@@ -95,6 +95,16 @@ class Counter(TorchDispatchMode):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.phase, self.since = phase, now
+
+
+def _as_many_heads(args: Sequence[Any]) -> list[Any]:
+    """Keys and values of grouped heads, (B, G, S, d), as the H heads that share them: what the count expects."""
+    heads = max((each.shape[1] for each in args if isinstance(each, torch.Tensor) and each.dim() == 4), default=0)
+    return [
+        each.new_empty(each.shape[0], heads, *each.shape[2:], device="meta")
+        if isinstance(each, torch.Tensor) and each.dim() == 4 and each.shape[1] not in (1, heads) else each
+        for each in args
+    ]  # fmt: skip
 
 
 @contextmanager
@@ -169,8 +179,15 @@ def main() -> None:
     counter = Counter()
     model, tokenizer = build(options)
     requests = read_requests(f"tofu:forget10[:{options.requests}]")
-    with counter, attributed(counter):
-        change(model, requests, tokenizer=tokenizer, hparams=settings(options, scratch))
+    try:
+        with counter, attributed(counter):
+            change(model, requests, tokenizer=tokenizer, hparams=settings(options, scratch))
+    finally:  # what an interrupt leaves is worth a look
+        tell(counter, options)
+
+
+def tell(counter: Counter, options: argparse.Namespace) -> None:
+    counter.enter(BETWEEN)
     rows = {phase: vars(cost) for phase, cost in counter.costs.items() if phase != BETWEEN}
     print("| phase | seconds | memory, GiB | tera-operations | gigabytes | floor, s | share |")
     print("|---|---|---|---|---|---|---|")
