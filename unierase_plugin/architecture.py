@@ -258,7 +258,7 @@ def _probe(model: Any, block: nn.Module) -> bool:
     try:
         model.eval()
         with torch.no_grad():
-            logits = [model(torch.tensor([[1, last]], device=device), use_cache=False).logits[0, 0] for last in (1, 2)]
+            logits = model(torch.tensor([[1, 1], [1, 2]], device=device), use_cache=False).logits[:, 0]
     finally:
         handle.remove()
         model.train(was_training)

@@ -18,6 +18,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +68,7 @@ def digest(*parts: str | bytes | float | Mapping[Any, Any] | Sequence[Any]) -> s
 
 
 def model_fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> str:
-    """Hex sha256 over name, dtype, shape and bytes of the parameters (all, or those named), and the model's type.
+    """Hex sha256 over name, dtype, shape and sha256 of the parameters (all, or those named), and the model's type.
 
     The same on every device and however the modules are ordered; a tied parameter counts once, under the first of its
     names in the alphabet. Raises CheckpointError for an unknown name and for weights that are offloaded.
@@ -76,6 +77,7 @@ def model_fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> s
     chosen = sorted(parameters) if names is None else sorted(set(names))
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     total = hashlib.sha256(str(kind).encode())
+    tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name in chosen:
         if name not in parameters:
@@ -89,10 +91,19 @@ def model_fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> s
                 f"The weight {name!r} is not in memory (offloaded to disk or CPU). Load the model without offloading, "
                 "on a device that holds all of it."
             )
-        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        for piece in _pieces(tensor):
-            total.update(piece)
+        tensors[name] = tensor
+    # hashlib lets other threads run meanwhile.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (name, tensor), part in zip(tensors.items(), pool.map(_tensor_digest, tensors.values()), strict=True):
+            total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + part)
     return total.hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    found = hashlib.sha256()
+    for piece in _pieces(tensor):
+        found.update(piece)
+    return found.digest()
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:

@@ -68,7 +68,7 @@ class Values:
     states: Tensor
     #: (n,) probability of the unlearning token at the prompts' ends (geometric mean over contexts), with z in place.
     probability: Tensor
-    #: (n,) negative log-likelihood of the token and of all else that is aimed at, with z in place: the weighted mean, nats.
+    #: (n,) negative log-likelihood of the token and all else that is aimed at, with z in place: weighted mean, nats.
     nll: Tensor
     #: (n,) |delta| / |h|.
     relative_norm: Tensor
@@ -469,7 +469,7 @@ class _Problem:
     def loss(
         self, arch: Architecture, delta: Tensor, scale: Tensor, hparams: UniEraseHyperParams
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, weighted mean of the likelihood part, token's negative log-likelihood), each (n,), for delta (n, d)."""
+        """(loss, likelihood part as weighted mean, token's negative log-likelihood), each (n,), for delta (n, d)."""
         losses = torch.stack([part.losses(arch, delta) for part in self.parts]).sum(0)
         # The gradient of a norm at zero is undefined; the square root's argument is held off it.
         norm = (delta.square().sum(1) + 1e-12).sqrt()
