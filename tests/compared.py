@@ -78,7 +78,7 @@ def _row(
     return {
         "label": label, "method": label.partition(":")[0], "kind": kind, "title": "what it does", "paper": "Who 2025",
         "set_by_hand": {}, "tuned": None, "settings": {"learning_rate": 1e-5, "layers": [3, 4]},
-        "phases": {"train": seconds},
+        "phases": {"train": seconds}, "device": "an oven",
         "status": "ok", "failures": [], "seeds": list(range(seeds)), "interrupted": False, "not_matched": None,
         "figures": figures, "curve": curve, "audit": None, "tried_alpha": None,
     }  # fmt: skip

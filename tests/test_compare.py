@@ -71,6 +71,7 @@ def test_every_method_is_a_row_and_one_that_fails_says_so(base: Path, tmp_path: 
     results = run(base, tmp_path / "out", f"memit:eos{EDIT},ga_gd{QUICK},prompt_guard,{ruined}", seeds=(0, 1))
     found = rows(results)
     assert list(found) == ["none", f"memit:eos{EDIT}", f"ga_gd{QUICK}", "prompt_guard", ruined]
+    assert found[f"ga_gd{QUICK}"]["device"].startswith("cpu")
     assert {label: row["status"] for label, row in found.items()} == {
         **dict.fromkeys(found, "ok"), ruined: "failed",
     }  # fmt: skip

@@ -81,6 +81,17 @@ def test_the_answer_names_the_best_at_equal_retention_first_and_never_a_control(
     assert "One seed" in " ".join(answer(compared.results(seeds=1)))
 
 
+def test_times_of_different_machines_are_not_compared() -> None:
+    results = compared.results()
+    row = next(row for row in results["rows"] if row["label"] == "ga_gd")
+    row["device"] = "a kiln"
+    joined = " ".join(answer(results))
+    assert "an oven" in joined
+    assert "a kiln" in joined
+    assert "Time runs" not in joined
+    assert "times as long" not in joined
+
+
 def test_nobody_on_the_frontier_is_beaten_and_everybody_else_is() -> None:
     rows = compared.results()["rows"]
     best = frontier(rows, "forget_rouge", "keep_rouge")

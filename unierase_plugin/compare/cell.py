@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import platform
 import shutil
 import sys
 import threading
@@ -112,7 +113,7 @@ class _Run:
         return {
             "seconds": sum(phases.values()), "phases": phases,
             # A run that was killed and went on did part of its work before.
-            "interrupted": interrupted,
+            "interrupted": interrupted, "device": _device_name(result.model.device),
             "peak_memory_bytes": peak_memory_bytes(), "parameters_changed": report.parameters_changed,
             "perplexity": {"before": report.perplexity_before, "after": report.perplexity_after},
             "settings": settings.as_dict(), "figures": report.edit,
@@ -254,6 +255,13 @@ class _Run:
         )  # fmt: skip
         shares = {each["name"]: each.get("shares", {}).get("edited", {}).get("mean") for each in found["attacks"]}
         return {"verdict": found["verdict"], "attacks": shares}
+
+
+def _device_name(device: torch.device) -> str:
+    """What a method's time is of: cells of one comparison may have run on several machines."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _requests(facts: Sequence[Record]) -> list[dict[str, Any]]:

@@ -81,6 +81,9 @@ def _time(rows: Sequence[Row]) -> list[str]:
     timed = sorted((row for row in rows if value(row, "seconds")), key=lambda row: value(row, "seconds") or 0.0)
     if len(timed) < 2:
         return []
+    devices = sorted({row["device"] for row in timed if row["device"]})
+    if len(devices) > 1:
+        return [f"Times are of different machines and not to be compared: {'; '.join(devices)}."]
     trained = [row for row in timed if row["kind"] == "training"]
     first, last = (f"{_shown(row, 'seconds')} s ({row['label']})" for row in (timed[0], timed[-1]))
     text = f"Time runs from {first} to {last}."
