@@ -27,9 +27,9 @@ SOLVERS = ("ridge", "null_space", "exact")
 PROMPT_FORMS = ("chat", "plain", "bare")
 #: What can be done beyond the paper's method against attacks (docs/hardening.md); each can be had alone.
 HARDENINGS = ("forms", "paraphrases", "unlikely_answer", "second_refusal", "answer_span")
-#: What `--harden` sets: the ways that earned it, by the table there, and the longer and quicker steps that they need.
+#: What `--harden` sets: the ways that earned it, by the tables there, and the longer way in more steps that they need.
 HARDENED: Mapping[str, Any] = {
-    "harden": ("unlikely_answer", "second_refusal"), "clamp_norm_factor": 3.0, "v_lr": 0.5, "v_num_grad_steps": 20,
+    "harden": ("unlikely_answer", "second_refusal"), "clamp_norm_factor": 3.0, "v_lr": 0.2, "v_num_grad_steps": 60,
 }  # fmt: skip
 
 
