@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -91,7 +92,7 @@ def corpus_of(job: Job[UniEraseHyperParams]) -> Corpus:
     )  # fmt: skip
 
 
-class Editing(Phases):
+class Editing(Phases, ABC):
     """What every locate-then-edit method does on one job, with the caches that let it go on after a kill."""
 
     #: Each request is optimised and edited on the model that the one before left, instead of all together.
@@ -99,13 +100,13 @@ class Editing(Phases):
     #: What the values aim at where a target does not say; until the token has its id, any stands for its length.
     token_id = 0
 
+    @abstractmethod
     def check(self) -> None:
         """Raises a UniEraseError for what `run` could not take; quick."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self) -> Changes:
         """Computes the edit and applies it."""
-        raise NotImplementedError
 
     def __init__(self, job: Job[Any]) -> None:
         super().__init__(job.work)
