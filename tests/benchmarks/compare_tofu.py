@@ -10,7 +10,8 @@ token brings on the same engine), `sequential` and `precise`. Each is one `unier
 which goes on where it was when it is started again. General ability is TOFU's, cut to --utility-limit documents.
 
 UniErase takes `smollm2-135m`, the settings for this model's size; the editing baselines take its blocks, their steps
-and clamps stay the published ones. Everything else is as published or, in `tuned`, as the search chose.
+and clamps stay the published ones. Everything else is as published or, in `tuned`, as the search chose. So few tries
+would be lost in three dimensions: `tuned` searches the learning rate alone of what is trained.
 """
 
 from __future__ import annotations
@@ -20,14 +21,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from unierase_plugin.cli import app
+from unierase_plugin.compare.entries import method_of, parse_method
+from unierase_plugin.hparams import HARDENED
 
 TRAINING = "ga_gd,ga_kl,npo_gd,npo_kl,me_gd,dpo_gd,dpo_kl,idk_ap,simnpo,rmu,undial,lunar"
 #: Blocks, corpus and steps that this model's size allows; a corpus of ordinary text is sampled from the model itself.
 SMALL = "@layers=[3,4,5,6,7]@prompt_forms=[chat]@mom2_dataset=self@mom2_n_samples=64"
 UNIERASE = "unierase@hparams=smollm2-135m@as=unierase"
+#: Settings of the trained methods that `tuned` leaves as published.
+PINNED = ("retain_weight", "beta", "strength", "steering", "coefficient")
 PARTS = ("published", "tuned", "ablation", "sequential", "precise")
 
 
@@ -41,9 +48,31 @@ def methods_of(part: str) -> str:
         targets = ("idk", "eos", "random_token", "token")
         return ",".join([UNIERASE, *(editing(m, t) for m in ("rome", "memit", "alphaedit") for t in targets)])
     plain = [UNIERASE, editing("memit", "idk"), editing("alphaedit", "idk")]
+    if part == "tuned":
+        plain[0] = with_settings(UNIERASE, {"layers": [3, 4, 5, 6, 7]})
+        trained = [with_rate_free(name) for name in TRAINING.split(",")]
+        # Its clamp is part of what hardens; so nothing is left to search.
+        hard = with_settings(
+            "unierase@hparams=smollm2-135m@as=unierase hardened",
+            {**HARDENED, "layers": [3, 4, 5, 6, 7], "mom2_update_weight": 200},
+        )
+        return ",".join([*plain, hard, editing("rome", "idk"), *trained, "prompt_guard"])
     if part == "precise":
         return ",".join([*plain, "npo_gd,ga_gd,prompt_guard"])
     return ",".join([*plain, editing("rome", "idk"), TRAINING, "prompt_guard"])
+
+
+def with_rate_free(name: str) -> str:
+    published = method_of(parse_method(name)).hparams()
+    pinned = {each: getattr(published, each) for each in PINNED if hasattr(published, each)}
+    return with_settings(f"{name}@as={name}", pinned)
+
+
+def with_settings(written: str, settings: Mapping[str, Any]) -> str:
+    """The settings before the row's name, lists without blanks."""
+    head, _, label = written.partition("@as=")
+    values = {key: f"[{','.join(map(str, v))}]" if isinstance(v, (list, tuple)) else v for key, v in settings.items()}
+    return head + "".join(f"@{key}={value}" for key, value in values.items()) + f"@as={label}"
 
 
 def folder_of(model: str, options: argparse.Namespace) -> Path:
@@ -69,7 +98,7 @@ def run(part: str, options: argparse.Namespace) -> None:
         "--reference", str(folder_of(options.reference, options)), "--methods", options.methods or methods_of(part),
         "--out", str(Path(options.out, part)), "--seeds", options.seeds, "--limit", str(options.limit),
         "--utility-limit", str(options.utility_limit), "--bisections", str(options.bisections),
-        "--utility", "auto" if options.utility_limit else "none",
+        "--utility", "auto" if options.utility_limit else "none", "--dtype", options.dtype,
         *(("--budget", str(options.budget)) if part == "tuned" else ()),
         *(("--scenario", part, "--steps", str(options.steps)) if part in ("sequential", "precise") else ()),
         *(("--audit", options.audit) if options.audit and part == "published" else ()),
@@ -95,6 +124,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="facts of each part that are asked, at most")
     parser.add_argument("--bisections", type=int, default=4)
     parser.add_argument("--utility-limit", type=int, default=60, help="0 leaves utility out")
+    parser.add_argument("--dtype", default="", help="bfloat16 is quicker where the processor multiplies it in hardware")
     parser.add_argument("--audit", default="", help="attacks, for `published`")
     parser.add_argument("--retry", action="store_true")
     options = parser.parse_args()

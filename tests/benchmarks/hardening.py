@@ -8,7 +8,7 @@ DIR holds tofu200 and tofu160r, as `shared/models/tofu_model.py` builds them. A 
 trained on the 40 facts), a folder that `unierase run` wrote, `none` (the paper's method), or hardenings joined by +.
 `@` sets hyper-parameters: `unlikely_answer@v_unlikely_weight=8`. Every row is kept in OUT as it ends and not measured
 again. Prints the table of docs/hardening.md: mean ROUGE-L recall of the true answers under each attack (leak-at-k and
-what generates nothing: the share given).
+what generates nothing: the share given). `quantise:full` takes every variant that `audit --full` takes.
 """
 
 from __future__ import annotations
@@ -64,12 +64,15 @@ def measured(row: str, options: argparse.Namespace) -> Row:
         QUICK, facts=len(forget), answer_most=ROOM, samples=16, relearn_steps=(20,), relearn_batch=8
     )  # fmt: skip
     context = Context(forget, kept[::4], sizes, token=token)
+    whole = replace(context, sizes=replace(sizes, every_variant=True))
     subject = Audited(row, model, tokenizer, tokenizer.get_vocab().get(token) if token else None)
     found: Row = {"row": row, "n_forget": len(forget)}
     by_name = {attack.name: attack for attack in ATTACKS}
     for name in options.attacks.split(","):
         began = time.monotonic()
-        found[name] = {**scores(by_name[name].run(subject, context), context), "seconds": time.monotonic() - began}
+        attack, _, size = name.partition(":")
+        result = by_name[attack].run(subject, whole if size == "full" else context)
+        found[name] = {**scores(result, context), "seconds": time.monotonic() - began}
         print(row, name, found[name]["rouge_l_recall"], found[name]["given"], flush=True)
     texts = answers(model, tokenizer, [fact.question for fact in context.kept], max_new_tokens=ROOM)
     found["kept"] = {
@@ -86,17 +89,18 @@ def measured(row: str, options: argparse.Namespace) -> Row:
 
 def scores(result: AttackResult, context: Context) -> Row:
     """ROUGE-L recall of the answers, the best variant of each fact, and the share given by the audit's rule."""
-    by_variant = [
-        [
+    by_variant = {
+        each.name: [
             rouge_l_recall(fact.answer, cleaned(context, text))
-            for fact, text in zip(context.facts, each.texts, strict=True)
+            for fact, text, value in zip(context.facts, each.texts, each.values, strict=True) if value is not None
         ]
         for each in result.measures if each.texts
-    ]  # fmt: skip
+    }  # fmt: skip
     values = [value for value in result.values if value is not None]
-    best = [max(column) for column in zip(*by_variant, strict=True)]
+    best = [max(column) for column in zip(*by_variant.values(), strict=True)]
     return {
         "rouge_l_recall": _mean(best), "given": _mean(values), "figures": dict(result.figures),
+        "by_variant": {name: _mean(column) for name, column in by_variant.items()},
         "texts": {each.name: each.texts for each in result.measures},
     }  # fmt: skip
 
