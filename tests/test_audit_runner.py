@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from audited import KEPT, SIZES, TOKEN
+from safetensors.torch import load_file, save_file
 from small import FORGET, FORGET_MORE, HPARAMS, RETAIN, save_base, shrink
 from tiny import tiny_model
 from typer.testing import CliRunner
@@ -123,6 +124,18 @@ def test_the_unedited_model_is_the_base_to_the_bit(folder: Path, tmp_path: Path,
         patch.setattr(runner, "_attack", look)
         audited(folder, tmp_path / "out", attacks=("plain",))
     assert seen == [model_fingerprint(tiny_model())]
+
+
+def test_a_folder_that_cannot_be_taken_back_is_refused_before_the_first_attack(
+    folder: Path, tmp_path: Path, runs: Counter[str]
+) -> None:
+    shutil.copytree(folder / "edited", tmp_path / "edited")
+    weights = load_file(tmp_path / "edited" / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, tmp_path / "edited" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="--base"):
+        audited(tmp_path, tmp_path / "out", attacks=("plain",))
+    assert not runs
 
 
 def test_what_was_not_run_comes_first_and_forbids_removed(folder: Path, tmp_path: Path) -> None:

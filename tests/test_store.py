@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import struct
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,15 @@ def test_one_bit_of_one_weight_changes_the_fingerprint(dtype: torch.dtype) -> No
     assert model_fingerprint(model) != before
     weight[7, 11] ^= 1
     assert model_fingerprint(model) == before
+
+
+def test_the_fingerprint_stays_what_written_records_hold() -> None:
+    """Every edited folder is checked against it: another definition would make them all look tampered with."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.data = torch.tensor([[1.0, -2.5]])
+    entry = b'["weight", "torch.float32", [1, 2]]' + sha256(struct.pack("<2f", 1.0, -2.5)).digest()
+    assert model_fingerprint(model) == sha256(b"Linear" + entry).hexdigest()
+    assert model_fingerprint(model).startswith("ccd32148ec3db09e")
 
 
 def test_the_fingerprint_does_not_depend_on_order_layout_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,8 @@ def audit(
         has_reference=reference is not None,
     )  # fmt: skip
     run = _settled(context, chosen, models)
+    # Before the first attack: a folder that cannot be taken back is to be known now, not after half of the work.
+    _take_back(models)
     for role in ROLES:
         if models.source(role) is not None:
             _attack(run, models, role, target, device, dtype, progress)
@@ -213,10 +215,18 @@ def _find_models(model: Source, base: Source | None, reference: Source | None, t
     return _Models(model, str(record.manifest["model"]), reference, record, f"named in the record of {name}")
 
 
+def _take_back(models: _Models) -> None:
+    """Writes the unedited model where the record is to give it, unless an audit that was stopped left it there."""
+    if models.rebuilt is None or models.rebuilt.is_dir():
+        return
+    try:
+        revert_checkpoint(models.name(EDITED), models.rebuilt)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} For the audit: --base DIR_OR_ID names the unedited model.") from error
+
+
 def _load(models: _Models, role: str, token: str, device: str, dtype: str) -> Audited:
     source = models.source(role)
-    if role == UNEDITED and models.rebuilt is not None and not models.rebuilt.is_dir():
-        revert_checkpoint(models.name(EDITED), models.rebuilt)
     model, tokenizer = source if isinstance(source, tuple) else load(str(source), device, dtype)
     return Audited(role, model, tokenizer, tokenizer.get_vocab().get(token) if token else None)
 
