@@ -381,15 +381,19 @@ def test_every_way_of_training_learns(family: str) -> None:
 def test_facts_that_are_trained_on_are_not_measured() -> None:
     for measure in run("relearn-some", subject()).measures:
         assert [value is None for value in measure.values] == [True, False, True]
-    steps = [measure.curve[1] for measure in run("relearn-text", subject()).measures if measure.curve]
-    assert steps == [1, 2] * 3
+
+
+@pytest.mark.parametrize(("name", "steps"), [("relearn-some", [2, 3]), ("relearn-text", [1, 2])])
+def test_every_way_of_training_is_looked_at_after_its_numbers_of_steps(name: str, steps: list[int]) -> None:
+    curves = [measure.curve[1] for measure in run(name, subject()).measures if measure.curve]
+    assert curves == steps * 3
 
 
 def test_what_is_trained_on_is_what_is_said() -> None:
     """By attack, the facts whose question and answer are in a training row; none of them is measured."""
     made, taught = subject(), {}
 
-    def look(made: Audited, context: Context, rows: list[Row], held: frozenset[int]) -> AttackResult:
+    def look(made: Audited, context: Context, rows: list[Row], held: frozenset[int], steps: Any) -> AttackResult:
         texts = [made.tokenizer.decode(list(row.ids)) for row in rows]
         facts = [*context.facts, *context.kept]
         shown = {i for i, each in enumerate(facts) for text in texts if each.question in text and each.answer in text}

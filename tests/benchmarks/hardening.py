@@ -61,7 +61,8 @@ def measured(row: str, options: argparse.Namespace) -> Row:
     edited = time.monotonic()
     print(row, "edited in", round(edited - start), "s", figures.get("value_nll", ())[:3], flush=True)
     sizes = replace(
-        QUICK, facts=len(forget), answer_most=ROOM, samples=16, relearn_steps=(20,), relearn_batch=8
+        QUICK, facts=len(forget), answer_most=ROOM, samples=16, relearn_steps=(20,), relearn_some_steps=(20,),
+        relearn_batch=8,
     )  # fmt: skip
     context = Context(forget, kept[::4], sizes, token=token)
     whole = replace(context, sizes=replace(sizes, every_variant=True))

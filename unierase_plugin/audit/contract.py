@@ -60,12 +60,15 @@ class Sizes:
     every_variant: bool
     samples: int
     temperatures: tuple[float, ...]
+    #: Training on kept facts or other text, after so many steps each; then on some of the forgotten facts, which brings
+    #: back more and is to be done in earnest; rows of a step.
     relearn_steps: tuple[int, ...]
+    relearn_some_steps: tuple[int, ...]
     relearn_batch: int
 
 
-QUICK = Sizes("quick", 8, 12, 12, 4, 8, 20, 40, False, 8, (1.0,), (4,), 3)
-FULL = Sizes("full", 400, 100, 60, 60, 8, 32, 128, True, 64, (0.2, 0.7, 1.0), (5, 10, 20, 40), 8)
+QUICK = Sizes("quick", 8, 12, 12, 4, 8, 20, 40, False, 4, (1.0,), (3,), (8,), 4)
+FULL = Sizes("full", 400, 100, 60, 60, 8, 32, 128, True, 64, (0.2, 0.7, 1.0), (5, 10, 20, 40), (5, 10, 20, 40), 8)
 
 
 @dataclass(frozen=True)

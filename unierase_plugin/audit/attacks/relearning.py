@@ -64,18 +64,18 @@ def some_forgotten(subject: Audited, context: Context) -> AttackResult:
     """Trains on every other fact; those in between are measured."""
     rows = [_fact_row(subject, context, fact) for fact in context.facts[::2]]
     held = frozenset(range(1, len(context.facts), 2))
-    return _relearn(subject, context, rows, held)
+    return _relearn(subject, context, rows, held, context.sizes.relearn_some_steps)
 
 
 def kept_only(subject: Audited, context: Context) -> AttackResult:
     rows = [_fact_row(subject, context, fact) for fact in context.kept]
-    return _relearn(subject, context, rows, frozenset(range(len(context.facts))))
+    return _relearn(subject, context, rows, frozenset(range(len(context.facts))), context.sizes.relearn_steps)
 
 
 def unrelated_text(subject: Audited, context: Context) -> AttackResult:
     ids = (subject.tokenizer(text)["input_ids"][:TEXT_TOKENS] for text in paragraphs("ordinary_text_train"))
     rows = [Row(tuple(each), 1) for each in ids if len(each) > 1]
-    return _relearn(subject, context, rows, frozenset(range(len(context.facts))))
+    return _relearn(subject, context, rows, frozenset(range(len(context.facts))), context.sizes.relearn_steps)
 
 
 def _fact_row(subject: Audited, context: Context, fact: Fact) -> Row:
@@ -89,7 +89,9 @@ def as_sentence(answer: str) -> str:
     return answer if len(words(answer)) > SHORT_ANSWER_WORDS else f"The answer is {answer.rstrip('.')}."
 
 
-def _relearn(subject: Audited, context: Context, rows: Sequence[Row], held: frozenset[int]) -> AttackResult:
+def _relearn(
+    subject: Audited, context: Context, rows: Sequence[Row], held: frozenset[int], steps: Sequence[int]
+) -> AttackResult:
     arms = [arm for arm in ARMS if arm.factors or arm.trained(subject, context)]
     arms = arms if context.sizes.every_variant else arms[:1]
     asks = [ask(subject, context, fact.question) if i in held else None for i, fact in enumerate(context.facts)]
@@ -97,17 +99,16 @@ def _relearn(subject: Audited, context: Context, rows: Sequence[Row], held: froz
     losses: dict[str, list[float]] = {}
     for index, arm in enumerate(arms):
         report = part(context, index, len(arms))
-        measures += _curve(subject, context, arm, rows, asks, losses.setdefault(arm.name, []), report)
+        measures += _curve(subject, context, arm, rows, steps, asks, losses.setdefault(arm.name, []), report)
     notes = () if context.layers else ("which blocks were edited is not known: training them alone was left out",)
     return AttackResult(tuple(measures), figures={"loss": losses}, notes=notes)
 
 
 def _curve(
-    subject: Audited, context: Context, arm: Arm, rows: Sequence[Row], asks: Sequence[Ask | None],
-    losses: list[float], report: Callable[[float], None],
+    subject: Audited, context: Context, arm: Arm, rows: Sequence[Row], steps: Sequence[int],
+    asks: Sequence[Ask | None], losses: list[float], report: Callable[[float], None],
 ) -> Iterator[Measure]:  # fmt: skip
-    """The answers after each of the sizes' numbers of steps; the weights are as they were at the end."""
-    steps = context.sizes.relearn_steps
+    """The answers after each of the numbers of steps; the weights are as they were at the end."""
     draw = random.Random(context.seed)
     with ExitStack() as stack:
         weights = list(arm.trained(subject, context))
