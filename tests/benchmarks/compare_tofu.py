@@ -11,7 +11,8 @@ which goes on where it was when it is started again. General ability is TOFU's, 
 
 UniErase takes `smollm2-135m`, the settings for this model's size; the editing baselines take its blocks, their steps
 and clamps stay the published ones. Everything else is as published or, in `tuned`, as the search chose. So few tries
-would be lost in three dimensions: `tuned` searches the learning rate alone of what is trained.
+would be lost in three dimensions: `tuned` searches the learning rate alone of what is trained. UniErase is not
+searched: its shipped settings were chosen on a model of this size.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 from unierase_plugin.cli import app
 from unierase_plugin.compare.entries import method_of, parse_method
-from unierase_plugin.hparams import HARDENED
+from unierase_plugin.hparams import HARDENED, UniEraseHyperParams
 
 TRAINING = "ga_gd,ga_kl,npo_gd,npo_kl,me_gd,dpo_gd,dpo_kl,idk_ap,simnpo,rmu,undial,lunar"
 #: Blocks, corpus and steps that this model's size allows; a corpus of ordinary text is sampled from the model itself.
@@ -49,13 +50,11 @@ def methods_of(part: str) -> str:
         return ",".join([UNIERASE, *(editing(m, t) for m in ("rome", "memit", "alphaedit") for t in targets)])
     plain = [UNIERASE, editing("memit", "idk"), editing("alphaedit", "idk")]
     if part == "tuned":
-        plain[0] = with_settings(UNIERASE, {"layers": [3, 4, 5, 6, 7]})
+        shipped = UniEraseHyperParams.from_hparams("smollm2-135m")
+        by_hand = {name: getattr(shipped, name) for name in ("layers", "clamp_norm_factor", "mom2_update_weight")}
+        plain[0] = with_settings(UNIERASE, by_hand)
+        hard = with_settings("unierase@hparams=smollm2-135m@as=unierase hardened", {**by_hand, **HARDENED})
         trained = [with_rate_free(name) for name in TRAINING.split(",")]
-        # Its clamp is part of what hardens; so nothing is left to search.
-        hard = with_settings(
-            "unierase@hparams=smollm2-135m@as=unierase hardened",
-            {**HARDENED, "layers": [3, 4, 5, 6, 7], "mom2_update_weight": 200},
-        )
         return ",".join([*plain, hard, editing("rome", "idk"), *trained, "prompt_guard"])
     if part == "precise":
         return ",".join([*plain, "npo_gd,ga_gd,prompt_guard"])
