@@ -22,7 +22,7 @@ RULE = (
     "no try keeps enough, the one that keeps most."
 )
 
-_RATES = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4)
+_RATES = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 3e-4)
 
 
 def search_space(entry: Entry, depth: int) -> Space:
@@ -39,7 +39,7 @@ def search_space(entry: Entry, depth: int) -> Space:
             "retain_weight": (1.0, 100.0, 1200.0),
         }
     elif issubclass(kind, UNDIALHyperParams):
-        space = {"learning_rate": (*_RATES, 3e-4), "strength": (3.0, 10.0, 30.0), "retain_weight": (0.0, 1.0)}
+        space = {"learning_rate": _RATES, "strength": (3.0, 10.0, 30.0), "retain_weight": (0.0, 1.0)}
     elif issubclass(kind, TrainingHyperParams):
         space = {"learning_rate": _RATES, "retain_weight": (1.0, 2.0, 5.0)}
         if issubclass(kind, PreferenceHyperParams):
