@@ -81,6 +81,15 @@ def test_the_answer_names_the_best_at_equal_retention_first_and_never_a_control(
     assert "One seed" in " ".join(answer(compared.results(seeds=1)))
 
 
+def test_a_budget_that_nothing_was_searched_with_is_no_tuning() -> None:
+    results = compared.results()
+    assert "tries each" in page(results)
+    assert "Nothing was tuned" not in " ".join(answer(results))
+    results["searches"] = {}
+    assert "tries each" not in page(results)
+    assert "Nothing was tuned" in " ".join(answer(results))
+
+
 def test_times_of_different_machines_are_not_compared() -> None:
     results = compared.results()
     row = next(row for row in results["rows"] if row["label"] == "ga_gd")

@@ -40,7 +40,7 @@ def _sections(results: Results) -> Iterable[str]:
     setup = results["setup"]
     yield f"<header><p class=kicker>Unlearning methods compared</p><h1>{escape(_short(setup['model']))}</h1></header>"
     yield _answer(results)
-    yield _setting(setup)
+    yield _setting(results)
     yield _filters(results)
     yield _table(results)
     yield (
@@ -69,13 +69,15 @@ def _answer(results: Results) -> str:
     return f'<div class="answer"><p>{escape(first)}</p><ul>{rest}</ul></div>'
 
 
-def _setting(setup: Mapping[str, Any]) -> str:
+def _setting(results: Results) -> str:
+    setup, searched = results["setup"], results["searches"]
     facts = setup["facts"]
     rows = {
         "Facts": f"{facts['forget']} to forget, {facts['keep']} to keep; reported {facts['forget_shown']} and "
                  f"{facts['keep_shown']}",
         "Scenario": setup["scenario"] + (f", {setup['steps']} steps" if setup["scenario"] == "sequential" else ""),
-        "Settings": f"best of {setup['budget']} tries each" if setup["budget"] else "as published",
+        "Settings": f"best of {setup['budget']} tries each, for {len(searched)} methods" if searched
+                    else "as published or set by hand",
         "Seeds": ", ".join(map(str, setup["seeds"])),
         "Reference": _short(setup["reference"]) if setup["reference"] else "none",
         "Truth ratio": "the data has wrong answers" if setup["truth_ratio"]["forget"] else "not in the data",
