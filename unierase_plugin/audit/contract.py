@@ -60,10 +60,11 @@ class Sizes:
     every_variant: bool
     samples: int
     temperatures: tuple[float, ...]
-    #: Training on kept facts or other text, after so many steps each; then on some of the forgotten facts, which brings
-    #: back more and is to be done in earnest; rows of a step.
+    #: Steps after which the answers are looked at, where kept facts or other text are trained on.
     relearn_steps: tuple[int, ...]
+    #: The same where some of the forgotten facts are: too few steps show nothing of what more bring back.
     relearn_some_steps: tuple[int, ...]
+    #: Rows of a step.
     relearn_batch: int
 
 
