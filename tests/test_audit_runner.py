@@ -112,6 +112,27 @@ def test_a_whole_audit(whole: Path) -> None:
 
 
 def test_the_unedited_model_is_the_base_to_the_bit(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
+    assert unedited_model(folder, tmp_path / "out") == model_fingerprint(tiny_model())
+
+
+def test_what_a_stopped_audit_of_another_model_left_is_no_control(
+    folder: Path, tmp_path: Path, runs: Counter[str]
+) -> None:
+    def stop(phase: str, share: float, note: str) -> None:
+        if phase == "unedited: plain":
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch, tmp_path / "cache")
+        unlearn(folder / "reference", FORGET, hparams=HPARAMS, out=tmp_path / "other")
+    with pytest.raises(KeyboardInterrupt):
+        audit(tmp_path / "other", FORGET, out=tmp_path / "out", sizes=SIZES, attacks=("plain",), progress=stop)
+    assert list((tmp_path / "out").glob(f"{runner.REBUILT}*"))
+    assert unedited_model(folder, tmp_path / "out") == model_fingerprint(tiny_model())
+
+
+def unedited_model(folder: Path, out: Path) -> str:
+    """Fingerprint of the model that an audit takes as the unedited one."""
     seen = []
     original = runner._attack
 
@@ -122,8 +143,9 @@ def test_the_unedited_model_is_the_base_to_the_bit(folder: Path, tmp_path: Path,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "_attack", look)
-        audited(folder, tmp_path / "out", attacks=("plain",))
-    assert seen == [model_fingerprint(tiny_model())]
+        audited(folder, out, attacks=("plain",))
+    [found] = seen
+    return found
 
 
 def test_a_folder_that_cannot_be_taken_back_is_refused_before_the_first_attack(

@@ -46,7 +46,8 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 #: Folder within the output in which results are kept as they come.
 PARTS = "results"
-#: And the unedited model, where it is taken back, until the audit is done.
+#: And the unedited model, where it is taken back, until the audit is done; its fingerprint follows, since a folder that
+#: a stopped audit left may be of another model.
 REBUILT = "unedited"
 #: In this order, so that what is compared with a control finds it there.
 ROLES = (REFERENCE, UNEDITED, EDITED)
@@ -210,7 +211,7 @@ def _find_models(model: Source, base: Source | None, reference: Source | None, t
             f"{name!r} has no record of its edit, so that the unedited model is not known. Name it: --base DIR_OR_ID."
         )
     if record.originals is not None:
-        rebuilt = target / REBUILT
+        rebuilt = target / f"{REBUILT}-{record.manifest['model_fingerprint_before'][:12]}"
         return _Models(model, rebuilt, reference, record, f"taken back to the bit from {name}", rebuilt)
     return _Models(model, str(record.manifest["model"]), reference, record, f"named in the record of {name}")
 
