@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from small import FORGET, FORGET_OTHERS, RETAIN, SHORT, save_base, shrink
 from tiny import tiny_model
 
+from unierase_plugin.cli.console import progress as logged
 from unierase_plugin.compare import cell, runner
 from unierase_plugin.compare.columns import COLUMNS
 from unierase_plugin.compare.entries import SETS, parse_method, parse_methods, settings_of
@@ -394,6 +397,17 @@ def test_a_cell_in_a_process_of_its_own_does_the_same(base: Path, tmp_path: Path
         if column.key not in ("seconds", "memory"):
             first, second = (rows(found)["none"]["figures"][column.key]["mean"] for found in (alone, same))
             assert first == pytest.approx(second), column.key
+
+
+def test_a_log_tells_of_every_part_of_a_cell() -> None:
+    """All parts come under the cell's name, and each begins at nothing again."""
+    log = io.StringIO()
+    with logged(Console(file=log, width=200)) as report:
+        for part in ("train", "measure"):
+            for share in (0.0, 0.3, 0.5, 0.6, 1.0):
+                report("npo_gd seed-0", share, part)
+    told = [" ".join(line.split()[-3:]) for line in log.getvalue().splitlines()]
+    assert told == [f"{share} % {part}" for part in ("train", "measure") for share in (0, 25, 50, 100)]
 
 
 def test_a_cell_ends_when_who_started_it_does(tmp_path: Path) -> None:

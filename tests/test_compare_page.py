@@ -118,7 +118,7 @@ def test_nobody_on_the_frontier_is_beaten_and_everybody_else_is() -> None:
 
 
 def test_plots_are_drawn_the_same_every_time(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("adjustText")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         draw(compared.results(steps=3), tmp_path / name)

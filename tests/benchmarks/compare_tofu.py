@@ -6,13 +6,14 @@
     python tests/benchmarks/compare_tofu.py --shared ../shared --out results/quick --forget 8 --keep 16 --only published
 
 Parts: `published` (all methods, published settings), `tuned` (the same with a budget of tries), `ablation` (what the
-token brings on the same engine), `sequential` and `precise`. Each is one `unierase compare` into a folder of its own,
-which goes on where it was when it is started again. General ability is TOFU's, cut to --utility-limit documents.
+token brings: targets by solvers, and nothing else differs from UniErase's settings), `sequential` and `precise`. Each
+is one `unierase compare` into a folder of its own, which goes on where it was when it is started again. General ability
+is TOFU's, cut to --utility-limit documents.
 
-UniErase takes `smollm2-135m`, the settings for this model's size; the editing baselines take its blocks, their steps
-and clamps stay the published ones. Everything else is as published or, in `tuned`, as the search chose. So few tries
-would be lost in three dimensions: `tuned` searches the learning rate alone of what is trained. UniErase is not
-searched: its shipped settings were chosen on a model of this size.
+UniErase takes `smollm2-135m`, the settings for this model's size; the editing baselines take its blocks, and but in
+`ablation` their steps, contexts and clamps stay the published ones. Everything else is as published or, in `tuned`, as
+the search chose. So few tries would be lost in three dimensions: `tuned` searches the learning rate alone of what is
+trained. UniErase is not searched: its shipped settings were chosen on a model of this size.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ TRAINING = "ga_gd,ga_kl,npo_gd,npo_kl,me_gd,dpo_gd,dpo_kl,idk_ap,simnpo,rmu,undi
 #: Blocks, corpus and steps that this model's size allows; a corpus of ordinary text is sampled from the model itself.
 SMALL = "@layers=[3,4,5,6,7]@prompt_forms=[chat]@mom2_dataset=self@mom2_n_samples=64"
 UNIERASE = "unierase@hparams=smollm2-135m@as=unierase"
+#: What of UniErase's settings the editing methods set otherwise; solver, target and token are what `ablation` compares.
+SHARED = (
+    "context_template_length_params", "v_num_grad_steps", "clamp_norm_factor", "v_share_subject", "mom2_update_weight",
+    "retain_update_weight",
+)  # fmt: skip
 #: Settings of the trained methods that `tuned` leaves as published.
 PINNED = ("retain_weight", "beta", "strength", "steering", "coefficient")
 PARTS = ("published", "tuned", "ablation", "sequential", "precise")
@@ -47,7 +53,9 @@ def editing(method: str, target: str) -> str:
 def methods_of(part: str) -> str:
     if part == "ablation":
         targets = ("idk", "eos", "random_token", "token")
-        return ",".join([UNIERASE, *(editing(m, t) for m in ("rome", "memit", "alphaedit") for t in targets)])
+        shared = {name: getattr(UniEraseHyperParams.from_hparams("smollm2-135m"), name) for name in SHARED}
+        rows = [editing(method, target) for method in ("rome", "memit", "alphaedit") for target in targets]
+        return ",".join([UNIERASE, *(with_settings(row, shared) for row in rows)])
     plain = [UNIERASE, editing("memit", "idk"), editing("alphaedit", "idk")]
     if part == "tuned":
         shipped = UniEraseHyperParams.from_hparams("smollm2-135m")

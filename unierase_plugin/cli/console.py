@@ -68,13 +68,16 @@ def _bars(console: Console) -> Iterator[Progress]:
 
 
 def _log_lines(console: Console) -> Progress:
-    """A line when a phase begins and at every quarter of it, with the seconds since the start."""
+    """A line when a phase begins and at every quarter of it, with the seconds since the start.
+
+    A share that falls is the beginning of a further part: a run within a comparison goes through several.
+    """
     start = time.monotonic()
     reached: dict[str, int] = {}
 
     def report(phase: str, share: float, note: str = "") -> None:
         quarter = int(4 * share)
-        if quarter > reached.get(phase, -1):
+        if quarter != reached.get(phase, -1):
             reached[phase] = quarter
             title = PHASES.get(phase, phase)
             console.print(f"{time.monotonic() - start:6.0f} s  {title:28} {25 * quarter:3} %  {note}", markup=False)

@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import threading
@@ -261,7 +262,17 @@ def _device_name(device: torch.device) -> str:
     """What a method's time is of: cells of one comparison may have run on several machines."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {_processor()}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+def _processor() -> str:
+    """Its make where the system tells (Linux on x86), else the kind of machine."""
+    try:
+        made = re.search(r"^model name\s*: *(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        made = None
+    return made[1].strip() if made else platform.processor() or platform.machine()
 
 
 def _requests(facts: Sequence[Record]) -> list[dict[str, Any]]:

@@ -19,11 +19,12 @@ MARKS = {"editing": "o", "training": "s", "control": "D", "other": "^"}
 
 
 def draw(results: Mapping[str, Any], out: Path) -> None:
-    """Writes what there is to draw; nothing, with a warning, where matplotlib is not installed."""
+    """Writes what there is to draw; nothing, with a warning, where the packages for it are not installed."""
     try:
+        import adjustText  # noqa: F401
         import matplotlib
-    except ImportError:
-        logger.warning('No plots: they need matplotlib (pip install "unierase-plugin[plots]"). The page has its own.')
+    except ImportError as error:
+        logger.warning('No plots: %s (pip install "unierase-plugin[plots]"). The page has its own.', error)
         return
     # A text stays a text, and the same figures give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "unierase", "font.size": 9}):
@@ -53,10 +54,13 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _tradeoff(rows: Sequence[Row], path: Path) -> None:
+    from adjustText import adjust_text
+
     figure, axes = _figure(10, 4.4, 2)
-    for axis, left, kept, title in (
-        (axes[0], "forget_rouge", "keep_rouge", "ROUGE-L recall"), (axes[1], "forget_prob", "keep_prob", "probability"),
-    ):  # fmt: skip
+    names: list[list[Any]] = [[], []]
+    for axis, texts, (left, kept, title) in zip(axes, names, (
+        ("forget_rouge", "keep_rouge", "ROUGE-L recall"), ("forget_prob", "keep_prob", "probability"),
+    ), strict=True):  # fmt: skip
         for row in rows:
             x, y = value(row, left), value(row, kept)
             if x is None or y is None:
@@ -66,12 +70,23 @@ def _tradeoff(rows: Sequence[Row], path: Path) -> None:
             axis.errorbar(
                 x, y, spreads[1], spreads[0], fmt=MARKS[row["kind"]], color=colour, markersize=5, elinewidth=0.8
             )
-            axis.annotate(_name(row), (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7, color=colour)
+            texts.append(axis.text(x, y, _name(row), fontsize=7, color=colour))
         best = frontier([row for row in rows if row["kind"] != "control"], left, kept)
         points = sorted((value(row, left) or 0.0, value(row, kept) or 0.0) for row in best)
         axis.plot(*zip(*points, strict=True), color="#1a7f37", linewidth=1, zorder=0) if points else None
         axis.set(xlabel=f"left of the facts to forget ({title})", ylabel="kept, relative to before", title=title)
+        axis.margins(0.12)
         axis.grid(alpha=0.25)
+    # Where names are to go depends on where the layout puts the axes.
+    figure.draw_without_rendering()
+    for axis, texts in zip(axes, names, strict=True):
+        places = [text.get_position() for text in texts]
+        adjust_text(
+            texts, [x for x, _ in places], [y for _, y in places], ax=axis, expand=(1.2, 1.8),
+            # Steps, not seconds: the same figures are to give the same file.
+            force_text=(0.3, 0.5), iter_lim=500,
+            arrowprops={"arrowstyle": "-", "color": "#6e7781", "linewidth": 0.5},
+        )  # fmt: skip
     _save(figure, path)
 
 
