@@ -44,8 +44,9 @@ def results(seeds: int = 3, steps: int = 0) -> dict[str, Any]:
         "searches": {
             "npo_gd": {
                 "space": {"learning_rate": [1e-5, 1e-4]}, "chosen": 1, "rule": "The best that keeps enough.",
-                "tries": [{"settings": {}, "left": 0.5, "retention": 0.99},
-                          {"settings": {"learning_rate": 1e-4}, "left": 0.3, "retention": 0.96},
+                "tries": [{"settings": {}, "left": 0.5, "retention": 0.99, "alpha": 1.0, "retention_raw": 0.99},
+                          {"settings": {"learning_rate": 1e-4}, "left": 0.3, "retention": 0.96, "alpha": 0.5,
+                           "retention_raw": 0.8},
                           {"settings": {"learning_rate": 1.0}, "error": "NaN"}],
             },
         },

@@ -22,11 +22,14 @@ from unierase_plugin.compare import cell, runner
 from unierase_plugin.compare.columns import COLUMNS
 from unierase_plugin.compare.entries import SETS, parse_method, parse_methods, settings_of
 from unierase_plugin.compare.facts import at_most, divide, parts_of, read_facts
+from unierase_plugin.compare.figures import left
 from unierase_plugin.compare.launch import in_a_process
 from unierase_plugin.compare.matching import Mixture, calibrate
+from unierase_plugin.compare.measure import Judge
 from unierase_plugin.compare.runner import Options, compare
 from unierase_plugin.compare.search import choose, search_space, tries
 from unierase_plugin.errors import HyperParamsError, PluginError, RequestError, UniEraseError
+from unierase_plugin.loading import load
 from unierase_plugin.methods.contract import Progress
 
 QUICK = "@epochs=4@warmup_epochs=0@learning_rate=3e-3@batch_size=2"
@@ -223,6 +226,30 @@ def test_the_budget_is_spent_on_validation_facts_alone(base: Path, tmp_path: Pat
         asked, used = ({each["question"] for each in parts[f"{role}_{part}"]} for part in ("shown", "validation"))
         assert not asked & used
         assert asked | used == {each["question"] for each in parts[role]}
+
+
+def test_a_try_that_keeps_too_little_is_read_where_it_keeps_enough(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unierase_plugin.compare.search.search_space", lambda *_: {"learning_rate": (1e-3, 3e-3)})
+    label = "ga_gd@retain_weight=0@epochs=4@warmup_epochs=0@batch_size=2"
+    found = run(base, tmp_path / "out", label, budget=3, bisections=4, keep_models=True)["searches"][label]
+    assert any(each["retention_raw"] < 0.95 for each in found["tries"])
+    parts = json.loads((tmp_path / "out" / "facts.json").read_text())
+    for at, each in enumerate(found["tries"]):
+        assert each["retention"] >= 0.95
+        assert (each["alpha"] == 1) == (each["retention_raw"] >= 0.95)
+        if at:
+            rate = each["settings"]["learning_rate"]
+            [job] = [job for job in (tmp_path / "out" / "cells").glob("ga_gd*try*/job.json")
+                     if json.loads(job.read_text())["tried"] == {"learning_rate": rate}]  # fmt: skip
+            # The mixture by hand, of the two folders.
+            (mixed, tokenizer), (original, _) = load(str(job.parent / "model")), load(str(base))
+            for name, weight in mixed.named_parameters():
+                start = original.get_parameter(name).detach()
+                weight.data = start + each["alpha"] * (weight.detach() - start)
+            figures = Judge(mixed, tokenizer, 8).facts(parts["forget_validation"], "forget")[0]
+            assert left(figures) == pytest.approx(each["left"], abs=1e-5)
 
 
 def test_the_choice_is_the_least_left_among_those_that_keep_enough() -> None:

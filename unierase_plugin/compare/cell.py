@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,22 +161,27 @@ class _Run:
 
     def _judge(self, place: str) -> None:
         cell, facts = self.cell, self.facts
+        if cell.is_try or cell.method == UNEDITED:
+            self.stages.once(
+                VALIDATION, partial(self._measured, place, facts["forget_validation"], facts["keep_validation"])
+            )
         if cell.is_try:
-            self.stages.once(
-                VALIDATION, partial(self._measured, place, facts["forget_validation"], facts["keep_validation"])
-            )
+            self._judge_try(place)
             return
-        if cell.method == UNEDITED:
-            self.stages.once(
-                VALIDATION, partial(self._measured, place, facts["forget_validation"], facts["keep_validation"])
-            )
         self.stages.once("raw", partial(self._measured, place, facts["forget_shown"], facts["keep_shown"]))
         if cell.utility:
             self.stages.once("utility", partial(self._utility, place))
         if cell.bisections and facts["keep"] and not self._is_control:
-            self.stages.once("matched", partial(self._matched, place))
+            self.stages.once("matched", partial(self._matched, place, facts["forget_shown"], facts["keep_shown"]))
         if cell.audit and not self._is_control:
             self.stages.once("audit", partial(self._audited, place))
+
+    def _judge_try(self, place: str) -> None:
+        """A try that keeps too little is read at equal retention: a long step is not worse for having gone too far."""
+        cell, facts = self.cell, self.facts
+        kept = self._retention(self.stages[VALIDATION]["keep"])
+        if cell.bisections and facts["keep_validation"] and kept < cell.target:
+            self.stages.once("matched", partial(self._matched, place, facts["forget_validation"], [], kept))
 
     def _open(self, place: str) -> tuple[Any, Judge]:
         """The model, checked, and lm-eval's view of it."""
@@ -218,10 +223,14 @@ class _Run:
         self.progress("utility", 1.0, "")
         return found
 
-    def _matched(self, place: str) -> dict[str, Any]:
-        """Figures where as much is kept as the target asks for; only a reason where there is nothing to mix."""
-        cell, facts = self.cell, self.facts
-        before = read_json(Path(cell.before))[VALIDATION]["keep"]
+    def _matched(
+        self, place: str, forget: Sequence[Record], keep: Sequence[Record], whole: float | None = None
+    ) -> dict[str, Any]:
+        """Figures where as much is kept as the target asks for; only a reason where there is nothing to mix.
+
+        whole: retention of the model as it is, where it is known.
+        """
+        cell = self.cell
         model, judge = self._open(place)
         original = load(cell.model, cell.device, cell.dtype)[0]
         mixture = Mixture(model, original)
@@ -229,19 +238,21 @@ class _Run:
         gc.collect()
         if not mixture:
             return {"alpha": None, "why": "no weight is changed, so there is nothing to mix"}
-        asked: Callable[[float], float] = partial(self._kept, mixture, judge, before)
-        found = calibrate(asked, cell.target, cell.bisections)
+        found = calibrate(partial(self._kept, mixture, judge), cell.target, cell.bisections, whole)
         mixture.set(found.alpha)
         return {
             "alpha": found.alpha, "retention_validation": found.retention,
-            "tried": [list(each) for each in found.tried],
-            **self._figures(judge, facts["forget_shown"], facts["keep_shown"]),
+            "tried": [list(each) for each in found.tried], **self._figures(judge, forget, keep),
         }  # fmt: skip
 
-    def _kept(self, mixture: Mixture, judge: Judge, before: Mapping[str, float | None], alpha: float) -> float:
+    def _kept(self, mixture: Mixture, judge: Judge, alpha: float) -> float:
         self.progress("match", 0.0, f"alpha {alpha:g}")
         mixture.set(alpha)
-        return retention(judge.facts(self.facts["keep_validation"], "keep")[0], before)
+        return self._retention(judge.facts(self.facts["keep_validation"], "keep")[0])
+
+    def _retention(self, kept: Mapping[str, float | None]) -> float:
+        """Of what was kept of the validation facts before."""
+        return retention(kept, read_json(Path(self.cell.before))[VALIDATION]["keep"])
 
     def _audited(self, place: str) -> dict[str, Any]:
         from ..audit.runner import audit

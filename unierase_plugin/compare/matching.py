@@ -25,13 +25,15 @@ class Match:
     tried: tuple[tuple[float, float], ...]
 
 
-def calibrate(retention: Callable[[float], float], target: float, steps: int) -> Match:
+def calibrate(retention: Callable[[float], float], target: float, steps: int, whole: float | None = None) -> Match:
     """The largest alpha whose retention is at least `target`, by bisection of [0, 1] in so many steps.
+
+    whole   the retention at 1 where it is known, which is then not asked for
 
     1 where the whole edit keeps enough. At what is returned enough is kept, and at 2^-steps above it is not; where
     nothing between does, alpha is 0, the model before. Only a retention that falls with alpha has one such place.
     """
-    tried: dict[float, float] = {1.0: retention(1.0)}
+    tried: dict[float, float] = {1.0: retention(1.0) if whole is None else whole}
     low, high = 0.0, 1.0
     if tried[1.0] >= target:
         low = 1.0

@@ -188,17 +188,18 @@ def _search(label: str, found: Mapping[str, Any], target: float) -> str:
     rows = [
         (
             "✓" if at == found["chosen"] else "", _settings(each["settings"]) or "published",
-            *((f"{each['left']:.3f}", f"{each['retention']:.3f}") if "left" in each
-              else (f"failed: {each['error']}", "")),
+            *((f"{each['retention_raw']:.3f}", f"{each['alpha']:.2f}", f"{each['left']:.3f}") if "left" in each
+              else (f"failed: {each['error']}", "", "")),
         )
         for at, each in enumerate(found["tries"])
     ]  # fmt: skip
     space = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in found["space"].items())
     chosen = found["tries"][found["chosen"]]["settings"] if found["chosen"] is not None else None
     taken = "all failed; published settings" if chosen is None else _settings(chosen) or "the published settings"
+    heads = ["", "settings", "kept", f"alpha at which {target:g} is kept", "left there (less is better)"]
     return (
         f"<details><summary>{escape(label)}: {escape(taken)}</summary><p class=faint>Space: {escape(space)}</p>"
-        f"{_plain_table(['', 'settings', 'left (less is better)', f'kept (at least {target:g})'], rows)}</details>"
+        f"{_plain_table(heads, rows)}</details>"
     )
 
 

@@ -194,7 +194,7 @@ def _method(plan: _Plan, entry: Entry, before: Path, ratios: str) -> None:
 
 
 def _search(plan: _Plan, entry: Entry, before: str, kept: Mapping[str, float | None]) -> dict[str, Any]:
-    """Every try of a method with what it left and kept on the validation parts, and which one is taken."""
+    """Every try of a method with what it leaves on the validation parts at equal retention, and which one is taken."""
     space = search.search_space(entry, _depth(plan.model))
     published = settings_of(entry, plan.model).as_dict()
     tried = search.tries(space, published, plan.options.budget, plan.options.seeds[0])
@@ -202,15 +202,27 @@ def _search(plan: _Plan, entry: Entry, before: str, kept: Mapping[str, float | N
     listed: list[dict[str, Any]] = []
     for settings in tried:
         folder = _run(plan, _cell(plan, entry, settings, True, plan.options.seeds[0], before, ""))
-        failed, measured = read_json(folder / FAILED), Stages(folder)["validation"]
-        outcome = None
-        if measured is not None and failed is None:
-            outcome = {"left": left(measured["forget"]), "retention": retention(measured["keep"], kept)}
+        failed = read_json(folder / FAILED)
+        outcome = _outcome(Stages(folder), kept) if failed is None else None
         outcomes.append(outcome)
         listed.append({"settings": settings, **(outcome or {"error": failed["error"] if failed else "not measured"})})
     return {
         "space": {name: list(values) for name, values in space.items()}, "tries": listed,
         "chosen": search.choose(outcomes, plan.options.target), "rule": search.RULE,
+    }  # fmt: skip
+
+
+def _outcome(stages: Stages, kept: Mapping[str, float | None]) -> dict[str, Any] | None:
+    """What a try leaves and keeps: as it is where it keeps enough, else where it was mixed back to; None unmeasured."""
+    measured, matched = stages["validation"], stages["matched"]
+    if measured is None:
+        return None
+    raw = retention(measured["keep"], kept)
+    if matched is None or matched["alpha"] is None:
+        return {"left": left(measured["forget"]), "retention": raw, "alpha": 1.0, "retention_raw": raw}
+    return {
+        "left": left(matched["forget"]), "retention": matched["retention_validation"], "alpha": matched["alpha"],
+        "retention_raw": raw,
     }  # fmt: skip
 
 

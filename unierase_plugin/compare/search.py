@@ -17,9 +17,10 @@ from .entries import Entry, method_of
 Space = Mapping[str, Sequence[Any]]
 
 RULE = (
-    "Of the tries that keep enough (retention on the kept validation facts at least the target), the one that leaves "
-    "least (the mean of ROUGE-L recall, probability and extraction strength on the validation facts to forget); where "
-    "no try keeps enough, the one that keeps most."
+    "The try that leaves least at equal retention: the mean of ROUGE-L recall, probability and extraction strength on "
+    "the validation facts to forget, of the try as it is where retention on the kept validation facts is at least the "
+    "target, else mixed back to it. Without bisections only tries that keep enough by themselves count; where none "
+    "does, the one that keeps most is taken."
 )
 
 _RATES = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 3e-4)
@@ -85,7 +86,7 @@ def tries(space: Space, published: Mapping[str, Any], budget: int, seed: int) ->
 def choose(outcomes: Sequence[Mapping[str, Any] | None], target: float) -> int | None:
     """The number of the try that is taken (RULE); None where all failed.
 
-    outcomes: `left` and `retention` of each try, None for one that failed.
+    outcomes: `left` and `retention` of each try, as it is or mixed back; None for one that failed.
     """
     worked = [(index, each) for index, each in enumerate(outcomes) if each is not None]
     if not worked:
