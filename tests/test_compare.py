@@ -429,7 +429,7 @@ def test_a_cell_in_a_process_of_its_own_does_the_same(base: Path, tmp_path: Path
 def test_a_log_tells_of_every_part_of_a_cell() -> None:
     """All parts come under the cell's name, and each begins at nothing again."""
     log = io.StringIO()
-    with logged(Console(file=log, width=200)) as report:
+    with logged(Console(file=log, width=30)) as report:
         for part in ("train", "measure"):
             for share in (0.0, 0.3, 0.5, 0.6, 1.0):
                 report("npo_gd seed-0", share, part)

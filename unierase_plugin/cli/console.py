@@ -80,7 +80,9 @@ def _log_lines(console: Console) -> Progress:
         if quarter != reached.get(phase, -1):
             reached[phase] = quarter
             title = PHASES.get(phase, phase)
-            console.print(f"{time.monotonic() - start:6.0f} s  {title:28} {25 * quarter:3} %  {note}", markup=False)
+            # A line each, however wide.
+            line = f"{time.monotonic() - start:6.0f} s  {title:28} {25 * quarter:3} %  {note}"
+            console.print(line, markup=False, soft_wrap=True)
 
     return report
 
