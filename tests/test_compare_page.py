@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -85,9 +86,13 @@ def test_a_budget_that_nothing_was_searched_with_is_no_tuning() -> None:
     results = compared.results()
     assert "tries each" in page(results)
     assert "Nothing was tuned" not in " ".join(answer(results))
-    results["searches"] = {}
-    assert "tries each" not in page(results)
-    assert "Nothing was tuned" in " ".join(answer(results))
+    nothing = {"space": {}, "tries": [], "chosen": None, "rule": ""}
+    results["searches"]["unierase"] = nothing
+    assert "for 1 of the methods" in page(results)
+    for searches in ({}, {"unierase": nothing}):
+        results["searches"] = searches
+        assert "tries each" not in page(results)
+        assert "Nothing was tuned" in " ".join(answer(results))
 
 
 def test_times_of_different_machines_are_not_compared() -> None:
@@ -204,6 +209,11 @@ def test_filters_and_answers_follow_the_address(tmp_path: Path, address: str) ->
     # Pictures are drawn of what is shown.
     picture = dom.partition('id="by-rouge"')[2].partition("</figure>")[0]
     assert "<svg" in picture
+    # Ticks are round numbers at equal distances.
+    for anchor in ("middle", "end"):
+        values = [float(text) for text in re.findall(rf'text-anchor="{anchor}"[^>]*>([\d.]+)</text>', picture)]
+        [step] = {f"{after - before:.6f}" for before, after in itertools.pairwise(values)}
+        assert step.strip("0.") in ("1", "2", "5")
     assert "unierase: left 0.040, kept 0.990" in picture
     assert "ga_gd:" not in picture
     assert dom.partition('id="curves"')[2].partition("<h2>")[0].count("<svg") == 2

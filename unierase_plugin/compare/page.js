@@ -71,6 +71,15 @@ function sortTable() {
 
 // --- pictures
 
+// Round numbers within a span, some five of them, and the digits that they need.
+function ticks(low, high) {
+  const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough);
+  const first = Math.ceil(low / step - 1e-9);
+  const values = Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, k) => (first + k) * step);
+  return { values, digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) };
+}
+
 function axes(title, xName, yName, xs, ys, steps = false) {
   const [width, height, left, right, top, base] = [480, 330, 46, 12, 12, 286];
   const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
@@ -82,11 +91,13 @@ function axes(title, xName, yName, xs, ys, steps = false) {
   const x = (value) => left + (width - left - right) * (value - x0) / (x1 - x0);
   const y = (value) => base - (base - top) * (value - y0) / (y1 - y0);
   svg.append(node("path", { class: "axis", d: `M${left} ${top}V${base}H${width - right}` }));
-  for (let k = 0; k <= 4; k++) {
-    const [vx, vy] = [x0 + (x1 - x0) * k / 4, y0 + (y1 - y0) * k / 4];
-    if (!steps) svg.append(node("text", { x: x(vx), y: base + 15, "text-anchor": "middle" }, vx.toFixed(2)));
-    svg.append(node("text", { x: left - 5, y: y(vy) + 4, "text-anchor": "end" }, vy.toFixed(2)));
-    svg.append(node("path", { class: "axis", "stroke-dasharray": "2 4", d: `M${left} ${y(vy)}H${width - right}` }));
+  const [across, up] = [ticks(x0, x1), ticks(y0, y1)];
+  for (const value of steps ? [] : across.values) {
+    svg.append(node("text", { x: x(value), y: base + 15, "text-anchor": "middle" }, value.toFixed(across.digits)));
+  }
+  for (const value of up.values) {
+    svg.append(node("text", { x: left - 5, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(up.digits)));
+    svg.append(node("path", { class: "axis", "stroke-dasharray": "2 4", d: `M${left} ${y(value)}H${width - right}` }));
   }
   for (const step of steps ? new Set(xs) : []) {
     svg.append(node("text", { x: x(step), y: base + 15, "text-anchor": "middle" }, step));
@@ -110,7 +121,7 @@ function scatter(place, left, kept, title) {
     drawn.svg.append(node("path", { class: "frontier",
       d: "M" + best.map((p) => `${drawn.x(p.x[0])} ${drawn.y(p.y[0])}`).join("L") }));
   }
-  const taken = [];
+  const taken = points.map((p) => [drawn.x(p.x[0]) - 5, drawn.y(p.y[0]), 10]);
   for (const { row, x, y } of points) {
     const [px, py] = [drawn.x(x[0]), drawn.y(y[0])];
     if (x[1]) drawn.svg.append(node("path", { class: "whisker", d: `M${drawn.x(x[0] - x[1])} ${py}H${drawn.x(x[0] + x[1])}` }));
@@ -118,13 +129,15 @@ function scatter(place, left, kept, title) {
     const dot = node("circle", { cx: px, cy: py, r: 5, class: row.kind });
     dot.append(node("title", {}, `${row.label}: left ${x[0].toFixed(3)}, kept ${y[0].toFixed(3)}`));
     drawn.svg.append(dot);
-    // A label that would cover another is left to the dot's title.
+    // Beside the dot, above or below it; a label that would cover another everywhere is left to the dot's title.
     const name = row.label.length > 24 ? row.label.slice(0, 23) + "…" : row.label;
-    const wide = 6.2 * name.length;
-    const side = px + 9 + wide > 470 ? px - 9 - wide : px + 9;
-    if (!taken.some(([tx, ty, tw]) => Math.abs(ty - py) < 11 && side < tx + tw && tx < side + wide)) {
-      taken.push([side, py, wide]);
-      drawn.svg.append(node("text", { x: side, y: py + 4, class: row.kind }, name));
+    const wide = 6.2 * name.length, middle = Math.min(Math.max(px - wide / 2, 48), 470 - wide);
+    const free = [[px + 9, py], [px - 9 - wide, py], [middle, py - 13], [middle, py + 13]].find(([side, level]) =>
+      side >= 46 && side + wide <= 470 && level >= 8 && level <= 284
+      && !taken.some(([tx, ty, tw]) => Math.abs(ty - level) < 11 && side < tx + tw && tx < side + wide));
+    if (free) {
+      taken.push([...free, wide]);
+      drawn.svg.append(node("text", { x: free[0], y: free[1] + 4, class: row.kind }, name));
     }
   }
   place.append(drawn.svg);

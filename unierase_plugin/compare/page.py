@@ -70,13 +70,13 @@ def _answer(results: Results) -> str:
 
 
 def _setting(results: Results) -> str:
-    setup, searched = results["setup"], results["searches"]
-    facts = setup["facts"]
+    setup, facts = results["setup"], results["setup"]["facts"]
+    searched = [found for found in results["searches"].values() if found["tries"]]
     rows = {
         "Facts": f"{facts['forget']} to forget, {facts['keep']} to keep; reported {facts['forget_shown']} and "
                  f"{facts['keep_shown']}",
         "Scenario": setup["scenario"] + (f", {setup['steps']} steps" if setup["scenario"] == "sequential" else ""),
-        "Settings": f"best of {setup['budget']} tries each, for {len(searched)} methods" if searched
+        "Settings": f"best of {setup['budget']} tries each, for {len(searched)} of the methods" if searched
                     else "as published or set by hand",
         "Seeds": ", ".join(map(str, setup["seeds"])),
         "Reference": _short(setup["reference"]) if setup["reference"] else "none",

@@ -108,7 +108,7 @@ def _limits(results: Mapping[str, Any]) -> list[str]:
         found.append(
             "No reference model that never saw the facts: how little is as little as it should be is not known."
         )
-    if not results["searches"]:
+    if not any(search["tries"] for search in results["searches"].values()):
         found.append("Nothing was tuned: settings are published ones, made for other models and sizes, or set by hand.")
     return found
 
