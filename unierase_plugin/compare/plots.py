@@ -91,6 +91,8 @@ def _tradeoff(rows: Sequence[Row], path: Path) -> None:
 
 
 def _curves(rows: Sequence[Row], path: Path) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(10, 4, 2)
     for row in rows:
         steps = [point["step"] for point in row["curve"]]
@@ -98,6 +100,8 @@ def _curves(rows: Sequence[Row], path: Path) -> None:
             points = [point[key]["mean"] for point in row["curve"]]
             if steps and None not in points:
                 axis.plot(steps, points, marker="o", markersize=3, label=_name(row))
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set(xlabel="step", ylabel="ROUGE-L on the facts so far")
     axes[1].set(xlabel="step", ylabel="kept ROUGE-L, relative to before")
     axes[1].legend(fontsize=7)
