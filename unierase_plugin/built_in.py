@@ -19,9 +19,10 @@ def register_methods(register: Callable[[Method[Any]], None]) -> None:
     from .methods.editing import EDITING
     from .methods.finetuning import FINE_TUNING
     from .methods.lunar import LUNAR
+    from .methods.removal import REMOVAL
     from .methods.unierase import UNIERASE
 
-    for method in (UNIERASE, *EDITING, *FINE_TUNING, LUNAR, *CONTROLS, *easyedit_methods()):
+    for method in (UNIERASE, REMOVAL, *EDITING, *FINE_TUNING, LUNAR, *CONTROLS, *easyedit_methods()):
         register(method)
 
 

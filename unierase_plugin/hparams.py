@@ -99,10 +99,47 @@ class HyperParams:
 
 
 @dataclass(frozen=True)
-class UniEraseHyperParams(HyperParams):
-    """Everything that shapes an edit, and nothing that does not. Norms are Euclidean; steps are optimiser steps."""
+class RemovalSettings(HyperParams):
+    """What shapes a removal (docs/removal.md), alone as a method or before an edit. Block numbers count from 0."""
 
-    folder: ClassVar[str] = "UniErase"
+    #: Passes of distillation: each is one forward and one backward over the facts, and a ridge solve a block.
+    removal_passes: int = 4
+    #: Blocks that are changed; empty for all but block 0.
+    removal_layers: tuple[int, ...] = ()
+    #: Blocks that the teacher is made in; empty for the first seven tenths.
+    removal_teacher_layers: tuple[int, ...] = ()
+    #: lambda: what the moments of what is kept weigh against the forgotten facts' in the teacher.
+    removal_teacher_weight: float = 6.0
+    #: Weights in a pass' ridge of the retain set's second moment, of ordinary text's, and of that of the forgotten
+    #: facts' words in any order.
+    removal_retain_weight: float = 4.0
+    removal_text_weight: float = 1.0
+    removal_words_weight: float = 1.0
+    #: Added to the ridge's diagonal, as a share of its mean.
+    removal_ridge: float = 0.003
+    #: Weight of staying with the unedited model on the retain set's answers, against following the teacher.
+    removal_keep_weight: float = 1.0
+    #: Rank that a block's whole change is cut to; 0 keeps all of it.
+    removal_rank: int = 128
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("removal_layers", "removal_teacher_layers"):
+            layers = getattr(self, name)
+            if any(layer < 0 for layer in layers) or list(layers) != sorted(set(layers)):
+                raise HyperParamsError(f"{name} = {list(layers)} must be ascending block numbers from 0, each once.")
+        for name in ("removal_teacher_weight", "removal_ridge"):
+            if not getattr(self, name) > 0:
+                raise HyperParamsError(f"{name} = {getattr(self, name)} must be greater than 0.")
+        for name in ("removal_passes", "removal_retain_weight", "removal_text_weight", "removal_words_weight",
+                     "removal_keep_weight", "removal_rank"):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise HyperParamsError(f"{name} = {getattr(self, name)} must not be negative.")
+
+
+@dataclass(frozen=True)
+class EngineSettings(HyperParams):
+    """Everything that shapes an edit of the engine, and nothing that does not. Steps are optimiser steps."""
 
     # --- where -------------------------------------------------------------------------------------------------------
     alg_name: str = "UniErase"
@@ -210,8 +247,20 @@ class UniEraseHyperParams(HyperParams):
     #: Whether it loads the model in float16; else float32.
     fp16: bool = False
 
+    # --- removal (docs/removal.md) ------------------------------------------------------------------------------------
+    #: Whether what the model knows of the facts is removed first; the edit then goes on top.
+    remove: bool = False
+
     def validate(self) -> None:
+        super().validate()
         _validate(self)
+
+
+@dataclass(frozen=True)
+class UniEraseHyperParams(RemovalSettings, EngineSettings):
+    """UniErase's settings: the engine's, and those of the removal that can go before it. Norms are Euclidean."""
+
+    folder: ClassVar[str] = "UniErase"
 
 
 def hparams_folder() -> Path:
@@ -288,7 +337,7 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
         raise HyperParamsError(f"Hyper-parameter {name} = {value!r} is not of type {wanted}.") from None
 
 
-def _validate(hparams: UniEraseHyperParams) -> None:
+def _validate(hparams: EngineSettings) -> None:
     for name, choices in (("fact_token", FACT_TOKENS), ("solver", SOLVERS), ("mom2_dtype", ("float32", "float64"))):
         value = getattr(hparams, name)
         if value not in choices:

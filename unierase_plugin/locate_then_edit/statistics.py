@@ -65,16 +65,19 @@ def second_moments(
     dtype: torch.dtype = torch.float32,
     pad_id: int = 0,
     skip_first: int = 0,
+    counted: Sequence[Sequence[int]] | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> SecondMoment:
     """C of `layers` over all tokens of `sequences`, `skip_first` tokens of each left out.
+
+    counted     positions that count, a list for each sequence, in the place of all.
 
     The products of a batch are formed in `dtype`, in which C is given back as well; sums over batches are float64. The
     peers make one pass a block; here one pass serves all of them. Sequences of like length share a batch.
     """
     sums = begin_sums(arch, layers)
     add_sequences(arch, sequences, sums, max_tokens=max_tokens, dtype=dtype, pad_id=pad_id, skip_first=skip_first,
-                  progress=progress)  # fmt: skip
+                  counted=counted, progress=progress)  # fmt: skip
     return mean_moments(sums, dtype, skip_first)
 
 
@@ -110,6 +113,7 @@ def add_sequences(
     dtype: torch.dtype = torch.float32,
     pad_id: int = 0,
     skip_first: int = 0,
+    counted: Sequence[Sequence[int]] | None = None,
     share: tuple[int, int] = (0, 1),
     keep: Callable[[MomentSums], None] | None = None,
     keep_every: float = 60.0,
@@ -117,21 +121,24 @@ def add_sequences(
 ) -> None:
     """Goes on with the pass that `sums` is in the middle of, up to the end; what it gives is the same to the bit.
 
+    counted     positions that count, a list for each sequence; None for all but the first `skip_first`.
     share       (which, of how many): of the batches, only every `of how many`-th is this process' own.
     keep        called between batches about every `keep_every` seconds, less often where it takes long.
     Raises EditError for sequences without a token.
     """
-    sequences = [sequence for sequence in sequences if len(sequence)]
-    if not sequences:
+    places = [range(skip_first, len(sequence)) for sequence in sequences] if counted is None else counted
+    kept = [(sequence, at) for sequence, at in zip(sequences, places, strict=True) if len(sequence)]
+    if not kept:
         raise EditError("The corpus for the second moment holds no tokens.")
+    sequences, places = [sequence for sequence, _ in kept], [at for _, at in kept]
     if arch.device.type == "cpu":
         max_tokens = min(max_tokens, CPU_TOKENS)
     batches = list(token_batches(sequences, max_tokens))[share[0] :: share[1]]
     total = sum(len(sequences[row]) for rows in batches for row in rows)
     due = time.monotonic() + keep_every
     for rows in batches[sums.batches :]:
-        _add_batch(arch, [sequences[row] for row in rows], sums, dtype, pad_id, skip_first)
-        sums.count += sum(max(0, len(sequences[row]) - skip_first) for row in rows)
+        _add_batch(arch, [sequences[row] for row in rows], [places[row] for row in rows], sums, dtype, pad_id)
+        sums.count += sum(len(places[row]) for row in rows)
         sums.tokens += sum(len(sequences[row]) for row in rows)
         sums.batches += 1
         progress(sums.tokens / total)
@@ -146,16 +153,15 @@ class _Done(Exception):  # noqa: N818 (no error: it ends a pass)
 
 
 def _add_batch(
-    arch: Architecture, sequences: Sequence[Sequence[int]], sums: MomentSums, dtype: torch.dtype, pad_id: int,
-    skip_first: int,
+    arch: Architecture, sequences: Sequence[Sequence[int]], places: Sequence[Sequence[int]], sums: MomentSums,
+    dtype: torch.dtype, pad_id: int,
 ) -> None:  # fmt: skip
-    """Adds the products of one batch; in halves where the memory does not hold it."""
+    """Adds the products of one batch at `places`; in halves where the memory does not hold it."""
     waiting = [(list(range(len(sequences))), tuple(sums.sums))]
     while waiting:
         rows, layers = waiting.pop(0)
         batch = pad([sequences[row] for row in rows], pad_id, "right", arch.device)
-        counted = batch.mask.bool()
-        counted[:, :skip_first] = False
+        counted = _mask([places[row] for row in rows], batch.mask)
         added: set[int] = set()
         try:
             with _adding(arch, {layer: sums.sums[layer] for layer in layers}, counted, dtype, added):
@@ -163,6 +169,14 @@ def _add_batch(
         except torch.OutOfMemoryError:
             left = tuple(layer for layer in layers if layer not in added)
             waiting[:0] = [(half, left) for half in halves(rows)]
+
+
+def _mask(places: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+    """(B, T) on the device of `like`: true at each row's places."""
+    mask = torch.zeros(like.shape, dtype=torch.bool)
+    for row, at in enumerate(places):
+        mask[row, list(at)] = True
+    return mask.to(like.device)
 
 
 @contextmanager

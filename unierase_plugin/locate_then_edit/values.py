@@ -363,7 +363,7 @@ class _Rows:
         return summed.view(STAYS + 1, -1)
 
     def _seen(self, logits: Tensor) -> Tensor:
-        seen: Tensor = _Divergence.apply(logits, self.looks.wanted, self.reference)
+        seen: Tensor = Divergence.apply(logits, self.looks.wanted, self.reference)
         return seen
 
 
@@ -481,7 +481,7 @@ class _Problem:
         )
 
 
-class _Divergence(torch.autograd.Function):
+class Divergence(torch.autograd.Function):
     """Of each row of logits (N, V): the negative log-likelihood of the token wanted, for the last R rows instead the KL
     divergence from reference log-probabilities (R, V). The gradient takes the place of the one tensor that is kept."""
 

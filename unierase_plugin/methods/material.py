@@ -72,17 +72,24 @@ def _sequences(job: Job[Any], part: str) -> list[Example]:
 
 
 def _sequence(job: Job[Any], fact: ForgetRequest, form: str, sentences: Sequence[str], end: int, limit: int) -> Example:
-    prompt = encode(job.tokenizer, render(job.tokenizer, fact.question, form, job.hparams.chat_template_kwargs), form)
     answer = choose_sentence(fact.question, sentences) if sentences else fact.answer
+    found = answered(job.tokenizer, fact.question, answer, form, end, job.hparams.chat_template_kwargs)
+    if len(found.ids) > limit:
+        raise RequestError(
+            f"{fact.case_id or fact.question[:60]!r} needs {len(found.ids)} tokens with its answer; the model's "
+            f"context holds {limit}. Shorten it, or leave it out."
+        )
+    return found
+
+
+def answered(
+    tokenizer: Any, question: str, answer: str, form: str, end: int, template_kwargs: Mapping[str, Any]
+) -> Example:
+    """A question in one prompt form, the answer, and the token that ends it."""
+    prompt = encode(tokenizer, render(tokenizer, question, form, template_kwargs), form)
     # After "Answer:" a word begins with its space; a chat template ends with a line break or a mark of its own.
     text = f" {answer.strip()}" if form == "plain" else answer
-    ids = (*prompt, *job.tokenizer(text, add_special_tokens=False)["input_ids"], end)
-    if len(ids) > limit:
-        raise RequestError(
-            f"{fact.case_id or fact.question[:60]!r} needs {len(ids)} tokens with its answer; the model's context "
-            f"holds {limit}. Shorten it, or leave it out."
-        )
-    return Example(ids, len(prompt))
+    return Example((*prompt, *tokenizer(text, add_special_tokens=False)["input_ids"], end), len(prompt))
 
 
 def _pairs(forget: int, retain: int, job: Job[Any]) -> list[tuple[int, int]]:

@@ -1,0 +1,226 @@
+"""A pass of second-order distillation: one forward, one backward, a ridge solve a block, a line search.
+
+With g the gradient of the loss at a projection's output and k its input, G = sum_p g_p k_p^T over all positions p is
+the gradient of the loss by the projection's weight. K-FAC (Martens and Grosse 2015, arXiv 1503.05671) takes the step
+-G R^{-1} with R the second moment of k; here R is that of what is to be left alone, so that the step moves the loss most
+for what it does to kept text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architecture import Architecture
+from ..errors import EditError
+from ..locate_then_edit.products import fast_linear_maps, fast_products
+from ..locate_then_edit.trace import run_batches
+from ..locate_then_edit.values import Divergence
+from .teacher import Teacher, logits_at, solver_device, write_weight
+
+#: Steps that are tried, as shares of the one that would bring the loss to zero were it linear.
+MOST, LEAST = 8.0, 0.125
+#: Of the sequences, every third is looked at to choose a step.
+SEARCHED = 3
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One sequence with what is to be said at T of its positions, and what each of them weighs in the loss."""
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    #: (T, V) float16.
+    log_probs: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass did: the loss before it, the step as a share of the linear one (0 where none helped), and eta."""
+
+    loss: float
+    fraction: float
+    rate: float
+
+
+def lessons(teacher: Teacher, weight: float = 1.0) -> list[Lesson]:
+    """A teacher's sequences so that their losses sum to `weight` x the mean over sequences of the mean over positions."""
+    parts = zip(teacher.sequences, teacher.positions, teacher.log_probs, strict=True)
+    share = weight / max(1, len(teacher.sequences))
+    return [Lesson(ids, at, said, share / len(at)) for ids, at, said in parts]
+
+
+def divergence(arch: Architecture, taught: Sequence[Lesson], *, max_tokens: int, pad_id: int) -> float:
+    """The loss: sum over lessons of weight x sum over positions of KL(teacher || model as it is)."""
+    losses: list[float] = []
+
+    @fast_linear_maps()
+    @torch.no_grad()
+    def run(rows: list[int]) -> None:
+        losses.append(float(_loss(arch, [taught[row] for row in rows], pad_id)))
+
+    run_batches([each.ids for each in taught], max_tokens, run)
+    return sum(losses)
+
+
+def gradients(
+    arch: Architecture,
+    taught: Sequence[Lesson],
+    layers: Sequence[int],
+    *,
+    max_tokens: int,
+    pad_id: int,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[float, dict[int, Tensor]]:
+    """The loss, and its gradient G (d, m) float32 by every layer's projection, without gradients of parameters."""
+    total: dict[int, Tensor] = {}
+    losses: list[float] = []
+    seen = 0
+
+    @fast_linear_maps()
+    @torch.enable_grad()
+    def run(rows: list[int]) -> None:
+        nonlocal seen
+        with _watched(arch, layers) as (inputs, outputs):
+            loss = _loss(arch, [taught[row] for row in rows], pad_id)
+        found = torch.autograd.grad(loss, [outputs[layer] for layer in layers])
+        # All of a batch, before any of it is added: where the memory ends on the way, nothing is.
+        products = [_product(g, inputs[layer]) for layer, g in zip(layers, found, strict=True)]
+        for layer, product in zip(layers, products, strict=True):
+            total[layer] = total[layer].add_(product) if layer in total else product
+        losses.append(float(loss.detach()))
+        seen += len(rows)
+        progress(seen / len(taught))
+
+    run_batches([each.ids for each in taught], max_tokens, run)
+    return sum(losses), total
+
+
+def factorised(metric: Tensor, ridge: float) -> Tensor:
+    """Lower Cholesky factor (m, m), float32, of R + ridge x mean(diag R) I. Raises EditError where R is not finite."""
+    moment = metric.double()
+    moment.diagonal().add_(ridge * moment.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(moment)
+    if int(info) or not torch.isfinite(factor).all():
+        raise EditError(
+            f"The second moment of what is kept is not positive definite with removal_ridge = {ridge}. Raise it, or "
+            "load the model in float32 or bfloat16."
+        )
+    return factor.float()
+
+
+def direction(gradient: Tensor, factor: Tensor) -> Tensor:
+    """D = G R^{-1} (d, m) float32, from the Cholesky factor of R."""
+    home = solver_device(gradient)
+    solved = torch.cholesky_solve(gradient.to(home, torch.float64).T, factor.to(home, torch.float64))
+    return solved.T.contiguous().to(gradient)
+
+
+def linear_rate(loss: float, gradient: Mapping[int, Tensor], directions: Mapping[int, Tensor]) -> float:
+    """L / sum over layers of tr(D G^T): the step at which the loss would be zero were it linear; 0 without gradient."""
+    slope = sum(float((directions[layer].double() * each.double()).sum()) for layer, each in gradient.items())
+    return loss / slope if slope > 0 else 0.0
+
+
+def chosen_fraction(measure: Callable[[float], float]) -> float:
+    """The step among MOST, ..., 2, 1, ..., LEAST, doubled while that helps and else halved until it does; 0 for none.
+
+    measure gives the loss at a step; at 0 that of now.
+    """
+    before, fraction = measure(0.0), 1.0
+    lowest = measure(fraction)
+    if lowest < before:
+        while fraction < MOST and (further := measure(2 * fraction)) < lowest:
+            fraction, lowest = 2 * fraction, further
+        return fraction
+    while fraction > LEAST:
+        fraction /= 2
+        if measure(fraction) < before:
+            return fraction
+    return 0.0
+
+
+def take_pass(
+    arch: Architecture,
+    taught: Sequence[Lesson],
+    originals: Mapping[int, Tensor],
+    change: Mapping[int, Tensor],
+    factors: Mapping[int, Tensor],
+    *,
+    max_tokens: int,
+    pad_id: int,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[dict[int, Tensor], Pass]:
+    """One pass from the weights `originals` + `change`, both (d, m) by layer: the change after it, and its figures.
+
+    Leaves the projections at the weights after it, whatever they held before.
+    """
+    layers = tuple(originals)
+    write_changed(arch, originals, change)
+    loss, gradient = gradients(
+        arch, taught, layers, max_tokens=max_tokens, pad_id=pad_id, progress=lambda share: progress(0.6 * share)
+    )
+    directions = {layer: direction(gradient[layer], factors[layer]) for layer in layers}
+    rate, looked = linear_rate(loss, gradient, directions), taught[::SEARCHED]
+
+    def moved(fraction: float) -> dict[int, Tensor]:
+        return {layer: change[layer] - fraction * rate * directions[layer] for layer in layers}
+
+    def measure(fraction: float) -> float:
+        write_changed(arch, originals, moved(fraction))
+        return divergence(arch, looked, max_tokens=max_tokens, pad_id=pad_id)
+
+    fraction = chosen_fraction(measure) if rate else 0.0
+    after = moved(fraction) if fraction else dict(change)
+    write_changed(arch, originals, after)
+    progress(1.0)
+    return after, Pass(loss, fraction, fraction * rate)
+
+
+def write_changed(arch: Architecture, originals: Mapping[int, Tensor], change: Mapping[int, Tensor]) -> None:
+    """Writes W + change, both (d, m) by layer, summed in float32."""
+    for layer, original in originals.items():
+        write_weight(arch, layer, (original.float() + change[layer]).to(original.dtype))
+
+
+def _loss(arch: Architecture, taught: Sequence[Lesson], pad_id: int) -> Tensor:
+    logits = logits_at(arch, [each.ids for each in taught], [each.positions for each in taught], pad_id).float()
+    said = torch.cat([each.log_probs for each in taught]).to(logits.device).float()
+    weight = torch.cat([logits.new_full((len(each.positions),), each.weight) for each in taught])
+    kl: Tensor = Divergence.apply(logits, logits.new_zeros(0, dtype=torch.long), said)
+    return (kl * weight).sum()
+
+
+@contextmanager
+def _watched(arch: Architecture, layers: Sequence[int]) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    """A pass inside leaves the inputs (B, T, m) and outputs (B, T, d) of the projections, the latter in its graph.
+
+    The graph begins at the lowest of them: nothing below has a gradient to be computed.
+    """
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+
+    def look(layer: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        inputs[layer] = args[0].detach()
+        outputs[layer] = output if output.requires_grad else output.detach().requires_grad_()
+        return outputs[layer]
+
+    handles = [arch.projections[layer].register_forward_hook(partial(look, layer)) for layer in layers]
+    try:
+        yield inputs, outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@fast_products()
+def _product(gradient: Tensor, keys: Tensor) -> Tensor:
+    """sum_p g_p k_p^T (d, m) float32."""
+    return gradient.flatten(0, -2).float().T @ keys.flatten(0, -2).float()

@@ -1,0 +1,75 @@
+"""A removal for a job of any method: its blocks chosen, its material read, and, as a method of its own, applied."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from .. import checkpoint as files
+from ..architecture import Architecture, find_architecture
+from ..evaluation.generate import context_limit, pad_token_id
+from ..hparams import RemovalSettings
+from ..locate_then_edit.edit import apply_edit, revert_edit
+from ..locate_then_edit.targets import forms_of
+from ..methods.contract import Changes, Job
+from ..phases import Phases
+from ..resources import lines, paragraphs
+from ..store import digest, plain
+from ..unlearning_token import end_id
+from .material import check_answers, make_material
+from .moments import Material
+from .stage import Removal, remove
+
+#: Bundled questions that join what is to be left alone.
+QUESTIONS = 40
+#: The teacher is made in this share of the blocks, from the lowest on.
+TEACHER_SHARE = 0.7
+
+S = TypeVar("S", bound=RemovalSettings)
+
+
+def settle_removal(arch: Architecture, settings: S) -> S:
+    """The removal's blocks chosen by the model's depth, or checked against it."""
+    blocks = len(arch.blocks)
+    # Block 0 would tell words apart that the facts are made of.
+    layers = arch.check_layers(settings.removal_layers or range(min(1, blocks - 1), blocks))
+    teacher = arch.check_layers(settings.removal_teacher_layers or range(max(1, round(TEACHER_SHARE * blocks))))
+    return settings.replace(removal_layers=layers, removal_teacher_layers=teacher)
+
+
+def check_removal(job: Job[Any]) -> None:
+    """Raises a UniEraseError for a fact that a removal could not take; quick."""
+    check_answers(job.requests)
+    _material(job)
+
+
+def removal_of(job: Job[Any], arch: Architecture, phases: Phases) -> Removal:
+    """The removal of a job's facts, computed and not applied; `job.hparams` holds its settings."""
+    material = _material(job)
+    key = digest(job.fingerprint, job.words, plain(material), job.max_tokens)
+    return remove(
+        arch, material, job.hparams, max_tokens=job.max_tokens, pad_id=pad_token_id(job.model, job.tokenizer), key=key,
+        phases=phases, progress=lambda share, note: job.progress("removal", share, note),
+    )  # fmt: skip
+
+
+def remove_alone(job: Job[Any]) -> Changes:
+    """The method `removal`: what `removal_of` gives, applied."""
+    phases = Phases(job.work)
+    arch = find_architecture(job.model, job.hparams.rewrite_module_tmp, job.hparams.layer_module_tmp)
+    originals = files.take_originals(arch, job.hparams.removal_layers, len(arch.embedding.weight))
+    found = removal_of(job, arch, phases)
+    applied = apply_edit(arch, found.edit)
+    changed = sum(weight.numel() for weight in originals.projections.values())
+    return Changes(
+        found.edit, originals, parameters=changed, seconds=phases.seconds, figures={"removal": found.figures},
+        undo=lambda: revert_edit(arch, applied),
+    )  # fmt: skip
+
+
+def _material(job: Job[Any]) -> Material:
+    h = job.hparams
+    return make_material(
+        job.tokenizer, job.requests, job.retain, paragraphs("ordinary_text_train"), lines("questions")[:QUESTIONS],
+        forms=forms_of(job.tokenizer, h), template_kwargs=h.chat_template_kwargs,
+        end=end_id(job.model, job.tokenizer), limit=context_limit(job.model), seed=job.seed,
+    )  # fmt: skip

@@ -1,0 +1,84 @@
+"""Second moments E[k k^T] of what MLP output projections read, for many blocks at once, and their weighted sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..architecture import Architecture
+from ..locate_then_edit.statistics import SecondMoment, second_moments
+
+
+@dataclass(frozen=True)
+class Material:
+    """Token sequences by what they are to the removal; none of them empty but where nothing of the kind is given."""
+
+    #: Forgotten facts with their answers, one a fact and prompt form, and where the answers begin.
+    forget: tuple[tuple[int, ...], ...]
+    forget_starts: tuple[int, ...]
+    #: The same of facts to keep.
+    kept: tuple[tuple[int, ...], ...]
+    kept_starts: tuple[int, ...]
+    #: Ordinary text and questions.
+    text: tuple[tuple[int, ...], ...]
+    #: The forgotten facts' words in any order.
+    words: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the inputs k of the projections, each (m, m) a layer: means over the positions that count."""
+
+    #: F: the forgotten answers, from the prompt's last token to the answer's last but one.
+    forgotten: SecondMoment
+    #: R_r: facts to keep with their answers; None where none are given.
+    kept: SecondMoment | None
+    #: R_c: ordinary text.
+    text: SecondMoment
+    #: R_s: the forgotten facts' words in any order.
+    words: SecondMoment
+
+
+def answer_positions(sequence: Sequence[int], start: int) -> tuple[int, ...]:
+    """Positions whose next token is the answer's: from the prompt's last to the last but one of the sequence."""
+    return tuple(range(start - 1, len(sequence) - 1))
+
+
+def take_moments(
+    arch: Architecture,
+    material: Material,
+    layers: Sequence[int],
+    *,
+    max_tokens: int,
+    pad_id: int,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Moments:
+    """All four moments of `layers`, by the model as it is."""
+    places = [answer_positions(ids, start) for ids, start in zip(material.forget, material.forget_starts, strict=True)]
+    parts = ((material.forget, places), (material.kept, None), (material.text, None), (material.words, None))
+    total, done = sum(len(ids) for sequences, _ in parts for ids in sequences), 0
+    found: list[SecondMoment | None] = []
+    for sequences, counted in parts:
+        size = sum(map(len, sequences))
+
+        def report(share: float, done: int = done, size: int = size) -> None:
+            progress((done + share * size) / total)
+
+        found.append(second_moments(
+            arch, sequences, layers, max_tokens=max_tokens, pad_id=pad_id, counted=counted, progress=report
+        ) if sequences else None)  # fmt: skip
+        done += size
+    forgotten, kept, text, words = found
+    assert forgotten and text and words
+    return Moments(forgotten, kept, text, words)
+
+
+def weighed(parts: Sequence[tuple[float, SecondMoment | None]], layers: Sequence[int]) -> dict[int, Tensor]:
+    """sum_i w_i C_i (m, m) a layer, float32 on the CPU; parts that are None count as zero."""
+    return {
+        layer: torch.stack([weight * part.moments[layer] for weight, part in parts if part is not None]).sum(0)
+        for layer in layers
+    }

@@ -1,0 +1,127 @@
+"""The teacher: the model with what is strong in forgotten answers and weak in what is kept filtered out of it.
+
+It is made in closed form, asked once for its distribution at every token of the forgotten answers, and gone again: the
+weights are put back to the bit. It is too blunt to be kept, since it changes what the model does elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..architecture import Architecture, stores_input_first
+from ..locate_then_edit.edit import restored
+from ..locate_then_edit.products import fast_linear_maps
+from ..locate_then_edit.trace import pad, run_batches, run_blocks
+from .moments import answer_positions
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What is to be said: of every sequence, log-probabilities (T, V) in float16 on the CPU at T of its positions."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    positions: tuple[tuple[int, ...], ...]
+    log_probs: tuple[Tensor, ...]
+
+
+def filtered(weight: Tensor, forgotten: Tensor, kept: Tensor, strength: float, jitter: float = 1e-6) -> Tensor:
+    """W' = W (I - F A^{-1}), A = strength R + F + epsilon I, float64, for W (d, m), F and R (m, m).
+
+    epsilon is `jitter` times the mean diagonal of strength R + F. Of all W', the one with the least
+    E_F |W' k|^2 + strength E_R |W' k - W k|^2 + epsilon |W' - W|^2: keys of forgotten answers are mapped to nothing,
+    those of what is kept as before.
+    """
+    moment = strength * kept.double() + forgotten.double()
+    moment.diagonal().add_(jitter * moment.diagonal().mean())
+    factor = torch.linalg.cholesky(moment)
+    gone = weight.double() @ forgotten.double()
+    return weight.double() - torch.cholesky_solve(gone.T, factor).T
+
+
+@contextmanager
+def replaced(arch: Architecture, weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """Projections hold `weights` (d, m) by layer inside, and to the bit what they held before after it."""
+    with restored(arch, tuple(weights)):
+        for layer, weight in weights.items():
+            write_weight(arch, layer, weight)
+        yield
+
+
+@torch.no_grad()
+def write_weight(arch: Architecture, layer: int, weight: Tensor) -> None:
+    """Writes (d, m) into a projection, whichever way it stores it."""
+    projection = arch.projections[layer]
+    projection.weight.copy_(weight.T if stores_input_first(projection) else weight)
+
+
+def read_weight(arch: Architecture, layer: int) -> Tensor:
+    """(d, m) of a projection, whichever way it stores it; a view of it."""
+    projection = arch.projections[layer]
+    weight = projection.weight.detach()
+    return weight.T if stores_input_first(projection) else weight
+
+
+def filtered_weights(
+    arch: Architecture,
+    layers: Sequence[int],
+    forgotten: Mapping[int, Tensor],
+    kept: Mapping[int, Tensor],
+    strength: float,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[int, Tensor]:
+    """`filtered` for every layer, in the dtype of its weight."""
+    found: dict[int, Tensor] = {}
+    for done, layer in enumerate(layers, start=1):
+        weight = read_weight(arch, layer)
+        home = solver_device(weight)
+        parts = (each.to(home) for each in (weight, forgotten[layer], kept[layer]))
+        found[layer] = filtered(*parts, strength).to(weight)
+        progress(done / len(layers))
+    return found
+
+
+def solver_device(weight: Tensor) -> torch.device:
+    """Where systems of a projection's width are solved: with it on a CUDA device; others may lack float64."""
+    return weight.device if weight.device.type == "cuda" else torch.device("cpu")
+
+
+def ask(
+    arch: Architecture,
+    sequences: Sequence[tuple[int, ...]],
+    starts: Sequence[int],
+    *,
+    max_tokens: int,
+    pad_id: int,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Teacher:
+    """What the model as it is says at every token of the answers, which begin at `starts`."""
+    positions = tuple(answer_positions(ids, start) for ids, start in zip(sequences, starts, strict=True))
+    found: dict[int, Tensor] = {}
+
+    @fast_linear_maps()
+    @torch.no_grad()
+    def run(rows: list[int]) -> None:
+        logits = logits_at(arch, [sequences[row] for row in rows], [positions[row] for row in rows], pad_id)
+        parts = logits.float().log_softmax(-1).to("cpu", torch.float16).split([len(positions[row]) for row in rows])
+        # Copied: a part of a whole batch would keep the batch.
+        found.update((row, part.clone()) for row, part in zip(rows, parts, strict=True))
+        progress(len(found) / len(sequences))
+
+    run_batches(sequences, max_tokens, run)
+    return Teacher(tuple(sequences), positions, tuple(found[row] for row in range(len(sequences))))
+
+
+def logits_at(
+    arch: Architecture, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], pad_id: int
+) -> Tensor:
+    """Logits (N, V) at the positions of all sequences, one after another; N counts all positions."""
+    batch = pad(sequences, pad_id, "right", arch.device)
+    rows = torch.tensor([row for row, found in enumerate(positions) for _ in found], device=arch.device)
+    columns = torch.tensor([place for found in positions for place in found], device=arch.device)
+    logits: Tensor = run_blocks(arch, batch, head_at=(rows, columns)).logits
+    return logits
