@@ -22,7 +22,8 @@ def register_methods(register: Callable[[Method[Any]], None]) -> None:
     from .methods.removal import REMOVAL
     from .methods.unierase import UNIERASE
 
-    for method in (UNIERASE, REMOVAL, *EDITING, *FINE_TUNING, LUNAR, *CONTROLS, *easyedit_methods()):
+    own: tuple[Method[Any], ...] = (UNIERASE, REMOVAL, *EDITING, *FINE_TUNING, LUNAR, *CONTROLS)
+    for method in (*own, *easyedit_methods()):
         register(method)
 
 

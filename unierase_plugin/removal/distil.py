@@ -2,8 +2,8 @@
 
 With g the gradient of the loss at a projection's output and k its input, G = sum_p g_p k_p^T over all positions p is
 the gradient of the loss by the projection's weight. K-FAC (Martens and Grosse 2015, arXiv 1503.05671) takes the step
--G R^{-1} with R the second moment of k; here R is that of what is to be left alone, so that the step moves the loss most
-for what it does to kept text.
+-G R^{-1} with R the second moment of k; here R is that of what is to be left alone, so that of all steps that lower the
+loss as much to first order, this one moves the outputs for kept text least.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Pass:
 
 
 def lessons(teacher: Teacher, weight: float = 1.0) -> list[Lesson]:
-    """A teacher's sequences so that their losses sum to `weight` x the mean over sequences of the mean over positions."""
+    """A teacher's sequences; their losses sum to `weight` x the mean over sequences of the mean over positions."""
     parts = zip(teacher.sequences, teacher.positions, teacher.log_probs, strict=True)
     share = weight / max(1, len(teacher.sequences))
     return [Lesson(ids, at, said, share / len(at)) for ids, at, said in parts]
@@ -107,6 +107,7 @@ def factorised(metric: Tensor, ridge: float) -> Tensor:
     """Lower Cholesky factor (m, m), float32, of R + ridge x mean(diag R) I. Raises EditError where R is not finite."""
     moment = metric.double()
     moment.diagonal().add_(ridge * moment.diagonal().mean())
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(moment)
     if int(info) or not torch.isfinite(factor).all():
         raise EditError(
@@ -119,7 +120,7 @@ def factorised(metric: Tensor, ridge: float) -> Tensor:
 def direction(gradient: Tensor, factor: Tensor) -> Tensor:
     """D = G R^{-1} (d, m) float32, from the Cholesky factor of R."""
     home = solver_device(gradient)
-    solved = torch.cholesky_solve(gradient.to(home, torch.float64).T, factor.to(home, torch.float64))
+    solved: Tensor = torch.cholesky_solve(gradient.to(home, torch.float64).T, factor.to(home, torch.float64))
     return solved.T.contiguous().to(gradient)
 
 

@@ -16,7 +16,7 @@ SHARES = (0.9, 0.99)
 
 @dataclass(frozen=True)
 class Truncated:
-    """Factors of a change, float32 on the CPU, the share of |change|^2 in them, and the ranks that hold SHARES of it."""
+    """Factors of a change (float32, CPU), the share of |change|^2 in them, and the ranks that hold SHARES of it."""
 
     factors: LowRank
     energy: float

@@ -31,8 +31,8 @@ def make_material(
 ) -> Material:
     """Facts in all of `forms`, questions in them too, paragraphs as they are; `end` closes an answer.
 
-    limit is the model's context: longer text is cut, a fact that is longer raises RequestError, as does a fact to forget
-    without its answer.
+    limit is the model's context: longer text is cut. A fact that is longer raises RequestError, as does a fact to
+    forget whose answer is not given.
     """
 
     def told(facts: Sequence[ForgetRequest]) -> list[Example]:
@@ -85,7 +85,7 @@ def check_answers(forget: Sequence[ForgetRequest]) -> None:
 def _checked(fact: ForgetRequest, found: Example, limit: int) -> Example:
     if len(found.ids) > limit:
         raise RequestError(
-            f"{fact.case_id or fact.question[:60]!r} needs {len(found.ids)} tokens with its answer; the model's context "
-            f"holds {limit}. Shorten it, or leave it out."
+            f"{fact.case_id or fact.question[:60]!r} needs {len(found.ids)} tokens with its answer; the model's "
+            f"context holds {limit}. Shorten it, or leave it out."
         )
     return found

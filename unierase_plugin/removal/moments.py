@@ -14,7 +14,7 @@ from ..locate_then_edit.statistics import SecondMoment, second_moments
 
 @dataclass(frozen=True)
 class Material:
-    """Token sequences by what they are to the removal; none of them empty but where nothing of the kind is given."""
+    """Token sequences by what they are to the removal; none is empty but what is to be kept, where nothing is given."""
 
     #: Forgotten facts with their answers, one a fact and prompt form, and where the answers begin.
     forget: tuple[tuple[int, ...], ...]
@@ -58,22 +58,23 @@ def take_moments(
 ) -> Moments:
     """All four moments of `layers`, by the model as it is."""
     places = [answer_positions(ids, start) for ids, start in zip(material.forget, material.forget_starts, strict=True)]
-    parts = ((material.forget, places), (material.kept, None), (material.text, None), (material.words, None))
-    total, done = sum(len(ids) for sequences, _ in parts for ids in sequences), 0
-    found: list[SecondMoment | None] = []
-    for sequences, counted in parts:
-        size = sum(map(len, sequences))
+    total = sum(map(len, (*material.forget, *material.kept, *material.text, *material.words)))
+    done = 0
 
-        def report(share: float, done: int = done, size: int = size) -> None:
-            progress((done + share * size) / total)
-
-        found.append(second_moments(
-            arch, sequences, layers, max_tokens=max_tokens, pad_id=pad_id, counted=counted, progress=report
-        ) if sequences else None)  # fmt: skip
+    def take(sequences: Sequence[Sequence[int]], counted: Sequence[Sequence[int]] | None = None) -> SecondMoment:
+        nonlocal done
+        begun, size = done, sum(map(len, sequences))
+        found = second_moments(
+            arch, sequences, layers, max_tokens=max_tokens, pad_id=pad_id, counted=counted,
+            progress=lambda share: progress((begun + share * size) / total),
+        )  # fmt: skip
         done += size
-    forgotten, kept, text, words = found
-    assert forgotten and text and words
-    return Moments(forgotten, kept, text, words)
+        return found
+
+    return Moments(
+        take(material.forget, places), take(material.kept) if material.kept else None, take(material.text),
+        take(material.words),
+    )  # fmt: skip
 
 
 def weighed(parts: Sequence[tuple[float, SecondMoment | None]], layers: Sequence[int]) -> dict[int, Tensor]:

@@ -79,8 +79,8 @@ def filtered_weights(
     for done, layer in enumerate(layers, start=1):
         weight = read_weight(arch, layer)
         home = solver_device(weight)
-        parts = (each.to(home) for each in (weight, forgotten[layer], kept[layer]))
-        found[layer] = filtered(*parts, strength).to(weight)
+        new = filtered(weight.to(home), forgotten[layer].to(home), kept[layer].to(home), strength)
+        found[layer] = new.to(weight)
         progress(done / len(layers))
     return found
 
