@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -35,8 +35,10 @@ from .locate_then_edit.solve import Ridge, Solver, protected_directions
 from .locate_then_edit.statistics import SecondMoment, join_moments, second_moments
 from .locate_then_edit.targets import context_texts, forms_of, make_targets, targets_a_request
 from .locate_then_edit.values import Values, ValueTarget, optimise_values
-from .methods.contract import Changes, Earlier, Job
+from .methods.contract import Changes, Job
 from .phases import Phases
+from .removal.job import check_removal, removal_of, settle_removal
+from .removal.stage import Removal
 from .resources import lines, paragraphs
 from .second_moment import Corpus, CorpusMoment
 from .store import (
@@ -45,6 +47,7 @@ from .store import (
     Store,
     cache_folder,
     digest,
+    model_fingerprint,
     pack_moment,
     pack_token,
     pack_values,
@@ -100,16 +103,65 @@ class Editing(Phases, ABC):
     #: What the values aim at where a target does not say; until the token has its id, any stands for its length.
     token_id = 0
 
-    @abstractmethod
     def check(self) -> None:
         """Raises a UniEraseError for what `run` could not take; quick."""
+        if self.hparams.remove:
+            check_removal(self.job)
 
     @abstractmethod
+    def edit(self, contexts: Sequence[str], corpus: SecondMoment) -> Changes:
+        """Computes the edit of the model as it is now and applies it."""
+
     def run(self) -> Changes:
-        """Computes the edit and applies it."""
+        """Removes what is known first, where that is wanted; then computes the edit and applies it."""
+        # Of the model as it came, as in all other runs on it: they share what they keep.
+        contexts, corpus = self._contexts(), self._corpus_moments()
+        if not self.hparams.remove:
+            return self.edit(contexts, corpus)
+        arch = architecture(self.model, self.hparams)
+        removal = removal_of(self.job, arch, self)
+        applied = apply_edit(arch, removal.edit)
+        try:
+            self.fingerprint = model_fingerprint(self.model)
+            return self._joined(arch, removal, applied, self.edit(contexts, corpus))
+        except BaseException:
+            revert_edit(arch, applied)
+            raise
+
+    def _joined(self, arch: Architecture, removal: Removal, applied: Applied, changes: Changes) -> Changes:
+        """Removal and edit as one change of the model as it came."""
+        over, before = cast("WeightEdit", changes.edit), cast("files.Originals", changes.originals)
+
+        def undo() -> None:
+            cast("Callable[[], None]", changes.undo)()
+            revert_edit(arch, applied)
+
+        edit = files.join_removal(removal.edit, over)
+        originals = replace(
+            before, projections={**before.projections, **applied.originals},
+            names={**before.names, **{layer: arch.weight_name(layer) for layer in applied.originals}},
+        )  # fmt: skip
+        try:
+            # Added at once: two sums would round twice, and going back to this step would give other bits.
+            revert_edit(arch, Applied(originals.projections))
+            apply_edit(arch, edit)
+        except BaseException:
+            undo()
+            raise
+        ratios = {
+            layer: update.norm() / float(originals.projections[layer].float().norm())
+            for layer, update in edit.updates.items()
+        }
+        below = [weight.numel() for layer, weight in applied.originals.items() if layer not in before.projections]
+        return replace(
+            changes, edit=replace(edit, norm_ratios=ratios), originals=originals,
+            parameters=(changes.parameters or 0) + sum(below), seconds=self.seconds,
+            figures={**changes.figures, "removal": removal.figures}, undo=undo,
+        )  # fmt: skip
 
     def __init__(self, job: Job[Any]) -> None:
         super().__init__(job.work)
+        self.job = job
         self.model, self.tokenizer, self.hparams, self.requests, self.retain = (
             job.model, job.tokenizer, job.hparams, job.requests, job.retain,
         )  # fmt: skip
@@ -279,14 +331,14 @@ class Erasure(Editing):
         self.seconds = {"token": 0.0, **self.seconds}
 
     def check(self) -> None:
+        super().check()
         if self.earlier is None:
             # On a copy: what is refused leaves nothing behind.
             add_to_tokenizer(copy.deepcopy(self.tokenizer), self.hparams.unlearning_token)
         self._targets(self._contexts(), {})
         self._check_corpus()
 
-    def run(self) -> Changes:
-        contexts, corpus = self._contexts(), self._corpus_moments()
+    def edit(self, contexts: Sequence[str], corpus: SecondMoment) -> Changes:
         if self.earlier is not None and self.earlier.token is not None:
             self.token_id = self.earlier.token.id
             return self._run(architecture(self.model, self.hparams), contexts, corpus, self.earlier.token, None)
@@ -366,9 +418,9 @@ class Erasure(Editing):
             return super()._retain_moments(arch, key)
         with self.timed("statistics"):
             tokens = self._declined_tokens()
-            # As with the corpus, those of the model before its first step serve all steps.
-            first = self.earlier or Earlier(None, (), self.fingerprint, self.words)
-            name = digest(CACHE_VERSION, first.fingerprint, key, h.layers, h.mom2_dtype, tokens)[:32]
+            # As with the corpus, those of the model before its first step serve all steps, unless a removal changes it.
+            first = self.earlier.fingerprint if self.earlier and not h.remove else self.fingerprint
+            name = digest(CACHE_VERSION, first, key, h.layers, h.mom2_dtype, tokens)[:32]
             declined = unpack_moment(*self.cache.cached("declined", name, lambda: self._counted(arch, tokens)))
         kept = super()._retain_moments(arch, key)
         return declined if kept is None else join_moments(declined, kept)
@@ -424,7 +476,7 @@ class Erasure(Editing):
 
 
 def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
-    """The blocks to edit chosen by the model's depth, or checked against it."""
+    """The blocks to edit, and those of a removal before it, chosen by the model's depth, or checked against it."""
     arch = architecture(model, hparams)
     layers = arch.check_layers(hparams.layers or default_layers(len(arch.blocks)))
     if layers[-1] == len(arch.blocks) - 1:
@@ -432,7 +484,13 @@ def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperPara
             f"layers = {list(layers)}: the last block cannot be edited, since no attention follows that could carry "
             f"the edit from the fact to the answer. Choose from 0 to {len(arch.blocks) - 2}."
         )
-    return hparams.replace(layers=layers)
+    settled = hparams.replace(layers=layers)
+    return settle_removal(arch, settled) if hparams.remove else settled
+
+
+def changed_layers(hparams: UniEraseHyperParams) -> tuple[int, ...]:
+    """All blocks that settled hyper-parameters change, ascending."""
+    return tuple(sorted({*hparams.layers, *(hparams.removal_layers if hparams.remove else ())}))
 
 
 def default_layers(blocks: int) -> tuple[int, ...]:

@@ -98,6 +98,7 @@ def unlearn(
     hparams: HyperParams | str | os.PathLike[str] | None = None,
     corpus: str | None = None,
     harden: bool = False,
+    remove: bool = False,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     keep_requests: bool = False,
@@ -120,6 +121,8 @@ def unlearn(
               name[:config[:column]]
     harden    whether the edit is to withstand attacks, in the ways that earned it (docs/hardening.md): sets
               `hparams.HARDENED`, whatever hparams says; UniErase's setting `harden` names single ways
+    remove    whether what the model knows of the facts is removed first (docs/removal.md), as the setting `remove` does;
+              by the method "removal" that is all that is done
     out       output folder; without it nothing is written but the caches
     judged    how many facts of each set are answered before and after, since generating takes time
 
@@ -129,7 +132,7 @@ def unlearn(
     requests, kept = _facts(chosen, forget, retain)
     folder = None if out is None else files.check_output_folder(Path(out), overwrite)
     options = {
-        "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None,
+        "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None, "remove": remove or None,
         **(HARDENED if harden else {}),
     }  # fmt: skip
     progress("load", 0.0, "")
@@ -452,6 +455,11 @@ def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Meth
         raise HyperParamsError(f"The method {method.name!r} reads no corpus. Leave corpus (--corpus) out.")
     if options.get("harden") is not None and "harden" not in known:
         raise HyperParamsError(f"The method {method.name!r} cannot be hardened; UniErase can. Leave --harden out.")
+    if options.get("remove") is not None and "remove" not in known:
+        raise HyperParamsError(
+            f"The method {method.name!r} cannot go on from a removal; UniErase, rome, memit and alphaedit can, and "
+            "--method removal is one alone. Leave --remove out."
+        )
     return hparams.replace(**{name: value for name, value in options.items() if value is not None and name in known})
 
 

@@ -32,11 +32,11 @@ class _PlainAnswer(Editing):
     """Leads to words that the model has: an "I don't know" sentence, or the end of text at once."""
 
     def check(self) -> None:
+        super().check()
         self._plain_targets(self._contexts())
         self._check_corpus()
 
-    def run(self) -> Changes:
-        contexts, corpus = self._contexts(), self._corpus_moments()
+    def edit(self, contexts: Sequence[str], corpus: SecondMoment) -> Changes:
         arch = architecture(self.model, self.hparams)
         originals = files.take_originals(arch, self.hparams.layers, len(arch.embedding.weight))
         retain = self._retain_moments(arch, "plain")

@@ -179,7 +179,8 @@ def _ledger(
     in_the_clear: bool,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Answer and subject are hashed with their question, so that a list of names or of short answers finds nothing."""
-    rank = edit.rank(edit.layers[0]) if edit and edit.layers else 0
+    # What was removed was removed for all requests together.
+    rank = edit.rank(edit.layers[0]) if edit and edit.layers and not edit.removed else 0
     # Requests are in the edit in order, all columns of one together (`targets.make_targets`).
     width, odd = divmod(rank, max(1, len(requests)))
     for at, request in enumerate(requests):

@@ -7,7 +7,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,12 @@ def join_edits(edits: Sequence[WeightEdit]) -> WeightEdit:
     )
 
 
+def join_removal(removal: WeightEdit, edit: WeightEdit) -> WeightEdit:
+    """A removal and the edit on top of it as one step; norm ratios, which are not known of a sum, are left out."""
+    joined = join_edits((removal, edit))
+    return replace(joined, residual_norms=edit.residual_norms, removed=dict(removal.removed))
+
+
 def ledger_hash(salt: str, *texts: str) -> str:
     """Hex sha256 of texts under a checkpoint's salt, in Unicode's NFC, case folded, white space collapsed.
 
@@ -182,7 +188,10 @@ def pack_edits(edits: Sequence[WeightEdit]) -> Packed:
             tensors[f"step{step}.layer{layer}.up"] = update.up
             tensors[f"step{step}.layer{layer}.down"] = update.down
         tensors.update({f"step{step}.layer{layer}.keys": keys for layer, keys in edit.keys.items()})
-        norms.append({"residual_norms": list(edit.residual_norms), "norm_ratios": dict(edit.norm_ratios)})
+        norms.append({
+            "residual_norms": list(edit.residual_norms), "norm_ratios": dict(edit.norm_ratios),
+            "removed": dict(edit.removed),
+        })  # fmt: skip
     return tensors, {"norms": json.dumps(norms)}
 
 
@@ -268,7 +277,9 @@ def _unpack_step(tensors: Mapping[str, Tensor], step: int, norms: Mapping[str, A
     downs = by_layer("down")
     updates = {layer: LowRank(up, downs[layer]) for layer, up in by_layer("up").items()}
     ratios = {int(layer): ratio for layer, ratio in norms["norm_ratios"].items()}
-    return WeightEdit(updates, tuple(norms["residual_norms"]), ratios, by_layer("keys"))
+    # Records from before there was removal do not name it.
+    removed = {int(layer): rank for layer, rank in norms.get("removed", {}).items()}
+    return WeightEdit(updates, tuple(norms["residual_norms"]), ratios, by_layer("keys"), removed)
 
 
 def _unpack_originals(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Originals | None:

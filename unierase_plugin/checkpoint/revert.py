@@ -122,8 +122,14 @@ def _lines_of(checkpoint: Checkpoint, request: str, source: Path) -> list[dict[s
 
 
 def _smaller(edit: WeightEdit, leave: Sequence[Mapping[str, Any]], stay: Sequence[Any]) -> WeightEdit:
-    if not stay:
+    if not stay:  # the whole step goes, whatever it was
         return WeightEdit({})
+    if edit.removed:
+        raise CheckpointError(
+            f"Step {leave[0]['step']} removed what the model knew of all its requests together (--remove, or the method "
+            "removal), in passes of which each went on from the one before, so no part of it belongs to one request. "
+            "Revert the whole step (--step), and run again without the request."
+        )
     if any(line.get("columns") is None for line in leave):
         raise CheckpointError(
             f"The ledger does not say which part of step {leave[0]['step']} belongs to which request, so one cannot be "

@@ -67,6 +67,11 @@ def run(
         bool, typer.Option("--harden", help="Harden the edit against attacks, such as a ban of the token; takes longer "
                                             "(docs/hardening.md). The setting `harden` names single ways.")
     ] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="First take what the model knows of the facts out of it, so that a ban of "
+                                            "the token uncovers a model that does not know; takes longer "
+                                            "(docs/removal.md). --method removal does that alone.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random; the hparams' when left out.")] = None,
     device: Device = "",
     dtype: Dtype = "",
@@ -89,7 +94,7 @@ def run(
     with progress(console) as report:
         result = unlearn(
             model, forget, method=chosen, retain=retain or None, hparams=hparams or None, corpus=corpus or None,
-            harden=harden, out=out, overwrite=overwrite, keep_requests=keep_requests, judged=judged, seed=seed,
+            harden=harden, remove=remove, out=out, overwrite=overwrite, keep_requests=keep_requests, judged=judged, seed=seed,
             device=device, dtype=dtype, max_batch_tokens=max_batch_tokens, progress=report,
         )  # fmt: skip
     if chosen.needs_subjects:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..architecture import find_architecture
+from ..erasure import changed_layers
 from ..errors import RequestError
 from ..hparams import UniEraseHyperParams
 from ..methods.contract import Changes, Earlier
@@ -142,7 +143,7 @@ def edit_in_place(
     history.settle(model)
     settled = UNIERASE.settle(model, hparams)
     arch = find_architecture(model, settled.rewrite_module_tmp, settled.layer_module_tmp)
-    names = tuple(arch.weight_name(layer) for layer in settled.layers)
+    names = tuple(arch.weight_name(layer) for layer in changed_layers(settled))
     before = model_fingerprint(model, names)
     weights = {name: _kept(model.get_parameter(name), originals_on) for name in names}
     changes, earlier = change(model, requests, tokenizer=tokenizer, hparams=settled, earlier=history.earlier)

@@ -32,6 +32,8 @@ class WeightEdit:
     norm_ratios: Mapping[int, float] = field(default_factory=dict)
     #: Keys (m, n) by layer, which later edits protect.
     keys: Mapping[int, Tensor] = field(default_factory=dict)
+    #: How many of a layer's columns, the first ones, are of a removal: of all requests together, with no key of any.
+    removed: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[int, ...]:

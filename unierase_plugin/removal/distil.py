@@ -105,7 +105,7 @@ def gradients(
 
 def factorised(metric: Tensor, ridge: float) -> Tensor:
     """Lower Cholesky factor (m, m), float32, of R + ridge x mean(diag R) I. Raises EditError where R is not finite."""
-    moment = metric.double()
+    moment = metric.to(torch.float64, copy=True)
     moment.diagonal().add_(ridge * moment.diagonal().mean())
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(moment)

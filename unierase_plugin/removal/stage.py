@@ -98,6 +98,7 @@ class _Run:
                     layer: each.factors.norm() / float(self.originals[layer].float().norm())
                     for layer, each in cut.items()
                 },
+                removed={layer: each.factors.up.shape[1] for layer, each in cut.items()},
             )
             figures = self._figures(edit, cut, taken)
         self.progress(1.0, "")
@@ -249,7 +250,8 @@ def _unpack_removal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
     downs = _by_layer(tensors, "down")
     updates = {layer: LowRank(up, downs[layer]) for layer, up in _by_layer(tensors, "up").items()}
     ratios = {int(layer): ratio for layer, ratio in json.loads(metadata["norm_ratios"]).items()}
-    return Removal(WeightEdit(updates, norm_ratios=ratios), json.loads(metadata["figures"]))
+    removed = {layer: each.up.shape[1] for layer, each in updates.items()}
+    return Removal(WeightEdit(updates, norm_ratios=ratios, removed=removed), json.loads(metadata["figures"]))
 
 
 def _by_layer(tensors: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
