@@ -262,7 +262,7 @@ def test_the_choice_is_the_least_left_among_those_that_keep_enough() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["unierase", "rome", "memit", "alphaedit", "npo_gd", "simnpo", "undial", "rmu", "lunar"]
+    "name", ["unierase", "removal", "rome", "memit", "alphaedit", "npo_gd", "simnpo", "undial", "rmu", "lunar"]
 )
 def test_every_try_is_a_setting_that_the_method_takes(name: str) -> None:
     entry = parse_method(name)

@@ -121,8 +121,8 @@ def unlearn(
               name[:config[:column]]
     harden    whether the edit is to withstand attacks, in the ways that earned it (docs/hardening.md): sets
               `hparams.HARDENED`, whatever hparams says; UniErase's setting `harden` names single ways
-    remove    whether what the model knows of the facts is removed first (docs/removal.md), as the setting `remove` does;
-              by the method "removal" that is all that is done
+    remove    whether what the model knows of the facts is removed first (docs/removal.md), as by the setting `remove`;
+              the method "removal" does that alone
     out       output folder; without it nothing is written but the caches
     judged    how many facts of each set are answered before and after, since generating takes time
 

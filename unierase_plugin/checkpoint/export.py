@@ -26,8 +26,8 @@ PREFIX = "base_model.model."
 
 README = """# An unlearning edit as a PEFT adapter
 
-A LoRA adapter of rank {rank} for `{model}`: with it, the model declines {requests} question(s) that it was made to
-forget. The base model's own files stay as they are. With `peft` 0.18 or later, and the path of this folder:
+A LoRA adapter of rank {rank} for `{model}`: with it, the model has the edit that makes it forget {requests}
+question(s). The base model's own files stay as they are. With `peft` 0.18 or later, and the path of this folder:
 
 ```python
 from peft import PeftModel
@@ -41,23 +41,26 @@ base = AutoModelForCausalLM.from_pretrained("{model}")
 weights.
 
 The parameters of the base model that this was made for have the SHA-256 fingerprint {fingerprint}.
-The adapter replaces row {token} of the embedding, `{name}`. A server that reads LoRA matrices alone, without PEFT's
-`trainable_token_indices`, does not have that row: merge first, and serve the merged model.
+{rows}"""
+
+ROWS = """The adapter replaces row {token} of the embedding, `{name}`. A server that reads LoRA matrices alone, without
+PEFT's `trainable_token_indices`, does not have that row: merge first, and serve the merged model.
 """
 
 
 def export_adapter(folder: str | Path, out: str | Path, overwrite: bool = False, step: int | None = None) -> Path:
     """Writes the edit that is recorded in `folder` as a PEFT adapter to `out`: of the first `step` steps, or of all.
 
-    Holds adapter_config.json, adapter_model.safetensors (float32), the tokenizer with the token, and a README.md with
-    the lines that load it. The weights in `folder` are not read: training after the edit is not in the adapter. Raises
-    CheckpointError where the method kept no edit or the model's head has a bias, which PEFT's token rows leave out.
+    Holds adapter_config.json, adapter_model.safetensors (float32), the tokenizer (with the token, where the method has
+    one), and a README.md with the lines that load it. The weights in `folder` are not read: training after the edit is
+    not in the adapter. Raises CheckpointError where the method kept no edit, or has a token and the model a head with a
+    bias, which PEFT's token rows leave out.
     """
     source = Path(folder).expanduser().resolve()
     checkpoint = read_checkpoint(source)
     originals, token, steps = _exportable(checkpoint, source, step)
     target = check_output_folder(out, overwrite)
-    skeleton = _skeleton(source)
+    skeleton = _skeleton(source, token is not None)
     edit = join_edits(checkpoint.edits[:steps])
     tensors = _tensors(edit, token, originals, skeleton)
     config = _config(edit, token, originals, skeleton, str(checkpoint.manifest["model"]))
@@ -70,12 +73,14 @@ def export_adapter(folder: str | Path, out: str | Path, overwrite: bool = False,
     return target
 
 
-def _exportable(checkpoint: Checkpoint, source: Path, step: int | None) -> tuple[Originals, UnlearningToken, int]:
+def _exportable(
+    checkpoint: Checkpoint, source: Path, step: int | None
+) -> tuple[Originals, UnlearningToken | None, int]:
     steps = len(checkpoint.manifest["steps"])
-    if checkpoint.originals is None or checkpoint.token is None or not checkpoint.edits:
+    if checkpoint.originals is None or not checkpoint.edits:
         raise CheckpointError(
-            f"{str(source)!r} was made by {checkpoint.manifest['method']!r}, which leaves no edit with a token that "
-            "could be an adapter. Use the folder itself, which is a whole model."
+            f"{str(source)!r} was made by {checkpoint.manifest['method']!r}, which leaves no edit that could be an "
+            "adapter. Use the folder itself, which is a whole model."
         )
     wanted = steps if step is None else step
     if not 1 <= wanted <= steps:
@@ -85,13 +90,13 @@ def _exportable(checkpoint: Checkpoint, source: Path, step: int | None) -> tuple
     return checkpoint.originals, checkpoint.token, wanted
 
 
-def _skeleton(source: Path) -> Any:
+def _skeleton(source: Path, has_token: bool) -> Any:
     """The model without its weights, for the names and kinds of its modules."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+    if has_token and getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise CheckpointError(
             f"The head of {type(model).__name__} has a bias, which PEFT's token rows leave out of the logits. Use the "
             f"edited folder itself: {str(source)!r}."
@@ -99,7 +104,9 @@ def _skeleton(source: Path) -> Any:
     return model
 
 
-def _tensors(edit: WeightEdit, token: UnlearningToken, originals: Originals, skeleton: nn.Module) -> dict[str, Tensor]:
+def _tensors(
+    edit: WeightEdit, token: UnlearningToken | None, originals: Originals, skeleton: nn.Module
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for layer, update in edit.updates.items():
         name = PREFIX + _module_name(originals, layer)
@@ -110,7 +117,7 @@ def _tensors(edit: WeightEdit, token: UnlearningToken, originals: Originals, ske
 
 
 def _config(
-    edit: WeightEdit, token: UnlearningToken, originals: Originals, skeleton: nn.Module, model: str
+    edit: WeightEdit, token: UnlearningToken | None, originals: Originals, skeleton: nn.Module, model: str
 ) -> dict[str, Any]:
     """PEFT's LoraConfig as JSON; every rank is its own alpha, so that the scale is 1 in every block."""
     ranks = {_module_name(originals, layer): edit.rank(layer) for layer in edit.layers}
@@ -120,12 +127,14 @@ def _config(
         "target_modules": sorted(ranks), "r": largest, "lora_alpha": largest,
         "rank_pattern": ranks, "alpha_pattern": ranks, "use_rslora": False, "lora_dropout": 0.0, "bias": "none",
         "fan_in_fan_out": any(stores_input_first(skeleton.get_submodule(name)) for name in ranks),
-        "trainable_token_indices": {name: [token.id] for name in _rows(token, skeleton)},
+        "trainable_token_indices": {name: [token.id] for name in _rows(token, skeleton)} if token else None,
     }  # fmt: skip
 
 
-def _rows(token: UnlearningToken, skeleton: Any) -> dict[str, Tensor]:
+def _rows(token: UnlearningToken | None, skeleton: Any) -> dict[str, Tensor]:
     """The token's row (d,) by the name of the module that holds it: the embedding, and the head where it is untied."""
+    if token is None:
+        return {}
     names = {id(module): name for name, module in skeleton.named_modules()}
     rows = {names[id(skeleton.get_input_embeddings())]: token.input_row}
     if token.output_row is not None:
@@ -143,17 +152,17 @@ def _save_tokenizer(source: Path, staging: Path) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(staging)
 
 
-def _readme(checkpoint: Checkpoint, edit: WeightEdit, token: UnlearningToken, target: Path, steps: int) -> str:
+def _readme(checkpoint: Checkpoint, edit: WeightEdit, token: UnlearningToken | None, target: Path, steps: int) -> str:
     manifest = checkpoint.manifest
-    grown = manifest["token"]["rows_added"]
-    rows = token.id + 1
+    resize = ""
+    if token is not None and manifest["token"]["rows_added"]:
+        resize = f"base.resize_token_embeddings({token.id + 1}, mean_resizing=False)  # room for the token\n"
     return README.format(
         rank=max(edit.rank(layer) for layer in edit.layers),
         model=manifest["model"],
         requests=sum(entry["requests"] for entry in manifest["steps"][:steps]),
         folder=target.name,
-        resize=f"base.resize_token_embeddings({rows}, mean_resizing=False)  # room for the token\n" if grown else "",
+        resize=resize,
         fingerprint=manifest["model_fingerprint_before"],
-        token=token.id,
-        name=token.name,
+        rows="" if token is None else ROWS.format(token=token.id, name=token.name),
     )

@@ -126,7 +126,7 @@ def _smaller(edit: WeightEdit, leave: Sequence[Mapping[str, Any]], stay: Sequenc
         return WeightEdit({})
     if edit.removed:
         raise CheckpointError(
-            f"Step {leave[0]['step']} removed what the model knew of all its requests together (--remove, or the method "
+            f"Step {leave[0]['step']} removed what the model knew of all its requests together (--remove, or method "
             "removal), in passes of which each went on from the one before, so no part of it belongs to one request. "
             "Revert the whole step (--step), and run again without the request."
         )

@@ -19,6 +19,7 @@ PHASES = {
     "before": "answers before",
     "reference": "the model before training",
     "train": "training",
+    "removal": "remove what is known",
     "token": "learn the unlearning token",
     "statistics": "statistics of ordinary text",
     "values": "values (z)",

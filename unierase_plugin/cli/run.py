@@ -94,8 +94,8 @@ def run(
     with progress(console) as report:
         result = unlearn(
             model, forget, method=chosen, retain=retain or None, hparams=hparams or None, corpus=corpus or None,
-            harden=harden, remove=remove, out=out, overwrite=overwrite, keep_requests=keep_requests, judged=judged, seed=seed,
-            device=device, dtype=dtype, max_batch_tokens=max_batch_tokens, progress=report,
+            harden=harden, remove=remove, out=out, overwrite=overwrite, keep_requests=keep_requests, judged=judged,
+            seed=seed, device=device, dtype=dtype, max_batch_tokens=max_batch_tokens, progress=report,
         )  # fmt: skip
     if chosen.needs_subjects:
         _print_subjects(console, result)

@@ -23,7 +23,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
     "paper": ("unierase", *_PAPER),
     "editing": ("unierase", *_EDITED),
     "controls": (UNEDITED, "prompt_guard"),
-    "all": ("unierase", *_PAPER, "simnpo", "rmu", "undial", "lunar", *_EDITED, "prompt_guard"),
+    "all": ("unierase", "removal", *_PAPER, "simnpo", "rmu", "undial", "lunar", *_EDITED, "prompt_guard"),
 }
 
 

@@ -90,7 +90,7 @@ def _row(found: Sequence[tuple[Entry, Cell, dict[str, Any]]], before: dict[str, 
 
 def _kind(entry: Entry) -> str:
     """Control, editing or training, by the kind of the method's settings."""
-    from ..hparams import UniEraseHyperParams
+    from ..hparams import RemovalSettings
     from ..methods.lunar import LUNARHyperParams
     from ..methods.settings import TrainingHyperParams
 
@@ -99,7 +99,7 @@ def _kind(entry: Entry) -> str:
     kind = registry().methods.find(entry.method).hparams
     if issubclass(kind, (TrainingHyperParams, LUNARHyperParams)):
         return "training"
-    return "editing" if issubclass(kind, UniEraseHyperParams) else "other"
+    return "editing" if issubclass(kind, RemovalSettings) else "other"
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:

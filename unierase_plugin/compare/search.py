@@ -9,6 +9,7 @@ from typing import Any
 
 from ..hparams import UniEraseHyperParams
 from ..methods.lunar import LUNARHyperParams
+from ..methods.removal import RemovalHyperParams
 from ..methods.settings import PreferenceHyperParams, RMUHyperParams, TrainingHyperParams, UNDIALHyperParams
 from ..store import plain
 from .entries import Entry, method_of
@@ -48,6 +49,12 @@ def search_space(entry: Entry, depth: int) -> Space:
             space["beta"] = (beta, beta / 3, beta * 3)
     elif issubclass(kind, LUNARHyperParams):
         space = {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2), "coefficient": (1.0, 2.0, 4.0)}
+    elif issubclass(kind, RemovalHyperParams):
+        space = {
+            "removal_teacher_weight": (2.0, 6.0, 20.0),
+            "removal_passes": (2, 4, 6),
+            "removal_retain_weight": (1.0, 4.0, 16.0),
+        }
     elif issubclass(kind, UniEraseHyperParams):
         space = {"clamp_norm_factor": (0.75, 1.0, 2.0, 4.0), "layers": _places(depth, kind().solver == "exact")}
         weight = {"ridge": "mom2_update_weight", "null_space": "L2"}.get(kind().solver)

@@ -1,0 +1,503 @@
+"""A removal's parts on tiny models: teacher, passes and factors against formulas written in a straight line."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from families import DISTINCT, FAMILIES
+from tiny import tiny_model, tiny_tokenizer
+from torch import Tensor
+
+from unierase_plugin.architecture import Architecture, find_architecture, stores_input_first
+from unierase_plugin.errors import EditError, HyperParamsError, RequestError
+from unierase_plugin.hparams import RemovalSettings, UniEraseHyperParams
+from unierase_plugin.locate_then_edit.edit import apply_edit
+from unierase_plugin.locate_then_edit.statistics import second_moments
+from unierase_plugin.phases import Phases
+from unierase_plugin.removal import distil
+from unierase_plugin.removal.distil import (
+    LEAST,
+    MOST,
+    Lesson,
+    chosen_fraction,
+    direction,
+    divergence,
+    factorised,
+    gradients,
+    lessons,
+    linear_rate,
+    take_pass,
+)
+from unierase_plugin.removal.factors import truncated
+from unierase_plugin.removal.job import settle_removal
+from unierase_plugin.removal.material import make_material, shuffled_words
+from unierase_plugin.removal.moments import Material, take_moments, weighed
+from unierase_plugin.removal.stage import Removal, remove
+from unierase_plugin.removal.teacher import Teacher, ask, filtered, filtered_weights, read_weight, replaced
+from unierase_plugin.request import NO_ANSWER, ForgetRequest
+
+#: Of unlike lengths, so that a batch is padded; token ids that every tiny model has.
+FORGET = ((5, 60, 70, 8, 9, 100, 33), (12, 13, 90), (44, 45, 46, 47, 48, 49, 50, 51, 52))
+STARTS = (4, 2, 3)
+KEPT = ((7, 61, 71, 18, 19), (22, 23, 24, 25))
+KEPT_STARTS = (3, 2)
+MATERIAL = Material(
+    FORGET, STARTS, KEPT, KEPT_STARTS,
+    text=tuple(tuple(range(start, start + 20)) for start in range(100, 220, 15)), words=((9, 70, 5, 100), (90, 13, 60)),
+)  # fmt: skip
+RUN = {"max_tokens": 16, "pad_id": 0}
+
+
+def random_moment(size: int, rank: int, seed: int) -> Tensor:
+    keys = torch.randn(rank, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return keys.T @ keys / rank
+
+
+def shift(arch: Architecture, layers: tuple[int, ...], size: float = 0.02) -> dict[int, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {layer: size * torch.randn(read_weight(arch, layer).shape, generator=generator) for layer in layers}
+
+
+def teacher_of(arch: Architecture, layers: tuple[int, ...] = (0, 1, 2)) -> Teacher:
+    """Some other model's answers: this one's with its weights changed at random."""
+    weights = {layer: read_weight(arch, layer) + each for layer, each in shift(arch, layers, 0.2).items()}
+    with replaced(arch, weights):
+        return ask(arch, FORGET, STARTS, **RUN)
+
+
+def straight_loss(arch: Architecture, taught: list[Lesson]) -> Tensor:
+    """One sequence at a time, all logits."""
+    total = torch.zeros(())
+    for each in taught:
+        logs = reference.log_probabilities(arch, each.ids)
+        for place, said in zip(each.positions, each.log_probs.float(), strict=True):
+            total = total + each.weight * (said.exp() * (said - logs[place])).sum()
+    return total
+
+
+# --- moments ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [8, 1000])
+def test_only_the_positions_named_count(max_tokens: int) -> None:
+    arch = find_architecture(tiny_model())
+    places = ((3, 4, 5), (1,), (0, 7))
+    found = second_moments(arch, FORGET, [1, 2], max_tokens=max_tokens, counted=places)
+    assert found.count == 6
+    for layer in (1, 2):
+        keys = torch.cat([reference.inputs(arch, ids, layer)[list(at)] for ids, at in zip(FORGET, places, strict=True)])
+        torch.testing.assert_close(found.moments[layer], keys.T @ keys / 6)
+
+
+def test_each_moment_is_of_its_own_texts() -> None:
+    arch = find_architecture(tiny_model())
+    found = take_moments(arch, MATERIAL, [0, 2], max_tokens=64, pad_id=0)
+    for part, texts in ((found.kept, KEPT), (found.text, MATERIAL.text), (found.words, MATERIAL.words)):
+        assert part is not None
+        wanted, count = reference.second_moment(arch, texts, 2)
+        assert part.count == count
+        torch.testing.assert_close(part.moments[2], wanted.float(), atol=1e-5, rtol=1e-4)
+    # The forgotten answers' from the prompt's last token on, the last token of all left out.
+    keys = torch.cat([
+        reference.inputs(arch, ids, 2)[start - 1 : -1] for ids, start in zip(FORGET, STARTS, strict=True)
+    ])  # fmt: skip
+    torch.testing.assert_close(found.forgotten.moments[2], keys.T @ keys / len(keys))
+    assert weighed([(4.0, None), (2.0, found.text)], [0])[0].equal(2 * found.text.moments[0])
+
+
+# --- teacher ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_filter_is_the_dense_formula() -> None:
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f, r = random_moment(12, 4, 1), random_moment(12, 9, 2)
+    a = 6 * r + f
+    a = a + 1e-6 * a.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(filtered(weight, f, r, 6.0), weight @ (torch.eye(12).double() - f @ torch.inverse(a)))
+
+
+def test_the_filter_is_the_best_compromise() -> None:
+    """Of E_F |W'k|^2 + lambda E_R |W'k - Wk|^2 + epsilon |W' - W|^2 it is where the gradient is zero."""
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f, r = random_moment(12, 4, 1), random_moment(12, 9, 2)
+    epsilon = 1e-6 * (6 * r + f).diagonal().mean()
+    new = filtered(weight, f, r, 6.0)
+    slope = new @ f + 6 * (new - weight) @ r + epsilon * (new - weight)
+    assert slope.norm() < 1e-9 * (weight @ f).norm()
+
+
+def test_what_only_kept_text_uses_passes_the_filter_and_what_only_answers_use_does_not() -> None:
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64))[0]
+    answers, kept, shared = turn[:, :4], turn[:, 4:9], turn[:, 9:]
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f = answers @ random_moment(4, 8, 1) @ answers.T + shared @ shared.T
+    r = kept @ random_moment(5, 8, 2) @ kept.T + shared @ shared.T
+    new = filtered(weight, f, r, 6.0)
+    torch.testing.assert_close(new @ kept, weight @ kept, atol=1e-12, rtol=1e-12)
+    assert (new @ answers).norm() < 1e-3 * (weight @ answers).norm()
+    # What both use is shared by weight: lambda / (lambda + 1).
+    torch.testing.assert_close(new @ shared, weight @ shared * 6 / 7, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_teacher_is_asked_with_its_weights_and_the_models_come_back_to_the_bit(family: str) -> None:
+    arch = find_architecture(tiny_model(family))
+    before = [each.weight.detach().clone() for each in arch.projections]
+    found = take_moments(arch, MATERIAL, [0, 1, 2], max_tokens=64, pad_id=0)
+    weights = filtered_weights(arch, [0, 1], found.forgotten.moments, found.text.moments, 6.0)
+    plain = ask(arch, FORGET, STARTS, **RUN)
+    with replaced(arch, weights):
+        for layer in (0, 1):
+            weight = arch.projections[layer].weight
+            assert torch.equal(weight.T if stores_input_first(arch.projections[layer]) else weight, weights[layer])
+        teacher = ask(arch, FORGET, STARTS, **RUN)
+        for ids, at, said in zip(FORGET, teacher.positions, teacher.log_probs, strict=True):
+            assert said.dtype == torch.float16
+            assert at == tuple(range(at[0], len(ids) - 1))
+            wanted = reference.log_probabilities(arch, ids)[list(at)].detach()
+            torch.testing.assert_close(said.float(), wanted, atol=1e-2, rtol=1e-3)
+    assert all(torch.equal(each.weight, weight) for each, weight in zip(arch.projections, before, strict=True))
+    assert not torch.allclose(plain.log_probs[0].float(), teacher.log_probs[0].float(), atol=0.05)
+
+
+def test_an_error_with_the_teacher_in_place_leaves_the_model_as_it_was() -> None:
+    arch = find_architecture(tiny_model())
+    before = arch.projections[1].weight.detach().clone()
+    with pytest.raises(ZeroDivisionError), replaced(arch, {1: torch.zeros_like(before)}):
+        1 / 0  # noqa: B018
+    assert torch.equal(arch.projections[1].weight, before)
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stem", DISTINCT)
+def test_gradients_are_those_of_the_parameters(stem: str) -> None:
+    """In every family, whatever norms stand behind the projection, in batches as in one sequence at a time."""
+    model = FAMILIES[stem]()
+    arch = find_architecture(model)
+    taught = lessons(teacher_of(arch))
+    model.requires_grad_(False)
+    layers = (1, 2, 3)
+    loss, found = gradients(arch, taught, layers, **RUN)
+    assert loss == pytest.approx(divergence(arch, taught, **RUN), rel=1e-4)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    for layer in layers:
+        arch.projections[layer].weight.requires_grad_(True)
+    wanted = straight_loss(arch, taught)
+    wanted.backward()
+    assert loss == pytest.approx(float(wanted.detach()), rel=1e-3)
+    for layer in layers:
+        grad = arch.projections[layer].weight.grad
+        assert grad is not None
+        grad = grad.T if stores_input_first(arch.projections[layer]) else grad
+        torch.testing.assert_close(found[layer], grad, atol=2e-4 * float(grad.abs().max()), rtol=2e-3)
+
+
+def test_facts_weigh_alike_however_long_their_answers() -> None:
+    arch = find_architecture(tiny_model())
+    taught = lessons(teacher_of(arch), 2.0)
+    assert [each.weight * len(each.positions) for each in taught] == pytest.approx([2 / 3] * 3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_pass_is_a_straight_k_fac_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family)
+    arch = find_architecture(model)
+    layers = (1, 2)
+    taught = [*lessons(teacher_of(arch)), *lessons(ask(arch, KEPT, KEPT_STARTS, **RUN), 0.5)]
+    start = {layer: read_weight(arch, layer).clone() for layer in layers}
+    change = shift(arch, layers)
+    ridge = 0.01
+    metrics = {}
+    for layer in layers:
+        parts = [reference.second_moment(arch, texts, layer)[0] for texts in (KEPT, MATERIAL.text, MATERIAL.words)]
+        metrics[layer] = (4 * parts[0] + parts[1] + parts[2]).float()
+    factors = {layer: factorised(metrics[layer], ridge) for layer in layers}
+    monkeypatch.setattr(distil, "chosen_fraction", lambda measure: 2.0)
+    after, made = take_pass(arch, taught, start, change, factors, **RUN)
+
+    # The same with the parameters' own gradients, a dense inverse, and the weights themselves.
+    other = find_architecture(tiny_model(family))
+    with torch.no_grad():
+        for layer in layers:
+            weight = other.projections[layer].weight
+            weight += change[layer].T if stores_input_first(other.projections[layer]) else change[layer]
+    loss = straight_loss(other, taught)
+    loss.backward()
+    grads, steps = {}, {}
+    for layer in layers:
+        grad = other.projections[layer].weight.grad
+        assert grad is not None
+        grads[layer] = (grad.T if stores_input_first(other.projections[layer]) else grad).double()
+        r = metrics[layer].double()
+        r = r + ridge * r.diagonal().mean() * torch.eye(len(r), dtype=torch.float64)
+        steps[layer] = grads[layer] @ torch.inverse(r)
+    rate = 2.0 * float(loss.detach()) / sum(float((steps[layer] @ grads[layer].T).trace()) for layer in layers)
+    assert made.rate == pytest.approx(rate, rel=1e-3)
+    assert made.loss == pytest.approx(float(loss.detach()), rel=1e-3)
+    for layer in layers:
+        wanted = start[layer] + change[layer] - rate * steps[layer].float()
+        torch.testing.assert_close(start[layer] + after[layer], wanted, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(read_weight(arch, layer), start[layer] + after[layer])
+
+
+def test_a_step_is_the_ridges_solution() -> None:
+    gradient, metric = torch.randn(3, 12, generator=torch.Generator().manual_seed(1)), random_moment(12, 20, 5).float()
+    found = direction(gradient, factorised(metric, 0.1))
+    ridge = 0.1 * metric.diagonal().mean()
+    torch.testing.assert_close(found @ (metric + ridge * torch.eye(12)), gradient, atol=1e-4, rtol=1e-4)
+    with pytest.raises(EditError, match=r"removal_ridge = 0\.1"):
+        factorised(torch.full((3, 3), torch.nan), 0.1)
+
+
+def test_a_linear_loss_would_be_zero_after_a_whole_step() -> None:
+    generator = torch.Generator().manual_seed(1)
+    gradient = {layer: torch.randn(3, 4, generator=generator) for layer in (1, 5)}
+    steps = {layer: each @ random_moment(4, 9, layer).float() for layer, each in gradient.items()}
+    rate = linear_rate(7.0, gradient, steps)
+    assert sum(float((rate * steps[layer] * gradient[layer]).sum()) for layer in gradient) == pytest.approx(7.0)
+    assert linear_rate(0.0, {1: torch.zeros(3, 4)}, {1: torch.zeros(3, 4)}) == 0
+
+
+@pytest.mark.parametrize(
+    ("lowest", "wanted"),
+    [(1.0, 1.0), (3.0, 2.0), (3.5, 4.0), (8.0, MOST), (100.0, MOST), (0.3, 0.5), (0.05, 0.0), (0.07, LEAST)],
+)
+def test_the_step_is_doubled_while_that_helps_and_else_halved(lowest: float, wanted: float) -> None:
+    """Of a parabola: a step helps up to twice the lowest point, and doubling up to where two of them are level."""
+    assert chosen_fraction(lambda fraction: (fraction - lowest) ** 2) == wanted
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_batch_that_the_memory_does_not_hold_is_halved(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = find_architecture(tiny_model())
+    taught = lessons(teacher_of(arch))
+    arch.model.requires_grad_(False)
+    loss, wanted = gradients(arch, taught, (1, 2), max_tokens=64, pad_id=0)
+    original, calls = distil._product, Counter[str]()
+
+    def scarce(*tensors: Tensor) -> Tensor:
+        calls["all"] += 1
+        if calls["all"] == failing:  # once, in the middle of a batch
+            raise torch.OutOfMemoryError
+        return original(*tensors)
+
+    monkeypatch.setattr(distil, "_product", scarce)
+    halved, found = gradients(arch, taught, (1, 2), max_tokens=64, pad_id=0)
+    assert halved == pytest.approx(loss, rel=1e-5)
+    for layer in (1, 2):
+        torch.testing.assert_close(found[layer], wanted[layer], atol=1e-6, rtol=1e-3)
+
+
+# --- factors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+def test_factors_are_the_best_of_their_rank(shape: tuple[int, int]) -> None:
+    change = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 20, shape[1])
+    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    for rank in (1, 3, 7):
+        found = truncated(change, rank)
+        assert found.factors.up.shape[1] == rank
+        torch.testing.assert_close(found.factors.matrix(), u[:, :rank] * s[:rank] @ v[:rank], atol=1e-3, rtol=1e-4)
+        held = (change - found.factors.matrix()).square().sum() / change.square().sum()
+        assert found.energy == pytest.approx(1 - float(held), abs=1e-5)
+    shares = s.square().cumsum(0) / s.square().sum()
+    assert found.ranks == tuple(int((shares < share).sum()) + 1 for share in (0.9, 0.99))
+
+
+@pytest.mark.parametrize("rank", [0, 8, 50])
+def test_all_of_a_change_can_be_kept(rank: int) -> None:
+    change = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
+    found = truncated(change, rank)
+    assert found.factors.up.shape == (8, 8)
+    assert found.energy == pytest.approx(1.0)
+    torch.testing.assert_close(found.factors.matrix(), change, atol=1e-5, rtol=1e-5)
+
+
+def test_no_change_has_factors_that_are_nothing() -> None:
+    found = truncated(torch.zeros(4, 6), 2)
+    assert found.energy == 1.0
+    assert not found.factors.matrix().any()
+
+
+# --- the whole stage -------------------------------------------------------------------------------------------------
+
+
+def settings(**changes: Any) -> RemovalSettings:
+    return RemovalSettings(**{
+        "removal_layers": (1, 2, 3), "removal_teacher_layers": (0, 1, 2), "removal_rank": 0, **changes
+    })  # fmt: skip
+
+
+def removed(arch: Architecture, work: Path | None = None, **changes: Any) -> Removal:
+    arch.model.requires_grad_(False)
+    return remove(arch, MATERIAL, settings(**changes), max_tokens=64, pad_id=0, key="a", phases=Phases(work))
+
+
+@pytest.mark.parametrize("stem", DISTINCT)
+def test_every_family_comes_nearer_to_the_teacher_and_back_to_the_bit(stem: str) -> None:
+    model = FAMILIES[stem]()
+    arch = find_architecture(model)
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    found = removed(arch)
+    assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
+    assert found.edit.layers == (1, 2, 3)
+    assert found.edit.removed == {1: 32, 2: 32, 3: 32}
+    figures = found.figures
+    assert figures["divergence_from_teacher"] < 0.5 * figures["losses"][0]
+    # The figures are those of the factors as they will be applied.
+    apply_edit(arch, found.edit)
+    names = {arch.weight_name(layer) for layer in (1, 2, 3)}
+    assert {name for name, each in model.named_parameters() if not torch.equal(each, before[name])} == names
+    course = take_moments(find_architecture(FAMILIES[stem]()), MATERIAL, [0, 1, 2], max_tokens=64, pad_id=0)
+    assert course.forgotten.count == figures["moment_tokens"]["forgotten"] == 3 + 1 + 6
+
+
+def test_no_pass_changes_nothing() -> None:
+    arch = find_architecture(tiny_model())
+    before = arch.projections[2].weight.detach().clone()
+    found = removed(arch, removal_passes=0)
+    assert not any(update.matrix().any() for update in found.edit.updates.values())
+    apply_edit(arch, found.edit)
+    assert torch.equal(arch.projections[2].weight, before)
+
+
+def test_staying_with_the_model_on_kept_facts_keeps_them_nearer() -> None:
+    nearer, free = (removed(find_architecture(tiny_model()), removal_keep_weight=weight) for weight in (10.0, 0.001))
+    assert nearer.figures["divergence_on_kept"] < 0.5 * free.figures["divergence_on_kept"]
+    none = removed(find_architecture(tiny_model()), removal_keep_weight=0.0)
+    assert none.figures["divergence_on_kept"] is None
+
+
+def test_without_facts_to_keep_ordinary_text_stands_alone() -> None:
+    arch = find_architecture(tiny_model())
+    arch.model.requires_grad_(False)
+    alone = Material(FORGET, STARTS, (), (), MATERIAL.text, MATERIAL.words)
+    found = remove(arch, alone, settings(), max_tokens=64, pad_id=0, key="a", phases=Phases(None))
+    assert found.figures["kept_facts"] == found.figures["moment_tokens"]["kept"] == 0
+    assert found.figures["divergence_from_teacher"] < 0.5 * found.figures["losses"][0]
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a run."""
+
+
+@pytest.mark.parametrize("last", ["removal-course", "removal-pass-1", "removal-pass-3", "removal"])
+def test_a_removal_that_was_stopped_goes_on_where_it_was_and_ends_the_same(
+    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = removed(find_architecture(tiny_model()))
+    counted: Counter[str] = Counter()
+
+    def counting(name: str) -> Callable[..., Any]:
+        from unierase_plugin.removal import stage
+
+        original: Callable[..., Any] = getattr(stage, name)
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            counted[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(stage, name, count)
+        return count
+
+    counting("take_pass")
+    counting("take_moments")
+    original = Phases.resumed
+
+    def stopping(phases: Phases, kind: str, key: str, compute: Callable[[], Any]) -> Any:
+        found = original(phases, kind, key, compute)
+        if last in (kind, f"{kind}-{key.rpartition('-')[2]}"):
+            raise KilledError
+        return found
+
+    arch = find_architecture(tiny_model())
+    before = arch.projections[2].weight.detach().clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(Phases, "resumed", stopping)
+        with pytest.raises(KilledError):
+            removed(arch, tmp_path)
+    assert torch.equal(arch.projections[2].weight, before)
+    again = removed(arch, tmp_path)
+    assert counted == {"take_pass": 4, "take_moments": 1}
+    assert json.dumps(again.figures) == json.dumps(whole.figures)
+    for layer, update in whole.edit.updates.items():
+        assert torch.equal(again.edit.updates[layer].up, update.up)
+        assert torch.equal(again.edit.updates[layer].down, update.down)
+
+
+# --- material --------------------------------------------------------------------------------------------------------
+
+FACTS = (ForgetRequest("Who wrote Zorblax?", "Quentin Fizz"), ForgetRequest("Where was Plonk born?", "Wexbury"))
+
+
+def test_words_in_any_order_are_all_words_twice() -> None:
+    tokenizer = tiny_tokenizer(add_bos=True)
+    found = shuffled_words(tokenizer, FACTS, 0, 20)
+    assert all(len(each) <= 20 and each[0] == tokenizer.bos_token_id for each in found)
+    text = [tokenizer.decode(each[1:]) for each in found]
+    half = len(found) // 2
+    words = sorted(["Who", "wrote", "Zorblax?", "Quentin", "Fizz", "Where", "was", "Plonk", "born?", "Wexbury"])
+    first, second = "".join(text[:half]), "".join(text[half:])
+    assert sorted(first.split()) == sorted(second.split()) == words
+    assert first != second
+    assert found == shuffled_words(tokenizer, FACTS, 0, 20) != shuffled_words(tokenizer, FACTS, 1, 20)
+
+
+def material(forget: Any = FACTS, limit: int = 512) -> Material:
+    return make_material(
+        tiny_tokenizer(), forget, (ForgetRequest("Who leads Grub?", "Tom"),), ["It rained."], ["Why?"],
+        forms=("chat", "plain"), template_kwargs={}, end=2, limit=limit, seed=0,
+    )  # fmt: skip
+
+
+def test_facts_are_read_in_every_form_with_their_answers() -> None:
+    found, tokenizer = material(), tiny_tokenizer()
+    assert [len(part) for part in (found.forget, found.kept, found.text)] == [4, 2, 3]
+    for ids, start, answer in zip(found.forget, found.forget_starts, ("Quentin Fizz", " Quentin Fizz"), strict=False):
+        assert tokenizer.decode(ids[start:-1]) == answer
+        assert ids[-1] == 2
+    assert tokenizer.decode(found.text[1]).endswith("assistant\n")
+    with pytest.raises(RequestError, match=r"'Who wrote Zorblax\?' needs .* holds 30"):
+        material(limit=30)
+    with pytest.raises(RequestError, match=r"Removal needs the true answer.*leave the removal"):
+        material((*FACTS, ForgetRequest("Who is Bo?", NO_ANSWER)))
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_chosen_by_depth() -> None:
+    arch = find_architecture(tiny_model(blocks=10))
+    found = settle_removal(arch, RemovalSettings())
+    assert found.removal_layers == tuple(range(1, 10))
+    assert found.removal_teacher_layers == tuple(range(7))
+    named = settle_removal(arch, UniEraseHyperParams(removal_layers=(2, 4), removal_teacher_layers=(0,)))
+    assert (named.removal_layers, named.removal_teacher_layers) == ((2, 4), (0,))
+    shallow = settle_removal(find_architecture(tiny_model(blocks=1)), RemovalSettings())
+    assert (shallow.removal_layers, shallow.removal_teacher_layers) == ((0,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"removal_layers": (3, 1)}, r"removal_layers = \[3, 1\] must be ascending"),
+        ({"removal_passes": -1}, "removal_passes = -1 must not be negative"),
+        ({"removal_teacher_weight": 0}, "removal_teacher_weight = 0.0 must be greater than 0"),
+        ({"removal_ridge": 0}, "removal_ridge = 0.0 must be greater than 0"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(HyperParamsError, match=message):
+        RemovalSettings(**change)
+    with pytest.raises(HyperParamsError, match=message):
+        UniEraseHyperParams(**change)
