@@ -26,7 +26,8 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shrink(patch, folder / "cache")
         model: Path = save_base(folder / "base")
         for name, facts in (("one", FORGET), ("two", FORGET_MORE)):
-            unlearn(model, facts, retain=RETAIN, hparams=HPARAMS, out=folder / name, keep_requests=True)
+            settings = HPARAMS.replace(remove=name == "two", removal_rank=8)
+            unlearn(model, facts, retain=RETAIN, hparams=settings, out=folder / name, keep_requests=True)
             model = folder / name
     return model / "unierase"
 

@@ -20,6 +20,7 @@ from unierase_plugin.errors import EditError, HyperParamsError, RequestError
 from unierase_plugin.hparams import RemovalSettings, UniEraseHyperParams
 from unierase_plugin.locate_then_edit.edit import apply_edit
 from unierase_plugin.locate_then_edit.statistics import second_moments
+from unierase_plugin.locate_then_edit.trace import pad, run_blocks
 from unierase_plugin.phases import Phases
 from unierase_plugin.removal import distil
 from unierase_plugin.removal.distil import (
@@ -40,7 +41,7 @@ from unierase_plugin.removal.job import settle_removal
 from unierase_plugin.removal.material import make_material, shuffled_words
 from unierase_plugin.removal.moments import Material, take_moments, weighed
 from unierase_plugin.removal.stage import Removal, remove
-from unierase_plugin.removal.teacher import Teacher, ask, filtered, filtered_weights, read_weight, replaced
+from unierase_plugin.removal.teacher import Teacher, ask, filtered, filtered_weights, logits_at, read_weight, replaced
 from unierase_plugin.request import NO_ANSWER, ForgetRequest
 
 #: Of unlike lengths, so that a batch is padded; token ids that every tiny model has.
@@ -165,6 +166,21 @@ def test_the_teacher_is_asked_with_its_weights_and_the_models_come_back_to_the_b
             torch.testing.assert_close(said.float(), wanted, atol=1e-2, rtol=1e-3)
     assert all(torch.equal(each.weight, weight) for each, weight in zip(arch.projections, before, strict=True))
     assert not torch.allclose(plain.log_probs[0].float(), teacher.log_probs[0].float(), atol=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_a_half_precise_model_has_logits_of_a_float32_head(family: str) -> None:
+    changes = {"final_logit_softcapping": 2.0} if family == "gemma2" else {}
+    arch = find_architecture(tiny_model(family, dtype=torch.bfloat16, **changes))
+    rows, columns = torch.tensor([0, 0]), torch.tensor([2, 4])
+    batch = pad([FORGET[0]], 0, "right", arch.device)
+    with torch.no_grad():
+        trace = run_blocks(arch, batch, head_at=(rows, columns))
+        wanted = trace.head_inputs.float() @ arch.head.weight.float().T
+        found = logits_at(arch, [FORGET[0]], [(2, 4)], 0)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, 2 * (wanted / 2).tanh() if changes else wanted)
+    assert not torch.equal(found, trace.logits.float())
 
 
 def test_an_error_with_the_teacher_in_place_leaves_the_model_as_it_was() -> None:

@@ -192,7 +192,7 @@ def write_changed(arch: Architecture, originals: Mapping[int, Tensor], change: M
 
 
 def _loss(arch: Architecture, taught: Sequence[Lesson], pad_id: int) -> Tensor:
-    logits = logits_at(arch, [each.ids for each in taught], [each.positions for each in taught], pad_id).float()
+    logits = logits_at(arch, [each.ids for each in taught], [each.positions for each in taught], pad_id)
     said = torch.cat([each.log_probs for each in taught]).to(logits.device).float()
     weight = torch.cat([logits.new_full((len(each.positions),), each.weight) for each in taught])
     kl: Tensor = Divergence.apply(logits, logits.new_zeros(0, dtype=torch.long), said)

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..architecture import Architecture, stores_input_first
+from ..architecture import Architecture, Weighted, stores_input_first
 from ..locate_then_edit.edit import restored
 from ..locate_then_edit.products import fast_linear_maps
 from ..locate_then_edit.trace import pad, run_batches, run_blocks
@@ -107,7 +107,7 @@ def ask(
     @torch.no_grad()
     def run(rows: list[int]) -> None:
         logits = logits_at(arch, [sequences[row] for row in rows], [positions[row] for row in rows], pad_id)
-        parts = logits.float().log_softmax(-1).to("cpu", torch.float16).split([len(positions[row]) for row in rows])
+        parts = logits.log_softmax(-1).to("cpu", torch.float16).split([len(positions[row]) for row in rows])
         # Copied: a part of a whole batch would keep the batch.
         found.update((row, part.clone()) for row, part in zip(rows, parts, strict=True))
         progress(len(found) / len(sequences))
@@ -119,9 +119,29 @@ def ask(
 def logits_at(
     arch: Architecture, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], pad_id: int
 ) -> Tensor:
-    """Logits (N, V) at the positions of all sequences, one after another; N counts all positions."""
+    """Logits (N, V), float32, at the positions of all sequences, one after another; N counts all positions."""
     batch = pad(sequences, pad_id, "right", arch.device)
     rows = torch.tensor([row for row, found in enumerate(positions) for _ in found], device=arch.device)
     columns = torch.tensor([place for found in positions for place in found], device=arch.device)
-    logits: Tensor = run_blocks(arch, batch, head_at=(rows, columns)).logits
-    return logits
+    with _float32_head(arch):
+        logits: Tensor = run_blocks(arch, batch, head_at=(rows, columns)).logits
+    return logits.float()
+
+
+@contextmanager
+def _float32_head(arch: Architecture) -> Iterator[None]:
+    """The head computes in float32 inside: in half precision, logits differ by less than they are rounded by."""
+    weight = arch.head.weight
+    if weight.dtype == torch.float32:
+        yield
+        return
+
+    def again(module: Weighted, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        bias = getattr(module, "bias", None)
+        return nn.functional.linear(args[0].float(), weight.float(), None if bias is None else bias.float())
+
+    handle = arch.head.register_forward_hook(again)
+    try:
+        yield
+    finally:
+        handle.remove()
