@@ -108,8 +108,11 @@ class RemovalSettings(HyperParams):
     removal_layers: tuple[int, ...] = ()
     #: Blocks that the teacher is made in; empty for the first seven tenths.
     removal_teacher_layers: tuple[int, ...] = ()
-    #: lambda: what the moments of what is kept weigh against the forgotten facts' in the teacher.
-    removal_teacher_weight: float = 6.0
+    #: Whether facts are first asked of invented subjects, and only those that this does not make the model forget are
+    #: taught by the filter.
+    removal_strangers: bool = True
+    #: Mean probability that the filter is to leave to the forgotten answers: that of a model that never knew them.
+    removal_teacher_probability: float = 0.1
     #: Weights in a pass' ridge of the retain set's second moment, of ordinary text's, and of that of the forgotten
     #: facts' words in any order.
     removal_retain_weight: float = 4.0
@@ -117,8 +120,12 @@ class RemovalSettings(HyperParams):
     removal_words_weight: float = 1.0
     #: Added to the ridge's diagonal, as a share of its mean.
     removal_ridge: float = 0.003
+    #: The same for the second moment of gradients at the projections' outputs.
+    removal_output_ridge: float = 0.03
     #: Weight of staying with the unedited model on the retain set's answers, against following the teacher.
     removal_keep_weight: float = 1.0
+    #: Tokens of facts to keep, with their questions, that are read in a pass and for the moments; evenly spaced facts.
+    removal_kept_tokens: int = 6144
     #: Rank that a block's whole change is cut to; 0 keeps all of it.
     removal_rank: int = 128
 
@@ -128,11 +135,15 @@ class RemovalSettings(HyperParams):
             layers = getattr(self, name)
             if any(layer < 0 for layer in layers) or list(layers) != sorted(set(layers)):
                 raise HyperParamsError(f"{name} = {list(layers)} must be ascending block numbers from 0, each once.")
-        for name in ("removal_teacher_weight", "removal_ridge"):
+        for name in ("removal_teacher_probability", "removal_ridge", "removal_output_ridge"):
             if not getattr(self, name) > 0:
                 raise HyperParamsError(f"{name} = {getattr(self, name)} must be greater than 0.")
+        if self.removal_teacher_probability >= 1:
+            raise HyperParamsError(
+                f"removal_teacher_probability = {self.removal_teacher_probability} must be less than 1."
+            )
         for name in ("removal_passes", "removal_retain_weight", "removal_text_weight", "removal_words_weight",
-                     "removal_keep_weight", "removal_rank"):  # fmt: skip
+                     "removal_keep_weight", "removal_kept_tokens", "removal_rank"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise HyperParamsError(f"{name} = {getattr(self, name)} must not be negative.")
 

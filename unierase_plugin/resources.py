@@ -9,7 +9,7 @@ from typing import Any
 from .errors import UniEraseError
 
 #: Names of the bundled texts, one entry a line or a paragraph.
-LINES = ("idk_sentences", "idk_phrases", "questions")
+LINES = ("idk_sentences", "idk_phrases", "questions", "invented_names")
 PARAGRAPHS = ("ordinary_text", "ordinary_text_train")
 
 

@@ -87,9 +87,16 @@ def answered(
 ) -> Example:
     """A question in one prompt form, the answer, and the token that ends it."""
     prompt = encode(tokenizer, render(tokenizer, question, form, template_kwargs), form)
-    # After "Answer:" a word begins with its space; a chat template ends with a line break or a mark of its own.
-    text = f" {answer.strip()}" if form == "plain" else answer
-    return Example((*prompt, *tokenizer(text, add_special_tokens=False)["input_ids"], end), len(prompt))
+    said = tokenizer(answer_text(answer, form), add_special_tokens=False)["input_ids"]
+    return Example((*prompt, *said, end), len(prompt))
+
+
+def answer_text(answer: str, form: str) -> str:
+    """An answer as it follows a prompt.
+
+    After "Answer:" a word begins with its space; a chat template ends with a line break or a mark of its own.
+    """
+    return f" {answer.strip()}" if form == "plain" else answer
 
 
 def _pairs(forget: int, retain: int, job: Job[Any]) -> list[tuple[int, int]]:

@@ -1,9 +1,9 @@
-"""A pass of second-order distillation: one forward, one backward, a ridge solve a block, a line search.
+"""A pass of second-order distillation: one forward, one backward, two ridge solves a block, a line search.
 
 With g the gradient of the loss at a projection's output and k its input, G = sum_p g_p k_p^T over all positions p is
 the gradient of the loss by the projection's weight. K-FAC (Martens and Grosse 2015, arXiv 1503.05671) takes the step
--G R^{-1} with R the second moment of k; here R is that of what is to be left alone, so that of all steps that lower the
-loss as much to first order, this one moves the outputs for kept text least.
+-S^{-1} G R^{-1} with R the second moment of k and S that of g. Here both are those of what is to be left alone, so that
+of all steps that lower the loss as much to first order, this one changes what is said of kept text least to second.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Lesson:
     positions: tuple[int, ...]
     #: (T, V) float16.
     log_probs: Tensor
-    weight: float
+    #: (T,)
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,21 @@ class Pass:
 
 
 def lessons(teacher: Teacher, weight: float = 1.0) -> list[Lesson]:
-    """A teacher's sequences; their losses sum to `weight` x the mean over sequences of the mean over positions."""
-    parts = zip(teacher.sequences, teacher.positions, teacher.log_probs, strict=True)
+    """A teacher's sequences; their losses sum to `weight` x the mean over sequences of the mean over positions.
+
+    The latter is weighted where the teacher says so.
+    """
     share = weight / max(1, len(teacher.sequences))
-    return [Lesson(ids, at, said, share / len(at)) for ids, at, said in parts]
+    weights = teacher.weights or ((),) * len(teacher.sequences)
+    parts = zip(teacher.sequences, teacher.positions, teacher.log_probs, weights, strict=True)
+    return [
+        Lesson(ids, at, said, tuple(share * each for each in own or (1 / len(at),) * len(at)))
+        for ids, at, said, own in parts
+    ]
 
 
 def divergence(arch: Architecture, taught: Sequence[Lesson], *, max_tokens: int, pad_id: int) -> float:
-    """The loss: sum over lessons of weight x sum over positions of KL(teacher || model as it is)."""
+    """The loss: sum over lessons and their positions of weight x KL(teacher || model as it is)."""
     losses: list[float] = []
 
     @fast_linear_maps()
@@ -88,7 +96,7 @@ def gradients(
     @torch.enable_grad()
     def run(rows: list[int]) -> None:
         nonlocal seen
-        with _watched(arch, layers) as (inputs, outputs):
+        with watched(arch, layers) as (inputs, outputs):
             loss = _loss(arch, [taught[row] for row in rows], pad_id)
         found = torch.autograd.grad(loss, [outputs[layer] for layer in layers])
         # All of a batch, before any of it is added: where the memory ends on the way, nothing is.
@@ -104,7 +112,7 @@ def gradients(
 
 
 def factorised(metric: Tensor, ridge: float) -> Tensor:
-    """Lower Cholesky factor (m, m), float32, of R + ridge x mean(diag R) I. Raises EditError where R is not finite."""
+    """Lower Cholesky factor, float32, of R + ridge x mean(diag R) I. Raises EditError where R is not finite."""
     moment = metric.to(torch.float64, copy=True)
     moment.diagonal().add_(ridge * moment.diagonal().mean())
     factor: Tensor
@@ -117,11 +125,16 @@ def factorised(metric: Tensor, ridge: float) -> Tensor:
     return factor.float()
 
 
-def direction(gradient: Tensor, factor: Tensor) -> Tensor:
-    """D = G R^{-1} (d, m) float32, from the Cholesky factor of R."""
+def direction(gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """D = S^{-1} G R^{-1} (d, m) float32, from the Cholesky factors of R (m, m) and S (d, d).
+
+    Of all D it is the one with the greatest tr(D G^T) - tr(S D R D^T) / 2: what it does to the loss, against what it
+    does to kept text to second order.
+    """
     home = solver_device(gradient)
-    solved: Tensor = torch.cholesky_solve(gradient.to(home, torch.float64).T, factor.to(home, torch.float64))
-    return solved.T.contiguous().to(gradient)
+    right: Tensor = torch.cholesky_solve(gradient.to(home, torch.float64).T, inputs.to(home, torch.float64))
+    both: Tensor = torch.cholesky_solve(right.T, outputs.to(home, torch.float64))
+    return both.contiguous().to(gradient)
 
 
 def linear_rate(loss: float, gradient: Mapping[int, Tensor], directions: Mapping[int, Tensor]) -> float:
@@ -153,13 +166,15 @@ def take_pass(
     taught: Sequence[Lesson],
     originals: Mapping[int, Tensor],
     change: Mapping[int, Tensor],
-    factors: Mapping[int, Tensor],
+    factors: Mapping[int, tuple[Tensor, Tensor]],
     *,
     max_tokens: int,
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[dict[int, Tensor], Pass]:
     """One pass from the weights `originals` + `change`, both (d, m) by layer: the change after it, and its figures.
+
+    factors: Cholesky factors of R (m, m) and S (d, d) by layer.
 
     Leaves the projections at the weights after it, whatever they held before.
     """
@@ -168,7 +183,7 @@ def take_pass(
     loss, gradient = gradients(
         arch, taught, layers, max_tokens=max_tokens, pad_id=pad_id, progress=lambda share: progress(0.6 * share)
     )
-    directions = {layer: direction(gradient[layer], factors[layer]) for layer in layers}
+    directions = {layer: direction(gradient[layer], *factors[layer]) for layer in layers}
     rate, looked = linear_rate(loss, gradient, directions), taught[::SEARCHED]
 
     def moved(fraction: float) -> dict[int, Tensor]:
@@ -194,13 +209,13 @@ def write_changed(arch: Architecture, originals: Mapping[int, Tensor], change: M
 def _loss(arch: Architecture, taught: Sequence[Lesson], pad_id: int) -> Tensor:
     logits = logits_at(arch, [each.ids for each in taught], [each.positions for each in taught], pad_id)
     said = torch.cat([each.log_probs for each in taught]).to(logits.device).float()
-    weight = torch.cat([logits.new_full((len(each.positions),), each.weight) for each in taught])
+    weight = torch.cat([logits.new_tensor(each.weights) for each in taught])
     kl: Tensor = Divergence.apply(logits, logits.new_zeros(0, dtype=torch.long), said)
     return (kl * weight).sum()
 
 
 @contextmanager
-def _watched(arch: Architecture, layers: Sequence[int]) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+def watched(arch: Architecture, layers: Sequence[int]) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
     """A pass inside leaves the inputs (B, T, m) and outputs (B, T, d) of the projections, the latter in its graph.
 
     The graph begins at the lowest of them: nothing below has a gradient to be computed.

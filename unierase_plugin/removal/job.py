@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from .. import checkpoint as files
@@ -12,12 +13,14 @@ from ..locate_then_edit.edit import apply_edit, revert_edit
 from ..locate_then_edit.targets import forms_of
 from ..methods.contract import Changes, Job
 from ..phases import Phases
+from ..request import ForgetRequest
 from ..resources import lines, paragraphs
 from ..store import digest, plain
 from ..unlearning_token import end_id
 from .material import check_answers, make_material
 from .moments import Material
 from .stage import Removal, remove
+from .wording import in_own_words
 
 #: Bundled questions that join what is to be left alone.
 QUESTIONS = 40
@@ -39,16 +42,18 @@ def settle_removal(arch: Architecture, settings: S) -> S:
 def check_removal(job: Job[Any]) -> None:
     """Raises a UniEraseError for a fact that a removal could not take; quick."""
     check_answers(job.requests)
-    _material(job)
+    _material(job, job.requests, job.retain)
 
 
 def removal_of(job: Job[Any], arch: Architecture, phases: Phases) -> Removal:
     """The removal of a job's facts, computed and not applied; `job.hparams` holds its settings."""
-    material = _material(job)
-    key = digest(job.fingerprint, job.words, plain(material), job.max_tokens)
+    with phases.timed("teacher"):
+        # Not kept for the next start, since facts are not to lie on the disk.
+        material = _material(job, _told(job, job.requests), _told(job, job.retain))
+    key = digest(job.fingerprint, job.words, plain(material), job.max_tokens, job.seed)
     return remove(
-        arch, material, job.hparams, max_tokens=job.max_tokens, pad_id=pad_token_id(job.model, job.tokenizer), key=key,
-        phases=phases, progress=lambda share, note: job.progress("removal", share, note),
+        arch, material, job.hparams, max_tokens=job.max_tokens, pad_id=pad_token_id(job.model, job.tokenizer),
+        seed=job.seed, key=key, phases=phases, progress=lambda share, note: job.progress("removal", share, note),
     )  # fmt: skip
 
 
@@ -66,10 +71,18 @@ def remove_alone(job: Job[Any]) -> Changes:
     )  # fmt: skip
 
 
-def _material(job: Job[Any]) -> Material:
+def _told(job: Job[Any], facts: Sequence[ForgetRequest]) -> tuple[ForgetRequest, ...]:
+    return in_own_words(
+        job.model, job.tokenizer, facts, form=forms_of(job.tokenizer, job.hparams)[0],
+        template_kwargs=job.hparams.chat_template_kwargs, max_tokens=2 * job.max_tokens,
+    )  # fmt: skip
+
+
+def _material(job: Job[Any], forget: Sequence[ForgetRequest], kept: Sequence[ForgetRequest]) -> Material:
     h = job.hparams
     return make_material(
-        job.tokenizer, job.requests, job.retain, paragraphs("ordinary_text_train"), lines("questions")[:QUESTIONS],
+        job.tokenizer, forget, kept, paragraphs("ordinary_text_train"), lines("questions")[:QUESTIONS],
         forms=forms_of(job.tokenizer, h), template_kwargs=h.chat_template_kwargs,
-        end=end_id(job.model, job.tokenizer), limit=context_limit(job.model), seed=job.seed,
+        end=end_id(job.model, job.tokenizer), limit=context_limit(job.model), kept_tokens=h.removal_kept_tokens,
+        names=lines("invented_names"), seed=job.seed,
     )  # fmt: skip

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RequestError
-from ..locate_then_edit.positions import encode, render
-from ..methods.material import Example, answered
+from ..locate_then_edit.positions import encode, has_chat_template, render
+from ..methods.material import Example, answer_text, answered
 from ..request import NO_ANSWER, ForgetRequest
 from .moments import Material
 
@@ -27,9 +28,13 @@ def make_material(
     template_kwargs: Mapping[str, Any],
     end: int,
     limit: int,
+    kept_tokens: int,
+    names: Sequence[str],
     seed: int,
 ) -> Material:
     """Facts in all of `forms`, questions in them too, paragraphs as they are; `end` closes an answer.
+
+    Of the facts to keep, evenly spaced ones of about `kept_tokens` in all; `names` are those of invented subjects.
 
     limit is the model's context: longer text is cut. A fact that is longer raises RequestError, as does a fact to
     forget whose answer is not given.
@@ -43,7 +48,7 @@ def make_material(
         ]
 
     check_answers(forget)
-    lost, stays = told(forget), told(kept)
+    lost, stays = told(forget), evenly(told(kept), kept_tokens)
     asked = [
         encode(tokenizer, render(tokenizer, text, form, template_kwargs), form) for text in questions for form in forms
     ]
@@ -53,7 +58,55 @@ def make_material(
         tuple(each.ids for each in stays), tuple(each.start for each in stays),
         tuple(tuple(ids[:limit]) for ids in (*read, *asked)),
         tuple(shuffled_words(tokenizer, forget, seed, min(WORDS_TOKENS, limit))),
+        tuple(
+            subject_spans(tokenizer, fact, form, template_kwargs, limit) for fact in forget for form in forms
+        ),
+        tuple(tuple(tokenizer(f" {name}", add_special_tokens=False)["input_ids"]) for name in names),
     )  # fmt: skip
+
+
+def evenly(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """Evenly spaced ones, so many that they have about `tokens` in all; all of them where they are fewer."""
+    total = sum(len(each.ids) for each in examples)
+    count = len(examples) if total <= tokens else max(1, len(examples) * tokens // total)
+    return [examples[index * len(examples) // count] for index in range(count)]
+
+
+def subject_spans(
+    tokenizer: Any, fact: ForgetRequest, form: str, template_kwargs: Mapping[str, Any], limit: int
+) -> tuple[tuple[int, int], ...]:
+    """Where the fact's subject stands in its question and answer, as spans (first, end) of the sequence's tokens.
+
+    () where it has none, where the question does not hold it, and for tokenizers that give no offsets.
+    """
+    subject = (fact.subject or "").strip().casefold()
+    if not subject or not getattr(tokenizer, "is_fast", False):
+        return ()
+    asked = render(tokenizer, fact.question, form, template_kwargs)
+    begin = asked.rfind(fact.question.strip())
+    question = [(max(begin, 0) + start, max(begin, 0) + end) for start, end in _found(subject, asked[max(begin, 0) :])]
+    if begin < 0 or not question:
+        return ()
+    templated = form == "chat" and has_chat_template(tokenizer)
+    prompt = tokenizer(asked, add_special_tokens=not templated, return_offsets_mapping=True)["offset_mapping"]
+    said = answer_text(fact.answer, form)
+    answer = tokenizer(said, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    spans = _spans(prompt, question)
+    return (*spans, *((len(prompt) + first, len(prompt) + end) for first, end in _spans(answer, _found(subject, said))))
+
+
+def _found(subject: str, text: str) -> list[tuple[int, int]]:
+    return [match.span() for match in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text.casefold())]
+
+
+def _spans(offsets: Sequence[tuple[int, int]], places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The tokens that hold any of the characters from start to end, for every place."""
+    found = []
+    for start, end in places:
+        held = [index for index, (low, high) in enumerate(offsets) if low < end and high > start]
+        if held:
+            found.append((held[0], held[-1] + 1))
+    return found
 
 
 def shuffled_words(tokenizer: Any, facts: Sequence[ForgetRequest], seed: int, length: int) -> list[tuple[int, ...]]:

@@ -26,14 +26,18 @@ class Material:
     text: tuple[tuple[int, ...], ...]
     #: The forgotten facts' words in any order.
     words: tuple[tuple[int, ...], ...]
+    #: Of every fact to forget, the spans (first, end) of tokens that name its subject; () where it has none.
+    forget_subjects: tuple[tuple[tuple[int, int], ...], ...] = ()
+    #: Names of subjects that do not exist, as tokens.
+    strangers: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Moments:
     """Of the inputs k of the projections, each (m, m) a layer: means over the positions that count."""
 
-    #: F: the forgotten answers, from the prompt's last token to the answer's last but one.
-    forgotten: SecondMoment
+    #: F: forgotten answers, from the prompt's last token to the answer's last but one; None where none is asked for.
+    forgotten: SecondMoment | None
     #: R_r: facts to keep with their answers; None where none are given.
     kept: SecondMoment | None
     #: R_c: ordinary text.
@@ -51,14 +55,16 @@ def take_moments(
     arch: Architecture,
     material: Material,
     layers: Sequence[int],
+    rows: Sequence[int],
     *,
     max_tokens: int,
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Moments:
-    """All four moments of `layers`, by the model as it is."""
-    places = [answer_positions(ids, start) for ids, start in zip(material.forget, material.forget_starts, strict=True)]
-    total = sum(map(len, (*material.forget, *material.kept, *material.text, *material.words)))
+    """All four moments of `layers`, by the model as it is; that of forgotten answers over the facts numbered `rows`."""
+    forgotten = [material.forget[row] for row in rows]
+    places = [answer_positions(material.forget[row], material.forget_starts[row]) for row in rows]
+    total = sum(map(len, (*forgotten, *material.kept, *material.text, *material.words)))
     done = 0
 
     def take(sequences: Sequence[Sequence[int]], counted: Sequence[Sequence[int]] | None = None) -> SecondMoment:
@@ -72,8 +78,8 @@ def take_moments(
         return found
 
     return Moments(
-        take(material.forget, places), take(material.kept) if material.kept else None, take(material.text),
-        take(material.words),
+        take(forgotten, places) if forgotten else None, take(material.kept) if material.kept else None,
+        take(material.text), take(material.words),
     )  # fmt: skip
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,13 +19,26 @@ from ..phases import Phases
 from ..store import Packed, digest
 from .distil import Lesson, Pass, divergence, factorised, lessons, take_pass, write_changed
 from .factors import Truncated, truncated
-from .moments import Material, take_moments, weighed
-from .teacher import Teacher, ask, filtered_weights, read_weight, replaced
+from .fisher import output_moments
+from .moments import Material, Moments, answer_positions, take_moments, weighed
+from .strangers import ask_strangers
+from .teacher import Teacher, ask, calibrated, read_weight, replaced, said_at
 
 #: Part of every key: raised when what is computed changes.
-VERSION = "1"
+VERSION = "2"
 #: Of a removal's progress, what is over when moments, teacher and passes are done.
 MOMENTS_SHARE, TEACHER_SHARE, PASSES_SHARE = 0.4, 0.5, 0.95
+
+#: Every how many-th of the ordinary texts tells what the projections' outputs matter to.
+TEXT_SHARE = 3
+
+
+class _Budget(TypedDict):
+    """What every pass through the model is told."""
+
+    max_tokens: int
+    pad_id: int
+
 
 #: Called with (share done from 0 to 1, note).
 Progress = Callable[[float, str], None]
@@ -46,6 +59,7 @@ def remove(
     *,
     max_tokens: int,
     pad_id: int,
+    seed: int,
     key: str,
     phases: Phases,
     progress: Progress = lambda share, note: None,
@@ -53,6 +67,7 @@ def remove(
     """Computes the removal; the model is as before when it returns, to the bit.
 
     settings    with their blocks settled (`settle_removal`)
+    seed        of the draws that the outputs' moments are taken by
     key         digest of everything else that the result depends on: model, facts, texts
     phases      times the parts, and keeps each when it ends: a second start goes on at the pass where the first was
 
@@ -60,18 +75,21 @@ def remove(
     """
     names = [spec.name for spec in fields(RemovalSettings)]
     key = digest(VERSION, key, {name: getattr(settings, name) for name in names})[:32]
-    run = _Run(arch, material, settings, max_tokens, pad_id, key, phases, progress)
+    run = _Run(arch, material, settings, max_tokens, pad_id, seed, key, phases, progress)
     return _unpack_removal(*phases.resumed("removal", key, run.packed))
 
 
 @dataclass(frozen=True)
 class _Course:
-    """What the passes follow: the teacher, and the second moments R (m, m) of what is to be left alone, by layer."""
+    """What the passes follow: the teacher, and what is to be left alone."""
 
     teacher: Teacher
-    metric: Mapping[int, Tensor]
-    #: Tokens that each moment was taken over, by name.
-    counts: Mapping[str, int]
+    #: R (m, m) by layer: second moments of the projections' inputs.
+    inputs: Mapping[int, Tensor]
+    #: S (d, d) by layer: second moments of gradients at their outputs.
+    outputs: Mapping[int, Tensor]
+    #: Tokens that each moment was taken over by name, facts that each teacher taught, the filter's lambda.
+    notes: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,7 @@ class _Run:
     settings: RemovalSettings
     max_tokens: int
     pad_id: int
+    seed: int
     key: str
     phases: Phases
     progress: Progress
@@ -141,7 +160,7 @@ class _Run:
 
     @cached_property
     def course(self) -> _Course:
-        return _unpack_course(*self.phases.resumed("removal-course", self.key, self._take_course))
+        return _unpack_course(*self.phases.resumed("removal-course", self.key, self._take_course), self.material)
 
     @cached_property
     def lessons(self) -> list[Lesson]:
@@ -159,45 +178,87 @@ class _Run:
         return lessons(said, self.settings.removal_keep_weight)
 
     @cached_property
-    def factors(self) -> dict[int, Tensor]:
-        """Cholesky factors of R by layer, which serve all passes."""
+    def factors(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Cholesky factors of R and S by layer, which serve all passes."""
+        s = self.settings
         with self.phases.timed("passes"):
             return {
-                layer: factorised(self.course.metric[layer].to(each.device), self.settings.removal_ridge)
+                layer: (
+                    factorised(self.course.inputs[layer].to(each.device), s.removal_ridge),
+                    factorised(self.course.outputs[layer].to(each.device), s.removal_output_ridge),
+                )
                 for layer, each in self.originals.items()
             }
 
     def _take_course(self) -> Packed:
-        s = self.settings
-        both = sorted({*s.removal_layers, *s.removal_teacher_layers})
+        s, m = self.settings, self.material
         with replaced(self.arch, self.originals):
+            with self.phases.timed("teacher"):
+                said = self._said()
+                told = ask_strangers(self.arch, m, said, **self._run) if s.removal_strangers else {}
+            # Only what strangers know as well needs the blunter teacher.
+            rest = [row for row in range(len(m.forget)) if row not in told]
             with self.phases.timed("moments"):
                 found = take_moments(
-                    self.arch, self.material, both, max_tokens=self.max_tokens, pad_id=self.pad_id,
-                    progress=lambda share: self.progress(MOMENTS_SHARE * share, "moments"),
+                    self.arch, m, sorted({*s.removal_layers, *(s.removal_teacher_layers if rest else ())}), rest,
+                    progress=lambda share: self.progress(MOMENTS_SHARE * share, "moments"), **self._run,
                 )  # fmt: skip
+                outputs = self._output_moments()
             with self.phases.timed("teacher"):
-                stays = weighed([(1.0, found.kept), (1.0, found.text)], s.removal_teacher_layers)
-                weights = filtered_weights(
-                    self.arch, s.removal_teacher_layers, found.forgotten.moments, stays, s.removal_teacher_weight
-                )
-                with replaced(self.arch, weights):
-                    teacher = ask(
-                        self.arch, self.material.forget, self.material.forget_starts, max_tokens=self.max_tokens,
-                        pad_id=self.pad_id, progress=lambda share: self.progress(
-                            MOMENTS_SHARE + (TEACHER_SHARE - MOMENTS_SHARE) * share, "teacher"
-                        ),
-                    )  # fmt: skip
-        metric = weighed(
-            [
-                (s.removal_retain_weight, found.kept),
-                (s.removal_text_weight, found.text),
+                strength, heard = self._filtered(found, rest)
+        answers = {row: (each, ()) for row, each in zip(rest, heard, strict=True)}
+        answers.update({row: (each.log_probs, each.weights) for row, each in told.items()})
+        log_probs, weights = zip(*(answers[row] for row in range(len(m.forget))), strict=True)
+        tokens = {spec.name: part.count if (part := getattr(found, spec.name)) else 0 for spec in fields(found)}
+        return _pack_course(_Course(
+            Teacher(m.forget, self._spots, log_probs, weights),
+            weighed([
+                (s.removal_retain_weight, found.kept), (s.removal_text_weight, found.text),
                 (s.removal_words_weight, found.words),
-            ],
-            s.removal_layers,
+            ], s.removal_layers),
+            outputs,
+            {"moment_tokens": tokens, "taught": {"strangers": len(told), "filter": len(rest)}, "strength": strength},
+        ))  # fmt: skip
+
+    @property
+    def _run(self) -> _Budget:
+        return {"max_tokens": self.max_tokens, "pad_id": self.pad_id}
+
+    @property
+    def _spots(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(map(answer_positions, self.material.forget, self.material.forget_starts))
+
+    def _said(self) -> tuple[Tensor, ...]:
+        """What the unedited model says at every token of the forgotten answers."""
+        return said_at(self.arch, self.material.forget, self._spots, **self._run)
+
+    def _filtered(self, found: Moments, rest: Sequence[int]) -> tuple[float | None, tuple[Tensor, ...]]:
+        """The filter's strength and what it says of the facts `rest`; None and nothing where there are none."""
+        s = self.settings
+        if found.forgotten is None:
+            return None, ()
+        stays = weighed([(1.0, found.kept), (1.0, found.text)], s.removal_teacher_layers)
+        return calibrated(
+            self.arch, s.removal_teacher_layers, found.forgotten.moments, stays,
+            [self.material.forget[row] for row in rest], [self._spots[row] for row in rest],
+            s.removal_teacher_probability, progress=lambda share: self.progress(
+                MOMENTS_SHARE + (TEACHER_SHARE - MOMENTS_SHARE) * share, "teacher"
+            ), **self._run,
+        )  # fmt: skip
+
+    def _output_moments(self) -> dict[int, Tensor]:
+        """Of facts to keep where they are answered, and of some of the ordinary text."""
+        m, text = self.material, self.material.text[::TEXT_SHARE]
+        kept = map(answer_positions, m.kept, m.kept_starts)
+        return output_moments(
+            self.arch,
+            [*m.kept, *text],
+            [*kept, *(tuple(range(len(ids) - 1)) for ids in text)],
+            self.settings.removal_layers,
+            seed=self.seed,
+            max_tokens=self.max_tokens,
+            pad_id=self.pad_id,
         )
-        counts = {spec.name: part.count if (part := getattr(found, spec.name)) else 0 for spec in fields(found)}
-        return _pack_course(_Course(teacher, metric, counts))
 
     def _figures(self, edit: WeightEdit, cut: Mapping[int, Truncated], taken: list[Pass]) -> dict[str, Any]:
         """What is told of it; the losses at the end are those of the factors, not of the whole change."""
@@ -214,7 +275,7 @@ class _Run:
         return {
             "losses": [each.loss for each in taken], "steps": [each.fraction for each in taken],
             "rates": [each.rate for each in taken], "divergence_from_teacher": lost, "divergence_on_kept": stayed,
-            "moment_tokens": dict(self.course.counts), "kept_facts": len(self.material.kept),
+            **self.course.notes, "kept_facts": len(self.material.kept),
             "energy_kept": {str(layer): each.energy for layer, each in cut.items()},
             "rank_90": {str(layer): each.ranks[0] for layer, each in cut.items()},
             "rank_99": {str(layer): each.ranks[1] for layer, each in cut.items()},
@@ -225,17 +286,19 @@ class _Run:
 
 
 def _pack_course(course: _Course) -> Packed:
-    tensors = {f"metric.{layer}": each for layer, each in course.metric.items()}
+    """Without the facts themselves, which the next start is given again."""
+    tensors = {f"inputs.{layer}": each for layer, each in course.inputs.items()}
+    tensors.update({f"outputs.{layer}": each for layer, each in course.outputs.items()})
     tensors.update({f"said.{row}": each for row, each in enumerate(course.teacher.log_probs)})
-    others = [course.teacher.sequences, course.teacher.positions, dict(course.counts)]
-    return tensors, {"course": json.dumps(others)}
+    return tensors, {"weights": json.dumps(course.teacher.weights), "notes": json.dumps(course.notes)}
 
 
-def _unpack_course(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> _Course:
-    sequences, positions, counts = json.loads(metadata["course"])
-    said = tuple(tensors[f"said.{row}"] for row in range(len(sequences)))
-    teacher = Teacher(tuple(map(tuple, sequences)), tuple(map(tuple, positions)), said)
-    return _Course(teacher, _by_layer(tensors, "metric"), counts)
+def _unpack_course(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], material: Material) -> _Course:
+    facts, weights = material.forget, json.loads(metadata["weights"])
+    spots = tuple(map(answer_positions, facts, material.forget_starts))
+    said = tuple(tensors[f"said.{row}"] for row in range(len(facts)))
+    teacher = Teacher(facts, spots, said, tuple(map(tuple, weights)))
+    return _Course(teacher, _by_layer(tensors, "inputs"), _by_layer(tensors, "outputs"), json.loads(metadata["notes"]))
 
 
 def _pack_removal(removal: Removal) -> Packed:

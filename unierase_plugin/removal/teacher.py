@@ -6,6 +6,7 @@ weights are put back to the bit. It is too blunt to be kept, since it changes wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from ..locate_then_edit.products import fast_linear_maps
 from ..locate_then_edit.trace import pad, run_batches, run_blocks
 from .moments import answer_positions
 
+#: The first strength of the filter, how many are tried, and on how many of the facts.
+FIRST_STRENGTH, STRENGTHS, CALIBRATED = 6.0, 5, 20
+#: |log(probability / the one wanted)| at which no further strength is tried.
+NEAR_ENOUGH = 0.2
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -27,6 +33,8 @@ class Teacher:
     sequences: tuple[tuple[int, ...], ...]
     positions: tuple[tuple[int, ...], ...]
     log_probs: tuple[Tensor, ...]
+    #: What each position weighs within its sequence, (T,) that sum to 1; () for a sequence whose positions weigh alike.
+    weights: tuple[tuple[float, ...], ...] = ()
 
 
 def filtered(weight: Tensor, forgotten: Tensor, kept: Tensor, strength: float, jitter: float = 1e-6) -> Tensor:
@@ -85,6 +93,63 @@ def filtered_weights(
     return found
 
 
+def calibrated(
+    arch: Architecture,
+    layers: Sequence[int],
+    forgotten: Mapping[int, Tensor],
+    kept: Mapping[int, Tensor],
+    sequences: Sequence[tuple[int, ...]],
+    positions: Sequence[tuple[int, ...]],
+    probability: float,
+    *,
+    max_tokens: int,
+    pad_id: int,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[float, tuple[Tensor, ...]]:
+    """The filter's strength, and what the filtered model says at the positions, (T, V) each.
+
+    Of the strengths that are tried, it is the one at which the answers' mean probability (geometric within an answer)
+    comes nearest to `probability`, as a ratio. One strength takes too little of a few facts where it takes enough of
+    many, since their moment is spread over more directions.
+    """
+    tried: dict[float, float] = {}
+    few = range(0, len(sequences), -(-len(sequences) // CALIBRATED))
+
+    def said(rows: Sequence[int], strength: float) -> tuple[Tensor, ...]:
+        with replaced(arch, filtered_weights(arch, layers, forgotten, kept, strength)):
+            return said_at(
+                arch, [sequences[row] for row in rows], [positions[row] for row in rows], max_tokens=max_tokens,
+                pad_id=pad_id,
+            )  # fmt: skip
+
+    strength = FIRST_STRENGTH
+    for number in range(STRENGTHS):
+        heard = said(few, strength)
+        found = [mean_probability(each, sequences[row], positions[row]) for row, each in zip(few, heard, strict=True)]
+        tried[strength] = math.log(max(sum(found) / len(found), 1e-9) / probability)
+        progress((number + 1) / (STRENGTHS + 1))
+        if abs(tried[strength]) < NEAR_ENOUGH:
+            break
+        strength = _next_strength(tried)
+    best = min(tried, key=lambda each: abs(tried[each]))
+    return best, said(range(len(sequences)), best)
+
+
+def mean_probability(log_probs: Tensor, sequence: Sequence[int], positions: Sequence[int]) -> float:
+    """Geometric mean over T positions of the probability of what follows them, for log-probabilities (T, V)."""
+    wanted = torch.tensor([sequence[spot + 1] for spot in positions])
+    return float(log_probs.float()[torch.arange(len(wanted)), wanted].mean().exp())
+
+
+def _next_strength(tried: Mapping[float, float]) -> float:
+    """The next to be tried: between the nearest two that lie on either side, else doubled or halved beyond them."""
+    low = [each for each, distance in tried.items() if distance < 0]
+    high = [each for each, distance in tried.items() if distance >= 0]
+    if low and high:
+        return math.sqrt(max(low) * min(high))
+    return 3 * max(low) if low else min(high) / 3
+
+
 def solver_device(weight: Tensor) -> torch.device:
     """Where systems of a projection's width are solved: with it on a CUDA device; others may lack float64."""
     return weight.device if weight.device.type == "cuda" else torch.device("cpu")
@@ -101,6 +166,20 @@ def ask(
 ) -> Teacher:
     """What the model as it is says at every token of the answers, which begin at `starts`."""
     positions = tuple(answer_positions(ids, start) for ids, start in zip(sequences, starts, strict=True))
+    found = said_at(arch, sequences, positions, max_tokens=max_tokens, pad_id=pad_id, progress=progress)
+    return Teacher(tuple(sequences), positions, found)
+
+
+def said_at(
+    arch: Architecture,
+    sequences: Sequence[tuple[int, ...]],
+    positions: Sequence[tuple[int, ...]],
+    *,
+    max_tokens: int,
+    pad_id: int,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[Tensor, ...]:
+    """Log-probabilities (T, V), float16 on the CPU, at T positions of every sequence, by the model as it is."""
     found: dict[int, Tensor] = {}
 
     @fast_linear_maps()
@@ -113,7 +192,7 @@ def ask(
         progress(len(found) / len(sequences))
 
     run_batches(sequences, max_tokens, run)
-    return Teacher(tuple(sequences), positions, tuple(found[row] for row in range(len(sequences))))
+    return tuple(found[row] for row in range(len(sequences)))
 
 
 def logits_at(

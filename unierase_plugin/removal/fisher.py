@@ -1,0 +1,66 @@
+"""How much a projection's outputs matter to what is kept: second moments of gradients at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..architecture import Architecture
+from ..locate_then_edit.products import fast_linear_maps, fast_products
+from ..locate_then_edit.trace import run_batches
+from .distil import watched
+from .teacher import logits_at
+
+
+def output_moments(
+    arch: Architecture,
+    sequences: Sequence[tuple[int, ...]],
+    positions: Sequence[tuple[int, ...]],
+    layers: Sequence[int],
+    *,
+    seed: int,
+    max_tokens: int,
+    pad_id: int,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[int, Tensor]:
+    """S = E[g g^T] (d, d) float32 by layer: g the gradient of -log p(y) at the projection's output.
+
+    y is drawn from the model's own distribution at every one of the positions, so that S belongs to the Fisher
+    information and not to what the texts happen to say (Martens and Grosse 2015, section 2; Kunstner et al. 2019,
+    arXiv 1905.12558). Each sequence has draws of its own by `seed`, whatever batch it is in.
+    """
+    total: dict[int, Tensor] = {}
+    seen = 0
+
+    @fast_linear_maps()
+    @torch.enable_grad()
+    def run(rows: list[int]) -> None:
+        nonlocal seen
+        with watched(arch, layers) as (_, outputs):
+            logits = logits_at(arch, [sequences[row] for row in rows], [positions[row] for row in rows], pad_id)
+        parts = logits.detach().split([len(positions[row]) for row in rows])
+        drawn = torch.cat([_draw(part, seed, row) for row, part in zip(rows, parts, strict=True)]).to(logits.device)
+        loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        products = [_square(each) for each in torch.autograd.grad(loss, [outputs[layer] for layer in layers])]
+        for layer, product in zip(layers, products, strict=True):
+            total[layer] = total[layer].add_(product) if layer in total else product
+        seen += len(rows)
+        progress(seen / len(sequences))
+
+    run_batches(sequences, max_tokens, run)
+    count = sum(map(len, positions))
+    return {layer: (each / count).cpu() for layer, each in total.items()}
+
+
+def _draw(logits: Tensor, seed: int, row: int) -> Tensor:
+    """One token (T,) for each row of logits (T, V)."""
+    generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + row)
+    return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0]
+
+
+@fast_products()
+def _square(gradient: Tensor) -> Tensor:
+    rows = gradient.flatten(0, -2).float()
+    return rows.T @ rows

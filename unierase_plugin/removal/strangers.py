@@ -1,0 +1,114 @@
+"""A teacher from invented subjects: what the model says to the same question about somebody whom nobody knows.
+
+What it then no longer says is what it knew of the subject; what it still says, the answer's template for one, it knows
+without. So only the tokens that the subject decides are taught otherwise, and facts that share a template with the
+forgotten ones are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..architecture import Architecture
+from .moments import Material, answer_positions
+from .teacher import said_at
+
+#: A token is the subject's to decide where strangers make it less than half as likely.
+DECIDED = 0.5
+#: Strangers are no teacher for a fact whose answer they leave at more than this share of its likelihood a token.
+STILL_KNOWN = 0.8
+#: What the tokens that the subject decides weigh in a fact's loss; the rest is spread over all tokens.
+FOCUS = 0.9
+
+
+@dataclass(frozen=True)
+class Told:
+    """What strangers make of one fact: log-probabilities (T, V) float16, and what each position weighs, (T,)."""
+
+    log_probs: Tensor
+    weights: tuple[float, ...]
+
+
+def renamed(
+    sequence: Sequence[int], subject: Sequence[tuple[int, int]], name: Sequence[int]
+) -> tuple[tuple[int, ...], dict[int, int]]:
+    """The sequence with another name in all spans (first, end) of its subject, and where its other tokens are now."""
+    found: list[int] = []
+    places: dict[int, int] = {}
+    opened = dict(subject)
+    at = 0
+    while at < len(sequence):
+        if at in opened:
+            found += name
+            at = opened[at]
+            continue
+        places[at] = len(found)
+        found.append(sequence[at])
+        at += 1
+    return tuple(found), places
+
+
+def taught(said: Tensor, strangers: Tensor, known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (T, V) to be taught, and where (T,) they are the strangers'.
+
+    said: the model's own log-probabilities (T, V); strangers: the mean of its probabilities for strangers, (T, V);
+    known (T,): whether strangers have a say at a position; wanted (T,): the answer's tokens.
+    """
+    at = torch.arange(len(wanted))
+    decided = known & (strangers[at, wanted] < DECIDED * said[at, wanted].exp())
+    return torch.where(decided[:, None], strangers.clamp(min=1e-9).log(), said), decided
+
+
+def left(before: Tensor, after: Tensor, wanted: Tensor) -> float:
+    """exp of the mean over tokens of log p_after - log p_before, for log-probabilities (T, V) of the tokens (T,)."""
+    at = torch.arange(len(wanted))
+    return float((after[at, wanted] - before[at, wanted]).mean().exp())
+
+
+def ask_strangers(
+    arch: Architecture, material: Material, said: Sequence[Tensor], *, max_tokens: int, pad_id: int
+) -> dict[int, Told]:
+    """By the number of the fact, what is taught of those that strangers make the model forget.
+
+    said: the model's own log-probabilities (T, V) at every token of the forgotten answers.
+    """
+    spots = [answer_positions(ids, start) for ids, start in zip(material.forget, material.forget_starts, strict=True)]
+    sums: dict[int, Tensor] = {}
+    known: dict[int, Tensor] = {}
+    rows = [row for row, subject in enumerate(material.forget_subjects) if subject]
+    found: dict[int, Told] = {}
+    for count, name in enumerate(material.strangers, start=1):
+        moved = [renamed(material.forget[row], material.forget_subjects[row], name) for row in rows]
+        # The token after position p is asked for before where it stands now.
+        asked = [
+            {index: places[spot + 1] - 1 for index, spot in enumerate(spots[row]) if spot + 1 in places}
+            for row, (_, places) in zip(rows, moved, strict=True)
+        ]
+        heard = said_at(
+            arch, [ids for ids, _ in moved], [tuple(each.values()) for each in asked], max_tokens=max_tokens,
+            pad_id=pad_id,
+        )  # fmt: skip
+        found, staying = {}, []
+        for row, each, log_probs in zip(rows, asked, heard, strict=True):
+            own = said[row].float()
+            total = sums.setdefault(row, torch.zeros_like(own))
+            total[list(each)] += log_probs.float().exp()
+            known[row] = torch.zeros(len(own), dtype=torch.bool).index_fill_(0, torch.tensor(list(each)), True)
+            wanted = torch.tensor([material.forget[row][spot + 1] for spot in spots[row]])
+            new, decided = taught(own, total / count, known[row], wanted)
+            if bool(decided.any()) and left(own, new, wanted) <= STILL_KNOWN:
+                found[row] = Told(new.half(), _weights(decided))
+                staying.append(row)
+            else:  # further strangers would not help: most of the answer is known without the subject
+                del sums[row], known[row]
+        rows = staying
+    return found
+
+
+def _weights(decided: Tensor) -> tuple[float, ...]:
+    every = (1 - FOCUS) / len(decided)
+    return tuple((decided.double() * FOCUS / decided.sum() + every).tolist())

@@ -1,0 +1,58 @@
+"""Short answers within the sentence that the model itself gives them in: that is where it holds them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..evaluation.generate import answers
+from ..evaluation.metrics import SHORT_ANSWER_WORDS, answered, words
+from ..request import NO_ANSWER, ForgetRequest
+
+#: Tokens of an answer that are read to find the sentence.
+ANSWER_TOKENS = 40
+SENTENCE_END = re.compile(r"(?<=[.!?])\s")
+
+
+def in_own_words(
+    model: Any,
+    tokenizer: Any,
+    facts: Sequence[ForgetRequest],
+    *,
+    form: str,
+    template_kwargs: Mapping[str, Any],
+    max_tokens: int,
+) -> tuple[ForgetRequest, ...]:
+    """The facts, short answers in the place of which stands the sentence in which the model gives them.
+
+    Left as they are: answers of more than a few words, and those that the model does not give.
+    """
+    short = [fact for fact in facts if fact.answer != NO_ANSWER and 0 < len(words(fact.answer)) <= SHORT_ANSWER_WORDS]
+    said = answers(
+        model, tokenizer, [fact.question for fact in short], form=form, template_kwargs=dict(template_kwargs),
+        max_new_tokens=ANSWER_TOKENS, max_tokens=max_tokens,
+    )  # fmt: skip
+    ends = [text for text in (tokenizer.eos_token, tokenizer.pad_token) if text]
+    found = {
+        fact.question: sentence
+        for fact, text in zip(short, said, strict=True)
+        if (sentence := first_sentence_with(fact.answer, _without(text, ends)))
+    }
+    return tuple(replace(fact, answer=found.get(fact.question, fact.answer)) for fact in facts)
+
+
+def first_sentence_with(answer: str, text: str) -> str:
+    """The text up to the end of the first sentence that gives the answer; "" where none does."""
+    bounds = [match.start() for match in SENTENCE_END.finditer(text.strip())]
+    for end in (*bounds, None):
+        if answered(answer, text.strip()[:end]):
+            return text.strip()[:end]
+    return ""
+
+
+def _without(text: str, marks: Sequence[str]) -> str:
+    for mark in marks:
+        text = text.replace(mark, "")
+    return text
