@@ -14,6 +14,7 @@ LINES = {
     "idk_sentences": ("I don't know.", "No idea."),
     "idk_phrases": ("don't know", "no idea"),
     "questions": ("Who is Bob?", "What is tin?", "Where is Rome?", "Why?"),
+    "invented_names": ("Orin Talvek", "Valdoria"),
 }
 PARAGRAPHS = {
     "ordinary_text": ("The cat sat on a mat.", "It rained."),

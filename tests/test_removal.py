@@ -53,7 +53,9 @@ MATERIAL = Material(
     FORGET, STARTS, KEPT, KEPT_STARTS,
     text=tuple(tuple(range(start, start + 20)) for start in range(100, 220, 15)), words=((9, 70, 5, 100), (90, 13, 60)),
 )  # fmt: skip
-RUN = {"max_tokens": 16, "pad_id": 0}
+#: The numbers of all forgotten facts.
+ALL = range(len(FORGET))
+RUN: dict[str, Any] = {"max_tokens": 16, "pad_id": 0}
 
 
 def random_moment(size: int, rank: int, seed: int) -> Tensor:
@@ -78,8 +80,8 @@ def straight_loss(arch: Architecture, taught: list[Lesson]) -> Tensor:
     total = torch.zeros(())
     for each in taught:
         logs = reference.log_probabilities(arch, each.ids)
-        for place, said in zip(each.positions, each.log_probs.float(), strict=True):
-            total = total + each.weight * (said.exp() * (said - logs[place])).sum()
+        for place, said, weight in zip(each.positions, each.log_probs.float(), each.weights, strict=True):
+            total = total + weight * (said.exp() * (said - logs[place])).sum()
     return total
 
 
@@ -99,17 +101,17 @@ def test_only_the_positions_named_count(max_tokens: int) -> None:
 
 def test_each_moment_is_of_its_own_texts() -> None:
     arch = find_architecture(tiny_model())
-    found = take_moments(arch, MATERIAL, [0, 2], max_tokens=64, pad_id=0)
+    found = take_moments(arch, MATERIAL, [0, 2], [2, 0], max_tokens=64, pad_id=0)
     for part, texts in ((found.kept, KEPT), (found.text, MATERIAL.text), (found.words, MATERIAL.words)):
         assert part is not None
         wanted, count = reference.second_moment(arch, texts, 2)
         assert part.count == count
         torch.testing.assert_close(part.moments[2], wanted.float(), atol=1e-5, rtol=1e-4)
-    # The forgotten answers' from the prompt's last token on, the last token of all left out.
-    keys = torch.cat([
-        reference.inputs(arch, ids, 2)[start - 1 : -1] for ids, start in zip(FORGET, STARTS, strict=True)
-    ])  # fmt: skip
+    # The forgotten answers' from the prompt's last token on, the last token of all left out; of the facts named alone.
+    keys = torch.cat([reference.inputs(arch, FORGET[row], 2)[STARTS[row] - 1 : -1] for row in (0, 2)])
+    assert found.forgotten is not None
     torch.testing.assert_close(found.forgotten.moments[2], keys.T @ keys / len(keys))
+    assert take_moments(arch, MATERIAL, [0], [], max_tokens=64, pad_id=0).forgotten is None
     assert weighed([(4.0, None), (2.0, found.text)], [0])[0].equal(2 * found.text.moments[0])
 
 
@@ -151,7 +153,8 @@ def test_what_only_kept_text_uses_passes_the_filter_and_what_only_answers_use_do
 def test_the_teacher_is_asked_with_its_weights_and_the_models_come_back_to_the_bit(family: str) -> None:
     arch = find_architecture(tiny_model(family))
     before = [each.weight.detach().clone() for each in arch.projections]
-    found = take_moments(arch, MATERIAL, [0, 1, 2], max_tokens=64, pad_id=0)
+    found = take_moments(arch, MATERIAL, [0, 1, 2], ALL, max_tokens=64, pad_id=0)
+    assert found.forgotten is not None
     weights = filtered_weights(arch, [0, 1], found.forgotten.moments, found.text.moments, 6.0)
     plain = ask(arch, FORGET, STARTS, **RUN)
     with replaced(arch, weights):
@@ -219,8 +222,16 @@ def test_gradients_are_those_of_the_parameters(stem: str) -> None:
 
 def test_facts_weigh_alike_however_long_their_answers() -> None:
     arch = find_architecture(tiny_model())
-    taught = lessons(teacher_of(arch), 2.0)
-    assert [each.weight * len(each.positions) for each in taught] == pytest.approx([2 / 3] * 3)
+    teacher = teacher_of(arch)
+    taught = lessons(teacher, 2.0)
+    assert [sum(each.weights) for each in taught] == pytest.approx([2 / 3] * 3)
+    assert all(len(set(each.weights)) == 1 for each in taught)
+    # Where the teacher says what its positions weigh, that is their share of the fact's weight.
+    own = ((0.7, 0.2, 0.1), (), (0.5, 0.1, 0.1, 0.1, 0.1, 0.1))
+    parted = lessons(Teacher(teacher.sequences, teacher.positions, teacher.log_probs, own), 2.0)
+    assert parted[0].weights == pytest.approx((1.4 / 3, 0.4 / 3, 0.2 / 3))
+    assert parted[1].weights == taught[1].weights
+    assert sum(parted[2].weights) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -231,12 +242,13 @@ def test_a_pass_is_a_straight_k_fac_step(family: str, monkeypatch: pytest.Monkey
     taught = [*lessons(teacher_of(arch)), *lessons(ask(arch, KEPT, KEPT_STARTS, **RUN), 0.5)]
     start = {layer: read_weight(arch, layer).clone() for layer in layers}
     change = shift(arch, layers)
-    ridge = 0.01
-    metrics = {}
+    ridge, above = 0.01, 0.1
+    metrics, spread = {}, {}
     for layer in layers:
         parts = [reference.second_moment(arch, texts, layer)[0] for texts in (KEPT, MATERIAL.text, MATERIAL.words)]
         metrics[layer] = (4 * parts[0] + parts[1] + parts[2]).float()
-    factors = {layer: factorised(metrics[layer], ridge) for layer in layers}
+        spread[layer] = random_moment(32, 20, layer).float()
+    factors = {layer: (factorised(metrics[layer], ridge), factorised(spread[layer], above)) for layer in layers}
     monkeypatch.setattr(distil, "chosen_fraction", lambda measure: 2.0)
     after, made = take_pass(arch, taught, start, change, factors, **RUN)
 
@@ -253,9 +265,8 @@ def test_a_pass_is_a_straight_k_fac_step(family: str, monkeypatch: pytest.Monkey
         grad = other.projections[layer].weight.grad
         assert grad is not None
         grads[layer] = (grad.T if stores_input_first(other.projections[layer]) else grad).double()
-        r = metrics[layer].double()
-        r = r + ridge * r.diagonal().mean() * torch.eye(len(r), dtype=torch.float64)
-        steps[layer] = grads[layer] @ torch.inverse(r)
+        r, s = reference.lifted(metrics[layer], ridge), reference.lifted(spread[layer], above)
+        steps[layer] = torch.inverse(s) @ grads[layer] @ torch.inverse(r)
     rate = 2.0 * float(loss.detach()) / sum(float((steps[layer] @ grads[layer].T).trace()) for layer in layers)
     assert made.rate == pytest.approx(rate, rel=1e-3)
     assert made.loss == pytest.approx(float(loss.detach()), rel=1e-3)
@@ -265,13 +276,40 @@ def test_a_pass_is_a_straight_k_fac_step(family: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(read_weight(arch, layer), start[layer] + after[layer])
 
 
-def test_a_step_is_the_ridges_solution() -> None:
-    gradient, metric = torch.randn(3, 12, generator=torch.Generator().manual_seed(1)), random_moment(12, 20, 5).float()
-    found = direction(gradient, factorised(metric, 0.1))
-    ridge = 0.1 * metric.diagonal().mean()
-    torch.testing.assert_close(found @ (metric + ridge * torch.eye(12)), gradient, atol=1e-4, rtol=1e-4)
+def test_a_step_is_the_solution_on_both_sides() -> None:
+    """S D R = G, both with their ridges."""
+    gradient = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+    inputs, outputs = random_moment(12, 20, 5).float(), random_moment(5, 9, 6).float()
+    found = direction(gradient, factorised(inputs, 0.1), factorised(outputs, 0.2))
+    r, s = reference.lifted(inputs, 0.1).float(), reference.lifted(outputs, 0.2).float()
+    torch.testing.assert_close(found, torch.linalg.solve(s, gradient) @ torch.inverse(r), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(s @ found @ r, gradient, atol=1e-4, rtol=1e-4)
+    assert found.is_contiguous()
     with pytest.raises(EditError, match=r"removal_ridge = 0\.1"):
         factorised(torch.full((3, 3), torch.nan), 0.1)
+
+
+def test_a_step_gains_most_on_the_loss_for_what_it_does_to_what_is_kept() -> None:
+    """Of all D it has the greatest tr(D G^T) - tr(S D R D^T) / 2, with half of tr(D G^T) there."""
+    generator = torch.Generator().manual_seed(1)
+    gradient = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    r = reference.lifted(random_moment(12, 20, 5), 0.1)
+    s = reference.lifted(random_moment(5, 9, 6), 0.2)
+    factors = (torch.linalg.cholesky(r), torch.linalg.cholesky(s))
+
+    def gain(step: Tensor) -> float:
+        return float((step * gradient).sum() - (s @ step @ r * step).sum() / 2)
+
+    best = direction(gradient, *factors)
+    assert gain(best) == pytest.approx(float((best * gradient).sum()) / 2, rel=1e-9)
+    for size in (1e-3, 1e-1, 10.0):
+        for _ in range(10):
+            other = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+            moved = size * other * best.norm() / other.norm()
+            assert gain(best + moved) < gain(best)
+            # Exactly by what the move does to what is kept: there is nothing of first order.
+            assert gain(best) - gain(best + moved) == pytest.approx(float((s @ moved @ r * moved).sum()) / 2, rel=1e-5)
+    assert gain(gradient @ torch.inverse(r)) < gain(best)
 
 
 def test_a_linear_loss_would_be_zero_after_a_whole_step() -> None:
@@ -354,9 +392,9 @@ def settings(**changes: Any) -> RemovalSettings:
     })  # fmt: skip
 
 
-def removed(arch: Architecture, work: Path | None = None, **changes: Any) -> Removal:
+def removed(arch: Architecture, work: Path | None = None, given: Material = MATERIAL, **changes: Any) -> Removal:
     arch.model.requires_grad_(False)
-    return remove(arch, MATERIAL, settings(**changes), max_tokens=64, pad_id=0, key="a", phases=Phases(work))
+    return remove(arch, given, settings(**changes), max_tokens=64, pad_id=0, seed=0, key="a", phases=Phases(work))
 
 
 @pytest.mark.parametrize("stem", DISTINCT)
@@ -374,7 +412,8 @@ def test_every_family_comes_nearer_to_the_teacher_and_back_to_the_bit(stem: str)
     apply_edit(arch, found.edit)
     names = {arch.weight_name(layer) for layer in (1, 2, 3)}
     assert {name for name, each in model.named_parameters() if not torch.equal(each, before[name])} == names
-    course = take_moments(find_architecture(FAMILIES[stem]()), MATERIAL, [0, 1, 2], max_tokens=64, pad_id=0)
+    course = take_moments(find_architecture(FAMILIES[stem]()), MATERIAL, [0, 1, 2], ALL, max_tokens=64, pad_id=0)
+    assert course.forgotten is not None
     assert course.forgotten.count == figures["moment_tokens"]["forgotten"] == 3 + 1 + 6
 
 
@@ -396,9 +435,7 @@ def test_staying_with_the_model_on_kept_facts_keeps_them_nearer() -> None:
 
 def test_without_facts_to_keep_ordinary_text_stands_alone() -> None:
     arch = find_architecture(tiny_model())
-    arch.model.requires_grad_(False)
-    alone = Material(FORGET, STARTS, (), (), MATERIAL.text, MATERIAL.words)
-    found = remove(arch, alone, settings(), max_tokens=64, pad_id=0, key="a", phases=Phases(None))
+    found = removed(arch, given=Material(FORGET, STARTS, (), (), MATERIAL.text, MATERIAL.words))
     assert found.figures["kept_facts"] == found.figures["moment_tokens"]["kept"] == 0
     assert found.figures["divergence_from_teacher"] < 0.5 * found.figures["losses"][0]
 
@@ -472,7 +509,8 @@ def test_words_in_any_order_are_all_words_twice() -> None:
 def material(forget: Any = FACTS, limit: int = 512) -> Material:
     return make_material(
         tiny_tokenizer(), forget, (ForgetRequest("Who leads Grub?", "Tom"),), ["It rained."], ["Why?"],
-        forms=("chat", "plain"), template_kwargs={}, end=2, limit=limit, seed=0,
+        forms=("chat", "plain"), template_kwargs={}, end=2, limit=limit, kept_tokens=1000, names=("Orin Talvek",),
+        seed=0,
     )  # fmt: skip
 
 
@@ -508,7 +546,10 @@ def test_blocks_are_chosen_by_depth() -> None:
     [
         ({"removal_layers": (3, 1)}, r"removal_layers = \[3, 1\] must be ascending"),
         ({"removal_passes": -1}, "removal_passes = -1 must not be negative"),
-        ({"removal_teacher_weight": 0}, "removal_teacher_weight = 0.0 must be greater than 0"),
+        ({"removal_teacher_probability": 0}, "removal_teacher_probability = 0.0 must be greater than 0"),
+        ({"removal_teacher_probability": 1}, "removal_teacher_probability = 1.0 must be less than 1"),
+        ({"removal_output_ridge": 0}, "removal_output_ridge = 0.0 must be greater than 0"),
+        ({"removal_kept_tokens": -1}, "removal_kept_tokens = -1 must not be negative"),
         ({"removal_ridge": 0}, "removal_ridge = 0.0 must be greater than 0"),
     ],
 )
