@@ -48,7 +48,7 @@ def make_material(
         ]
 
     check_answers(forget)
-    lost, stays = told(forget), evenly(told(kept), kept_tokens)
+    lost, stays = told(forget), evenly(told(kept), kept_tokens, len(forms))
     asked = [
         encode(tokenizer, render(tokenizer, text, form, template_kwargs), form) for text in questions for form in forms
     ]
@@ -63,11 +63,15 @@ def make_material(
     )  # fmt: skip
 
 
-def evenly(examples: Sequence[Example], tokens: int) -> list[Example]:
-    """Evenly spaced ones, so many that they have about `tokens` in all; all of them where they are fewer."""
+def evenly(examples: Sequence[Example], tokens: int, together: int) -> list[Example]:
+    """Evenly spaced ones, so many that they have about `tokens` in all; all of them where they are fewer.
+
+    Of every `together` that follow one another, all or none: the forms of one fact.
+    """
     total = sum(len(each.ids) for each in examples)
-    count = len(examples) if total <= tokens else max(1, len(examples) * tokens // total)
-    return [examples[index * len(examples) // count] for index in range(count)]
+    groups = [examples[at : at + together] for at in range(0, len(examples), together)]
+    count = len(groups) if total <= tokens else max(1, len(groups) * tokens // total)
+    return [each for index in range(count) for each in groups[index * len(groups) // count]]
 
 
 def subject_spans(
