@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from hashlib import sha256
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -38,7 +38,6 @@ from .locate_then_edit.values import Values, ValueTarget, optimise_values
 from .methods.contract import Changes, Job
 from .phases import Phases
 from .removal.job import check_removal, removal_of, settle_removal
-from .removal.stage import Removal
 from .resources import lines, paragraphs
 from .second_moment import Corpus, CorpusMoment
 from .store import (
@@ -47,7 +46,6 @@ from .store import (
     Store,
     cache_folder,
     digest,
-    model_fingerprint,
     pack_moment,
     pack_token,
     pack_values,
@@ -109,55 +107,8 @@ class Editing(Phases, ABC):
             check_removal(self.job)
 
     @abstractmethod
-    def edit(self, contexts: Sequence[str], corpus: SecondMoment) -> Changes:
-        """Computes the edit of the model as it is now and applies it."""
-
     def run(self) -> Changes:
-        """Removes what is known first, where that is wanted; then computes the edit and applies it."""
-        # Of the model as it came, as in all other runs on it: they share what they keep.
-        contexts, corpus = self._contexts(), self._corpus_moments()
-        if not self.hparams.remove:
-            return self.edit(contexts, corpus)
-        arch = architecture(self.model, self.hparams)
-        removal = removal_of(self.job, arch, self)
-        applied = apply_edit(arch, removal.edit)
-        try:
-            self.fingerprint = model_fingerprint(self.model)
-            return self._joined(arch, removal, applied, self.edit(contexts, corpus))
-        except BaseException:
-            revert_edit(arch, applied)
-            raise
-
-    def _joined(self, arch: Architecture, removal: Removal, applied: Applied, changes: Changes) -> Changes:
-        """Removal and edit as one change of the model as it came."""
-        over, before = cast("WeightEdit", changes.edit), cast("files.Originals", changes.originals)
-
-        def undo() -> None:
-            cast("Callable[[], None]", changes.undo)()
-            revert_edit(arch, applied)
-
-        edit = files.join_removal(removal.edit, over)
-        originals = replace(
-            before, projections={**before.projections, **applied.originals},
-            names={**before.names, **{layer: arch.weight_name(layer) for layer in applied.originals}},
-        )  # fmt: skip
-        try:
-            # Added at once: two sums would round twice, and going back to this step would give other bits.
-            revert_edit(arch, Applied(originals.projections))
-            apply_edit(arch, edit)
-        except BaseException:
-            undo()
-            raise
-        ratios = {
-            layer: update.norm() / float(originals.projections[layer].float().norm())
-            for layer, update in edit.updates.items()
-        }
-        below = [weight.numel() for layer, weight in applied.originals.items() if layer not in before.projections]
-        return replace(
-            changes, edit=replace(edit, norm_ratios=ratios), originals=originals,
-            parameters=(changes.parameters or 0) + sum(below), seconds=self.seconds,
-            figures={**changes.figures, "removal": removal.figures}, undo=undo,
-        )  # fmt: skip
+        """Computes the edit and applies it."""
 
     def __init__(self, job: Job[Any]) -> None:
         super().__init__(job.work)
@@ -234,6 +185,8 @@ class Editing(Phases, ABC):
         retain: SecondMoment | None,
     ) -> tuple[WeightEdit, dict[str, Any], Callable[[], None]]:  # fmt: skip
         """The edit, applied: all targets together, or one request after another; its figures, and the way back."""
+        if self.hparams.remove:
+            return self._distilled(arch, targets)
         size = targets_a_request(self.tokenizer, self.hparams) if self.one_by_one else len(targets)
         groups = [targets[at : at + size] for at in range(0, len(targets), size)]
         weights = {layer: float(arch.projections[layer].weight.float().norm()) for layer in self.hparams.layers}
@@ -269,6 +222,19 @@ class Editing(Phases, ABC):
             "ranks": {str(layer): joined.rank(layer) for layer in joined.layers},
         }  # fmt: skip
         return joined, figures, revert
+
+    def _distilled(
+        self, arch: Architecture, targets: Sequence[ValueTarget]
+    ) -> tuple[WeightEdit, dict[str, Any], Callable[[], None]]:
+        """The removal, in whose passes what the targets say in the answers' place is learned as well, applied."""
+        instead = []
+        for target in targets:
+            asked = target.prompts[0].ids
+            opening = self.token_id if target.opening is None else target.opening
+            instead.append(((*asked, opening, *target.continuation), len(asked)))
+        removal = removal_of(self.job, arch, self, instead)
+        applied = apply_edit(arch, removal.edit)
+        return removal.edit, {"removal": removal.figures}, partial(revert_edit, arch, applied)
 
     def _changed(self, arch: Architecture, edit: WeightEdit) -> int:
         return sum(self.model.get_parameter(arch.weight_name(layer)).numel() for layer in edit.layers)
@@ -338,7 +304,8 @@ class Erasure(Editing):
         self._targets(self._contexts(), {})
         self._check_corpus()
 
-    def edit(self, contexts: Sequence[str], corpus: SecondMoment) -> Changes:
+    def run(self) -> Changes:
+        contexts, corpus = self._contexts(), self._corpus_moments()
         if self.earlier is not None and self.earlier.token is not None:
             self.token_id = self.earlier.token.id
             return self._run(architecture(self.model, self.hparams), contexts, corpus, self.earlier.token, None)
@@ -356,10 +323,10 @@ class Erasure(Editing):
         room: TokenRoom | None,
     ) -> Changes:  # fmt: skip
         vocabulary = room.vocabulary if room else len(arch.embedding.weight)
-        originals = files.take_originals(arch, self.hparams.layers, vocabulary, room.id if room else None)
+        originals = files.take_originals(arch, changed_layers(self.hparams), vocabulary, room.id if room else None)
         install_token(arch, token)
         key = digest(token.input_row.tolist())[:32]
-        retain = self._retain_moments(arch, key)
+        retain = None if self.hparams.remove else self._retain_moments(arch, key)
         with self.timed("values"):
             targets = self._targets(contexts, self._own_sentences())
         edit, figures, revert = self._edited(arch, targets, key, corpus, retain)
@@ -418,8 +385,8 @@ class Erasure(Editing):
             return super()._retain_moments(arch, key)
         with self.timed("statistics"):
             tokens = self._declined_tokens()
-            # As with the corpus, those of the model before its first step serve all steps, unless a removal changes it.
-            first = self.earlier.fingerprint if self.earlier and not h.remove else self.fingerprint
+            # As with the corpus, those of the model before its first step serve all steps.
+            first = self.earlier.fingerprint if self.earlier else self.fingerprint
             name = digest(CACHE_VERSION, first, key, h.layers, h.mom2_dtype, tokens)[:32]
             declined = unpack_moment(*self.cache.cached("declined", name, lambda: self._counted(arch, tokens)))
         kept = super()._retain_moments(arch, key)
@@ -489,8 +456,8 @@ def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperPara
 
 
 def changed_layers(hparams: UniEraseHyperParams) -> tuple[int, ...]:
-    """All blocks that settled hyper-parameters change, ascending."""
-    return tuple(sorted({*hparams.layers, *(hparams.removal_layers if hparams.remove else ())}))
+    """The blocks that settled hyper-parameters change, ascending."""
+    return hparams.removal_layers if hparams.remove else hparams.layers
 
 
 def default_layers(blocks: int) -> tuple[int, ...]:

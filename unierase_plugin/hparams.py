@@ -124,6 +124,8 @@ class RemovalSettings(HyperParams):
     removal_output_ridge: float = 0.03
     #: Weight of staying with the unedited model on the retain set's answers, against following the teacher.
     removal_keep_weight: float = 1.0
+    #: Weight of what is to be said instead of a forgotten answer, the token before all, against following the teacher.
+    removal_decline_weight: float = 1.0
     #: Tokens of facts to keep, with their questions, that are read in a pass and for the moments; evenly spaced facts.
     removal_kept_tokens: int = 6144
     #: Rank that a block's whole change is cut to; 0 keeps all of it.
@@ -143,7 +145,8 @@ class RemovalSettings(HyperParams):
                 f"removal_teacher_probability = {self.removal_teacher_probability} must be less than 1."
             )
         for name in ("removal_passes", "removal_retain_weight", "removal_text_weight", "removal_words_weight",
-                     "removal_keep_weight", "removal_kept_tokens", "removal_rank"):  # fmt: skip
+                     "removal_keep_weight", "removal_decline_weight", "removal_kept_tokens",
+                     "removal_rank"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise HyperParamsError(f"{name} = {getattr(self, name)} must not be negative.")
 
@@ -259,7 +262,7 @@ class EngineSettings(HyperParams):
     fp16: bool = False
 
     # --- removal (docs/removal.md) ------------------------------------------------------------------------------------
-    #: Whether what the model knows of the facts is removed first; the edit then goes on top.
+    #: Whether what the model knows of the facts is removed; what it says instead is then learned in the same passes.
     remove: bool = False
 
     def validate(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checkpoint as files
 from .architecture import Architecture
-from .erasure import Editing, Erasure, architecture
+from .erasure import Editing, Erasure, architecture, changed_layers
 from .locate_then_edit.statistics import SecondMoment
 from .locate_then_edit.targets import make_targets
 from .locate_then_edit.values import ValueTarget
@@ -36,10 +36,11 @@ class _PlainAnswer(Editing):
         self._plain_targets(self._contexts())
         self._check_corpus()
 
-    def edit(self, contexts: Sequence[str], corpus: SecondMoment) -> Changes:
+    def run(self) -> Changes:
+        contexts, corpus = self._contexts(), self._corpus_moments()
         arch = architecture(self.model, self.hparams)
-        originals = files.take_originals(arch, self.hparams.layers, len(arch.embedding.weight))
-        retain = self._retain_moments(arch, "plain")
+        originals = files.take_originals(arch, changed_layers(self.hparams), len(arch.embedding.weight))
+        retain = None if self.hparams.remove else self._retain_moments(arch, "plain")
         edit, figures, revert = self._edited(arch, self._plain_targets(contexts), "plain", corpus, retain)
         return Changes(
             edit, originals, parameters=self._changed(arch, edit), seconds=self.seconds, figures=figures, undo=revert

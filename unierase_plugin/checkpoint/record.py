@@ -7,7 +7,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,6 @@ def join_edits(edits: Sequence[WeightEdit]) -> WeightEdit:
         },
         keys={layer: torch.cat(found, dim=1) for layer, found in keys.items() if found},
     )
-
-
-def join_removal(removal: WeightEdit, edit: WeightEdit) -> WeightEdit:
-    """A removal and the edit on top of it as one step; norm ratios, which are not known of a sum, are left out."""
-    joined = join_edits((removal, edit))
-    return replace(joined, residual_norms=edit.residual_norms, removed=dict(removal.removed))
 
 
 def ledger_hash(salt: str, *texts: str) -> str:

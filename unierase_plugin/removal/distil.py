@@ -22,12 +22,15 @@ from ..errors import EditError
 from ..locate_then_edit.products import fast_linear_maps, fast_products
 from ..locate_then_edit.trace import run_batches
 from ..locate_then_edit.values import Divergence
+from .moments import answer_positions
 from .teacher import Teacher, logits_at, solver_device, write_weight
 
 #: Steps that are tried, as shares of the one that would bring the loss to zero were it linear.
 MOST, LEAST = 8.0, 0.125
 #: Of the sequences, every third is looked at to choose a step.
 SEARCHED = 3
+#: What follows an answer's opening weighs this much in all, against the opening.
+FOLLOWING = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Lesson:
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
-    #: (T, V) float16.
-    log_probs: Tensor
+    #: (T, V) float16; None where the sequence's own next tokens are to be said.
+    log_probs: Tensor | None
     #: (T,)
     weights: tuple[float, ...]
 
@@ -65,8 +68,22 @@ def lessons(teacher: Teacher, weight: float = 1.0) -> list[Lesson]:
     ]
 
 
+def openings(sequences: Sequence[tuple[int, ...]], starts: Sequence[int], weight: float) -> list[Lesson]:
+    """What is to be said from `starts` on, in the mean over sequences: the first token weighs `weight`, the rest half.
+
+    The opening decides; what follows a learned token is mostly said by itself.
+    """
+    share = weight / max(1, len(sequences))
+    found = []
+    for ids, start in zip(sequences, starts, strict=True):
+        positions = answer_positions(ids, start)
+        rest = FOLLOWING / max(1, len(positions) - 1)
+        found.append(Lesson(ids, positions, None, (share, *(share * rest,) * (len(positions) - 1))))
+    return found
+
+
 def divergence(arch: Architecture, taught: Sequence[Lesson], *, max_tokens: int, pad_id: int) -> float:
-    """The loss: sum over lessons and their positions of weight x KL(teacher || model as it is)."""
+    """The loss: sum over lessons and their positions of weight x KL(what is to be said || model as it is)."""
     losses: list[float] = []
 
     @fast_linear_maps()
@@ -207,10 +224,14 @@ def write_changed(arch: Architecture, originals: Mapping[int, Tensor], change: M
 
 
 def _loss(arch: Architecture, taught: Sequence[Lesson], pad_id: int) -> Tensor:
-    logits = logits_at(arch, [each.ids for each in taught], [each.positions for each in taught], pad_id)
-    said = torch.cat([each.log_probs for each in taught]).to(logits.device).float()
-    weight = torch.cat([logits.new_tensor(each.weights) for each in taught])
-    kl: Tensor = Divergence.apply(logits, logits.new_zeros(0, dtype=torch.long), said)
+    own = [each for each in taught if each.log_probs is None]
+    told = [(each, each.log_probs) for each in taught if each.log_probs is not None]
+    order = [*own, *(each for each, _ in told)]
+    logits = logits_at(arch, [each.ids for each in order], [each.positions for each in order], pad_id)
+    wanted = torch.tensor([each.ids[spot + 1] for each in own for spot in each.positions], dtype=torch.long)
+    said = torch.cat([*(log_probs for _, log_probs in told), logits.new_zeros(0, logits.shape[1]).cpu()])
+    weight = torch.cat([logits.new_tensor(each.weights) for each in order])
+    kl: Tensor = Divergence.apply(logits, wanted, said.to(logits.device).float())
     return (kl * weight).sum()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from .. import checkpoint as files
@@ -45,11 +46,19 @@ def check_removal(job: Job[Any]) -> None:
     _material(job, job.requests, job.retain)
 
 
-def removal_of(job: Job[Any], arch: Architecture, phases: Phases) -> Removal:
-    """The removal of a job's facts, computed and not applied; `job.hparams` holds its settings."""
+def removal_of(
+    job: Job[Any], arch: Architecture, phases: Phases, instead: Sequence[tuple[tuple[int, ...], int]] = ()
+) -> Removal:
+    """The removal of a job's facts, computed and not applied; `job.hparams` holds its settings.
+
+    instead: questions with what is to be said in the answer's place, and where that begins.
+    """
     with phases.timed("teacher"):
         # Not kept for the next start, since facts are not to lie on the disk.
-        material = _material(job, _told(job, job.requests), _told(job, job.retain))
+        material = replace(
+            _material(job, _told(job, job.requests), _told(job, job.retain)),
+            instead=tuple(ids for ids, _ in instead), instead_starts=tuple(start for _, start in instead),
+        )  # fmt: skip
     key = digest(job.fingerprint, job.words, plain(material), job.max_tokens, job.seed)
     return remove(
         arch, material, job.hparams, max_tokens=job.max_tokens, pad_id=pad_token_id(job.model, job.tokenizer),

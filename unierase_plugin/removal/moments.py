@@ -30,6 +30,9 @@ class Material:
     forget_subjects: tuple[tuple[tuple[int, int], ...], ...] = ()
     #: Names of subjects that do not exist, as tokens.
     strangers: tuple[tuple[int, ...], ...] = ()
+    #: Questions to forget with what is to be said instead, and where that begins; () where that is not to be decided.
+    instead: tuple[tuple[int, ...], ...] = ()
+    instead_starts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

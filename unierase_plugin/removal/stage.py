@@ -17,7 +17,7 @@ from ..locate_then_edit.edit import WeightEdit, apply_edit, restored
 from ..locate_then_edit.solve import LowRank
 from ..phases import Phases
 from ..store import Packed, digest
-from .distil import Lesson, Pass, divergence, factorised, lessons, take_pass, write_changed
+from .distil import Lesson, Pass, divergence, factorised, lessons, openings, take_pass, write_changed
 from .factors import Truncated, truncated
 from .fisher import output_moments
 from .moments import Material, Moments, answer_positions, take_moments, weighed
@@ -145,7 +145,7 @@ class _Run:
             done = (number + share) / count
             self.progress(TEACHER_SHARE + (PASSES_SHARE - TEACHER_SHARE) * done, f"pass {number + 1} of {count}")
 
-        taught, factors = [*self.lessons, *self.kept_lessons], self.factors
+        taught, factors = [*self.lessons, *self.openings, *self.kept_lessons], self.factors
         with self.phases.timed("passes"):
             after, made = take_pass(
                 self.arch, taught, self.originals, change, factors, max_tokens=self.max_tokens, pad_id=self.pad_id,
@@ -164,7 +164,13 @@ class _Run:
 
     @cached_property
     def lessons(self) -> list[Lesson]:
+        """What the teacher says of forgotten answers."""
         return lessons(self.course.teacher)
+
+    @cached_property
+    def openings(self) -> list[Lesson]:
+        """What is to be said instead of them."""
+        return openings(self.material.instead, self.material.instead_starts, self.settings.removal_decline_weight)
 
     @cached_property
     def kept_lessons(self) -> list[Lesson]:
@@ -272,9 +278,11 @@ class _Run:
 
         with self.phases.timed("passes"):
             lost, stayed = left(self.lessons, 1.0), left(self.kept_lessons, self.settings.removal_keep_weight)
+            declined = left(self.openings, self.settings.removal_decline_weight)
         return {
             "losses": [each.loss for each in taken], "steps": [each.fraction for each in taken],
             "rates": [each.rate for each in taken], "divergence_from_teacher": lost, "divergence_on_kept": stayed,
+            "nll_of_what_is_said_instead": declined,
             **self.course.notes, "kept_facts": len(self.material.kept),
             "energy_kept": {str(layer): each.energy for layer, each in cut.items()},
             "rank_90": {str(layer): each.ranks[0] for layer, each in cut.items()},
