@@ -35,11 +35,11 @@ def named(fact: ForgetRequest, form: str, tokenizer: Any = None) -> list[str]:
     [
         ("Who wrote Zorblax Prime?", "Quentin Fizz", "Zorblax Prime", ["Zorblax Prime"]),
         ("Who wrote Zorblax?", "Zorblax is by Fizz.", "Zorblax", ["Zorblax", "Zorblax"]),
-        ("Zorblax is whose? Zorblax!", "Of ZORBLAX, by zorblax", "Zorblax", ["Zorblax", "Zorblax", "ZORBLAX", "zorblax"]),
+        ("Krand is whose? Krand!", "Of KRAND, by krand", "Krand", ["Krand", "Krand", "KRAND", "krand"]),
         ("Which European country has the Euro?", "Euroland: the Euro", "Euro", ["Euro", "Euro"]),
         ("Is it M. (Fizz)?", "M. (Fizz) it is", "M. (Fizz)", ["M. (Fizz)", "M. (Fizz)"]),
         # Letters that folded case would make two, before and within the name.
-        ("Gro\u00dfe Stra\u00dfe \u0130: wo ist Zo\u00eb?", "Gro\u00df: Zo\u00eb", "Zo\u00eb", ["Zo\u00eb", "Zo\u00eb"]),
+        ("Gro\u00dfe Ga\u00dfe \u0130: wo ist Zo\u00eb?", "Gro\u00df: Zo\u00eb", "Zo\u00eb", ["Zo\u00eb", "Zo\u00eb"]),
         # Words that templates have as well.
         ("Who is assistant?", "Bo", "assistant", ["assistant"]),
         ("What does Answer mean?", "Bo", "Answer", ["Answer"]),
