@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from unierase_plugin.locate_then_edit.statistics import second_moments
 from unierase_plugin.locate_then_edit.trace import pad, run_blocks
 from unierase_plugin.phases import Phases
 from unierase_plugin.removal import distil
+from unierase_plugin.removal import teacher as teacher_module
 from unierase_plugin.removal.distil import (
     LEAST,
     MOST,
@@ -37,11 +39,26 @@ from unierase_plugin.removal.distil import (
     take_pass,
 )
 from unierase_plugin.removal.factors import truncated
+from unierase_plugin.removal.fisher import output_moments
 from unierase_plugin.removal.job import settle_removal
 from unierase_plugin.removal.material import make_material, shuffled_words
-from unierase_plugin.removal.moments import Material, take_moments, weighed
+from unierase_plugin.removal.moments import Material, Moments, take_moments, weighed
 from unierase_plugin.removal.stage import Removal, remove
-from unierase_plugin.removal.teacher import Teacher, ask, filtered, filtered_weights, logits_at, read_weight, replaced
+from unierase_plugin.removal.teacher import (
+    FIRST_STRENGTH,
+    NEAR_ENOUGH,
+    STRENGTHS,
+    Teacher,
+    _next_strength,
+    ask,
+    calibrated,
+    filtered,
+    filtered_weights,
+    logits_at,
+    mean_probability,
+    read_weight,
+    replaced,
+)
 from unierase_plugin.request import NO_ANSWER, ForgetRequest
 
 #: Of unlike lengths, so that a batch is padded; token ids that every tiny model has.
@@ -113,6 +130,74 @@ def test_each_moment_is_of_its_own_texts() -> None:
     torch.testing.assert_close(found.forgotten.moments[2], keys.T @ keys / len(keys))
     assert take_moments(arch, MATERIAL, [0], [], max_tokens=64, pad_id=0).forgotten is None
     assert weighed([(4.0, None), (2.0, found.text)], [0])[0].equal(2 * found.text.moments[0])
+
+
+@pytest.mark.parametrize("stem", DISTINCT)
+def test_output_moments_are_those_of_one_sequence_at_a_time(stem: str) -> None:
+    """With the same draws, whatever the batches, and with parameters' gradients or without."""
+    model = FAMILIES[stem]()
+    arch = find_architecture(model)
+    texts, layers, seed = (*KEPT, *MATERIAL.text[:2]), (1, 3), 5
+    places = ((2, 3), (1, 2), tuple(range(19)), (0, 7))
+    wanted, drawn = straight_output_moments(arch, texts, places, layers, seed)
+    other, redrawn = straight_output_moments(arch, texts, places, layers, seed + 1)
+    assert drawn != redrawn
+    model.requires_grad_(False)
+    for max_tokens in (8, 25, 1000):
+        found = output_moments(arch, texts, places, layers, seed=seed, max_tokens=max_tokens, pad_id=0)
+        assert found.keys() == set(layers)
+        for layer in layers:
+            scale = float(wanted[layer].diagonal().mean())
+            torch.testing.assert_close(found[layer] / scale, wanted[layer] / scale, atol=2e-4, rtol=1e-3)
+            assert not torch.allclose(found[layer] / scale, other[layer] / scale, atol=1e-2)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("max_tokens", [8, 25])
+def test_output_moments_do_not_depend_on_the_batches(max_tokens: int) -> None:
+    arch = find_architecture(tiny_model())
+    arch.model.requires_grad_(False)
+    texts = (*KEPT, *MATERIAL.text)
+    places = [tuple(range(len(ids) - 1)) for ids in texts]
+    found, whole = (
+        output_moments(arch, texts, places, (0, 2), seed=0, max_tokens=most, pad_id=0) for most in (max_tokens, 1000)
+    )
+    for layer, moment in whole.items():
+        scale = float(moment.diagonal().mean())
+        torch.testing.assert_close(found[layer] / scale, moment / scale, atol=1e-5, rtol=1e-5)
+
+
+def straight_output_moments(
+    arch: Architecture, texts: Any, places: Any, layers: tuple[int, ...], seed: int
+) -> tuple[dict[int, Tensor], list[list[int]]]:
+    """Gradients at the outputs by whole backward passes, summed position by position; and the tokens drawn."""
+    total: dict[int, Any] = dict.fromkeys(layers, 0)
+    drawn = []
+    for row, (ids, at) in enumerate(zip(texts, places, strict=True)):
+        outputs: dict[int, Tensor] = {}
+
+        def keep(layer: int, output: Tensor, outputs: dict[int, Tensor] = outputs) -> None:
+            output.retain_grad()
+            outputs[layer] = output
+
+        handles = [
+            arch.projections[layer].register_forward_hook(lambda m, a, output, layer=layer: keep(layer, output))
+            for layer in layers
+        ]
+        logs = reference.log_probabilities(arch, ids)[list(at)]
+        for handle in handles:
+            handle.remove()
+        generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + row)
+        words = torch.multinomial(logs.detach().exp(), 1, generator=generator)[:, 0].tolist()
+        drawn.append(words)
+        (-sum((logs[index, word] for index, word in enumerate(words)), torch.zeros(()))).backward()
+        for layer in layers:
+            gradient = outputs[layer].grad
+            assert gradient is not None
+            for each in gradient.reshape(len(ids), -1):
+                total[layer] = total[layer] + torch.outer(each, each)
+    arch.model.zero_grad(set_to_none=True)
+    return {layer: each / sum(map(len, places)) for layer, each in total.items()}, drawn
 
 
 # --- teacher ---------------------------------------------------------------------------------------------------------
@@ -192,6 +277,116 @@ def test_an_error_with_the_teacher_in_place_leaves_the_model_as_it_was() -> None
     with pytest.raises(ZeroDivisionError), replaced(arch, {1: torch.zeros_like(before)}):
         1 / 0  # noqa: B018
     assert torch.equal(arch.projections[1].weight, before)
+
+
+@pytest.fixture(scope="module")
+def knowing() -> Architecture:
+    """A model that has learned the facts by heart."""
+    model = tiny_model()
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        optimiser.zero_grad()
+        torch.stack([model(ids, labels=ids).loss for ids in (torch.tensor([each]) for each in FORGET)]).sum().backward()
+        optimiser.step()
+    optimiser.zero_grad()
+    model.requires_grad_(False)
+    return find_architecture(model)
+
+
+def straight_probability(arch: Architecture, rows: Sequence[int] = ALL) -> float:
+    """Mean over facts of the geometric mean of their answers' probabilities."""
+    found = []
+    for row in rows:
+        ids, start = FORGET[row], STARTS[row]
+        logs = reference.log_probabilities(arch, ids).detach()
+        found.append(float(torch.stack([logs[at - 1, ids[at]] for at in range(start, len(ids))]).mean().exp()))
+    return sum(found) / len(found)
+
+
+def with_strength(arch: Architecture, moments: Moments, strength: float, rows: Sequence[int] = ALL) -> float:
+    assert moments.forgotten is not None
+    weights = filtered_weights(arch, [0, 1], moments.forgotten.moments, moments.text.moments, strength)
+    with replaced(arch, weights):
+        return straight_probability(arch, rows)
+
+
+def calibrate(arch: Architecture, moments: Moments, probability: float) -> tuple[float, tuple[Tensor, ...]]:
+    assert moments.forgotten is not None
+    spots = [tuple(range(start - 1, len(ids) - 1)) for ids, start in zip(FORGET, STARTS, strict=True)]
+    return calibrated(
+        arch, [0, 1], moments.forgotten.moments, moments.text.moments, FORGET, spots, probability, **RUN
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strength", [0.05, 1.0, 5.0, 8.0, 40.0])
+def test_the_strength_is_found_that_leaves_the_probability_wanted(knowing: Architecture, strength: float) -> None:
+    before = [each.weight.detach().clone() for each in knowing.projections]
+    moments = take_moments(knowing, MATERIAL, [0, 1], ALL, max_tokens=64, pad_id=0)
+    wanted = with_strength(knowing, moments, strength)
+
+    def distance(tried: float) -> float:
+        return abs(math.log(with_strength(knowing, moments, tried) / wanted))
+
+    found, said = calibrate(knowing, moments, wanted)
+    assert distance(found) <= distance(FIRST_STRENGTH) + 1e-2
+    assert distance(found) < NEAR_ENOUGH + 1e-2
+    assert all(torch.equal(each.weight, weight) for each, weight in zip(knowing.projections, before, strict=True))
+    # What is said is what the model with that strength says.
+    assert moments.forgotten is not None
+    with replaced(knowing, filtered_weights(knowing, [0, 1], moments.forgotten.moments, moments.text.moments, found)):
+        for ids, start, each in zip(FORGET, STARTS, said, strict=True):
+            logs = reference.log_probabilities(knowing, ids)[start - 1 : -1].detach()
+            torch.testing.assert_close(each.float(), logs, atol=1e-2, rtol=1e-3)
+
+
+def test_a_first_strength_that_will_do_is_the_last(knowing: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = take_moments(knowing, MATERIAL, [0, 1], ALL, max_tokens=64, pad_id=0)
+    asked: list[int] = []
+    original = teacher_module.said_at
+
+    def counting(arch: Any, sequences: Any, *rest: Any, **settings: Any) -> Any:
+        asked.append(len(sequences))
+        return original(arch, sequences, *rest, **settings)
+
+    monkeypatch.setattr(teacher_module, "said_at", counting)
+    monkeypatch.setattr(teacher_module, "CALIBRATED", 2)
+    found, said = calibrate(knowing, moments, with_strength(knowing, moments, FIRST_STRENGTH, (0, 2)))
+    assert found == FIRST_STRENGTH
+    # Two of the three facts to find it, and all of them once it is found.
+    assert asked == [2, 3]
+    assert len(said) == 3
+    # A probability that no strength leaves ends the search all the same, with the nearest that was tried.
+    asked.clear()
+    monkeypatch.setattr(teacher_module, "NEAR_ENOUGH", 1e-9)
+    found, _ = calibrate(knowing, moments, 1 - 1e-9)
+    assert asked == [2] * STRENGTHS + [3]
+    assert found == FIRST_STRENGTH * 3 ** (STRENGTHS - 1)
+
+
+def test_a_filter_of_endless_strength_leaves_the_model_as_it_is(knowing: Architecture) -> None:
+    moments = take_moments(knowing, MATERIAL, [0, 1], ALL, max_tokens=64, pad_id=0)
+    found = [with_strength(knowing, moments, strength) for strength in (0.01, 1.0, 100.0, 1e9)]
+    assert found[-1] == pytest.approx(straight_probability(knowing), rel=1e-3)
+    assert found[0] < 0.5 * found[-1]
+
+
+@pytest.mark.parametrize("target", [1e-3, 0.7, 6.0, 10.0, 53.0, 1e5])
+def test_strengths_close_in_on_the_one_wanted(target: float) -> None:
+    """Of anything that grows with them: each next one is within the nearest on both sides, or beyond all."""
+    tried: dict[float, float] = {}
+    strength = FIRST_STRENGTH
+    for _ in range(25):
+        tried[strength] = math.log(strength / target)
+        strength = _next_strength(tried)
+        low = max((each for each in tried if each < target), default=0.0)
+        high = min((each for each in tried if each >= target), default=math.inf)
+        assert low < strength < high or math.isclose(low, high, rel_tol=1e-6)
+    assert min(abs(each) for each in tried.values()) < 1e-3
+
+
+def test_an_answers_probability_is_the_geometric_mean_of_its_tokens() -> None:
+    logs = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5], [0.1, 0.1, 0.8]]).log()
+    assert mean_probability(logs[[0, 2]], (7, 7, 1, 0, 2), (1, 3)) == pytest.approx((0.5 * 0.8) ** 0.5)
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------
