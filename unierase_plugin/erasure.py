@@ -12,13 +12,21 @@ from functools import cache, partial
 from hashlib import sha256
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import checkpoint as files
 from .architecture import Architecture, find_architecture
 from .corpus import corpus_identity
 from .errors import HyperParamsError
-from .evaluation.generate import context_limit, continue_greedily, pad_token_id, token_leak
+from .evaluation.generate import (
+    context_limit,
+    continue_greedily,
+    decode_answer,
+    mean_log_likelihoods,
+    pad_token_id,
+    token_leak,
+)
 from .evaluation.metrics import reads_as_idk
 from .hparams import UniEraseHyperParams
 from .locate_then_edit.edit import (
@@ -30,14 +38,17 @@ from .locate_then_edit.edit import (
     make_solver,
     revert_edit,
 )
-from .locate_then_edit.positions import encode, render
+from .locate_then_edit.neighbours import ASKED_MOST, Kinds, questions_around, spared
+from .locate_then_edit.positions import encode, locate_kept, render
+from .locate_then_edit.protected import KeptPrompt, ProtectedKeys, moved, moved_figures, protected_keys
 from .locate_then_edit.solve import Ridge, Solver, protected_directions
 from .locate_then_edit.statistics import SecondMoment, join_moments, second_moments
 from .locate_then_edit.targets import context_texts, forms_of, make_targets, targets_a_request
 from .locate_then_edit.values import Values, ValueTarget, optimise_values
 from .methods.contract import Changes, Earlier, Job
 from .phases import Phases
-from .resources import lines, paragraphs
+from .request import ForgetRequest, find_subject
+from .resources import lines, neighbour_kinds, paragraphs
 from .second_moment import Corpus, CorpusMoment
 from .store import (
     CACHE_VERSION,
@@ -116,7 +127,9 @@ class Editing(Phases, ABC):
         self.progress, self.earlier, self.max_tokens, self.fingerprint = (
             job.progress, job.earlier, job.max_tokens, job.fingerprint,
         )  # fmt: skip
-        self.seconds = {"statistics": 0.0, "values": 0.0, "edit": 0.0}
+        self.seconds = {"neighbours": 0.0, "statistics": 0.0, "values": 0.0, "edit": 0.0}
+        #: Neighbours that the model answers, with its answers; found by `run`.
+        self.neighbours: tuple[ForgetRequest, ...] = ()
         self.pad_id = pad_token_id(job.model, job.tokenizer)
         self.context = context_limit(job.model)
         self.corpus = corpus_of(job)
@@ -140,6 +153,56 @@ class Editing(Phases, ABC):
             return None
         return replace(self.corpus, fingerprint=self.earlier.fingerprint, words=self.earlier.words).kept()
 
+    def _find_neighbours(self) -> None:
+        """Asks the model, as it came, what lies around the facts to forget; what it knows joins what is to be kept."""
+        wanted = self.hparams.retain_neighbours
+        if not wanted:
+            return
+        with self.timed("neighbours"):
+            secret = digest("neighbours", [(request.question, request.answer) for request in self.requests])
+            key = digest(CACHE_VERSION, secret, self.fingerprint, self.words, wanted)[:32]
+            # Beside the output folder and sealed: the questions name what is to be forgotten.
+            metadata = self.resumed("neighbours", key, lambda: (
+                {}, {"found": files.seal(json.dumps(self._asked_around(wanted)), secret)}
+            ))[1]  # fmt: skip
+            found = json.loads(files.unseal(metadata["found"], secret))
+        self.neighbours = tuple(ForgetRequest(*each) for each in found)
+
+    def _asked_around(self, wanted: int) -> list[tuple[str, str, str, str]]:
+        """(question, answer, subject, way and number of the request), at most `wanted` a request."""
+        around = questions_around(self.requests, self.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted)
+        prompts = [
+            encode(self.tokenizer, self._rendered(each.question, form), form)
+            for each in around
+            for form in forms_of(self.tokenizer, self.hparams)[:1]
+        ]
+        said = continue_greedily(
+            self.model, self.tokenizer, prompts, ASKED_MOST, 2 * self.max_tokens,
+            lambda share: self.progress("neighbours", share, f"{len(prompts)} questions"),
+        )  # fmt: skip
+        left = [wanted] * len(self.requests)
+        found: list[tuple[str, str, str, str]] = []
+        for each, ids in zip(around, said, strict=True):
+            text = decode_answer(self.model, self.tokenizer, ids, self.pad_id)
+            kept = spared(each, text, self.requests, lines("idk_phrases"))
+            if kept is not None and left[each.of]:
+                left[each.of] -= 1
+                found.append((each.question, kept, each.subject, f"{each.way} of {each.of}"))
+        return found
+
+    def _kinds(self, subjects: Sequence[str]) -> list[str]:
+        """What the model takes each subject for: the kind that "{subject} is" makes likelier than "It is" does."""
+        called = Kinds.of(neighbour_kinds()).called
+        sequences, starts = [], []
+        for subject in ("It", *subjects):
+            opening = encode(self.tokenizer, f"{subject} is", "bare")
+            for name in called.values():
+                sequences.append([*opening, *self.tokenizer(f" {name}", add_special_tokens=False)["input_ids"]])
+                starts.append(len(opening))
+        scores = mean_log_likelihoods(self.model, self.tokenizer, sequences, starts)
+        table = torch.tensor(scores).view(len(subjects) + 1, len(called))
+        return [list(called)[at] for at in (table[1:] - table[0]).argmax(1).tolist()]
+
     def _retain_moments(self, arch: Architecture, key: str) -> SecondMoment | None:
         """Second moments of what is to be kept."""
         sequences = self._retain_tokens() if self.hparams.retain_update_weight else []
@@ -161,9 +224,10 @@ class Editing(Phases, ABC):
         ))  # fmt: skip
 
     def _retain_tokens(self) -> list[list[int]]:
-        """What the edit is to leave alone: the facts to keep with their answers."""
+        """What the edit is to leave alone: the facts to keep, and neighbours, with their answers."""
         return self._asked(
-            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.retain
+            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"])
+            for fact in (*self.retain, *self.neighbours)
         )
 
     def _asked(self, pairs: Iterable[tuple[str, Sequence[int]]]) -> list[list[int]]:
@@ -188,8 +252,9 @@ class Editing(Phases, ABC):
         edits: list[WeightEdit] = []
         values: list[Values] = []
         first: Applied | None = None
-        # Factorised once, and only where an edit is not at hand.
-        solvers = cache(partial(self._solvers, corpus, retain))
+        # Found and factorised once, and only where an edit is not at hand.
+        protected = cache(partial(self._protected, arch))
+        solvers = cache(lambda: self._solvers(corpus, retain, protected()))
 
         def revert() -> None:
             if first is not None:  # all have the same blocks
@@ -200,7 +265,7 @@ class Editing(Phases, ABC):
                 # Alone, a group has the key itself.
                 own = digest(key, at)[:32] if len(groups) > 1 else key
                 values.append(self._values(arch, group, own, partial(_share, at, len(groups))))
-                edit, solved = self._edit(arch, group, values[-1], own, solvers)
+                edit, solved = self._edit(arch, group, values[-1], own, solvers, protected)
                 edits.append(edit)
                 applied = apply_edit(arch, edit)
                 first = first or applied
@@ -211,7 +276,10 @@ class Editing(Phases, ABC):
         if len(edits) > 1:
             ratios = {layer: update.norm() / weights[layer] for layer, update in joined.updates.items()}
             joined = replace(joined, norm_ratios=ratios)
-        counts = {"corpus_tokens": corpus.count, "retain_tokens": retain.count if retain else 0}
+        counts = {
+            "corpus_tokens": corpus.count, "retain_tokens": retain.count if retain else 0,
+            "neighbours": len(self.neighbours),
+        }  # fmt: skip
         figures = {
             **counts, **solved, **_value_figures(values), "residual_norms": list(joined.residual_norms),
             "ranks": {str(layer): joined.rank(layer) for layer in joined.layers},
@@ -234,7 +302,7 @@ class Editing(Phases, ABC):
 
     def _edit(
         self, arch: Architecture, targets: list[ValueTarget], values: Values, key: str,
-        solvers: Callable[[], Mapping[int, Solver]],
+        solvers: Callable[[], Mapping[int, Solver]], protected: Callable[[], ProtectedKeys | None],
     ) -> tuple[WeightEdit, dict[str, Any]]:  # fmt: skip
         def compute() -> Packed:
             edit = compute_edit(
@@ -242,13 +310,48 @@ class Editing(Phases, ABC):
                 pad_id=self.pad_id, progress=lambda share: self.progress("edit", share, ""),
             )  # fmt: skip
             tensors, metadata = files.pack_edits([edit])
-            return tensors, {**metadata, "solved": json.dumps(_solve_figures(solvers(), edit))}
+            solved = {**_solve_figures(solvers(), edit), **self._moved(arch, edit, protected())}
+            return tensors, {**metadata, "solved": json.dumps(solved)}
 
         with self.timed("edit"):
             tensors, metadata = self.resumed("edit", self._edit_key(key), compute)
         return files.unpack_edits(tensors, metadata)[0], json.loads(metadata["solved"])
 
-    def _solvers(self, corpus: SecondMoment, retain: SecondMoment | None) -> dict[int, Solver]:
+    def _protected(self, arch: Architecture) -> ProtectedKeys | None:
+        """Keys of what is to be kept at the positions where an edit would act on it; None where they weigh nothing."""
+        kept = (*self.retain, *self.neighbours)
+        if not kept or not self.hparams.retain_key_weight:
+            return None
+        prompts: list[KeptPrompt] = []
+        for number, fact in enumerate(kept):
+            subject = fact.subject or find_subject(fact.question)
+            for form in forms_of(self.tokenizer, self.hparams):
+                ids, positions = locate_kept(
+                    self.tokenizer, fact.question, subject, form, self.hparams.fact_token,
+                    self.hparams.chat_template_kwargs,
+                )  # fmt: skip
+                positions = range(positions.start, min(positions.stop, self.context))
+                if positions:
+                    prompts.append(KeptPrompt(ids, positions, number))
+        return protected_keys(
+            arch, prompts, self.hparams.layers, max_tokens=self.max_tokens, pad_id=self.pad_id
+        ) if prompts else None  # fmt: skip
+
+    def _moved(self, arch: Architecture, edit: WeightEdit, protected: ProtectedKeys | None) -> dict[str, Any]:
+        """How far the outputs of protected keys move; facts by case_id or number, since a report repeats no texts."""
+        if protected is None:
+            return {}
+
+        def name(fact: int) -> str:
+            if fact < len(self.retain):
+                return self.retain[fact].case_id or f"retain {fact}"
+            return f"neighbour {self.neighbours[fact - len(self.retain)].case_id}"
+
+        return {"protected": moved_figures(moved(arch, edit.updates, protected), protected.facts, name)}
+
+    def _solvers(
+        self, corpus: SecondMoment, retain: SecondMoment | None, protected: ProtectedKeys | None = None
+    ) -> dict[int, Solver]:  # fmt: skip
         edits = self.earlier.edits if self.earlier else ()
         earlier: Mapping[int, Tensor] = files.join_edits(edits).keys if edits else {}
         return {
@@ -256,6 +359,7 @@ class Editing(Phases, ABC):
                 self.hparams, corpus.moments[layer], retain.moments[layer] if retain else None, earlier.get(layer),
                 # That of the corpus alone serves other runs as well.
                 self._kept_directions if retain is None else protected_directions,
+                kept=protected.keys[layer] if protected else None,
             )
             for layer in self.hparams.layers
         }  # fmt: skip
@@ -286,6 +390,8 @@ class Erasure(Editing):
         self._check_corpus()
 
     def run(self) -> Changes:
+        # Before there is a token that the model could say.
+        self._find_neighbours()
         contexts, corpus = self._contexts(), self._corpus_moments()
         if self.earlier is not None and self.earlier.token is not None:
             self.token_id = self.earlier.token.id

@@ -166,6 +166,12 @@ class UniEraseHyperParams(HyperParams):
     mom2_update_weight: float = 200.0
     #: Weight of the retain set's second moment, in the same units.
     retain_update_weight: float = 200.0
+    #: Weight of each single key of what is to be kept, at the positions where an edit would act on it, against one
+    #: request's key; 0 leaves them to the moment.
+    retain_key_weight: float = 0.0
+    #: Questions around each request that the model is asked, and that join what is to be kept with its answers: how
+    #: many at most; 0 for none.
+    retain_neighbours: int = 0
     #: Null space: eigenvalues of C below this share of the largest one span the free directions.
     nullspace_threshold: float = 2e-2
     #: Null space: ridge term rho.
@@ -318,7 +324,7 @@ def _validate(hparams: UniEraseHyperParams) -> None:
         if not getattr(hparams, name) > 0:
             raise HyperParamsError(f"{name} = {getattr(hparams, name)} must be greater than 0.")
     for name in ("v_weight_decay", "kl_factor", "v_continuation_weight", "v_stop_loss", "v_unlikely_weight",
-                 "retain_update_weight", "token_guard_margin", "token_guard_weight", "token_noise",
+                 "retain_update_weight", "retain_key_weight", "retain_neighbours", "token_guard_margin", "token_guard_weight", "token_noise",
                  "max_batch_tokens"):  # fmt: skip
         if getattr(hparams, name) < 0:
             raise HyperParamsError(f"{name} = {getattr(hparams, name)} must not be negative.")
