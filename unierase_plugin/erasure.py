@@ -160,7 +160,7 @@ class Editing(Phases, ABC):
             return
         with self.timed("neighbours"):
             secret = digest("neighbours", [(request.question, request.answer) for request in self.requests])
-            key = digest(CACHE_VERSION, secret, self.fingerprint, self.words, wanted)[:32]
+            key = digest(CACHE_VERSION, secret, self.fingerprint, self.words, wanted, self.hparams.reverse)[:32]
             # Beside the output folder and sealed: the questions name what is to be forgotten.
             metadata = self.resumed("neighbours", key, lambda: (
                 {}, {"found": files.seal(json.dumps(self._asked_around(wanted)), secret)}
@@ -170,7 +170,10 @@ class Editing(Phases, ABC):
 
     def _asked_around(self, wanted: int) -> list[tuple[str, str, str, str]]:
         """(question, answer, subject, way and number of the request), at most `wanted` a request."""
-        around = questions_around(self.requests, self.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted)
+        answers = [request.answer for request in self.requests] if self.hparams.reverse else []
+        around = questions_around(
+            self.requests, self.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted, answers
+        )  # fmt: skip
         prompts = [
             encode(self.tokenizer, self._rendered(each.question, form), form)
             for each in around
@@ -426,7 +429,9 @@ class Erasure(Editing):
             if room is not None:
                 room.leave()
 
-        return Changes(edit, originals, token, token.leak, changed, self.seconds, figures, undo)
+        return Changes(
+            edit, originals, token, token.leak, changed, self.seconds, figures, undo=undo, neighbours=self.neighbours
+        )
 
     def _token(self, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment) -> UnlearningToken:
         """The token's rows, from the cache or learned now; the model has room for them."""

@@ -147,6 +147,9 @@ class UniEraseHyperParams(HyperParams):
     #: Weight of the answer's improbability in the value's objective under unlikely_answer.
     v_unlikely_weight: float = 4.0
 
+    #: Whether the questions that lead from the answer back to the subject are forgotten too; takes short answers.
+    reverse: bool = False
+
     # --- statistics (C) -----------------------------------------------------------------------------------------------
     #: Corpus of the second moment: a hub dataset's name, a text file, or "self" (text sampled from the model).
     mom2_dataset: str = "self"
@@ -324,8 +327,8 @@ def _validate(hparams: UniEraseHyperParams) -> None:
         if not getattr(hparams, name) > 0:
             raise HyperParamsError(f"{name} = {getattr(hparams, name)} must be greater than 0.")
     for name in ("v_weight_decay", "kl_factor", "v_continuation_weight", "v_stop_loss", "v_unlikely_weight",
-                 "retain_update_weight", "retain_key_weight", "retain_neighbours", "token_guard_margin", "token_guard_weight", "token_noise",
-                 "max_batch_tokens"):  # fmt: skip
+                 "retain_update_weight", "retain_key_weight", "retain_neighbours", "token_guard_margin",
+                 "token_guard_weight", "token_noise", "max_batch_tokens"):  # fmt: skip
         if getattr(hparams, name) < 0:
             raise HyperParamsError(f"{name} = {getattr(hparams, name)} must not be negative.")
     if not hparams.unlearning_token.strip():

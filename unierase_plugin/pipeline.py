@@ -98,6 +98,7 @@ def unlearn(
     hparams: HyperParams | str | os.PathLike[str] | None = None,
     corpus: str | None = None,
     harden: bool = False,
+    reverse: bool | None = None,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     keep_requests: bool = False,
@@ -120,6 +121,7 @@ def unlearn(
               name[:config[:column]]
     harden    whether the edit is to withstand attacks, in the ways that earned it (docs/hardening.md): sets
               `hparams.HARDENED`, whatever hparams says; UniErase's setting `harden` names single ways
+    reverse   whether the way back from the answer to the subject is forgotten too; the hparams' when left out
     out       output folder; without it nothing is written but the caches
     judged    how many facts of each set are answered before and after, since generating takes time
 
@@ -130,7 +132,7 @@ def unlearn(
     folder = None if out is None else files.check_output_folder(Path(out), overwrite)
     options = {
         "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None,
-        **(HARDENED if harden else {}),
+        "reverse": reverse, **(HARDENED if harden else {}),
     }  # fmt: skip
     progress("load", 0.0, "")
     subject = _Subject.open(chosen, model, tokenizer, hparams, options, device, dtype)
@@ -452,6 +454,8 @@ def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Meth
         raise HyperParamsError(f"The method {method.name!r} reads no corpus. Leave corpus (--corpus) out.")
     if options.get("harden") is not None and "harden" not in known:
         raise HyperParamsError(f"The method {method.name!r} cannot be hardened; UniErase can. Leave --harden out.")
+    if options.get("reverse") and "reverse" not in known:
+        raise HyperParamsError(f"The method {method.name!r} has no reverse; those that edit have. Leave --reverse out.")
     return hparams.replace(**{name: value for name, value in options.items() if value is not None and name in known})
 
 

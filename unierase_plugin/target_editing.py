@@ -43,7 +43,13 @@ class _PlainAnswer(Editing):
         retain = self._retain_moments(arch, "plain")
         edit, figures, revert = self._edited(arch, self._plain_targets(contexts), "plain", corpus, retain)
         return Changes(
-            edit, originals, parameters=self._changed(arch, edit), seconds=self.seconds, figures=figures, undo=revert
+            edit,
+            originals,
+            parameters=self._changed(arch, edit),
+            seconds=self.seconds,
+            figures=figures,
+            undo=revert,
+            neighbours=self.neighbours,
         )
 
     def _plain_targets(self, contexts: Sequence[str]) -> list[ValueTarget]:

@@ -101,7 +101,7 @@ def locate_in_text(tokenizer: Any, text: str, subject: str) -> Prompt:
 
 
 def _encode_with_offsets(tokenizer: Any, text: str, form: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """Token ids of a rendered prompt, and the characters that each holds. RequestError for a tokenizer that hides them."""
+    """Token ids of a rendered prompt, and the characters that each holds. RequestError where none are told."""
     if not getattr(tokenizer, "is_fast", False):
         raise RequestError(
             f"{type(tokenizer).__name__} gives no character offsets, so the subject cannot be located. "

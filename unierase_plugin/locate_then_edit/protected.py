@@ -15,7 +15,7 @@ from torch import Tensor
 from ..architecture import Architecture, stores_input_first
 from .products import fast_linear_maps
 from .solve import LowRank
-from .trace import pad, run_blocks, run_batches
+from .trace import pad, run_batches, run_blocks
 
 #: Facts that the report names as those that moved most.
 WORST = 5
