@@ -127,7 +127,7 @@ class Editing(Phases, ABC):
         self.progress, self.earlier, self.max_tokens, self.fingerprint = (
             job.progress, job.earlier, job.max_tokens, job.fingerprint,
         )  # fmt: skip
-        self.seconds = {"neighbours": 0.0, "statistics": 0.0, "values": 0.0, "edit": 0.0}
+        self.seconds = {"statistics": 0.0, "values": 0.0, "edit": 0.0}
         #: Neighbours that the model answers, with its answers; found by `run`.
         self.neighbours: tuple[ForgetRequest, ...] = ()
         self.pad_id = pad_token_id(job.model, job.tokenizer)

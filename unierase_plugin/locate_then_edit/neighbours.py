@@ -148,12 +148,12 @@ def _telling(text: str) -> set[str]:
 
 
 def _same_fact(question: str, subject: str, request: ForgetRequest) -> bool:
-    """Whether a question asks for the fact, or is a rewording of it: its subject, and its telling words."""
+    """Whether a question asks for the fact or rewords it: its subject, and telling words of which one has all."""
     if not request.subject or not answered(request.subject, question):
         return False
     own = _telling(request.question) - _telling(request.subject)
     asked = _telling(question) - _telling(subject)
-    return own <= asked and bool(own)
+    return bool(own and asked) and (own <= asked or asked <= own)
 
 
 def _same_relation(request: ForgetRequest, names: Sequence[str]) -> Iterator[tuple[str, str]]:
