@@ -117,19 +117,19 @@ def levels(model: Any, tokenizer: Any, name: str) -> dict[str, float]:
 
 
 def unedited(model: Path, names: Sequence[str], out: Path) -> dict[str, Any]:
-    """The unedited model's answers and perplexities by list, kept in the folder; what is missing there is asked."""
+    """The unedited model's answers by question and its perplexities by list, kept in the folder: the rest is asked."""
     path = out / f"unedited-{model.name}.json"
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known: dict[str, Any] = {"answers": {}, "levels": {}}
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
     loaded: Any = None
     for name in names:
-        questions = questions_of(name)
-        entry = known.setdefault(name, {"answers": {}})
-        if "levels" in entry and all(each.question in entry["answers"] for each in questions):
-            continue
-        loaded = loaded or load(str(model))
-        entry["answers"] = asked(*loaded, questions)
-        entry["levels"] = levels(*loaded, name)
-        path.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
+        missing = [each for each in questions_of(name) if each.question not in known["answers"]]
+        if missing or name not in known["levels"]:
+            loaded = loaded or load(str(model))
+            known["answers"].update(asked(*loaded, missing))
+            known["levels"][name] = levels(*loaded, name)
+            path.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
     return known
 
 
@@ -168,7 +168,7 @@ def measured(
             row["outcome"] == "declined" and not is_garbled(row["after"].replace(token, " "), row["question"])
             for row in rows if row["part"] == "forget"
         ),
-        **{key: level[key] / before["levels"][key] - 1 for key in level},
+        **{key: level[key] / before["levels"][name][key] - 1 for key in level},
         "seconds": {phase: spent for phase, spent in result.report.seconds.items() if phase != "evaluate"},
         "token_leak": result.report.token_leak, "edit": result.report.edit, "rows": rows,
     }  # fmt: skip
@@ -263,7 +263,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     model = fetch_base_model(cache_folder()).path
     before = unedited(model, options.lists, options.out)
-    runs = [run(name, seed, options, model, before[name]) for name in options.lists for seed in options.seeds]
+    runs = [run(name, seed, options, model, before) for name in options.lists for seed in options.seeds]
     print(table(runs))
     for found in runs if not options.quiet else ():
         for row in found["rows"]:
