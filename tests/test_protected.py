@@ -104,23 +104,20 @@ def test_keys_are_what_the_projection_reads_at_the_positions_whatever_the_batch(
 
 
 @pytest.mark.parametrize("form", ["chat", "plain", "bare"])
-def test_an_edit_would_act_from_the_subjects_end_to_the_questions(form: str) -> None:
+@pytest.mark.parametrize("fact_token", ["subject_last", "last"])
+def test_an_edit_would_act_where_an_edit_of_that_fact_does(form: str, fact_token: str) -> None:
     tokenizer = tiny_tokenizer()
-    ids, positions = locate_kept(tokenizer, QUESTION, "Mira Plonk", form)
-    assert list(ids) == encode(tokenizer, render(tokenizer, QUESTION, form), form)
-    assert positions.start == locate(tokenizer, QUESTION, "Mira Plonk", form).position
-    assert tokenizer.decode(ids[positions.start : positions.stop]) == "k born?"
+    found = locate_kept(tokenizer, QUESTION, "Mira Plonk", form, fact_token)
+    assert found == locate(tokenizer, QUESTION, "Mira Plonk", form, fact_token)
 
 
-def test_without_a_subject_all_of_the_question_is_looked_at() -> None:
+@pytest.mark.parametrize("form", ["chat", "plain", "bare"])
+def test_without_a_subject_all_of_the_question_is_looked_at(form: str) -> None:
     tokenizer = tiny_tokenizer()
-    ids, positions = locate_kept(tokenizer, f" {QUESTION} ", None, "chat")
-    assert tokenizer.decode(ids[positions.start : positions.stop]) == QUESTION
-
-
-def test_edits_of_the_last_token_act_on_that_alone() -> None:
-    ids, positions = locate_kept(tiny_tokenizer(), QUESTION, "Mira Plonk", "chat", "last")
-    assert list(positions) == [len(ids) - 1]
+    question = f" {QUESTION} "
+    found = locate_kept(tokenizer, question, None, form)
+    assert list(found.ids) == encode(tokenizer, render(tokenizer, question, form), form)
+    assert tokenizer.decode(found.ids[found.position :]).startswith(QUESTION)
 
 
 # --- how far they move -----------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from .evaluation.generate import (
     pad_token_id,
     token_leak,
 )
-from .evaluation.metrics import reads_as_idk
+from .evaluation.metrics import SHORT_ANSWER_WORDS, answered, reads_as_idk
+from .evaluation.metrics import words as split_words
 from .hparams import UniEraseHyperParams
 from .locate_then_edit.edit import (
     Applied,
@@ -128,8 +129,9 @@ class Editing(Phases, ABC):
             job.progress, job.earlier, job.max_tokens, job.fingerprint,
         )  # fmt: skip
         self.seconds = {"statistics": 0.0, "values": 0.0, "edit": 0.0}
-        #: Neighbours that the model answers, with its answers; found by `run`.
+        #: Neighbours that the model answers, with its answers, and all that is to be kept; found by `run`.
         self.neighbours: tuple[ForgetRequest, ...] = ()
+        self.kept = self.retain
         self.pad_id = pad_token_id(job.model, job.tokenizer)
         self.context = context_limit(job.model)
         self.corpus = corpus_of(job)
@@ -153,45 +155,63 @@ class Editing(Phases, ABC):
             return None
         return replace(self.corpus, fingerprint=self.earlier.fingerprint, words=self.earlier.words).kept()
 
-    def _find_neighbours(self) -> None:
-        """Asks the model, as it came, what lies around the facts to forget; what it knows joins what is to be kept."""
-        wanted = self.hparams.retain_neighbours
-        if not wanted:
+    def _find_kept(self) -> None:
+        """Asks the model, as it came, what lies around the facts to forget and in what words it gives those to keep."""
+        wanted, weighed = self.hparams.retain_neighbours, bool(self.hparams.retain_key_weight)
+        if not wanted and not (weighed and self.retain):
             return
         with self.timed("neighbours"):
-            secret = digest("neighbours", [(request.question, request.answer) for request in self.requests])
-            key = digest(CACHE_VERSION, secret, self.fingerprint, self.words, wanted, self.hparams.reverse)[:32]
+            facts = [(fact.question, fact.answer, fact.subject) for fact in (*self.requests, *self.retain)]
+            secret = digest("kept", facts)
+            key = digest(
+                CACHE_VERSION, secret, self.fingerprint, self.words, wanted, weighed, self.hparams.reverse,
+                self.hparams.prompt_forms, self.hparams.chat_template_kwargs,
+            )[:32]  # fmt: skip
             # Beside the output folder and sealed: the questions name what is to be forgotten.
-            metadata = self.resumed("neighbours", key, lambda: (
-                {}, {"found": files.seal(json.dumps(self._asked_around(wanted)), secret)}
+            metadata = self.resumed("kept", key, lambda: (
+                {}, {"found": files.seal(json.dumps(self._asked_around(wanted, weighed)), secret)}
             ))[1]  # fmt: skip
-            found = json.loads(files.unseal(metadata["found"], secret))
+            said, found = json.loads(files.unseal(metadata["found"], secret))
         self.neighbours = tuple(ForgetRequest(*each) for each in found)
+        own = (replace(fact, answer=text) for fact, text in zip(self.retain, said, strict=True))
+        self.kept = (*own, *self.neighbours)
 
-    def _asked_around(self, wanted: int) -> list[tuple[str, str, str, str]]:
-        """(question, answer, subject, way and number of the request), at most `wanted` a request."""
+    def _asked_around(self, wanted: int, weighed: bool) -> tuple[list[str], list[tuple[str, str, str, str]]]:
+        """The answers of the retain set in the model's own words, and neighbours: at most `wanted` a request.
+
+        A neighbour is (question, answer, subject, way and number of the request).
+        """
         answers = [request.answer for request in self.requests] if self.hparams.reverse else []
         around = questions_around(
             self.requests, self.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted, answers
-        )  # fmt: skip
+        ) if wanted else []  # fmt: skip
+        # A long answer is a sentence as it stands.
+        short = [fact for fact in self.retain if weighed and len(split_words(fact.answer)) <= SHORT_ANSWER_WORDS]
+        form = forms_of(self.tokenizer, self.hparams)[0]
         prompts = [
-            encode(self.tokenizer, self._rendered(each.question, form), form)
-            for each in around
-            for form in forms_of(self.tokenizer, self.hparams)[:1]
+            encode(self.tokenizer, self._rendered(each.question, form), form)[: self.context - ASKED_MOST]
+            for each in (*short, *around)
         ]
         said = continue_greedily(
             self.model, self.tokenizer, prompts, ASKED_MOST, 2 * self.max_tokens,
             lambda share: self.progress("neighbours", share, f"{len(prompts)} questions"),
         )  # fmt: skip
+        # A space that a form without a template leaves to the answer is a part of its first token.
+        texts = [decode_answer(self.model, self.tokenizer, ids, self.pad_id).rstrip() for ids in said]
+        own = {
+            fact.question: text
+            for fact, text in zip(short, texts[: len(short)], strict=True)
+            if answered(fact.answer, text)
+        }
         left = [wanted] * len(self.requests)
         found: list[tuple[str, str, str, str]] = []
-        for each, ids in zip(around, said, strict=True):
-            text = decode_answer(self.model, self.tokenizer, ids, self.pad_id)
+        for each, text in zip(around, texts[len(short) :], strict=True):
             kept = spared(each, text, self.requests, lines("idk_phrases"))
             if kept is not None and left[each.of]:
                 left[each.of] -= 1
-                found.append((each.question, kept, each.subject, f"{each.way} of {each.of}"))
-        return found
+                space = text[: len(text) - len(text.lstrip())]
+                found.append((each.question, space + kept, each.subject, f"{each.way} of {each.of}"))
+        return [own.get(fact.question, fact.answer) for fact in self.retain], found
 
     def _kinds(self, subjects: Sequence[str]) -> list[str]:
         """What the model takes each subject for: the kind that "{subject} is" makes likelier than "It is" does."""
@@ -229,8 +249,7 @@ class Editing(Phases, ABC):
     def _retain_tokens(self) -> list[list[int]]:
         """What the edit is to leave alone: the facts to keep, and neighbours, with their answers."""
         return self._asked(
-            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"])
-            for fact in (*self.retain, *self.neighbours)
+            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.kept
         )
 
     def _asked(self, pairs: Iterable[tuple[str, Sequence[int]]]) -> list[list[int]]:
@@ -321,24 +340,23 @@ class Editing(Phases, ABC):
         return files.unpack_edits(tensors, metadata)[0], json.loads(metadata["solved"])
 
     def _protected(self, arch: Architecture) -> ProtectedKeys | None:
-        """Keys of what is to be kept at the positions where an edit would act on it; None where they weigh nothing."""
-        kept = (*self.retain, *self.neighbours)
-        if not kept or not self.hparams.retain_key_weight:
+        """Keys of what is to be kept, from where an edit would act to the answer's end; None where they weigh nothing.
+        """
+        h = self.hparams
+        if not self.kept or not h.retain_key_weight:
             return None
         prompts: list[KeptPrompt] = []
-        for number, fact in enumerate(kept):
+        for number, fact in enumerate(self.kept):
             subject = fact.subject or find_subject(fact.question)
-            for form in forms_of(self.tokenizer, self.hparams):
-                ids, positions = locate_kept(
-                    self.tokenizer, fact.question, subject, form, self.hparams.fact_token,
-                    self.hparams.chat_template_kwargs,
-                )  # fmt: skip
-                positions = range(positions.start, min(positions.stop, self.context))
-                if positions:
-                    prompts.append(KeptPrompt(ids, positions, number))
-        return protected_keys(
-            arch, prompts, self.hparams.layers, max_tokens=self.max_tokens, pad_id=self.pad_id
-        ) if prompts else None  # fmt: skip
+            answer = self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]
+            for form in forms_of(self.tokenizer, h):
+                found = locate_kept(self.tokenizer, fact.question, subject, form, h.fact_token, h.chat_template_kwargs)
+                ids = (*found.ids, *answer)[: self.context]
+                if found.position < len(ids):
+                    prompts.append(KeptPrompt(ids, range(found.position, len(ids)), number))
+        if not prompts:
+            return None
+        return protected_keys(arch, prompts, h.layers, max_tokens=self.max_tokens, pad_id=self.pad_id)
 
     def _moved(self, arch: Architecture, edit: WeightEdit, protected: ProtectedKeys | None) -> dict[str, Any]:
         """How far the outputs of protected keys move; facts by case_id or number, since a report repeats no texts."""
@@ -394,7 +412,7 @@ class Erasure(Editing):
 
     def run(self) -> Changes:
         # Before there is a token that the model could say.
-        self._find_neighbours()
+        self._find_kept()
         contexts, corpus = self._contexts(), self._corpus_moments()
         if self.earlier is not None and self.earlier.token is not None:
             self.token_id = self.earlier.token.id

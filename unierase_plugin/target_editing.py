@@ -36,7 +36,7 @@ class _PlainAnswer(Editing):
         self._check_corpus()
 
     def run(self) -> Changes:
-        self._find_neighbours()
+        self._find_kept()
         contexts, corpus = self._contexts(), self._corpus_moments()
         arch = architecture(self.model, self.hparams)
         originals = files.take_originals(arch, self.hparams.layers, len(arch.embedding.weight))

@@ -73,23 +73,18 @@ def locate(
 def locate_kept(
     tokenizer: Any, question: str, subject: str | None, form: str, fact_token: str = "subject_last",
     template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[tuple[int, ...], range]:  # fmt: skip
-    """Token ids of a question that is to be kept, and where in it an edit could act: from its subject's end on.
+) -> Prompt:  # fmt: skip
+    """The prompt of a question that is to be kept, and the first position at which an edit could act on it.
 
-    Up to the question's last token; all of the question's tokens where no subject is known. With `last` as the token
-    that carries edits, that one alone.
+    The subject's last token, as for an edit of it; the question's first token where no subject is known.
     Raises RequestError where the template hides the question.
     """
+    if subject or fact_token == "last":
+        return locate(tokenizer, question, subject or "", form, fact_token, "", template_kwargs)
     text = render(tokenizer, question, form, template_kwargs)
     ids, offsets = _encode_with_offsets(tokenizer, text, form)
-    if fact_token == "last":
-        return ids, range(len(ids) - 1, len(ids))
-    start = _question_start(text, question.strip())
-    first = _subject_end(text, question, subject) if subject else start + 1
-    bounds = [_holder(offsets, end) for end in (first, start + len(question.strip()))]
-    # White space at either end may be no token's own.
-    low, high = bounds[0] or 0, len(ids) - 1 if bounds[1] is None else bounds[1]
-    return ids, range(low, high + 1)
+    at = _holder(offsets, _question_start(text, question.strip()) + 1)
+    return Prompt(ids, at or 0)
 
 
 def locate_in_text(tokenizer: Any, text: str, subject: str) -> Prompt:
