@@ -188,9 +188,10 @@ class Editing(Phases, ABC):
         # A long answer is a sentence as it stands.
         short = [fact for fact in self.retain if weighed and len(split_words(fact.answer)) <= SHORT_ANSWER_WORDS]
         form = forms_of(self.tokenizer, self.hparams)[0]
+        questions = [*(fact.question for fact in short), *(each.question for each in around)]
         prompts = [
-            encode(self.tokenizer, self._rendered(each.question, form), form)[: self.context - ASKED_MOST]
-            for each in (*short, *around)
+            encode(self.tokenizer, self._rendered(question, form), form)[: self.context - ASKED_MOST]
+            for question in questions
         ]
         said = continue_greedily(
             self.model, self.tokenizer, prompts, ASKED_MOST, 2 * self.max_tokens,
@@ -340,8 +341,7 @@ class Editing(Phases, ABC):
         return files.unpack_edits(tensors, metadata)[0], json.loads(metadata["solved"])
 
     def _protected(self, arch: Architecture) -> ProtectedKeys | None:
-        """Keys of what is to be kept, from where an edit would act to the answer's end; None where they weigh nothing.
-        """
+        """Keys of what is to be kept, from where an edit would act to the answer's end; None where they weigh nothing."""
         h = self.hparams
         if not self.kept or not h.retain_key_weight:
             return None

@@ -177,11 +177,11 @@ def _same_template(request: ForgetRequest, swaps: Sequence[Sequence[str]]) -> It
         present = [word for word in sort if re.search(rf"\b{re.escape(word)}\b", request.question)]
         if not present:
             continue
-        pattern = re.compile(rf"\b{re.escape(max(present, key=len))}\b")
+        old = re.compile(rf"\b{re.escape(max(present, key=len))}\b")
         for word in _drawn([word for word in sort if word not in present], request.question):
-            question = pattern.sub(lambda _, word=word: word, request.question, count=1)
-            subject = request.subject or ""
-            yield question, subject if subject in question else pattern.sub(lambda _, word=word: word, subject, count=1)
+            # The words of a sort hold nothing that a replacement would read as more than itself.
+            question, subject = old.sub(word, request.question, count=1), request.subject or ""
+            yield question, subject if subject in question else old.sub(word, subject, count=1)
 
 
 def _in_turn(by_way: Mapping[str, Iterator[tuple[str, str]]]) -> Iterator[tuple[str, str, str]]:
