@@ -341,7 +341,7 @@ class Editing(Phases, ABC):
         return files.unpack_edits(tensors, metadata)[0], json.loads(metadata["solved"])
 
     def _protected(self, arch: Architecture) -> ProtectedKeys | None:
-        """Keys of what is to be kept, from where an edit would act to the answer's end; None where they weigh nothing."""
+        """Keys of what is to be kept, from where an edit would act to the answer's end; None if they weigh nothing."""
         h = self.hparams
         if not self.kept or not h.retain_key_weight:
             return None
