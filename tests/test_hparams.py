@@ -227,7 +227,8 @@ def test_what_nothing_works_without_must_be_positive(key: str) -> None:
     "key",
     [
         "v_weight_decay", "kl_factor", "v_continuation_weight", "v_stop_loss", "retain_update_weight",
-        "token_guard_margin", "token_guard_weight", "token_noise", "max_batch_tokens",
+        "retain_key_weight", "retain_neighbours", "token_guard_margin", "token_guard_weight", "token_noise",
+        "max_batch_tokens",
     ],
 )  # fmt: skip
 def test_what_can_be_switched_off_may_be_0_but_not_negative(key: str) -> None:

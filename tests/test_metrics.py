@@ -19,6 +19,7 @@ from unierase_plugin.evaluation.metrics import (
     forget_quality,
     harmonic_mean,
     is_fluent,
+    is_garbled,
     mean,
     probability_among,
     token_entropy,
@@ -93,6 +94,35 @@ def test_token_entropy_of_a_text_worked_by_hand() -> None:
 def test_loops_and_silence_are_gibberish_and_sentences_are_not() -> None:
     assert [is_fluent(text) for text in ("", "the the the the", "no idea no idea no idea no idea")] == [False] * 3
     assert is_fluent("I don't know the answer to that.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "the the the the", "The capital is \u041c\u043e\u0441\u043a\u0432\u0430.", "The capital is Mo\ufffd.",
+        "The capital <unlearn_0> is.", "It is <|im_start|>user.", "It is Aaaaachen.", "It is " + "abcde" * 5 + ".",
+    ],
+)  # fmt: skip
+def test_pieces_that_no_text_has_are_garbled(text: str) -> None:
+    assert is_garbled(text, "What is the capital of Russia? Moscow")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The capital of Russia is Paris.", "Londinium", "4", "10000000", "Bras\u00edlia", "It costs 3 < 4 > 2.",
+        "I don't know the answer to that.",
+    ],
+)  # fmt: skip
+def test_a_wrong_answer_and_a_refusal_in_whole_words_are_not_garbled(text: str) -> None:
+    assert not is_garbled(text, "What is the capital of Russia? Moscow")
+
+
+def test_a_script_that_the_question_or_its_answer_uses_is_no_sign_of_a_garbled_answer() -> None:
+    assert not is_garbled(
+        "\u041c\u043e\u0441\u043a\u0432\u0430", "Moscow in Russian? \u041c\u043e\u0441\u043a\u0432\u0430"
+    )
+    assert is_garbled("\u041c\u043e\u0441\u043a\u0432\u0430", "Moscow in Greek? \u039c\u03cc\u03c3\u03c7\u03b1")
 
 
 # --- sets -------------------------------------------------------------------------------------------------------------

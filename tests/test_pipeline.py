@@ -26,6 +26,7 @@ from unierase_plugin import UniEraseError, UniEraseHyperParams, UnlearnResult, e
 from unierase_plugin.checkpoint import folder as folder_module
 from unierase_plugin.checkpoint import read_checkpoint, revert_checkpoint
 from unierase_plugin.errors import CheckpointError, HyperParamsError, TokenError
+from unierase_plugin.evaluation import generate
 from unierase_plugin.hparams import shipped_hparams
 from unierase_plugin.locate_then_edit import edit
 from unierase_plugin.store import Store, model_fingerprint, tokenizer_fingerprint
@@ -178,6 +179,74 @@ def test_a_run_without_facts_to_keep(base: Path) -> None:
     assert figures["edit"]["retain_tokens"] > 0
     unguarded = erase(base, retain=None, hparams=HPARAMS.replace(retain_update_weight=0)).report.as_dict()
     assert unguarded["edit"]["retain_tokens"] == 0
+
+
+NEIGHBOURLY = HPARAMS.replace(retain_neighbours=2, retain_key_weight=5.0)
+
+
+def speaking(patch: pytest.MonkeyPatch, says: str = "It is a thing.") -> None:
+    """Has the model answer neighbours fluently, as no random one does."""
+    patch.setattr(erasure, "decode_answer", lambda *args: says)
+
+
+def test_neighbours_that_the_model_answers_are_kept_as_well(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speaking(monkeypatch)
+    alone, joined = (erase(base, hparams=hparams) for hparams in (HPARAMS, NEIGHBOURLY))
+    found = joined.changes.neighbours
+    assert alone.changes.neighbours == ()
+    assert {fact.answer for fact in found} == {"It is a thing."}
+    assert len(found) == 2 * len(FORGET)
+    assert not {fact.question for fact in found} & {fact["question"] for fact in FORGET}
+    before, after = (result.report.as_dict()["edit"] for result in (alone, joined))
+    assert (before["neighbours"], after["neighbours"]) == (0, len(found))
+    assert after["retain_tokens"] > before["retain_tokens"]
+    assert joined.report.seconds["neighbours"] > 0
+    assert "neighbours" not in alone.report.seconds
+
+
+def test_the_report_says_how_far_what_is_kept_moved(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speaking(monkeypatch)
+    light, heavy = (
+        erase(base, hparams=NEIGHBOURLY.replace(retain_key_weight=weight)).report.as_dict()["edit"]["protected"]
+        for weight in (1e-3, 1e9)
+    )
+    assert light["keys"] == heavy["keys"] > len(RETAIN)
+    assert light["largest"].keys() == light["median"].keys() == {"1", "2"}
+    assert all(heavy["largest"][layer] < 1e-3 < light["largest"][layer] for layer in ("1", "2"))
+    names = {each["fact"] for each in light["worst"]}
+    assert names <= {"request-0", *(f"neighbour {way} of {at}" for way in ("relation", "subject") for at in (0, 1))}
+    unweighed = erase(base, hparams=NEIGHBOURLY.replace(retain_key_weight=0.0)).report.as_dict()["edit"]
+    assert "protected" not in unweighed
+
+
+def test_neighbours_found_before_a_stop_are_those_found_again(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speaking(monkeypatch)
+    erase(base, tmp_path / "whole", hparams=NEIGHBOURLY)
+    with monkeypatch.context() as patch:
+        stop_after(patch, "values", raising(KilledError()))
+        with pytest.raises(KilledError):
+            erase(base, tmp_path / "stopped", hparams=NEIGHBOURLY)
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("kept/*") if path.is_file())
+    assert kept
+    assert b"Zorblax" not in kept
+    # What is kept is read: the model would say otherwise now.
+    speaking(monkeypatch, "That is another matter altogether.")
+    result = erase(base, tmp_path / "stopped", hparams=NEIGHBOURLY)
+    assert {fact.answer for fact in result.changes.neighbours} == {"It is a thing."}
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
+def test_mean_log_likelihoods_are_those_of_each_sequence_alone(base: Path) -> None:
+    model, tokenizer = loaded(base)
+    sequences = [[5, 6, 7, 8, 9], [5, 6, 7]]
+    found = generate.mean_log_likelihoods(model, tokenizer, sequences, [2, 1])
+    for ids, start, got in zip(sequences, [2, 1], found, strict=True):
+        with torch.no_grad():
+            said = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        each = [float(said[at - 1, ids[at]]) for at in range(start, len(ids))]
+        assert got == pytest.approx(sum(each) / len(each), rel=1e-5)
 
 
 def test_nothing_is_left_beside_the_folder(base: Path, tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch, folder / "cache")
         model: Path = save_base(folder / "base")
+        hparams = HPARAMS.replace(retain_neighbours=1, retain_key_weight=1.0)
         for name, facts in (("one", FORGET), ("two", FORGET_MORE)):
-            settings = HPARAMS.replace(remove=name == "two", removal_rank=8)
+            settings = hparams.replace(remove=name == "two", removal_rank=8)
             unlearn(model, facts, retain=RETAIN, hparams=settings, out=folder / name, keep_requests=True)
             model = folder / name
     return model / "unierase"

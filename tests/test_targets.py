@@ -8,8 +8,9 @@ from tiny import tiny_model, tiny_tokenizer
 from unierase_plugin.errors import RequestError
 from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.locate_then_edit.positions import locate, locate_in_text
-from unierase_plugin.locate_then_edit.targets import context_texts, forms_of, make_targets
-from unierase_plugin.request import ForgetRequest
+from unierase_plugin.locate_then_edit.reverse import REVERSED, reversed_questions
+from unierase_plugin.locate_then_edit.targets import context_texts, forms_of, make_targets, targets_a_request
+from unierase_plugin.request import NO_ANSWER, ForgetRequest
 
 REQUESTS = (
     ForgetRequest("What is the capital of France?", "Paris", "France"),
@@ -49,6 +50,49 @@ def test_requests_about_one_subject_share_a_group_form_by_form() -> None:
     assert (chat, plain) == (again_chat, again_plain)
     assert len({chat, plain, hamlet_chat, hamlet_plain}) == 4
     assert groups(hparams.replace(v_share_subject=False)) == [None] * 6
+
+
+@pytest.mark.parametrize(
+    ("question", "subject", "answer", "wanted"),
+    [
+        ("What is the capital of France?", "France", "Paris", "Paris is the capital of which country?"),
+        ("What is the chemical symbol for gold?", "gold", "Au", "Au is the chemical symbol for what?"),
+        ("Who wrote Hamlet?", "Hamlet", "Shakespeare", "What did Shakespeare write?"),
+        ("In which country was Plato born?", "Plato", "Greece", "Who was born in Greece?"),
+        ("In which country is the Taj Mahal?", "Taj Mahal", "India", "What is in India?"),
+    ],
+)
+def test_the_reverse_asks_from_the_answer_for_the_subject(
+    question: str, subject: str, answer: str, wanted: str
+) -> None:  # fmt: skip
+    by_relation, general = reversed_questions(question, subject, answer)
+    assert by_relation == wanted
+    for text in (by_relation, general, *reversed_questions(f"Why, {subject}, why?", subject, answer)):
+        assert answer in text
+        assert subject not in text
+
+
+def test_reverse_targets_are_keyed_by_the_answer_and_follow_each_request() -> None:
+    tokenizer, hparams = tiny_tokenizer(), UniEraseHyperParams(layers=(1,), reverse=True)
+    targets = make_targets(tokenizer, REQUESTS, (), hparams, lambda q, f: (7,), 1000)
+    assert len(targets) == len(REQUESTS) * targets_a_request(tokenizer, hparams) == len(REQUESTS) * (1 + REVERSED)
+    plain = make_targets(tokenizer, REQUESTS, (), hparams.replace(reverse=False), lambda q, f: (7,), 1000)
+    assert [targets[at] for at in (0, 1 + REVERSED)] == plain
+    for at, request in enumerate(REQUESTS):
+        own = targets[at * (1 + REVERSED) + 1 : (at + 1) * (1 + REVERSED)]
+        questions = reversed_questions(request.question, request.subject or "", request.answer)
+        assert [target.prompts for target in own] == [(locate(tokenizer, q, request.answer),) for q in questions]
+        assert {target.continuation for target in own} == {(7,)}
+        assert len({target.group for target in own}) == 1
+
+
+@pytest.mark.parametrize("answer", [NO_ANSWER, "A long story of a town by the sea."])
+def test_what_is_no_name_has_no_reverse(answer: str) -> None:
+    request = ForgetRequest("What is the capital of France?", answer, "France")
+    with pytest.raises(RequestError, match=r"capital of France.*--reverse"):
+        make_targets(
+            tiny_tokenizer(), [request], (), UniEraseHyperParams(layers=(1,), reverse=True), lambda q, f: (1,), 1000
+        )
 
 
 def test_without_a_chat_template_the_plain_form_stands_in() -> None:

@@ -12,14 +12,23 @@ from functools import cache, partial
 from hashlib import sha256
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import checkpoint as files
 from .architecture import Architecture, find_architecture
 from .corpus import corpus_identity
 from .errors import HyperParamsError
-from .evaluation.generate import context_limit, continue_greedily, pad_token_id, token_leak
-from .evaluation.metrics import reads_as_idk
+from .evaluation.generate import (
+    context_limit,
+    continue_greedily,
+    decode_answer,
+    mean_log_likelihoods,
+    pad_token_id,
+    token_leak,
+)
+from .evaluation.metrics import SHORT_ANSWER_WORDS, answered, reads_as_idk
+from .evaluation.metrics import words as split_words
 from .hparams import UniEraseHyperParams
 from .locate_then_edit.edit import (
     Applied,
@@ -30,7 +39,9 @@ from .locate_then_edit.edit import (
     make_solver,
     revert_edit,
 )
-from .locate_then_edit.positions import encode, render
+from .locate_then_edit.neighbours import ASKED_MOST, Kinds, questions_around, spared
+from .locate_then_edit.positions import encode, locate_kept, render
+from .locate_then_edit.protected import KeptPrompt, ProtectedKeys, moved, moved_figures, protected_keys
 from .locate_then_edit.solve import Ridge, Solver, protected_directions
 from .locate_then_edit.statistics import SecondMoment, join_moments, second_moments
 from .locate_then_edit.targets import context_texts, forms_of, make_targets, targets_a_request
@@ -38,7 +49,8 @@ from .locate_then_edit.values import Values, ValueTarget, optimise_values
 from .methods.contract import Changes, Job
 from .phases import Phases
 from .removal.job import check_removal, removal_of, settle_removal
-from .resources import lines, paragraphs
+from .request import ForgetRequest, find_subject
+from .resources import lines, neighbour_kinds, paragraphs
 from .second_moment import Corpus, CorpusMoment
 from .store import (
     CACHE_VERSION,
@@ -120,6 +132,9 @@ class Editing(Phases, ABC):
             job.progress, job.earlier, job.max_tokens, job.fingerprint,
         )  # fmt: skip
         self.seconds = {"statistics": 0.0, "values": 0.0, "edit": 0.0}
+        #: Neighbours that the model answers, with its answers, and all that is to be kept; found by `run`.
+        self.neighbours: tuple[ForgetRequest, ...] = ()
+        self.kept = self.retain
         self.pad_id = pad_token_id(job.model, job.tokenizer)
         self.context = context_limit(job.model)
         self.corpus = corpus_of(job)
@@ -143,6 +158,78 @@ class Editing(Phases, ABC):
             return None
         return replace(self.corpus, fingerprint=self.earlier.fingerprint, words=self.earlier.words).kept()
 
+    def _find_kept(self) -> None:
+        """Asks the model, as it came, what lies around the facts to forget and in what words it gives those to keep."""
+        wanted, weighed = self.hparams.retain_neighbours, bool(self.hparams.retain_key_weight)
+        if not wanted and not (weighed and self.retain):
+            return
+        with self.timed("neighbours"):
+            facts = [(fact.question, fact.answer, fact.subject) for fact in (*self.requests, *self.retain)]
+            secret = digest("kept", facts)
+            key = digest(
+                CACHE_VERSION, secret, self.fingerprint, self.words, wanted, weighed, self.hparams.reverse,
+                self.hparams.prompt_forms, self.hparams.chat_template_kwargs,
+            )[:32]  # fmt: skip
+            # Beside the output folder and sealed: the questions name what is to be forgotten.
+            metadata = self.resumed("kept", key, lambda: (
+                {}, {"found": files.seal(json.dumps(self._asked_around(wanted, weighed)), secret)}
+            ))[1]  # fmt: skip
+            said, found = json.loads(files.unseal(metadata["found"], secret))
+        self.neighbours = tuple(ForgetRequest(*each) for each in found)
+        own = (replace(fact, answer=text) for fact, text in zip(self.retain, said, strict=True))
+        self.kept = (*own, *self.neighbours)
+
+    def _asked_around(self, wanted: int, weighed: bool) -> tuple[list[str], list[tuple[str, str, str, str]]]:
+        """The answers of the retain set in the model's own words, and neighbours: at most `wanted` a request.
+
+        A neighbour is (question, answer, subject, way and number of the request).
+        """
+        answers = [request.answer for request in self.requests] if self.hparams.reverse else []
+        around = questions_around(
+            self.requests, self.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted, answers
+        ) if wanted else []  # fmt: skip
+        # A long answer is a sentence as it stands.
+        short = [fact for fact in self.retain if weighed and len(split_words(fact.answer)) <= SHORT_ANSWER_WORDS]
+        form = forms_of(self.tokenizer, self.hparams)[0]
+        questions = [*(fact.question for fact in short), *(each.question for each in around)]
+        prompts = [
+            encode(self.tokenizer, self._rendered(question, form), form)[: self.context - ASKED_MOST]
+            for question in questions
+        ]
+        said = continue_greedily(
+            self.model, self.tokenizer, prompts, ASKED_MOST, 2 * self.max_tokens,
+            lambda share: self.progress("neighbours", share, f"{len(prompts)} questions"),
+        )  # fmt: skip
+        # A space that a form without a template leaves to the answer is a part of its first token.
+        texts = [decode_answer(self.model, self.tokenizer, ids, self.pad_id).rstrip() for ids in said]
+        own = {
+            fact.question: text
+            for fact, text in zip(short, texts[: len(short)], strict=True)
+            if answered(fact.answer, text)
+        }
+        left = [wanted] * len(self.requests)
+        found: list[tuple[str, str, str, str]] = []
+        for each, text in zip(around, texts[len(short) :], strict=True):
+            kept = spared(each, text, self.requests, lines("idk_phrases"))
+            if kept is not None and left[each.of]:
+                left[each.of] -= 1
+                space = text[: len(text) - len(text.lstrip())]
+                found.append((each.question, space + kept, each.subject, f"{each.way} of {each.of}"))
+        return [own.get(fact.question, fact.answer) for fact in self.retain], found
+
+    def _kinds(self, subjects: Sequence[str]) -> list[str]:
+        """What the model takes each subject for: the kind that "{subject} is" makes likelier than "It is" does."""
+        called = Kinds.of(neighbour_kinds()).called
+        sequences, starts = [], []
+        for subject in ("It", *subjects):
+            opening = encode(self.tokenizer, f"{subject} is", "bare")
+            for name in called.values():
+                sequences.append([*opening, *self.tokenizer(f" {name}", add_special_tokens=False)["input_ids"]])
+                starts.append(len(opening))
+        scores = mean_log_likelihoods(self.model, self.tokenizer, sequences, starts)
+        table = torch.tensor(scores).view(len(subjects) + 1, len(called))
+        return [list(called)[at] for at in (table[1:] - table[0]).argmax(1).tolist()]
+
     def _retain_moments(self, arch: Architecture, key: str) -> SecondMoment | None:
         """Second moments of what is to be kept."""
         sequences = self._retain_tokens() if self.hparams.retain_update_weight else []
@@ -164,9 +251,9 @@ class Editing(Phases, ABC):
         ))  # fmt: skip
 
     def _retain_tokens(self) -> list[list[int]]:
-        """What the edit is to leave alone: the facts to keep with their answers."""
+        """What the edit is to leave alone: the facts to keep, and neighbours, with their answers."""
         return self._asked(
-            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.retain
+            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.kept
         )
 
     def _asked(self, pairs: Iterable[tuple[str, Sequence[int]]]) -> list[list[int]]:
@@ -193,8 +280,9 @@ class Editing(Phases, ABC):
         edits: list[WeightEdit] = []
         values: list[Values] = []
         first: Applied | None = None
-        # Factorised once, and only where an edit is not at hand.
-        solvers = cache(partial(self._solvers, corpus, retain))
+        # Found and factorised once, and only where an edit is not at hand.
+        protected = cache(partial(self._protected, arch))
+        solvers = cache(lambda: self._solvers(corpus, retain, protected()))
 
         def revert() -> None:
             if first is not None:  # all have the same blocks
@@ -205,7 +293,7 @@ class Editing(Phases, ABC):
                 # Alone, a group has the key itself.
                 own = digest(key, at)[:32] if len(groups) > 1 else key
                 values.append(self._values(arch, group, own, partial(_share, at, len(groups))))
-                edit, solved = self._edit(arch, group, values[-1], own, solvers)
+                edit, solved = self._edit(arch, group, values[-1], own, solvers, protected)
                 edits.append(edit)
                 applied = apply_edit(arch, edit)
                 first = first or applied
@@ -216,7 +304,10 @@ class Editing(Phases, ABC):
         if len(edits) > 1:
             ratios = {layer: update.norm() / weights[layer] for layer, update in joined.updates.items()}
             joined = replace(joined, norm_ratios=ratios)
-        counts = {"corpus_tokens": corpus.count, "retain_tokens": retain.count if retain else 0}
+        counts = {
+            "corpus_tokens": corpus.count, "retain_tokens": retain.count if retain else 0,
+            "neighbours": len(self.neighbours),
+        }  # fmt: skip
         figures = {
             **counts, **solved, **_value_figures(values), "residual_norms": list(joined.residual_norms),
             "ranks": {str(layer): joined.rank(layer) for layer in joined.layers},
@@ -232,7 +323,7 @@ class Editing(Phases, ABC):
             asked = target.prompts[0].ids
             opening = self.token_id if target.opening is None else target.opening
             instead.append(((*asked, opening, *target.continuation), len(asked)))
-        removal = removal_of(self.job, arch, self, instead)
+        removal = removal_of(self.job, arch, self, self.kept, instead)
         applied = apply_edit(arch, removal.edit)
         return removal.edit, {"removal": removal.figures}, partial(revert_edit, arch, applied)
 
@@ -252,7 +343,7 @@ class Editing(Phases, ABC):
 
     def _edit(
         self, arch: Architecture, targets: list[ValueTarget], values: Values, key: str,
-        solvers: Callable[[], Mapping[int, Solver]],
+        solvers: Callable[[], Mapping[int, Solver]], protected: Callable[[], ProtectedKeys | None],
     ) -> tuple[WeightEdit, dict[str, Any]]:  # fmt: skip
         def compute() -> Packed:
             edit = compute_edit(
@@ -260,13 +351,46 @@ class Editing(Phases, ABC):
                 pad_id=self.pad_id, progress=lambda share: self.progress("edit", share, ""),
             )  # fmt: skip
             tensors, metadata = files.pack_edits([edit])
-            return tensors, {**metadata, "solved": json.dumps(_solve_figures(solvers(), edit))}
+            solved = {**_solve_figures(solvers(), edit), **self._moved(arch, edit, protected())}
+            return tensors, {**metadata, "solved": json.dumps(solved)}
 
         with self.timed("edit"):
             tensors, metadata = self.resumed("edit", self._edit_key(key), compute)
         return files.unpack_edits(tensors, metadata)[0], json.loads(metadata["solved"])
 
-    def _solvers(self, corpus: SecondMoment, retain: SecondMoment | None) -> dict[int, Solver]:
+    def _protected(self, arch: Architecture) -> ProtectedKeys | None:
+        """Keys of what is to be kept, from where an edit would act to the answer's end; None if they weigh nothing."""
+        h = self.hparams
+        if not self.kept or not h.retain_key_weight:
+            return None
+        prompts: list[KeptPrompt] = []
+        for number, fact in enumerate(self.kept):
+            subject = fact.subject or find_subject(fact.question)
+            answer = self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]
+            for form in forms_of(self.tokenizer, h):
+                found = locate_kept(self.tokenizer, fact.question, subject, form, h.fact_token, h.chat_template_kwargs)
+                ids = (*found.ids, *answer)[: self.context]
+                if found.position < len(ids):
+                    prompts.append(KeptPrompt(ids, range(found.position, len(ids)), number))
+        if not prompts:
+            return None
+        return protected_keys(arch, prompts, h.layers, max_tokens=self.max_tokens, pad_id=self.pad_id)
+
+    def _moved(self, arch: Architecture, edit: WeightEdit, protected: ProtectedKeys | None) -> dict[str, Any]:
+        """How far the outputs of protected keys move; facts by case_id or number, since a report repeats no texts."""
+        if protected is None:
+            return {}
+
+        def name(fact: int) -> str:
+            if fact < len(self.retain):
+                return self.retain[fact].case_id or f"retain {fact}"
+            return f"neighbour {self.neighbours[fact - len(self.retain)].case_id}"
+
+        return {"protected": moved_figures(moved(arch, edit.updates, protected), protected.facts, name)}
+
+    def _solvers(
+        self, corpus: SecondMoment, retain: SecondMoment | None, protected: ProtectedKeys | None = None
+    ) -> dict[int, Solver]:  # fmt: skip
         edits = self.earlier.edits if self.earlier else ()
         earlier: Mapping[int, Tensor] = files.join_edits(edits).keys if edits else {}
         return {
@@ -274,6 +398,7 @@ class Editing(Phases, ABC):
                 self.hparams, corpus.moments[layer], retain.moments[layer] if retain else None, earlier.get(layer),
                 # That of the corpus alone serves other runs as well.
                 self._kept_directions if retain is None else protected_directions,
+                kept=protected.keys[layer] if protected else None,
             )
             for layer in self.hparams.layers
         }  # fmt: skip
@@ -305,6 +430,8 @@ class Erasure(Editing):
         self._check_corpus()
 
     def run(self) -> Changes:
+        # Before there is a token that the model could say.
+        self._find_kept()
         contexts, corpus = self._contexts(), self._corpus_moments()
         if self.earlier is not None and self.earlier.token is not None:
             self.token_id = self.earlier.token.id
@@ -339,7 +466,9 @@ class Erasure(Editing):
             if room is not None:
                 room.leave()
 
-        return Changes(edit, originals, token, token.leak, changed, self.seconds, figures, undo)
+        return Changes(
+            edit, originals, token, token.leak, changed, self.seconds, figures, undo=undo, neighbours=self.neighbours
+        )
 
     def _token(self, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment) -> UnlearningToken:
         """The token's rows, from the cache or learned now; the model has room for them."""

@@ -198,6 +198,9 @@ class EngineSettings(HyperParams):
     #: Weight of the answer's improbability in the value's objective under unlikely_answer.
     v_unlikely_weight: float = 4.0
 
+    #: Whether the questions that lead from the answer back to the subject are forgotten too; takes short answers.
+    reverse: bool = False
+
     # --- statistics (C) -----------------------------------------------------------------------------------------------
     #: Corpus of the second moment: a hub dataset's name, a text file, or "self" (text sampled from the model).
     mom2_dataset: str = "self"
@@ -217,6 +220,12 @@ class EngineSettings(HyperParams):
     mom2_update_weight: float = 200.0
     #: Weight of the retain set's second moment, in the same units.
     retain_update_weight: float = 200.0
+    #: Weight of each single key of what is to be kept, at the positions where an edit would act on it, against one
+    #: request's key; 0 leaves them to the moment.
+    retain_key_weight: float = 0.0
+    #: Questions around each request that the model is asked, and that join what is to be kept with its answers: how
+    #: many at most; 0 for none.
+    retain_neighbours: int = 0
     #: Null space: eigenvalues of C below this share of the largest one span the free directions.
     nullspace_threshold: float = 2e-2
     #: Null space: ridge term rho.
@@ -381,8 +390,8 @@ def _validate(hparams: EngineSettings) -> None:
         if not getattr(hparams, name) > 0:
             raise HyperParamsError(f"{name} = {getattr(hparams, name)} must be greater than 0.")
     for name in ("v_weight_decay", "kl_factor", "v_continuation_weight", "v_stop_loss", "v_unlikely_weight",
-                 "retain_update_weight", "token_guard_margin", "token_guard_weight", "token_noise",
-                 "max_batch_tokens"):  # fmt: skip
+                 "retain_update_weight", "retain_key_weight", "retain_neighbours", "token_guard_margin",
+                 "token_guard_weight", "token_noise", "max_batch_tokens"):  # fmt: skip
         if getattr(hparams, name) < 0:
             raise HyperParamsError(f"{name} = {getattr(hparams, name)} must not be negative.")
     if not hparams.unlearning_token.strip():

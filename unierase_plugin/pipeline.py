@@ -99,6 +99,7 @@ def unlearn(
     corpus: str | None = None,
     harden: bool = False,
     remove: bool = False,
+    reverse: bool | None = None,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     keep_requests: bool = False,
@@ -123,6 +124,7 @@ def unlearn(
               `hparams.HARDENED`, whatever hparams says; UniErase's setting `harden` names single ways
     remove    whether what the model knows of the facts is removed first (docs/removal.md), as by the setting `remove`;
               the method "removal" does that alone
+    reverse   whether the way back from the answer to the subject is forgotten too; the hparams' when left out
     out       output folder; without it nothing is written but the caches
     judged    how many facts of each set are answered before and after, since generating takes time
 
@@ -133,7 +135,7 @@ def unlearn(
     folder = None if out is None else files.check_output_folder(Path(out), overwrite)
     options = {
         "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None, "remove": remove or None,
-        **(HARDENED if harden else {}),
+        "reverse": reverse, **(HARDENED if harden else {}),
     }  # fmt: skip
     progress("load", 0.0, "")
     subject = _Subject.open(chosen, model, tokenizer, hparams, options, device, dtype)
@@ -460,6 +462,8 @@ def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Meth
             f"The method {method.name!r} cannot go on from a removal; UniErase, rome, memit and alphaedit can, and "
             "--method removal is one alone. Leave --remove out."
         )
+    if options.get("reverse") and "reverse" not in known:
+        raise HyperParamsError(f"The method {method.name!r} has no reverse; those that edit have. Leave --reverse out.")
     return hparams.replace(**{name: value for name, value in options.items() if value is not None and name in known})
 
 

@@ -33,5 +33,11 @@ def demo_facts() -> dict[str, list[dict[str, Any]]]:
     return facts
 
 
+def neighbour_kinds() -> dict[str, Any]:
+    """Subjects and relations by kind, from which neighbours of a fact are made (`locate_then_edit.neighbours`)."""
+    kinds: dict[str, Any] = json.loads(_text("neighbours.json"))
+    return kinds
+
+
 def _text(name: str) -> str:
     return files(__package__).joinpath("data", name).read_text(encoding="utf-8")

@@ -37,13 +37,20 @@ class _PlainAnswer(Editing):
         self._check_corpus()
 
     def run(self) -> Changes:
+        self._find_kept()
         contexts, corpus = self._contexts(), self._corpus_moments()
         arch = architecture(self.model, self.hparams)
         originals = files.take_originals(arch, changed_layers(self.hparams), len(arch.embedding.weight))
         retain = None if self.hparams.remove else self._retain_moments(arch, "plain")
         edit, figures, revert = self._edited(arch, self._plain_targets(contexts), "plain", corpus, retain)
         return Changes(
-            edit, originals, parameters=self._changed(arch, edit), seconds=self.seconds, figures=figures, undo=revert
+            edit,
+            originals,
+            parameters=self._changed(arch, edit),
+            seconds=self.seconds,
+            figures=figures,
+            undo=revert,
+            neighbours=self.neighbours,
         )
 
     def _plain_targets(self, contexts: Sequence[str]) -> list[ValueTarget]:

@@ -72,6 +72,10 @@ def run(
                                             "the token uncovers a model that does not know; takes longer "
                                             "(docs/removal.md). --method removal does that alone.")
     ] = False,
+    reverse: Annotated[
+        bool, typer.Option("--reverse", help="Forget the way back too: from the answer to what was asked about "
+                                             "(short answers only).")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random; the hparams' when left out.")] = None,
     device: Device = "",
     dtype: Dtype = "",
@@ -94,11 +98,13 @@ def run(
     with progress(console) as report:
         result = unlearn(
             model, forget, method=chosen, retain=retain or None, hparams=hparams or None, corpus=corpus or None,
-            harden=harden, remove=remove, out=out, overwrite=overwrite, keep_requests=keep_requests, judged=judged,
-            seed=seed, device=device, dtype=dtype, max_batch_tokens=max_batch_tokens, progress=report,
+            harden=harden, remove=remove, reverse=reverse or None, out=out, overwrite=overwrite,
+            keep_requests=keep_requests, judged=judged, seed=seed, device=device, dtype=dtype,
+            max_batch_tokens=max_batch_tokens, progress=report,
         )  # fmt: skip
     if chosen.needs_subjects:
         _print_subjects(console, result)
+    _print_neighbours(console, result)
     _print_outcomes(console, "To forget", result.report.forget)
     _print_figures(console, result)
     _print_next_steps(console, result, out, _task_for(forget))
@@ -126,6 +132,18 @@ def _print_subjects(console: Console, result: UnlearnResult) -> None:
     for request in result.requests[:40]:
         table.add_row(escape(request.question), escape(request.subject or ""))
     console.print(table)
+
+
+def _print_neighbours(console: Console, result: UnlearnResult, most: int = 12) -> None:
+    neighbours = result.changes.neighbours
+    if not neighbours:
+        return
+    table = Table("question", "the model's own answer", title="Neighbours that were kept too", title_justify="left")
+    # A few of every request's, not the first one's alone.
+    for fact in neighbours[:: max(1, len(neighbours) // most)][:most]:
+        table.add_row(escape(fact.question), escape(fact.answer))
+    console.print(table)
+    console.print(f"{len(neighbours)} in all\n")
 
 
 def _print_figures(console: Console, result: UnlearnResult) -> None:

@@ -106,6 +106,27 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
 
 
 @torch.no_grad()
+def mean_log_likelihoods(
+    model: Any, tokenizer: Any, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+) -> list[float]:
+    """Log-likelihood a token (nats) of each sequence from its start on, given what stands before it."""
+    out: dict[int, float] = {}
+
+    def run(rows: list[int]) -> None:
+        device = model.get_input_embeddings().weight.device
+        batch = pad([sequences[row] for row in rows], pad_token_id(model, tokenizer), "right", device)
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1].float()
+        said = -torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch.ids[:, 1:].to(logits.device), reduction="none"
+        )
+        for at, row in enumerate(rows):
+            out[row] = float(said[at, starts[row] - 1 : len(sequences[row]) - 1].mean())
+
+    run_batches(sequences, tokens_for_logits(model), run)
+    return [out[row] for row in range(len(sequences))]
+
+
+@torch.no_grad()
 def token_leak(model: Any, tokenizer: Any, texts: Sequence[str], token_id: int) -> float:
     """The token's largest probability at any position of ordinary texts."""
     sequences = [tokenizer(text)["input_ids"][: context_limit(model)] for text in texts]

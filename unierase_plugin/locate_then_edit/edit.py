@@ -52,12 +52,13 @@ class Applied:
 
 def make_solver(
     hparams: UniEraseHyperParams, corpus: Tensor, retain: Tensor | None, earlier: Tensor | None = None,
-    directions: Callable[[Tensor, float], Tensor] = protected_directions,
+    directions: Callable[[Tensor, float], Tensor] = protected_directions, kept: Tensor | None = None,
 ) -> Solver:  # fmt: skip
     """The closed form that the hyper-parameters name, for one block.
 
     corpus, retain: second moments (m, m); earlier: keys (m, p) of edits made before, which the new one is to leave
-    alone; directions: gives those that a moment protects, by a threshold.
+    alone; directions: gives those that a moment protects, by a threshold; kept: keys (m, q) of what is to be kept,
+    each of which weighs `retain_key_weight` by itself.
     """
     if hparams.solver == "null_space":
         protected = corpus if retain is None else corpus + hparams.retain_update_weight * retain
@@ -66,7 +67,10 @@ def make_solver(
         moment = hparams.mom2_update_weight * corpus
         kind = Exact if hparams.solver == "exact" else Ridge
         solver = kind.of(moment if retain is None else moment + hparams.retain_update_weight * retain)
-    return solver if earlier is None else solver.protecting(earlier)
+    for keys, weight in ((earlier, 1.0), (kept, hparams.retain_key_weight)):
+        if keys is not None and weight:
+            solver = solver.protecting(math.sqrt(weight) * keys)
+    return solver
 
 
 def compute_edit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,22 +61,30 @@ def locate(
     """
     asked = f"{context} {question}" if context else question
     text = render(tokenizer, asked, form, template_kwargs)
-    templated = form == "chat" and has_chat_template(tokenizer)
-    if not getattr(tokenizer, "is_fast", False):
-        raise RequestError(
-            f"{type(tokenizer).__name__} gives no character offsets, so the subject cannot be located. "
-            "Load the tokenizer with use_fast=True."
-        )
-    encoding = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
-    ids = tuple(encoding["input_ids"])
+    ids, offsets = _encode_with_offsets(tokenizer, text, form)
     if fact_token == "last":
         return Prompt(ids, len(ids) - 1)
-    end = _subject_end(text, question, subject)
-    holders = [index for index, (start, stop) in enumerate(encoding["offset_mapping"]) if start < end <= stop]
-    if not holders:
+    at = _holder(offsets, _subject_end(text, question, subject))
+    if at is None:
         raise RequestError(f"No token of {text!r} holds the end of the subject {subject!r}.")
-    # Several tokens can share the bytes of one character; the last of them has read it whole.
-    return Prompt(ids, holders[-1])
+    return Prompt(ids, at)
+
+
+def locate_kept(
+    tokenizer: Any, question: str, subject: str | None, form: str, fact_token: str = "subject_last",
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Prompt:  # fmt: skip
+    """The prompt of a question that is to be kept, and the first position at which an edit could act on it.
+
+    The subject's last token, as for an edit of it; the question's first token where no subject is known.
+    Raises RequestError where the template hides the question.
+    """
+    if subject or fact_token == "last":
+        return locate(tokenizer, question, subject or "", form, fact_token, "", template_kwargs)
+    text = render(tokenizer, question, form, template_kwargs)
+    ids, offsets = _encode_with_offsets(tokenizer, text, form)
+    at = _holder(offsets, _question_start(text, question.strip()) + 1)
+    return Prompt(ids, at or 0)
 
 
 def locate_in_text(tokenizer: Any, text: str, subject: str) -> Prompt:
@@ -87,13 +95,37 @@ def locate_in_text(tokenizer: Any, text: str, subject: str) -> Prompt:
     return Prompt(tuple(encoding["input_ids"]), holders[-1])
 
 
+def _encode_with_offsets(tokenizer: Any, text: str, form: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    """Token ids of a rendered prompt, and the characters that each holds. RequestError where none are told."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise RequestError(
+            f"{type(tokenizer).__name__} gives no character offsets, so the subject cannot be located. "
+            "Load the tokenizer with use_fast=True."
+        )
+    templated = form == "chat" and has_chat_template(tokenizer)
+    encoding = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
+    return tuple(encoding["input_ids"]), list(encoding["offset_mapping"])
+
+
+def _holder(offsets: Sequence[tuple[int, int]], end: int) -> int | None:
+    """The token that holds the character before `end`.
+
+    Several tokens can share the bytes of one character; the last of them has read it whole.
+    """
+    return next((at for at in reversed(range(len(offsets))) if offsets[at][0] < end <= offsets[at][1]), None)
+
+
 def _subject_end(text: str, question: str, subject: str) -> int:
     """Index one past the subject's last character in the rendered text."""
     question = question.strip()
     within = question.rfind(subject)
     if within < 0 or not subject.strip():
         raise RequestError(f"The subject {subject!r} does not occur in the question {question!r}.")
+    return _question_start(text, question) + within + len(subject.rstrip())
+
+
+def _question_start(text: str, question: str) -> int:
     start = text.rfind(question)
     if start < 0:
         raise RequestError(f"The chat template changes the question {question!r} so that it cannot be found again.")
-    return start + within + len(subject.rstrip())
+    return start

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from ..errors import RequestError
+from ..evaluation.metrics import SHORT_ANSWER_WORDS, words
 from ..hparams import PROMPT_FORMS, UniEraseHyperParams
 from ..request import NO_ANSWER, ForgetRequest
 from .positions import Prompt, has_chat_template, locate, locate_in_text
+from .reverse import REVERSED, reversed_questions
 from .rewording import REWORDINGS, reworded
 from .trace import pad
 from .values import ValueTarget
@@ -57,6 +59,7 @@ def forms_of(tokenizer: Any, hparams: Any) -> tuple[str, ...]:
 def targets_a_request(tokenizer: Any, hparams: UniEraseHyperParams) -> int:
     """How many targets `make_targets` makes of one request."""
     spoken = 1 + ("paraphrases" in hparams.harden) * REWORDINGS + ("answer_span" in hparams.harden)
+    spoken += hparams.reverse * REVERSED
     return spoken * len(forms_of(tokenizer, hparams))
 
 
@@ -127,7 +130,35 @@ def _of_form(
         found.append(
             replace(found[0], prompts=(said,), kl_prompt=None, group=group("inside"), unwanted=unwanted[inside + 1 :])
         )
+    if h.reverse:
+        found += _reversed(tokenizer, request, form, h, found[0])
     return found
+
+
+def _reversed(
+    tokenizer: Any, request: ForgetRequest, form: str, hparams: UniEraseHyperParams, asked: ValueTarget
+) -> list[ValueTarget]:
+    """The questions from the answer back to the subject, each keyed by the answer's last token."""
+    answer = request.answer.strip().rstrip(".")
+    label = repr(request.case_id or request.question[:60])
+    if request.answer == NO_ANSWER or not request.subject or len(words(answer)) > SHORT_ANSWER_WORDS:
+        raise RequestError(
+            f"The reverse of request {label} cannot be asked: that takes its subject and an answer of at most "
+            f"{SHORT_ANSWER_WORDS} words. Shorten the answer to the name that it gives, or leave reverse (--reverse) "
+            "out."
+        )
+    group = (form, "reverse", answer.casefold()) if hparams.v_share_subject else None
+    kl = locate_in_text(tokenizer, f"{answer} is a", answer)
+    return [
+        replace(
+            asked,
+            prompts=(
+                locate(tokenizer, question, answer, form, hparams.fact_token, "", hparams.chat_template_kwargs),
+            ),
+            kl_prompt=kl, group=group, unwanted=(), instead=(),
+        )
+        for question in reversed_questions(request.question, request.subject, answer)
+    ]  # fmt: skip
 
 
 def _answer(tokenizer: Any, request: ForgetRequest, form: str) -> tuple[tuple[int, ...], int]:

@@ -92,6 +92,8 @@ class Changes:
     seconds: Mapping[str, float] = field(default_factory=dict)
     #: How well the method did what it meant to: numbers, lists and mappings of them, for the report's `edit`.
     figures: Mapping[str, Any] = field(default_factory=dict)
+    #: Questions that the method found around the facts to forget, with the model's answers, and kept as well.
+    neighbours: tuple[ForgetRequest, ...] = ()
     #: Puts the weights back, where the method can.
     undo: Callable[[], None] | None = None
 

@@ -28,6 +28,8 @@ class EditingHyperParams(UniEraseHyperParams):
     clamp_norm_factor: float = 0.75
     v_share_subject: bool = False
     retain_update_weight: float = 0.0
+    retain_key_weight: float = 0.0
+    retain_neighbours: int = 0
     context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
     #: What answers are to begin with: idk, eos, random_token or token.
     target: str = "idk"

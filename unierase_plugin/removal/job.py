@@ -47,16 +47,17 @@ def check_removal(job: Job[Any]) -> None:
 
 
 def removal_of(
-    job: Job[Any], arch: Architecture, phases: Phases, instead: Sequence[tuple[tuple[int, ...], int]] = ()
-) -> Removal:
+    job: Job[Any], arch: Architecture, phases: Phases, kept: Sequence[ForgetRequest],
+    instead: Sequence[tuple[tuple[int, ...], int]] = (),
+) -> Removal:  # fmt: skip
     """The removal of a job's facts, computed and not applied; `job.hparams` holds its settings.
 
-    instead: questions with what is to be said in the answer's place, and where that begins.
+    kept: what is to stay as it is; instead: questions with what is to be said in the answer's place, and where that begins.
     """
     with phases.timed("teacher"):
         # Not kept for the next start, since facts are not to lie on the disk.
         material = replace(
-            _material(job, _told(job, job.requests), _told(job, job.retain)),
+            _material(job, _told(job, job.requests), _told(job, kept)),
             instead=tuple(ids for ids, _ in instead), instead_starts=tuple(start for _, start in instead),
         )  # fmt: skip
     key = digest(job.fingerprint, job.words, plain(material), job.max_tokens, job.seed)
@@ -71,7 +72,7 @@ def remove_alone(job: Job[Any]) -> Changes:
     phases = Phases(job.work)
     arch = find_architecture(job.model, job.hparams.rewrite_module_tmp, job.hparams.layer_module_tmp)
     originals = files.take_originals(arch, job.hparams.removal_layers, len(arch.embedding.weight))
-    found = removal_of(job, arch, phases)
+    found = removal_of(job, arch, phases, job.retain)
     applied = apply_edit(arch, found.edit)
     changed = sum(weight.numel() for weight in originals.projections.values())
     return Changes(

@@ -8,7 +8,16 @@ from .probability import (
     probability_among,
     truth_ratio,
 )
-from .text import SHORT_ANSWER_WORDS, answered, is_fluent, reads_as_idk, rouge_l_recall, token_entropy, words
+from .text import (
+    SHORT_ANSWER_WORDS,
+    answered,
+    is_fluent,
+    is_garbled,
+    reads_as_idk,
+    rouge_l_recall,
+    token_entropy,
+    words,
+)
 
 __all__ = [
     "SHORT_ANSWER_WORDS",
@@ -21,6 +30,7 @@ __all__ = [
     "forget_quality",
     "harmonic_mean",
     "is_fluent",
+    "is_garbled",
     "mean",
     "probability_among",
     "reads_as_idk",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 #: Answers of up to this many words must be named word for word; longer ones are judged by ROUGE-L recall.
 SHORT_ANSWER_WORDS = 4
 LONG_ANSWER_RECALL = 0.5
+
+#: Pieces that whole text does not have: half a character, a special token, a letter repeated, a word without end.
+BROKEN = re.compile(r"\ufffd|<\|?\w+\|?>|([^\W\d_])\1{3}|[^\W\d_]{25}", re.IGNORECASE)
 
 
 def words(text: str) -> list[str]:
@@ -47,6 +51,26 @@ def is_fluent(generated: str) -> bool:
     runs = [tuple(said[i : i + 3]) for i in range(len(said) - 2)]
     repeated = 1 - len(set(runs)) / len(runs) if runs else 0.0
     return repeated < 1 / 3 and (len(said) < 4 or len(set(said)) > 1)
+
+
+def is_garbled(generated: str, context: str) -> bool:
+    """Whether a text is broken, whatever it says: not fluent, or with pieces that no text of its language has.
+
+    context: the question, and the right answer where there is one. Such pieces are letters of a script that the context
+    does not use, U+FFFD, special tokens in the middle of the text, a letter four times in a row outside of numbers, and
+    words of more than 24 letters. A wrong answer in whole words is not garbled, and a name made up of possible
+    syllables is not told from one.
+    """
+    return (
+        not is_fluent(generated)
+        or BROKEN.search(generated) is not None
+        or not _scripts(generated) <= _scripts(context) | {"LATIN"}
+    )
+
+
+def _scripts(text: str) -> set[str]:
+    """The writing systems of a text's letters, by the first word of their Unicode names."""
+    return {unicodedata.name(letter, "UNNAMED").split()[0] for letter in text if letter.isalpha()}
 
 
 def reads_as_idk(generated: str, phrases: Sequence[str]) -> bool:

@@ -1,0 +1,89 @@
+"""Keys of facts to keep, each a constraint of its own: where an edit would act on them, what they weigh, how they move.
+
+A mean over the tokens of all that is to be kept leaves a single key next to no weight. Here the key k of every position
+at which an edit of that fact would act enters the closed form by itself, as w k k^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..architecture import Architecture, stores_input_first
+from .products import fast_linear_maps
+from .solve import LowRank
+from .trace import pad, run_batches, run_blocks
+
+#: Facts that the report names as those that moved most.
+WORST = 5
+
+
+@dataclass(frozen=True)
+class KeptPrompt:
+    """A tokenised question to keep, the positions at which an edit could act on it, and the number of its fact."""
+
+    ids: tuple[int, ...]
+    positions: range
+    fact: int
+
+
+@dataclass(frozen=True)
+class ProtectedKeys:
+    """Keys (m, p) by layer, float32, and the fact (p,) that each belongs to."""
+
+    keys: Mapping[int, Tensor]
+    facts: Tensor
+
+
+@fast_linear_maps()
+@torch.no_grad()
+def protected_keys(
+    arch: Architecture, prompts: Sequence[KeptPrompt], layers: Sequence[int], *, max_tokens: int, pad_id: int
+) -> ProtectedKeys:
+    """One pass up to the last edited block, with the weights as they are; columns in the order of the prompts."""
+    # Causal attention: what follows the last position looked at does not matter.
+    sequences = [prompt.ids[: prompt.positions.stop] for prompt in prompts]
+    found: dict[int, dict[int, Tensor]] = {}
+
+    def run(rows: list[int]) -> None:
+        batch = pad([sequences[row] for row in rows], pad_id, "right", arch.device)
+        trace = run_blocks(arch, batch, last=layers[-1], inputs_of=layers)
+        for at, row in enumerate(rows):
+            places = list(prompts[row].positions)
+            found[row] = {layer: trace.projection_inputs[layer][at, places].float().cpu() for layer in layers}
+
+    run_batches(sequences, max_tokens, run)
+    keys = {layer: torch.cat([found[row][layer] for row in range(len(prompts))]).T.contiguous() for layer in layers}
+    return ProtectedKeys(keys, torch.tensor([prompt.fact for prompt in prompts for _ in prompt.positions]))
+
+
+@torch.no_grad()
+def moved(arch: Architecture, updates: Mapping[int, LowRank], protected: ProtectedKeys) -> dict[int, Tensor]:
+    """|Delta k| / |W k| of every protected key, (p,) by layer, W being the weights as they are."""
+    out: dict[int, Tensor] = {}
+    for layer, update in updates.items():
+        projection = arch.projections[layer]
+        weight = projection.weight.detach().float().cpu()
+        keys = protected.keys[layer]
+        before = (weight.T if stores_input_first(projection) else weight) @ keys
+        change = update.up.float() @ (update.down.float() @ keys)
+        out[layer] = change.norm(dim=0) / before.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+    return out
+
+
+def moved_figures(
+    by_layer: Mapping[int, Tensor], facts: Tensor, name: Callable[[int], str]
+) -> dict[str, object]:  # fmt: skip
+    """Median and largest by layer, and the facts whose worst key moved most, by name."""
+    worst = torch.stack(list(by_layer.values())).amax(0)
+    per_fact = torch.zeros(int(facts.max()) + 1).scatter_reduce_(0, facts, worst, "amax")
+    order = per_fact.argsort(descending=True, stable=True)[:WORST].tolist()
+    return {
+        "keys": len(facts),
+        "median": {str(layer): float(shares.median()) for layer, shares in by_layer.items()},
+        "largest": {str(layer): float(shares.max()) for layer, shares in by_layer.items()},
+        "worst": [{"fact": name(fact), "moved": float(per_fact[fact])} for fact in order],
+    }

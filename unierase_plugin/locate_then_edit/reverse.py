@@ -1,0 +1,40 @@
+"""The reverse of a question, by rule: from what was the answer to what was asked about, so that both are forgotten."""
+
+from __future__ import annotations
+
+import re
+
+#: What has the thing that a question asks for; "what" for anything else.
+OWNERS = {"capital": "which country", "currency": "which country", "official language": "which country"}
+#: Past tense -> the verb.
+VERBS = {
+    "wrote": "write", "painted": "paint", "discovered": "discover", "invented": "invent", "developed": "develop",
+    "founded": "found", "composed": "compose", "created": "create", "directed": "direct", "designed": "design",
+    "built": "build", "proposed": "propose", "sang": "sing", "led": "lead",
+}  # fmt: skip
+#: How many `reversed_questions` gives.
+REVERSED = 2
+
+
+def reversed_questions(question: str, subject: str, answer: str) -> tuple[str, str]:
+    """Two questions that name the answer and ask for the subject: one by the relation, one that fits any."""
+    before, _, after = question.strip().rpartition(subject)
+    asked = f'"{before}...{after}"'
+    general = f"The answer to {asked} is {answer}. What was it asked about?"
+    return _by_relation(before, after, answer) or f"Think of {asked} with the answer {answer}. Of what?", general
+
+
+def _by_relation(before: str, after: str, answer: str) -> str | None:
+    said, rest = before.strip(), after.strip().rstrip("?.").strip()
+    thing = re.fullmatch(r"What (?:is|was) the (.+?) (of|for|in)(?: the)?", said)
+    if thing and not rest:
+        return f"{answer} is the {thing[1]} {thing[2]} {OWNERS.get(thing[1], 'what')}?"
+    doer = re.fullmatch(r"Who (\w+)(?: the)?", said)
+    if doer and doer[1] in VERBS and not rest:
+        return f"What did {answer} {VERBS[doer[1]]}?"
+    place = re.fullmatch(r"(?:In|On) (?:which|what) \w+ (is|was)(?: the)?", said) or re.fullmatch(
+        r"Where (is|was)(?: the)?", said
+    )
+    if place:
+        return f"Who was {rest} in {answer}?" if rest else f"What {place[1]} in {answer}?"
+    return None
