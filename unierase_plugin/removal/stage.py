@@ -169,7 +169,9 @@ class _Run:
 
     @cached_property
     def openings(self) -> list[Lesson]:
-        """What is to be said instead of them."""
+        """What is to be said instead of them; none where that weighs nothing."""
+        if not self.settings.removal_decline_weight:
+            return []
         return openings(self.material.instead, self.material.instead_starts, self.settings.removal_decline_weight)
 
     @cached_property
