@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from unierase_plugin.removal.distil import (
     gradients,
     lessons,
     linear_rate,
+    openings,
     take_pass,
 )
 from unierase_plugin.removal.factors import truncated
@@ -97,8 +99,12 @@ def straight_loss(arch: Architecture, taught: list[Lesson]) -> Tensor:
     total = torch.zeros(())
     for each in taught:
         logs = reference.log_probabilities(arch, each.ids)
-        for place, said, weight in zip(each.positions, each.log_probs.float(), each.weights, strict=True):
-            total = total + weight * (said.exp() * (said - logs[place])).sum()
+        for index, (place, weight) in enumerate(zip(each.positions, each.weights, strict=True)):
+            if each.log_probs is None:
+                total = total - weight * logs[place, each.ids[place + 1]]
+            else:
+                said = each.log_probs[index].float()
+                total = total + weight * (said.exp() * (said - logs[place])).sum()
     return total
 
 
@@ -429,6 +435,43 @@ def test_facts_weigh_alike_however_long_their_answers() -> None:
     assert sum(parted[2].weights) == pytest.approx(2 / 3)
 
 
+def test_an_opening_weighs_as_much_as_a_fact_and_what_follows_it_half() -> None:
+    found = openings(KEPT, KEPT_STARTS, 3.0)
+    assert [each.positions for each in found] == [(2, 3), (1, 2)]
+    assert [each.ids for each in found] == list(KEPT)
+    assert all(each.log_probs is None for each in found)
+    assert [each.weights for each in found] == [pytest.approx((1.5, 0.75))] * 2
+    longer, alone = openings((FORGET[2], (5, 6, 7)), (3, 2), 2.0)
+    assert longer.weights == pytest.approx((1.0, *(0.1,) * 5))
+    assert alone.weights == (1.0,)
+    assert openings((), (), 1.0) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_what_is_to_be_said_is_learned_among_what_teachers_say(family: str) -> None:
+    """Both in one batch, in any order: the sum of the negative log-likelihoods and of the divergences, each weighed."""
+    model = tiny_model(family)
+    arch = find_architecture(model)
+    told, own = lessons(teacher_of(arch)), openings(KEPT, KEPT_STARTS, 0.7)
+    taught = [own[0], told[0], told[1], own[1], told[2]]
+    model.requires_grad_(False)
+    for some, max_tokens in ((taught, 1000), (taught, 16), (own, 1000), (told, 1000)):
+        for parameter in (arch.projections[layer].weight for layer in (1, 2)):
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        wanted = straight_loss(arch, some)
+        wanted.backward()
+        model.requires_grad_(False)
+        loss, found = gradients(arch, some, (1, 2), max_tokens=max_tokens, pad_id=0)
+        assert loss == pytest.approx(float(wanted.detach()), rel=1e-3)
+        assert divergence(arch, some, max_tokens=max_tokens, pad_id=0) == pytest.approx(loss, rel=1e-4)
+        for layer in (1, 2):
+            grad = arch.projections[layer].weight.grad
+            assert grad is not None
+            grad = grad.T if stores_input_first(arch.projections[layer]) else grad
+            torch.testing.assert_close(found[layer], grad, atol=2e-4 * float(grad.abs().max()), rtol=2e-3)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_pass_is_a_straight_k_fac_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family)
@@ -635,6 +678,25 @@ def test_without_facts_to_keep_ordinary_text_stands_alone() -> None:
     assert found.figures["divergence_from_teacher"] < 0.5 * found.figures["losses"][0]
 
 
+def test_what_is_said_instead_is_learned_and_can_be_left_out() -> None:
+    instead = ((5, 60, 70, 8, 200, 9, 33), (12, 13, 200, 9))
+    given = replace(MATERIAL, instead=instead, instead_starts=(4, 2))
+
+    def nll(arch: Architecture) -> float:
+        return float(straight_loss(arch, openings(instead, (4, 2), 1.0)).detach())
+
+    arch = find_architecture(tiny_model())
+    before = nll(arch)
+    found = removed(arch, given=given)
+    apply_edit(arch, found.edit)
+    assert nll(arch) < 0.5 * before
+    assert found.figures["nll_of_what_is_said_instead"] == pytest.approx(nll(arch), rel=1e-3)
+    assert removed(find_architecture(tiny_model())).figures["nll_of_what_is_said_instead"] is None
+    # Without weight it is as if it had not been given.
+    none = removed(find_architecture(tiny_model()), given=given, removal_decline_weight=0.0)
+    assert json.dumps(none.figures) == json.dumps(removed(find_architecture(tiny_model())).figures)
+
+
 class KilledError(Exception):
     """Stands for whatever ends a run."""
 
@@ -744,6 +806,7 @@ def test_blocks_are_chosen_by_depth() -> None:
         ({"removal_teacher_probability": 0}, "removal_teacher_probability = 0.0 must be greater than 0"),
         ({"removal_teacher_probability": 1}, "removal_teacher_probability = 1.0 must be less than 1"),
         ({"removal_output_ridge": 0}, "removal_output_ridge = 0.0 must be greater than 0"),
+        ({"removal_decline_weight": -1}, "removal_decline_weight = -1.0 must not be negative"),
         ({"removal_kept_tokens": -1}, "removal_kept_tokens = -1 must not be negative"),
         ({"removal_ridge": 0}, "removal_ridge = 0.0 must be greater than 0"),
     ],

@@ -1,4 +1,4 @@
-"""Runs with a removal: alone and before an edit, written, taken back, gone on from, exported, and in a harness."""
+"""Runs with a removal: alone and with a token, written, taken back, gone on from, exported, and in a harness."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from unierase_plugin.checkpoint import export_adapter, read_checkpoint, revert_c
 from unierase_plugin.cli import app
 from unierase_plugin.errors import ArchitectureError, CheckpointError, HyperParamsError, RequestError
 from unierase_plugin.hosts.in_place import edit_in_place
+from unierase_plugin.locate_then_edit.positions import encode, render
 from unierase_plugin.methods.editing import MEMITHyperParams
 from unierase_plugin.methods.removal import RemovalHyperParams
 from unierase_plugin.removal import job as removal_job
@@ -27,9 +28,9 @@ from unierase_plugin.store import Store, model_fingerprint, read_tensors
 IDS = torch.tensor([[5, 60, 70, 8, 9, 100]])
 ALONE = RemovalHyperParams(removal_passes=2, removal_rank=8)
 BOTH = HPARAMS.replace(remove=True, removal_passes=2, removal_rank=8)
-#: The method's name and settings: removal by itself, and before both stages.
+#: The method's name and settings: removal by itself, and with a token that is said instead.
 KINDS: dict[str, dict[str, Any]] = {
-    "alone": {"method": "removal", "hparams": ALONE}, "before": {"method": "unierase", "hparams": BOTH},
+    "alone": {"method": "removal", "hparams": ALONE}, "token": {"method": "unierase", "hparams": BOTH},
 }  # fmt: skip
 
 
@@ -88,16 +89,17 @@ def test_folders_are_taken_back_to_the_bit(steps: tuple[Path, str], tmp_path: Pa
 def test_the_record_says_which_columns_are_the_removals(steps: tuple[Path, str]) -> None:
     root, kind = steps
     found = read_checkpoint(root / "2")
-    for edit, own in zip(found.edits, (2, 1), strict=True):
-        assert edit.removed == {1: 8, 2: 8, 3: 8}
-        both = {1: 8 + own, 2: 8 + own, 3: 8} if kind == "before" else {1: 8, 2: 8, 3: 8}
-        assert {layer: edit.rank(layer) for layer in edit.layers} == both
-        assert set(edit.keys) == ({1, 2} if kind == "before" else set())
+    for edit in found.edits:
+        assert edit.removed == {1: 8, 2: 8, 3: 8} == {layer: edit.rank(layer) for layer in edit.layers}
+        assert not edit.keys
         assert set(edit.norm_ratios) == {1, 2, 3}
-        assert all(0 < ratio < 2 for ratio in edit.norm_ratios.values())
+        # The tiny model's weights say nothing, and much has to be added for a token that it never says.
+        assert all(0 < ratio < (10 if kind == "token" else 2) for ratio in edit.norm_ratios.values())
     figures = found.report["edit"]["removal"]
     assert len(figures["losses"]) == len(figures["steps"]) == 2
     assert figures["kept_facts"] == 1
+    assert sum(figures["taught"].values()) == len(FORGET_MORE)
+    assert (figures["nll_of_what_is_said_instead"] is None) is (kind == "alone")
     assert all(0.5 < share <= 1 for share in figures["energy_kept"].values())
     assert {"moments", "teacher", "passes"} <= set(found.report["seconds"])
     sizes = sum(weight.numel() for weight in read_checkpoint(root / "2").originals.projections.values())  # type: ignore[union-attr]
@@ -121,11 +123,11 @@ def test_the_adapter_gives_the_folders_logits(steps: tuple[Path, str], tmp_path:
     root, kind = steps
     adapter = export_adapter(root / "2", tmp_path / "adapter", step=step)
     base, wanted = load(root / "base"), load(root / str(step))
-    if kind == "before":
+    if kind == "token":
         base.resize_token_embeddings(wanted.get_input_embeddings().weight.shape[0], mean_resizing=False)
     model = peft.PeftModel.from_pretrained(base, adapter).eval()
     torch.testing.assert_close(logits(model), logits(wanted), atol=1e-4, rtol=0)
-    assert ("trainable_token_indices" in (adapter / "README.md").read_text()) is (kind == "before")
+    assert ("trainable_token_indices" in (adapter / "README.md").read_text()) is (kind == "token")
     torch.testing.assert_close(logits(model.merge_and_unload()), logits(wanted), atol=1e-4, rtol=0)
 
 
@@ -180,24 +182,46 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     assert again.report.edit["removal"] == whole.report.edit["removal"]
 
 
-def test_the_token_is_learned_on_the_model_that_it_works_on(tmp_path: Path) -> None:
-    """Not taken from a run without removal, whose token was learned on another model."""
+def test_the_token_is_that_of_a_run_without_a_removal(tmp_path: Path) -> None:
+    """It is learned on the model as it came, and so shared."""
     base = save_base(tmp_path / "base")
     plain = unlearn(base, FORGET, retain=RETAIN, hparams=HPARAMS, out=tmp_path / "plain")
     removed = unlearn(base, FORGET, retain=RETAIN, hparams=BOTH, out=tmp_path / "removed")
     assert plain.token is not None
     assert removed.token is not None
-    assert not torch.equal(plain.token.input_row, removed.token.input_row)
+    assert torch.equal(plain.token.input_row, removed.token.input_row)
+    assert fingerprint(tmp_path / "plain") != fingerprint(tmp_path / "removed")
 
 
-def test_a_failing_edit_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_passes_raise_the_token_where_it_weighs_something() -> None:
+    """More than where the removal stands alone; without weight there is nothing to be told of it."""
+
+    def probability(weight: float) -> tuple[float, Any]:
+        model, tokenizer = tiny_model(), tiny_tokenizer()
+        settings = BOTH.replace(removal_decline_weight=weight, removal_passes=4, removal_rank=0)
+        result = unlearn(model, FORGET, tokenizer=tokenizer, retain=RETAIN, hparams=settings)
+        assert result.token is not None
+        found = []
+        for fact in FORGET:
+            ids = encode(tokenizer, render(tokenizer, fact["question"], "chat"), "chat")
+            with torch.no_grad():
+                found.append(float(model(torch.tensor([ids])).logits[0, -1].softmax(-1)[result.token.id]))
+        return min(found), result.report.edit["removal"]["nll_of_what_is_said_instead"]
+
+    (most, said), (least, nothing) = probability(10.0), probability(0.0)
+    assert most > 10 * least
+    assert said < 8
+    assert nothing is None
+
+
+def test_a_failing_removal_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     start = model_fingerprint(model)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise KilledError
 
-    for name in ("learn_token", "compute_edit", "model_fingerprint"):
+    for name in ("learn_token", "removal_of", "apply_edit"):
         with monkeypatch.context() as patch:
             patch.setattr(erasure, name, fail)
             with pytest.raises(KilledError):
