@@ -38,6 +38,7 @@ from unierase_plugin.removal.distil import (
     lessons,
     linear_rate,
     openings,
+    searched,
     take_pass,
 )
 from unierase_plugin.removal.factors import truncated
@@ -488,7 +489,7 @@ def test_a_pass_is_a_straight_k_fac_step(family: str, monkeypatch: pytest.Monkey
         spread[layer] = random_moment(32, 20, layer).float()
     factors = {layer: (factorised(metrics[layer], ridge), factorised(spread[layer], above)) for layer in layers}
     monkeypatch.setattr(distil, "chosen_fraction", lambda measure: 2.0)
-    after, made = take_pass(arch, taught, start, change, factors, **RUN)
+    after, made = take_pass(arch, taught, start, change, factors, searched([taught]), **RUN)
 
     # The same with the parameters' own gradients, a dense inverse, and the weights themselves.
     other = find_architecture(tiny_model(family))
@@ -557,6 +558,37 @@ def test_a_linear_loss_would_be_zero_after_a_whole_step() -> None:
     rate = linear_rate(7.0, gradient, steps)
     assert sum(float((rate * steps[layer] * gradient[layer]).sum()) for layer in gradient) == pytest.approx(7.0)
     assert linear_rate(0.0, {1: torch.zeros(3, 4)}, {1: torch.zeros(3, 4)}) == 0
+
+
+def test_a_step_is_chosen_by_every_third_of_each_kind_for_all_of_it() -> None:
+    def some(kind: int, count: int) -> list[Lesson]:
+        return [Lesson((kind, number), (0,), None, (0.1 * kind, 1.0)) for number in range(count)]
+
+    found = searched([some(1, 1), some(2, 7), [], some(3, 2)])
+    assert [each.ids for each in found] == [(1, 0), (2, 0), (2, 3), (2, 6), (3, 0)]
+    for each, scale in zip(found, (1, 7 / 3, 7 / 3, 7 / 3, 2), strict=True):
+        assert each.weights == pytest.approx((scale * 0.1 * each.ids[0], scale))
+
+
+def test_a_step_that_helps_one_kind_more_than_it_hurts_another_is_taken() -> None:
+    """One fact of each kind, of which the first has nothing left to learn: any step makes that one worse."""
+    arch = find_architecture(tiny_model())
+    arch.model.requires_grad_(False)
+    layers = (1, 2)
+    kinds = [lessons(ask(arch, FORGET[:1], STARTS[:1], **RUN)), openings(KEPT[:1], KEPT_STARTS[:1], 1.0)]
+    factors = {
+        layer: (
+            factorised(random_moment(64, 80, layer).float(), 0.1),
+            factorised(random_moment(32, 40, 1).float(), 0.1),
+        )
+        for layer in layers
+    }
+    start = {layer: read_weight(arch, layer).clone() for layer in layers}
+    nothing = {layer: torch.zeros_like(each) for layer, each in start.items()}
+    taught = [each for kind in kinds for each in kind]
+    _, made = take_pass(arch, taught, start, nothing, factors, searched(kinds), **RUN)
+    assert made.fraction > 0
+    assert divergence(arch, taught, **RUN) < made.loss
 
 
 @pytest.mark.parametrize(

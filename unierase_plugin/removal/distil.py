@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from .teacher import Teacher, logits_at, solver_device, write_weight
 
 #: Steps that are tried, as shares of the one that would bring the loss to zero were it linear.
 MOST, LEAST = 8.0, 0.125
-#: Of the sequences, every third is looked at to choose a step.
+#: Of the sequences of each kind, every third is looked at to choose a step.
 SEARCHED = 3
 #: What follows an answer's opening weighs this much in all, against the opening.
 FOLLOWING = 0.5
@@ -79,6 +79,18 @@ def openings(sequences: Sequence[tuple[int, ...]], starts: Sequence[int], weight
         positions = answer_positions(ids, start)
         rest = FOLLOWING / max(1, len(positions) - 1)
         found.append(Lesson(ids, positions, None, (share, *(share * rest,) * (len(positions) - 1))))
+    return found
+
+
+def searched(kinds: Sequence[Sequence[Lesson]]) -> list[Lesson]:
+    """Of each kind every third, which weighs for those that are left out as well.
+
+    Where a kind is a single sequence it is looked at too: a step is not to be chosen by the other kinds alone.
+    """
+    found: list[Lesson] = []
+    for kind in kinds:
+        some = kind[::SEARCHED]
+        found += [replace(each, weights=tuple(len(kind) / len(some) * own for own in each.weights)) for each in some]
     return found
 
 
@@ -184,6 +196,7 @@ def take_pass(
     originals: Mapping[int, Tensor],
     change: Mapping[int, Tensor],
     factors: Mapping[int, tuple[Tensor, Tensor]],
+    looked: Sequence[Lesson],
     *,
     max_tokens: int,
     pad_id: int,
@@ -191,7 +204,7 @@ def take_pass(
 ) -> tuple[dict[int, Tensor], Pass]:
     """One pass from the weights `originals` + `change`, both (d, m) by layer: the change after it, and its figures.
 
-    factors: Cholesky factors of R (m, m) and S (d, d) by layer.
+    factors: Cholesky factors of R (m, m) and S (d, d) by layer; looked: what the step is chosen by (`searched`).
 
     Leaves the projections at the weights after it, whatever they held before.
     """
@@ -201,7 +214,7 @@ def take_pass(
         arch, taught, layers, max_tokens=max_tokens, pad_id=pad_id, progress=lambda share: progress(0.6 * share)
     )
     directions = {layer: direction(gradient[layer], *factors[layer]) for layer in layers}
-    rate, looked = linear_rate(loss, gradient, directions), taught[::SEARCHED]
+    rate = linear_rate(loss, gradient, directions)
 
     def moved(fraction: float) -> dict[int, Tensor]:
         return {layer: change[layer] - fraction * rate * directions[layer] for layer in layers}

@@ -17,7 +17,7 @@ from ..locate_then_edit.edit import WeightEdit, apply_edit, restored
 from ..locate_then_edit.solve import LowRank
 from ..phases import Phases
 from ..store import Packed, digest
-from .distil import Lesson, Pass, divergence, factorised, lessons, openings, take_pass, write_changed
+from .distil import Lesson, Pass, divergence, factorised, lessons, openings, searched, take_pass, write_changed
 from .factors import Truncated, truncated
 from .fisher import output_moments
 from .moments import Material, Moments, answer_positions, take_moments, weighed
@@ -25,7 +25,7 @@ from .strangers import ask_strangers
 from .teacher import Teacher, ask, calibrated, read_weight, replaced, said_at
 
 #: Part of every key: raised when what is computed changes.
-VERSION = "2"
+VERSION = "3"
 #: Of a removal's progress, what is over when moments, teacher and passes are done.
 MOMENTS_SHARE, TEACHER_SHARE, PASSES_SHARE = 0.4, 0.5, 0.95
 
@@ -145,11 +145,11 @@ class _Run:
             done = (number + share) / count
             self.progress(TEACHER_SHARE + (PASSES_SHARE - TEACHER_SHARE) * done, f"pass {number + 1} of {count}")
 
-        taught, factors = [*self.lessons, *self.openings, *self.kept_lessons], self.factors
+        kinds, factors = (self.lessons, self.openings, self.kept_lessons), self.factors
         with self.phases.timed("passes"):
             after, made = take_pass(
-                self.arch, taught, self.originals, change, factors, max_tokens=self.max_tokens, pad_id=self.pad_id,
-                progress=tell,
+                self.arch, [each for kind in kinds for each in kind], self.originals, change, factors, searched(kinds),
+                max_tokens=self.max_tokens, pad_id=self.pad_id, progress=tell,
             )  # fmt: skip
         return {str(layer): each for layer, each in after.items()}, {"pass": json.dumps(asdict(made))}
 
