@@ -52,7 +52,8 @@ def removal_of(
 ) -> Removal:  # fmt: skip
     """The removal of a job's facts, computed and not applied; `job.hparams` holds its settings.
 
-    kept: what is to stay as it is; instead: questions with what is to be said in the answer's place, and where that begins.
+    kept: what is to stay as it is; instead: questions with what is to be said in the answer's place, and where that
+    begins.
     """
     with phases.timed("teacher"):
         # Not kept for the next start, since facts are not to lie on the disk.

@@ -214,7 +214,9 @@ class _Run:
                 outputs = self._output_moments()
             with self.phases.timed("teacher"):
                 strength, heard = self._filtered(found, rest)
-        answers = {row: (each, ()) for row, each in zip(rest, heard, strict=True)}
+        answers: dict[int, tuple[Tensor, tuple[float, ...]]] = {
+            row: (each, ()) for row, each in zip(rest, heard, strict=True)
+        }
         answers.update({row: (each.log_probs, each.weights) for row, each in told.items()})
         log_probs, weights = zip(*(answers[row] for row in range(len(m.forget))), strict=True)
         tokens = {spec.name: part.count if (part := getattr(found, spec.name)) else 0 for spec in fields(found)}
