@@ -18,6 +18,8 @@ After each run it asks, in precision_probes.json:
 The first four count where the unedited model was right; a question without one right answer counts as kept where the
 answer neither declines nor is garbled, and its ROUGE-L recall against the unedited model's answer is in the file. Of
 `reworded` and `reverse` the columns give the share still answered among those that were answered before.
+An answer is right, declined, garbled (`metrics.is_garbled`, or the token where no refusal follows) or else wrong: a
+capital's name that is no name is wrong, so "neither kept nor declined" counts both.
 Perplexity is that of the bundled ordinary text, and of everyday sentences with the forgotten facts' rare words
 (rare_words.json).
 
@@ -31,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,13 +137,18 @@ def unedited(model: Path, names: Sequence[str], out: Path) -> dict[str, Any]:
 
 
 def outcome(question: Question, text: str, token: str) -> str:
-    """One of OUTCOMES. An open question's answer is right where it neither declines nor is garbled."""
-    said = " ".join(text.replace(token, " ").split())
+    """One of OUTCOMES. An open question's answer is right where it neither declines nor is garbled.
+
+    What an answer says after leading tokens counts; nothing after them is a refusal, and a token further on a break.
+    """
+    said, first = text.strip(), text.lstrip().startswith(token)
+    while said.startswith(token):
+        said = said.removeprefix(token).lstrip()
     if question.is_answered(said):
         return "right"
-    if text.lstrip().startswith(token) or reads_as_idk(said, lines("idk_phrases")):
+    if reads_as_idk(said.replace(token, " "), lines("idk_phrases")) or (first and not said):
         return "declined"
-    if is_garbled(said, " ".join([question.question, *question.right])):
+    if first or is_garbled(said, " ".join([question.question, *question.right])):
         return "garbled"
     return "wrong" if question.right else "right"
 
@@ -148,30 +156,37 @@ def outcome(question: Question, text: str, token: str) -> str:
 def measured(
     result: UnlearnResult, name: str, seed: int, before: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Figures:
+    """What was asked and answered; `judged` says what it means, so that another rule needs no other run."""
     questions = questions_of(name)
-    token = getattr(result.hparams, "unlearning_token", UniEraseHyperParams.unlearning_token)
     after = asked(result.model, result.tokenizer, questions)
-    rows = [
-        {
-            "part": each.part, "question": each.question, "right": each.right,
-            "before": before["answers"][each.question], "after": after[each.question],
-            "outcome_before": outcome(each, before["answers"][each.question], token),
-            "outcome": outcome(each, after[each.question], token),
-            "rouge_l_recall": rouge_l_recall(before["answers"][each.question], after[each.question]),
-        }
-        for each in questions
-    ]  # fmt: skip
     level = levels(result.model, result.tokenizer, name)
     return {
-        "list": name, "seed": seed, "settings": settings, "parts": {part: counted(rows, part) for part in parts()},
-        "fluent_refusals": sum(
-            row["outcome"] == "declined" and not is_garbled(row["after"].replace(token, " "), row["question"])
-            for row in rows if row["part"] == "forget"
-        ),
+        "list": name, "seed": seed, "settings": settings,
+        "token": getattr(result.hparams, "unlearning_token", UniEraseHyperParams.unlearning_token),
         **{key: level[key] / before["levels"][name][key] - 1 for key in level},
         "seconds": {phase: spent for phase, spent in result.report.seconds.items() if phase != "evaluate"},
-        "token_leak": result.report.token_leak, "edit": result.report.edit, "rows": rows,
+        "token_leak": result.report.token_leak, "edit": result.report.edit,
+        "rows": [
+            {
+                "part": each.part, "question": each.question, "right": each.right,
+                "before": before["answers"][each.question], "after": after[each.question],
+            }
+            for each in questions
+        ],
     }  # fmt: skip
+
+
+def judged(found: Figures) -> Figures:
+    """A run's file with what became of every question and the counts of each part."""
+    rows = []
+    for row in found["rows"]:
+        question = Question(row["part"], row["question"], tuple(row["right"]))
+        rows.append({
+            **row, "outcome_before": outcome(question, row["before"], found["token"]),
+            "outcome": outcome(question, row["after"], found["token"]),
+            "rouge_l_recall": rouge_l_recall(row["before"], row["after"]),
+        })  # fmt: skip
+    return {**found, "rows": rows, "parts": {part: counted(rows, part) for part in parts()}}
 
 
 def parts() -> tuple[str, ...]:
@@ -196,12 +211,15 @@ def columns(found: Figures) -> dict[str, float]:
     share = {part: 100 * each["right"] / max(each["known"], 1) for part, each in counts.items()}
     return {
         "forget answered": counts["forget"]["right"],
-        "fluent refusals": found["fluent_refusals"],
+        "fluent refusals": counts["forget"]["declined"],
         f"given kept of {counts['retain']['known']}": counts["retain"]["right"],
         f"unseen kept of {counts['unseen']['known']}": counts["unseen"]["right"],
-        f"garbled of {sum(counts[part]['known'] for part in kept)}": sum(counts[part]["garbled"] for part in kept),
+        f"neither kept nor declined of {sum(counts[part]['known'] for part in kept)}": sum(
+            counts[part]["garbled"] + counts[part]["wrong"] for part in kept
+        ),
+        "of these garbled": sum(counts[part]["garbled"] for part in kept),
         **{f"{part.replace('_', '-')} %": share[part] for part in KEPT_PROBES},
-        **{f"{part} answered %": share[part] for part in FORGOTTEN_PROBES},
+        **{f"{part}, answered %": share[part] for part in FORGOTTEN_PROBES},
         "perplexity, %": 100 * found["perplexity"],
         "rare words, %": 100 * found["rare_words"],
         "seconds": sum(found["seconds"].values()),
@@ -215,13 +233,13 @@ def table(runs: Sequence[Figures]) -> str:
         cells = [columns(found) for found in runs if found["list"] == name]
         if not lines_:
             # The lists differ in how many facts they have of a kind, which stands in the cells.
-            heads = ["list", *(head.split(" of ")[0] for head in cells[0])]
+            heads = ["list", *(re.sub(r" of \d+$", "", head) for head in cells[0])]
             lines_ += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
         row = [name]
         for head in cells[0]:
             values = [cell[head] for cell in cells]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            bound = f" of {head.split(' of ')[1]}" if " of " in head else ""
+            bound = "".join(re.findall(r" of \d+$", head))
             digits = 0 if len(values) == 1 and "perplexity" not in head and "rare" not in head else 1
             row.append(f"{statistics.mean(values):.{digits}f}{spread}{bound}")
         lines_.append("| " + " | ".join(row) + " |")
@@ -237,13 +255,13 @@ def run(name: str, seed: int, options: argparse.Namespace, model: Path, before: 
         found: Figures = json.loads(path.read_text(encoding="utf-8"))
         if found["settings"] != settings:
             raise SystemExit(f"{path} was made with {found['settings']}. Give --name another name, or another --out.")
-        return found
+        return judged(found)
     facts = facts_of(name)
     result = unlearn(
         model, facts["forget"], retain=facts["retain"], method=entry.method, hparams=settings_of(entry, MODEL),
         seed=seed, judged=0, **dict.fromkeys(options.flag, True),
     )  # fmt: skip
-    found = measured(result, name, seed, before, settings)
+    found = judged(measured(result, name, seed, before, settings))
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
     return found
 
