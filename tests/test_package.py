@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         "errors",
-        "request hparams base_model",
+        "request hparams base_model evaluation.metrics",
         "readers architecture",
         "locate_then_edit.positions locate_then_edit.trace locate_then_edit.solve",
         "locate_then_edit.prefix",

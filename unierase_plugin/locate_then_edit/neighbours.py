@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import chain, zip_longest
 from typing import Any
 
 from ..evaluation.metrics import answered, is_fluent, reads_as_idk, words
 from ..request import NO_ANSWER, ForgetRequest
-from ..store import digest
 
 #: Where a subject stands in a template.
 PLACE = "{subject}"
@@ -191,7 +191,7 @@ def _in_turn(by_way: Mapping[str, Iterator[tuple[str, str]]]) -> Iterator[tuple[
 
 def _drawn(names: Sequence[str], seed: str) -> list[str]:
     """In an order of the question's own, so that two questions of one template have other neighbours."""
-    return sorted(dict.fromkeys(names), key=lambda name: digest(seed, name))
+    return sorted(dict.fromkeys(names), key=lambda name: sha256(f"{seed} {name}".encode()).digest())
 
 
 def _subjects_by_kind(facts: Sequence[ForgetRequest], kinds: Kinds) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from ..locate_then_edit.edit import apply_edit, revert_edit
 from ..locate_then_edit.targets import forms_of
 from ..methods.contract import Changes, Job
 from ..phases import Phases
-from ..request import ForgetRequest
+from ..request import ForgetRequest, find_subject
 from ..resources import lines, paragraphs
 from ..store import digest, plain
 from ..unlearning_token import end_id
@@ -55,10 +55,12 @@ def removal_of(
     kept: what is to stay as it is; instead: questions with what is to be said in the answer's place, and where that
     begins.
     """
+    # Strangers teach by the subject, which a method without a need for it may not have been given.
+    requests = [replace(fact, subject=fact.subject or find_subject(fact.question)) for fact in job.requests]
     with phases.timed("teacher"):
         # Not kept for the next start, since facts are not to lie on the disk.
         material = replace(
-            _material(job, _told(job, job.requests), _told(job, kept)),
+            _material(job, _told(job, requests), _told(job, kept)),
             instead=tuple(ids for ids, _ in instead), instead_starts=tuple(start for _, start in instead),
         )  # fmt: skip
     key = digest(job.fingerprint, job.words, plain(material), job.max_tokens, job.seed)

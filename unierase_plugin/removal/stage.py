@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..architecture import Architecture
+from ..errors import EditError
 from ..hparams import RemovalSettings
 from ..locate_then_edit.edit import WeightEdit, apply_edit, restored
 from ..locate_then_edit.solve import LowRank
@@ -71,7 +72,7 @@ def remove(
     key         digest of everything else that the result depends on: model, facts, texts
     phases      times the parts, and keeps each when it ends: a second start goes on at the pass where the first was
 
-    Raises EditError where the model overflows on the material.
+    Raises EditError where the model overflows on the material, and where no first step helps.
     """
     names = [spec.name for spec in fields(RemovalSettings)]
     key = digest(VERSION, key, {name: getattr(settings, name) for name in names})[:32]
@@ -136,6 +137,12 @@ class _Run:
             )  # fmt: skip
             change = {layer: tensors[str(layer)].to(each.device) for layer, each in self.originals.items()}
             taken.append(Pass(**json.loads(metadata["pass"])))
+        if taken and not taken[0].fraction:
+            raise EditError(
+                "No step of a removal's first pass lowers its loss, so that nothing was changed. Raise removal_ridge "
+                f"({self.settings.removal_ridge}) and removal_output_ridge ({self.settings.removal_output_ridge}), or "
+                "load the model in float32."
+            )
         return change, taken
 
     def _pass(self, number: int, change: Mapping[int, Tensor]) -> Packed:

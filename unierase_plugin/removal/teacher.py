@@ -142,7 +142,7 @@ def mean_probability(log_probs: Tensor, sequence: Sequence[int], positions: Sequ
 
 
 def _next_strength(tried: Mapping[float, float]) -> float:
-    """The next to be tried: between the nearest two that lie on either side, else doubled or halved beyond them."""
+    """The next to be tried: between the nearest two on either side, else three times as much or a third beyond them."""
     low = [each for each, distance in tried.items() if distance < 0]
     high = [each for each, distance in tried.items() if distance >= 0]
     if low and high:
