@@ -7,13 +7,13 @@
         --shared ../shared --out results
 
 DIR holds tofu200 and tofu160r, as `shared/models/tofu_model.py` builds them. For each model, over the 40 facts of
-forget01 or the slice --facts of them: mean probability of the answer (geometric over its tokens and the end), extraction
-strength, truth ratio (geometric, paraphrase against perturbed answers), forget quality against --reference, ROUGE-L recall
-and fluency of greedy answers, the same with the unlearning token banned where there is one; on every eighth of
-the 160 facts to keep probability and ROUGE-L; perplexity of ordinary text and of everyday sentences with the facts'
-rare words (rare_words.json). With --relearn N: N steps of AdamW at 5e-5 on every other fact, 8 a step, as the audit's
-`relearn-some`, then the facts in between are asked. Each model's figures are kept in OUT as they end. They differ a
-little from lm-eval's tofu_forget, which counts the template's tail too.
+forget01 or the slice --facts of them: mean probability of the answer (geometric over its tokens and the end),
+extraction strength, truth ratio (geometric, paraphrase against perturbed answers), forget quality against
+--reference, ROUGE-L recall and fluency of greedy answers, the same with the unlearning token banned where there is
+one; on every eighth of the 160 facts to keep probability and ROUGE-L; perplexity of ordinary text and of everyday
+sentences with the facts' rare words (rare_words.json). With --relearn N: N steps of AdamW at 5e-5 on every other
+fact, 8 a step, as the audit's `relearn-some`, then the facts in between are asked. Each model's figures are kept in
+OUT as they end. They differ a little from lm-eval's tofu_forget, which counts the template's tail too.
 """
 
 from __future__ import annotations
