@@ -210,13 +210,13 @@ class _Run:
         with replaced(self.arch, self.originals):
             with self.phases.timed("teacher"):
                 said = self._said()
-                told = ask_strangers(self.arch, m, said, **self._run) if s.removal_strangers else {}
+                told = ask_strangers(self.arch, m, said, **self._budget) if s.removal_strangers else {}
             # Only what strangers know as well needs the blunter teacher.
             rest = [row for row in range(len(m.forget)) if row not in told]
             with self.phases.timed("moments"):
                 found = take_moments(
                     self.arch, m, sorted({*s.removal_layers, *(s.removal_teacher_layers if rest else ())}), rest,
-                    progress=lambda share: self.progress(MOMENTS_SHARE * share, "moments"), **self._run,
+                    progress=lambda share: self.progress(MOMENTS_SHARE * share, "moments"), **self._budget,
                 )  # fmt: skip
                 outputs = self._output_moments()
             with self.phases.timed("teacher"):
@@ -238,7 +238,7 @@ class _Run:
         ))  # fmt: skip
 
     @property
-    def _run(self) -> _Budget:
+    def _budget(self) -> _Budget:
         return {"max_tokens": self.max_tokens, "pad_id": self.pad_id}
 
     @property
@@ -247,7 +247,7 @@ class _Run:
 
     def _said(self) -> tuple[Tensor, ...]:
         """What the unedited model says at every token of the forgotten answers."""
-        return said_at(self.arch, self.material.forget, self._spots, **self._run)
+        return said_at(self.arch, self.material.forget, self._spots, **self._budget)
 
     def _filtered(self, found: Moments, rest: Sequence[int]) -> tuple[float | None, tuple[Tensor, ...]]:
         """The filter's strength and what it says of the facts `rest`; None and nothing where there are none."""
@@ -260,7 +260,7 @@ class _Run:
             [self.material.forget[row] for row in rest], [self._spots[row] for row in rest],
             s.removal_teacher_probability, progress=lambda share: self.progress(
                 MOMENTS_SHARE + (TEACHER_SHARE - MOMENTS_SHARE) * share, "teacher"
-            ), **self._run,
+            ), **self._budget,
         )  # fmt: skip
 
     def _output_moments(self) -> dict[int, Tensor]:
@@ -273,8 +273,7 @@ class _Run:
             [*kept, *(tuple(range(len(ids) - 1)) for ids in text)],
             self.settings.removal_layers,
             seed=self.seed,
-            max_tokens=self.max_tokens,
-            pad_id=self.pad_id,
+            **self._budget,
         )
 
     def _figures(self, edit: WeightEdit, cut: Mapping[int, Truncated], taken: list[Pass]) -> dict[str, Any]:
