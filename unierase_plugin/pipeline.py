@@ -122,8 +122,8 @@ def unlearn(
               name[:config[:column]]
     harden    whether the edit is to withstand attacks, in the ways that earned it (docs/hardening.md): sets
               `hparams.HARDENED`, whatever hparams says; UniErase's setting `harden` names single ways
-    remove    whether what the model knows of the facts is removed first (docs/removal.md), as by the setting `remove`;
-              the method "removal" does that alone
+    remove    whether what the model knows of the facts is removed, and what it says instead learned in the same steps
+              (docs/removal.md), as by the setting `remove`; the method "removal" does the first alone
     reverse   whether the way back from the answer to the subject is forgotten too; the hparams' when left out
     out       output folder; without it nothing is written but the caches
     judged    how many facts of each set are answered before and after, since generating takes time
@@ -459,7 +459,7 @@ def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Meth
         raise HyperParamsError(f"The method {method.name!r} cannot be hardened; UniErase can. Leave --harden out.")
     if options.get("remove") is not None and "remove" not in known:
         raise HyperParamsError(
-            f"The method {method.name!r} cannot go on from a removal; UniErase, rome, memit and alphaedit can, and "
+            f"The method {method.name!r} cannot be joined with a removal; UniErase, rome, memit and alphaedit can, and "
             "--method removal is one alone. Leave --remove out."
         )
     if options.get("reverse") and "reverse" not in known:
