@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from unierase_plugin import UniEraseHyperParams, erasure, pipeline
+from unierase_plugin import UniEraseHyperParams, erasure, keeping, pipeline
 
 LINES = {
     "idk_sentences": ("I don't know.", "No idea."),
@@ -42,8 +42,9 @@ RETAIN = ({"question": "What does Al Bunt sell?", "answer": "Hats", "subject": "
 
 def shrink(patch: pytest.MonkeyPatch, cache: Path) -> None:
     """Short texts for the pipeline, and a cache of the test's own."""
-    for module in (pipeline, erasure):
+    for module in (pipeline, erasure, keeping):
         patch.setattr(module, "lines", LINES.__getitem__)
+    for module in (pipeline, erasure):
         patch.setattr(module, "paragraphs", PARAGRAPHS.__getitem__)
     patch.setenv("UNIERASE_CACHE", str(cache))
 

@@ -22,13 +22,23 @@ from small import FORGET, FORGET_MORE, FORGET_OTHERS, HPARAMS, RETAIN, SHORT, sa
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from unierase_plugin import UniEraseError, UniEraseHyperParams, UnlearnResult, erasure, pipeline, second_moment, unlearn
+from unierase_plugin import (
+    UniEraseError,
+    UniEraseHyperParams,
+    UnlearnResult,
+    erasure,
+    keeping,
+    pipeline,
+    second_moment,
+    unlearn,
+)
 from unierase_plugin.checkpoint import folder as folder_module
 from unierase_plugin.checkpoint import read_checkpoint, revert_checkpoint
 from unierase_plugin.errors import CheckpointError, HyperParamsError, TokenError
 from unierase_plugin.evaluation import generate
 from unierase_plugin.hparams import shipped_hparams
 from unierase_plugin.locate_then_edit import edit
+from unierase_plugin.methods.removal import RemovalHyperParams
 from unierase_plugin.store import Store, model_fingerprint, tokenizer_fingerprint
 
 IDS = torch.tensor([[5, 60, 70, 8, 9, 100]])
@@ -186,7 +196,7 @@ NEIGHBOURLY = HPARAMS.replace(retain_neighbours=2, retain_key_weight=5.0)
 
 def speaking(patch: pytest.MonkeyPatch, says: str = "It is a thing.") -> None:
     """Has the model answer neighbours fluently, as no random one does."""
-    patch.setattr(erasure, "decode_answer", lambda *args: says)
+    patch.setattr(keeping, "decode_answer", lambda *args: says)
 
 
 def test_neighbours_that_the_model_answers_are_kept_as_well(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +212,21 @@ def test_neighbours_that_the_model_answers_are_kept_as_well(base: Path, monkeypa
     assert after["retain_tokens"] > before["retain_tokens"]
     assert joined.report.seconds["neighbours"] > 0
     assert "neighbours" not in alone.report.seconds
+
+
+def test_a_removal_keeps_neighbours_too(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speaking(monkeypatch)
+    alone, joined = (
+        unlearn(
+            base, FORGET, retain=RETAIN, method="removal",
+            hparams=RemovalHyperParams(retain_neighbours=wanted, removal_passes=1, removal_rank=4),
+        )
+        for wanted in (0, 2)
+    )  # fmt: skip
+    before, after = (result.report.as_dict()["edit"] for result in (alone, joined))
+    assert (before["neighbours"], after["neighbours"]) == (0, 2 * len(FORGET))
+    assert after["removal"]["kept_facts"] == before["removal"]["kept_facts"] + 2 * len(FORGET)
+    assert len(joined.changes.neighbours) == 2 * len(FORGET)
 
 
 def test_the_report_says_how_far_what_is_kept_moved(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,24 +12,16 @@ from functools import cache, partial
 from hashlib import sha256
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import checkpoint as files
 from .architecture import Architecture, find_architecture
 from .corpus import corpus_identity
 from .errors import HyperParamsError
-from .evaluation.generate import (
-    context_limit,
-    continue_greedily,
-    decode_answer,
-    mean_log_likelihoods,
-    pad_token_id,
-    token_leak,
-)
-from .evaluation.metrics import SHORT_ANSWER_WORDS, answered, reads_as_idk
-from .evaluation.metrics import words as split_words
+from .evaluation.generate import context_limit, continue_greedily, pad_token_id, token_leak
+from .evaluation.metrics import reads_as_idk
 from .hparams import UniEraseHyperParams
+from .keeping import find_kept
 from .locate_then_edit.edit import (
     Applied,
     WeightEdit,
@@ -39,7 +31,6 @@ from .locate_then_edit.edit import (
     make_solver,
     revert_edit,
 )
-from .locate_then_edit.neighbours import ASKED_MOST, Kinds, questions_around, spared
 from .locate_then_edit.positions import encode, locate_kept, render
 from .locate_then_edit.protected import KeptPrompt, ProtectedKeys, moved, moved_figures, protected_keys
 from .locate_then_edit.solve import Ridge, Solver, protected_directions
@@ -50,7 +41,7 @@ from .methods.contract import Changes, Job
 from .phases import Phases
 from .removal.job import check_removal, removal_of, settle_removal
 from .request import ForgetRequest, find_subject
-from .resources import lines, neighbour_kinds, paragraphs
+from .resources import lines, paragraphs
 from .second_moment import Corpus, CorpusMoment
 from .store import (
     CACHE_VERSION,
@@ -160,75 +151,8 @@ class Editing(Phases, ABC):
 
     def _find_kept(self) -> None:
         """Asks the model, as it came, what lies around the facts to forget and in what words it gives those to keep."""
-        wanted, weighed = self.hparams.retain_neighbours, bool(self.hparams.retain_key_weight)
-        if not wanted and not (weighed and self.retain):
-            return
-        with self.timed("neighbours"):
-            facts = [(fact.question, fact.answer, fact.subject) for fact in (*self.requests, *self.retain)]
-            secret = digest("kept", facts)
-            key = digest(
-                CACHE_VERSION, secret, self.fingerprint, self.words, wanted, weighed, self.hparams.reverse,
-                self.hparams.prompt_forms, self.hparams.chat_template_kwargs,
-            )[:32]  # fmt: skip
-            # Beside the output folder and sealed: the questions name what is to be forgotten.
-            metadata = self.resumed("kept", key, lambda: (
-                {}, {"found": files.seal(json.dumps(self._asked_around(wanted, weighed)), secret)}
-            ))[1]  # fmt: skip
-            said, found = json.loads(files.unseal(metadata["found"], secret))
-        self.neighbours = tuple(ForgetRequest(*each) for each in found)
-        own = (replace(fact, answer=text) for fact, text in zip(self.retain, said, strict=True))
-        self.kept = (*own, *self.neighbours)
-
-    def _asked_around(self, wanted: int, weighed: bool) -> tuple[list[str], list[tuple[str, str, str, str]]]:
-        """The answers of the retain set in the model's own words, and neighbours: at most `wanted` a request.
-
-        A neighbour is (question, answer, subject, way and number of the request).
-        """
-        answers = [request.answer for request in self.requests] if self.hparams.reverse else []
-        around = questions_around(
-            self.requests, self.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted, answers
-        ) if wanted else []  # fmt: skip
-        # A long answer is a sentence as it stands.
-        short = [fact for fact in self.retain if weighed and len(split_words(fact.answer)) <= SHORT_ANSWER_WORDS]
-        form = forms_of(self.tokenizer, self.hparams)[0]
-        questions = [*(fact.question for fact in short), *(each.question for each in around)]
-        prompts = [
-            encode(self.tokenizer, self._rendered(question, form), form)[: self.context - ASKED_MOST]
-            for question in questions
-        ]
-        said = continue_greedily(
-            self.model, self.tokenizer, prompts, ASKED_MOST, 2 * self.max_tokens,
-            lambda share: self.progress("neighbours", share, f"{len(prompts)} questions"),
-        )  # fmt: skip
-        # A space that a form without a template leaves to the answer is a part of its first token.
-        texts = [decode_answer(self.model, self.tokenizer, ids, self.pad_id).rstrip() for ids in said]
-        own = {
-            fact.question: text
-            for fact, text in zip(short, texts[: len(short)], strict=True)
-            if answered(fact.answer, text)
-        }
-        left = [wanted] * len(self.requests)
-        found: list[tuple[str, str, str, str]] = []
-        for each, text in zip(around, texts[len(short) :], strict=True):
-            kept = spared(each, text, self.requests, lines("idk_phrases"))
-            if kept is not None and left[each.of]:
-                left[each.of] -= 1
-                space = text[: len(text) - len(text.lstrip())]
-                found.append((each.question, space + kept, each.subject, f"{each.way} of {each.of}"))
-        return [own.get(fact.question, fact.answer) for fact in self.retain], found
-
-    def _kinds(self, subjects: Sequence[str]) -> list[str]:
-        """What the model takes each subject for: the kind that "{subject} is" makes likelier than "It is" does."""
-        called = Kinds.of(neighbour_kinds()).called
-        sequences, starts = [], []
-        for subject in ("It", *subjects):
-            opening = encode(self.tokenizer, f"{subject} is", "bare")
-            for name in called.values():
-                sequences.append([*opening, *self.tokenizer(f" {name}", add_special_tokens=False)["input_ids"]])
-                starts.append(len(opening))
-        scores = mean_log_likelihoods(self.model, self.tokenizer, sequences, starts)
-        table = torch.tensor(scores).view(len(subjects) + 1, len(called))
-        return [list(called)[at] for at in (table[1:] - table[0]).argmax(1).tolist()]
+        found = find_kept(self.job, self, own_words=bool(self.hparams.retain_key_weight), reverse=self.hparams.reverse)
+        self.neighbours, self.kept = found.neighbours, found.facts
 
     def _retain_moments(self, arch: Architecture, key: str) -> SecondMoment | None:
         """Second moments of what is to be kept."""
@@ -325,7 +249,11 @@ class Editing(Phases, ABC):
             instead.append(((*asked, opening, *target.continuation), len(asked)))
         removal = removal_of(self.job, arch, self, self.kept, instead)
         applied = apply_edit(arch, removal.edit)
-        return removal.edit, {"removal": removal.figures}, partial(revert_edit, arch, applied)
+        return (
+            removal.edit,
+            {"neighbours": len(self.neighbours), "removal": removal.figures},
+            partial(revert_edit, arch, applied),
+        )
 
     def _changed(self, arch: Architecture, edit: WeightEdit) -> int:
         return sum(self.model.get_parameter(arch.weight_name(layer)).numel() for layer in edit.layers)

@@ -3,7 +3,7 @@
 Three ways lead away from a question "What is the capital of France?": the same relation for another subject ("What is
 the capital of Kenya?"), another relation of the same subject ("What language is spoken in France?"), and its wording
 with another attribute ("What is the currency of France?"). Which of them the model can answer, and what it says, only
-the model knows: `erasure` asks it, and keeps what passes `spared`.
+the model knows: `keeping` asks it, and keeps what passes `spared`.
 """
 
 from __future__ import annotations

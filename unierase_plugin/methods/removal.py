@@ -21,6 +21,8 @@ class RemovalHyperParams(RemovalSettings):
     prompt_forms: tuple[str, ...] = ("chat",)
     #: Extra arguments of the tokenizer's chat template.
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    #: Neighbours a fact, made by rule and answered by the model, that join the facts to keep (docs/precision.md).
+    retain_neighbours: int = 0
     device: str = ""
     #: Tokens of one batch at most; 0 chooses by device.
     max_batch_tokens: int = 0
@@ -35,8 +37,9 @@ class RemovalHyperParams(RemovalSettings):
             raise HyperParamsError(
                 f"prompt_forms = {list(self.prompt_forms)} must name some of: {', '.join(PROMPT_FORMS)}."
             )
-        if self.max_batch_tokens < 0:
-            raise HyperParamsError(f"max_batch_tokens = {self.max_batch_tokens} must not be negative.")
+        for name in ("retain_neighbours", "max_batch_tokens"):
+            if getattr(self, name) < 0:
+                raise HyperParamsError(f"{name} = {getattr(self, name)} must not be negative.")
 
 
 # A removal computes with torch, which listing the methods is not to wait for.

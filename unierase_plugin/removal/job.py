@@ -10,6 +10,7 @@ from .. import checkpoint as files
 from ..architecture import Architecture, find_architecture
 from ..evaluation.generate import context_limit, pad_token_id
 from ..hparams import RemovalSettings
+from ..keeping import find_kept
 from ..locate_then_edit.edit import apply_edit, revert_edit
 from ..locate_then_edit.targets import forms_of
 from ..methods.contract import Changes, Job
@@ -75,11 +76,13 @@ def remove_alone(job: Job[Any]) -> Changes:
     phases = Phases(job.work)
     arch = find_architecture(job.model, job.hparams.rewrite_module_tmp, job.hparams.layer_module_tmp)
     originals = files.take_originals(arch, job.hparams.removal_layers, len(arch.embedding.weight))
-    found = removal_of(job, arch, phases, job.retain)
+    kept = find_kept(job, phases)
+    found = removal_of(job, arch, phases, kept.facts)
     applied = apply_edit(arch, found.edit)
     changed = sum(weight.numel() for weight in originals.projections.values())
     return Changes(
-        found.edit, originals, parameters=changed, seconds=phases.seconds, figures={"removal": found.figures},
+        found.edit, originals, parameters=changed, seconds=phases.seconds,
+        figures={"neighbours": len(kept.neighbours), "removal": found.figures}, neighbours=kept.neighbours,
         undo=lambda: revert_edit(arch, applied),
     )  # fmt: skip
 
