@@ -603,9 +603,9 @@ def test_a_second_step_keeps_the_token_and_protects_the_earlier_keys(
     seen = []
     original = edit.make_solver
 
-    def watched(hparams: Any, corpus: Any, retain: Any, earlier: Any, *more: Any) -> Any:
+    def watched(hparams: Any, corpus: Any, retain: Any, earlier: Any, *more: Any, **named: Any) -> Any:
         seen.append(earlier)
-        return original(hparams, corpus, retain, earlier, *more)
+        return original(hparams, corpus, retain, earlier, *more, **named)
 
     monkeypatch.setattr(erasure, "make_solver", watched)
     erase(undisturbed, tmp_path / "out", FORGET_MORE)
