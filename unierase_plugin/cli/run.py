@@ -69,8 +69,8 @@ def run(
     ] = False,
     remove: Annotated[
         bool, typer.Option("--remove", help="Take what the model knows of the facts out of it, and teach it in the "
-                                            "same steps to decline: a ban of the token then uncovers a model that "
-                                            "does not know (docs/removal.md). --method removal does the first alone.")
+                                            "same steps to decline (docs/removal.md, with what it costs). --method "
+                                            "removal does the first alone.")
     ] = False,
     reverse: Annotated[
         bool, typer.Option("--reverse", help="Forget the way back too: from the answer to what was asked about "
