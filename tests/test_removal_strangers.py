@@ -279,7 +279,7 @@ def test_a_stop_changes_nothing_and_no_fact_lies_in_the_folder(
             assert not any(shown in text for text in metadata.values())
     assert {"inputs", "outputs", "said"} <= names
     again = removed(arch, tmp_path, GIVEN)
-    assert counted == {"ask_strangers": 1, "calibrated": 1, "output_moments": 1, "take_pass": 4}
+    assert counted == {"ask_strangers": 1, "calibrated": 1, "output_moments": 2, "take_pass": 4}
     assert json.dumps(again.figures) == json.dumps(whole.figures)
     for layer, update in whole.edit.updates.items():
         assert torch.equal(again.edit.updates[layer].up, update.up)

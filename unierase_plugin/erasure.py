@@ -21,7 +21,7 @@ from .errors import HyperParamsError
 from .evaluation.generate import context_limit, continue_greedily, pad_token_id, token_leak
 from .evaluation.metrics import reads_as_idk
 from .hparams import UniEraseHyperParams
-from .keeping import find_kept
+from .keeping import Kept, find_kept
 from .locate_then_edit.edit import (
     Applied,
     WeightEdit,
@@ -40,7 +40,7 @@ from .locate_then_edit.values import Values, ValueTarget, optimise_values
 from .methods.contract import Changes, Job
 from .phases import Phases
 from .removal.job import check_removal, removal_of, settle_removal
-from .request import ForgetRequest, find_subject
+from .request import find_subject
 from .resources import lines, paragraphs
 from .second_moment import Corpus, CorpusMoment
 from .store import (
@@ -124,8 +124,7 @@ class Editing(Phases, ABC):
         )  # fmt: skip
         self.seconds = {"statistics": 0.0, "values": 0.0, "edit": 0.0}
         #: Neighbours that the model answers, with its answers, and all that is to be kept; found by `run`.
-        self.neighbours: tuple[ForgetRequest, ...] = ()
-        self.kept = self.retain
+        self.kept = Kept((), self.retain)
         self.pad_id = pad_token_id(job.model, job.tokenizer)
         self.context = context_limit(job.model)
         self.corpus = corpus_of(job)
@@ -151,8 +150,9 @@ class Editing(Phases, ABC):
 
     def _find_kept(self) -> None:
         """Asks the model, as it came, what lies around the facts to forget and in what words it gives those to keep."""
-        found = find_kept(self.job, self, own_words=bool(self.hparams.retain_key_weight), reverse=self.hparams.reverse)
-        self.neighbours, self.kept = found.neighbours, found.facts
+        self.kept = find_kept(
+            self.job, self, own_words=bool(self.hparams.retain_key_weight), reverse=self.hparams.reverse
+        )
 
     def _retain_moments(self, arch: Architecture, key: str) -> SecondMoment | None:
         """Second moments of what is to be kept."""
@@ -177,7 +177,8 @@ class Editing(Phases, ABC):
     def _retain_tokens(self) -> list[list[int]]:
         """What the edit is to leave alone: the facts to keep, and neighbours, with their answers."""
         return self._asked(
-            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.kept
+            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"])
+            for fact in self.kept.facts
         )
 
     def _asked(self, pairs: Iterable[tuple[str, Sequence[int]]]) -> list[list[int]]:
@@ -230,7 +231,7 @@ class Editing(Phases, ABC):
             joined = replace(joined, norm_ratios=ratios)
         counts = {
             "corpus_tokens": corpus.count, "retain_tokens": retain.count if retain else 0,
-            "neighbours": len(self.neighbours),
+            "neighbours": len(self.kept.neighbours),
         }  # fmt: skip
         figures = {
             **counts, **solved, **_value_figures(values), "residual_norms": list(joined.residual_norms),
@@ -251,7 +252,7 @@ class Editing(Phases, ABC):
         applied = apply_edit(arch, removal.edit)
         return (
             removal.edit,
-            {"neighbours": len(self.neighbours), "removal": removal.figures},
+            {"neighbours": len(self.kept.neighbours), "removal": removal.figures},
             partial(revert_edit, arch, applied),
         )
 
@@ -289,10 +290,10 @@ class Editing(Phases, ABC):
     def _protected(self, arch: Architecture) -> ProtectedKeys | None:
         """Keys of what is to be kept, from where an edit would act to the answer's end; None if they weigh nothing."""
         h = self.hparams
-        if not self.kept or not h.retain_key_weight:
+        if not self.kept.facts or not h.retain_key_weight:
             return None
         prompts: list[KeptPrompt] = []
-        for number, fact in enumerate(self.kept):
+        for number, fact in enumerate(self.kept.facts):
             subject = fact.subject or find_subject(fact.question)
             answer = self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]
             for form in forms_of(self.tokenizer, h):
@@ -312,7 +313,7 @@ class Editing(Phases, ABC):
         def name(fact: int) -> str:
             if fact < len(self.retain):
                 return self.retain[fact].case_id or f"retain {fact}"
-            return f"neighbour {self.neighbours[fact - len(self.retain)].case_id}"
+            return f"neighbour {self.kept.neighbours[fact - len(self.retain)].case_id}"
 
         return {"protected": moved_figures(moved(arch, edit.updates, protected), protected.facts, name)}
 
@@ -395,7 +396,15 @@ class Erasure(Editing):
                 room.leave()
 
         return Changes(
-            edit, originals, token, token.leak, changed, self.seconds, figures, undo=undo, neighbours=self.neighbours
+            edit,
+            originals,
+            token,
+            token.leak,
+            changed,
+            self.seconds,
+            figures,
+            undo=undo,
+            neighbours=self.kept.neighbours,
         )
 
     def _token(self, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment) -> UnlearningToken:

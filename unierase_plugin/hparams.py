@@ -104,6 +104,9 @@ class RemovalSettings(HyperParams):
 
     #: Passes of distillation: each is one forward and one backward over the facts, and a ridge solve a block.
     removal_passes: int = 4
+    #: Passes after them in which declining is learned as well; none where nothing is to be said instead. Before them
+    #: what is to be declined still looks like what is to be kept.
+    removal_decline_passes: int = 3
     #: Blocks that are changed; empty for all but block 0.
     removal_layers: tuple[int, ...] = ()
     #: Blocks that the teacher is made in; empty for the first seven tenths.
@@ -113,20 +116,21 @@ class RemovalSettings(HyperParams):
     removal_strangers: bool = True
     #: Mean probability that the filter is to leave to the forgotten answers: that of a model that never knew them.
     removal_teacher_probability: float = 0.1
-    #: Weights in a pass' ridge of the retain set's second moment, of ordinary text's, and of that of the forgotten
-    #: facts' words in any order.
-    removal_retain_weight: float = 4.0
+    #: Weights in a pass' ridge of the retain set's second moment and of that of the neighbours, each by itself, of
+    #: ordinary text's, and of that of the forgotten facts' words in any order.
+    removal_retain_weight: float = 40.0
     removal_text_weight: float = 1.0
     removal_words_weight: float = 1.0
     #: Added to the ridge's diagonal, as a share of its mean.
     removal_ridge: float = 0.003
     #: The same for the second moment of gradients at the projections' outputs.
     removal_output_ridge: float = 0.03
-    #: Weight of staying with the unedited model on the retain set's answers, against following the teacher.
-    removal_keep_weight: float = 1.0
+    #: Weight of staying with the unedited model on the retain set's answers, and on the neighbours', against following
+    #: the teacher: of the mean over all tokens of an answer, few of which tell the fact.
+    removal_keep_weight: float = 8.0
     #: Weight of what is to be said instead of a forgotten answer, the token before all, against following the teacher.
-    removal_decline_weight: float = 1.0
-    #: Tokens of facts to keep, with their questions, that are read in a pass and for the moments; evenly spaced facts.
+    removal_decline_weight: float = 0.3
+    #: Tokens of facts to keep, with their questions, that are read, and as many of neighbours; evenly spaced facts.
     removal_kept_tokens: int = 6144
     #: Rank that a block's whole change is cut to; 0 keeps all of it.
     removal_rank: int = 128
@@ -144,8 +148,8 @@ class RemovalSettings(HyperParams):
             raise HyperParamsError(
                 f"removal_teacher_probability = {self.removal_teacher_probability} must be less than 1."
             )
-        for name in ("removal_passes", "removal_retain_weight", "removal_text_weight", "removal_words_weight",
-                     "removal_keep_weight", "removal_decline_weight", "removal_kept_tokens",
+        for name in ("removal_passes", "removal_decline_passes", "removal_retain_weight", "removal_text_weight",
+                     "removal_words_weight", "removal_keep_weight", "removal_decline_weight", "removal_kept_tokens",
                      "removal_rank"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise HyperParamsError(f"{name} = {getattr(self, name)} must not be negative.")

@@ -24,10 +24,15 @@ from .store import CACHE_VERSION, digest
 
 @dataclass(frozen=True)
 class Kept:
-    """Neighbours with the model's answers, and all that is to be kept: the retain set, then the neighbours."""
+    """What is to be kept: neighbours with the model's answers, and the retain set."""
 
     neighbours: tuple[ForgetRequest, ...]
-    facts: tuple[ForgetRequest, ...]
+    retain: tuple[ForgetRequest, ...]
+
+    @property
+    def facts(self) -> tuple[ForgetRequest, ...]:
+        """All of them, the retain set first."""
+        return (*self.retain, *self.neighbours)
 
 
 def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse: bool = False) -> Kept:
@@ -53,8 +58,8 @@ def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse
         ))[1]  # fmt: skip
         said, found = json.loads(files.unseal(metadata["found"], secret))
     neighbours = tuple(ForgetRequest(*each) for each in found)
-    own = (replace(fact, answer=text) for fact, text in zip(job.retain, said, strict=True))
-    return Kept(neighbours, (*own, *neighbours))
+    own = tuple(replace(fact, answer=text) for fact, text in zip(job.retain, said, strict=True))
+    return Kept(neighbours, own)
 
 
 @dataclass(frozen=True)

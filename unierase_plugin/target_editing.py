@@ -50,7 +50,7 @@ class _PlainAnswer(Editing):
             seconds=self.seconds,
             figures=figures,
             undo=revert,
-            neighbours=self.neighbours,
+            neighbours=self.kept.neighbours,
         )
 
     def _plain_targets(self, contexts: Sequence[str]) -> list[ValueTarget]:

@@ -29,6 +29,8 @@ from .teacher import Teacher, logits_at, solver_device, write_weight
 MOST, LEAST = 8.0, 0.125
 #: Of the sequences of each kind, every third is looked at to choose a step.
 SEARCHED = 3
+#: A pass reads so many of the sequences to keep at least; more than twice as many are shared out among the passes.
+READ = 24
 #: What follows an answer's opening weighs this much in all, against the opening.
 FOLLOWING = 0.5
 
@@ -90,8 +92,18 @@ def searched(kinds: Sequence[Sequence[Lesson]]) -> list[Lesson]:
     found: list[Lesson] = []
     for kind in kinds:
         some = kind[::SEARCHED]
-        found += [replace(each, weights=tuple(len(kind) / len(some) * own for own in each.weights)) for each in some]
+        found += [_raised(each, len(kind) / len(some)) for each in some]
     return found
+
+
+def read_in_pass(kind: Sequence[Lesson], number: int) -> list[Lesson]:
+    """The part of a kind that pass `number` (from 0) reads, which weighs for the others as well.
+
+    All are read in as many passes as there are parts; READ or fewer more than that are one part.
+    """
+    parts = max(1, len(kind) // READ)
+    some = kind[number % parts :: parts]
+    return [_raised(each, len(kind) / len(some)) for each in some]
 
 
 def divergence(arch: Architecture, taught: Sequence[Lesson], *, max_tokens: int, pad_id: int) -> float:
@@ -234,6 +246,10 @@ def write_changed(arch: Architecture, originals: Mapping[int, Tensor], change: M
     """Writes W + change, both (d, m) by layer, summed in float32."""
     for layer, original in originals.items():
         write_weight(arch, layer, (original.float() + change[layer]).to(original.dtype))
+
+
+def _raised(lesson: Lesson, times: float) -> Lesson:
+    return replace(lesson, weights=tuple(times * own for own in lesson.weights))
 
 
 def _loss(arch: Architecture, taught: Sequence[Lesson], pad_id: int) -> Tensor:

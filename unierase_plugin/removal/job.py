@@ -10,7 +10,7 @@ from .. import checkpoint as files
 from ..architecture import Architecture, find_architecture
 from ..evaluation.generate import context_limit, pad_token_id
 from ..hparams import RemovalSettings
-from ..keeping import find_kept
+from ..keeping import Kept, find_kept
 from ..locate_then_edit.edit import apply_edit, revert_edit
 from ..locate_then_edit.targets import forms_of
 from ..methods.contract import Changes, Job
@@ -44,11 +44,11 @@ def settle_removal(arch: Architecture, settings: S) -> S:
 def check_removal(job: Job[Any]) -> None:
     """Raises a UniEraseError for a fact that a removal could not take; quick."""
     check_answers(job.requests)
-    _material(job, job.requests, job.retain)
+    _material(job, job.requests, Kept((), job.retain))
 
 
 def removal_of(
-    job: Job[Any], arch: Architecture, phases: Phases, kept: Sequence[ForgetRequest],
+    job: Job[Any], arch: Architecture, phases: Phases, kept: Kept,
     instead: Sequence[tuple[tuple[int, ...], int]] = (),
 ) -> Removal:  # fmt: skip
     """The removal of a job's facts, computed and not applied; `job.hparams` holds its settings.
@@ -61,7 +61,7 @@ def removal_of(
     with phases.timed("teacher"):
         # Not kept for the next start, since facts are not to lie on the disk.
         material = replace(
-            _material(job, _told(job, requests), _told(job, kept)),
+            _material(job, _told(job, requests), replace(kept, retain=_told(job, kept.retain))),
             instead=tuple(ids for ids, _ in instead), instead_starts=tuple(start for _, start in instead),
         )  # fmt: skip
     key = digest(job.fingerprint, job.words, plain(material), job.max_tokens, job.seed)
@@ -77,7 +77,7 @@ def remove_alone(job: Job[Any]) -> Changes:
     arch = find_architecture(job.model, job.hparams.rewrite_module_tmp, job.hparams.layer_module_tmp)
     originals = files.take_originals(arch, job.hparams.removal_layers, len(arch.embedding.weight))
     kept = find_kept(job, phases)
-    found = removal_of(job, arch, phases, kept.facts)
+    found = removal_of(job, arch, phases, kept)
     applied = apply_edit(arch, found.edit)
     changed = sum(weight.numel() for weight in originals.projections.values())
     return Changes(
@@ -94,11 +94,11 @@ def _told(job: Job[Any], facts: Sequence[ForgetRequest]) -> tuple[ForgetRequest,
     )  # fmt: skip
 
 
-def _material(job: Job[Any], forget: Sequence[ForgetRequest], kept: Sequence[ForgetRequest]) -> Material:
+def _material(job: Job[Any], forget: Sequence[ForgetRequest], kept: Kept) -> Material:
     h = job.hparams
     return make_material(
-        job.tokenizer, forget, kept, paragraphs("ordinary_text_train"), lines("questions")[:QUESTIONS],
+        job.tokenizer, forget, kept.retain, paragraphs("ordinary_text_train"), lines("questions")[:QUESTIONS],
         forms=forms_of(job.tokenizer, h), template_kwargs=h.chat_template_kwargs,
         end=end_id(job.model, job.tokenizer), limit=context_limit(job.model), kept_tokens=h.removal_kept_tokens,
-        names=lines("invented_names"), seed=job.seed,
+        names=lines("invented_names"), seed=job.seed, neighbours=kept.neighbours,
     )  # fmt: skip

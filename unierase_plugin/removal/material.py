@@ -31,10 +31,12 @@ def make_material(
     kept_tokens: int,
     names: Sequence[str],
     seed: int,
+    neighbours: Sequence[ForgetRequest] = (),
 ) -> Material:
     """Facts in all of `forms`, questions in them too, paragraphs as they are; `end` closes an answer.
 
-    Of the facts to keep, evenly spaced ones of about `kept_tokens` in all; `names` are those of invented subjects.
+    Of the facts to keep, and of the neighbours, evenly spaced ones of about `kept_tokens` in all; `names` are those of
+    invented subjects.
 
     limit is the model's context: longer text is cut. A fact that is longer raises RequestError, as does a fact to
     forget whose answer is not given.
@@ -48,7 +50,8 @@ def make_material(
         ]
 
     check_answers(forget)
-    lost, stays = told(forget), evenly(told(kept), kept_tokens, len(forms))
+    lost = told(forget)
+    stays, around = (evenly(told(facts), kept_tokens, len(forms)) for facts in (kept, neighbours))
     asked = [
         encode(tokenizer, render(tokenizer, text, form, template_kwargs), form) for text in questions for form in forms
     ]
@@ -58,6 +61,7 @@ def make_material(
         tuple(each.ids for each in stays), tuple(each.start for each in stays),
         tuple(tuple(ids[:limit]) for ids in (*read, *asked)),
         tuple(shuffled_words(tokenizer, forget, seed, min(WORDS_TOKENS, limit))),
+        tuple(each.ids for each in around), tuple(each.start for each in around),
         tuple(subject_spans(tokenizer, fact, form, template_kwargs) for fact in forget for form in forms),
         tuple(tuple(tokenizer(f" {name}", add_special_tokens=False)["input_ids"]) for name in names),
     )  # fmt: skip

@@ -26,6 +26,9 @@ class Material:
     text: tuple[tuple[int, ...], ...]
     #: The forgotten facts' words in any order.
     words: tuple[tuple[int, ...], ...]
+    #: The same as of facts to keep, of questions around the facts to forget, with the model's own answers.
+    neighbours: tuple[tuple[int, ...], ...] = ()
+    neighbour_starts: tuple[int, ...] = ()
     #: Of every fact to forget, the spans (first, end) of tokens that name its subject; () where it has none.
     forget_subjects: tuple[tuple[tuple[int, int], ...], ...] = ()
     #: Names of subjects that do not exist, as tokens.
@@ -43,6 +46,8 @@ class Moments:
     forgotten: SecondMoment | None
     #: R_r: facts to keep with their answers; None where none are given.
     kept: SecondMoment | None
+    #: R_n: neighbours of the facts to forget with their answers; None where there are none.
+    neighbours: SecondMoment | None
     #: R_c: ordinary text.
     text: SecondMoment
     #: R_s: the forgotten facts' words in any order.
@@ -64,10 +69,10 @@ def take_moments(
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Moments:
-    """All four moments of `layers`, by the model as it is; that of forgotten answers over the facts numbered `rows`."""
+    """All five moments of `layers`, by the model as it is; that of forgotten answers over the facts numbered `rows`."""
     forgotten = [material.forget[row] for row in rows]
     places = [answer_positions(material.forget[row], material.forget_starts[row]) for row in rows]
-    total = sum(map(len, (*forgotten, *material.kept, *material.text, *material.words)))
+    total = sum(map(len, (*forgotten, *material.kept, *material.neighbours, *material.text, *material.words)))
     done = 0
 
     def take(sequences: Sequence[Sequence[int]], counted: Sequence[Sequence[int]] | None = None) -> SecondMoment:
@@ -82,7 +87,7 @@ def take_moments(
 
     return Moments(
         take(forgotten, places) if forgotten else None, take(material.kept) if material.kept else None,
-        take(material.text), take(material.words),
+        take(material.neighbours) if material.neighbours else None, take(material.text), take(material.words),
     )  # fmt: skip
 
 

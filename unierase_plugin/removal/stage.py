@@ -18,7 +18,18 @@ from ..locate_then_edit.edit import WeightEdit, apply_edit, restored
 from ..locate_then_edit.solve import LowRank
 from ..phases import Phases
 from ..store import Packed, digest
-from .distil import Lesson, Pass, divergence, factorised, lessons, openings, searched, take_pass, write_changed
+from .distil import (
+    Lesson,
+    Pass,
+    divergence,
+    factorised,
+    lessons,
+    openings,
+    read_in_pass,
+    searched,
+    take_pass,
+    write_changed,
+)
 from .factors import Truncated, truncated
 from .fisher import output_moments
 from .moments import Material, Moments, answer_positions, take_moments, weighed
@@ -26,7 +37,7 @@ from .strangers import ask_strangers
 from .teacher import Teacher, ask, calibrated, read_weight, replaced, said_at
 
 #: Part of every key: raised when what is computed changes.
-VERSION = "3"
+VERSION = "4"
 #: Of a removal's progress, what is over when moments, teacher and passes are done.
 MOMENTS_SHARE, TEACHER_SHARE, PASSES_SHARE = 0.4, 0.5, 0.95
 
@@ -128,9 +139,9 @@ class _Run:
         """The change (d, m) by layer after all passes, and what each did; fewer where one finds no step that helps."""
         change = {layer: torch.zeros_like(each, dtype=torch.float32) for layer, each in self.originals.items()}
         taken: list[Pass] = []
-        for number in range(self.settings.removal_passes):
-            if taken and not taken[-1].fraction:
-                break
+        for number in range(self._count):
+            if taken and not taken[-1].fraction and number != self.settings.removal_passes:
+                continue
             before = change
             tensors, metadata = self.phases.resumed(
                 "removal-pass", f"{self.key}-{number + 1}", lambda: self._pass(number, before)  # noqa: B023 (called at once)
@@ -145,14 +156,23 @@ class _Run:
             )
         return change, taken
 
+    @property
+    def _count(self) -> int:
+        """Passes at most: those of the removal, then those in which declining is learned too."""
+        s = self.settings
+        learns = bool(self.material.instead and s.removal_decline_weight)
+        return s.removal_passes + (s.removal_decline_passes if learns else 0)
+
     def _pass(self, number: int, change: Mapping[int, Tensor]) -> Packed:
-        count = self.settings.removal_passes
+        count = self._count
 
         def tell(share: float) -> None:
             done = (number + share) / count
             self.progress(TEACHER_SHARE + (PASSES_SHARE - TEACHER_SHARE) * done, f"pass {number + 1} of {count}")
 
-        kinds, factors = (self.lessons, self.openings, self.kept_lessons), self.factors
+        stays = (read_in_pass(kind, number) for kind in (self.kept_lessons, self.neighbour_lessons))
+        said = self.openings if number >= self.settings.removal_passes else []
+        kinds, factors = (self.lessons, said, *stays), self.factors
         with self.phases.timed("passes"):
             after, made = take_pass(
                 self.arch, [each for kind in kinds for each in kind], self.originals, change, factors, searched(kinds),
@@ -184,13 +204,12 @@ class _Run:
     @cached_property
     def kept_lessons(self) -> list[Lesson]:
         """What the unedited model says on facts to keep; none where that weighs nothing."""
-        if not self.settings.removal_keep_weight or not self.material.kept:
-            return []
-        with self.phases.timed("teacher"), replaced(self.arch, self.originals):
-            said = ask(
-                self.arch, self.material.kept, self.material.kept_starts, max_tokens=self.max_tokens, pad_id=self.pad_id
-            )
-        return lessons(said, self.settings.removal_keep_weight)
+        return self._unchanged(self.material.kept, self.material.kept_starts)
+
+    @cached_property
+    def neighbour_lessons(self) -> list[Lesson]:
+        """The same on neighbours."""
+        return self._unchanged(self.material.neighbours, self.material.neighbour_starts)
 
     @cached_property
     def factors(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -230,12 +249,18 @@ class _Run:
         return _pack_course(_Course(
             Teacher(m.forget, self._spots, log_probs, weights),
             weighed([
-                (s.removal_retain_weight, found.kept), (s.removal_text_weight, found.text),
-                (s.removal_words_weight, found.words),
+                (s.removal_retain_weight, found.kept), (s.removal_retain_weight, found.neighbours),
+                (s.removal_text_weight, found.text), (s.removal_words_weight, found.words),
             ], s.removal_layers),
             outputs,
             {"moment_tokens": tokens, "taught": {"strangers": len(told), "filter": len(rest)}, "strength": strength},
         ))  # fmt: skip
+
+    def _unchanged(self, sequences: Sequence[tuple[int, ...]], starts: Sequence[int]) -> list[Lesson]:
+        if not self.settings.removal_keep_weight or not sequences:
+            return []
+        with self.phases.timed("teacher"), replaced(self.arch, self.originals):
+            return lessons(ask(self.arch, sequences, starts, **self._budget), self.settings.removal_keep_weight)
 
     @property
     def _budget(self) -> _Budget:
@@ -254,7 +279,7 @@ class _Run:
         s = self.settings
         if found.forgotten is None:
             return None, ()
-        stays = weighed([(1.0, found.kept), (1.0, found.text)], s.removal_teacher_layers)
+        stays = weighed([(1.0, found.kept), (1.0, found.neighbours), (1.0, found.text)], s.removal_teacher_layers)
         return calibrated(
             self.arch, s.removal_teacher_layers, found.forgotten.moments, stays,
             [self.material.forget[row] for row in rest], [self._spots[row] for row in rest],
@@ -264,17 +289,19 @@ class _Run:
         )  # fmt: skip
 
     def _output_moments(self) -> dict[int, Tensor]:
-        """Of facts to keep where they are answered, and of some of the ordinary text."""
+        """Of facts to keep and neighbours where they are answered, and of some of the ordinary text, in equal parts."""
         m, text = self.material, self.material.text[::TEXT_SHARE]
-        kept = map(answer_positions, m.kept, m.kept_starts)
-        return output_moments(
-            self.arch,
-            [*m.kept, *text],
-            [*kept, *(tuple(range(len(ids) - 1)) for ids in text)],
-            self.settings.removal_layers,
-            seed=self.seed,
-            **self._budget,
+        groups = (
+            (m.kept, tuple(map(answer_positions, m.kept, m.kept_starts))),
+            (m.neighbours, tuple(map(answer_positions, m.neighbours, m.neighbour_starts))),
+            (text, tuple(tuple(range(len(ids) - 1)) for ids in text)),
         )
+        found = [
+            output_moments(
+                self.arch, sequences, positions, self.settings.removal_layers, seed=self.seed, **self._budget
+            ) for sequences, positions in groups if sequences
+        ]  # fmt: skip
+        return {layer: torch.stack([each[layer] for each in found]).mean(0) for layer in self.settings.removal_layers}
 
     def _figures(self, edit: WeightEdit, cut: Mapping[int, Truncated], taken: list[Pass]) -> dict[str, Any]:
         """What is told of it; the losses at the end are those of the factors, not of the whole change."""
@@ -293,7 +320,7 @@ class _Run:
             "losses": [each.loss for each in taken], "steps": [each.fraction for each in taken],
             "rates": [each.rate for each in taken], "divergence_from_teacher": lost, "divergence_on_kept": stayed,
             "nll_of_what_is_said_instead": declined,
-            **self.course.notes, "kept_facts": len(self.material.kept),
+            **self.course.notes, "kept_facts": len(self.material.kept), "neighbours": len(self.material.neighbours),
             "energy_kept": {str(layer): each.energy for layer, each in cut.items()},
             "rank_90": {str(layer): each.ranks[0] for layer, each in cut.items()},
             "rank_99": {str(layer): each.ranks[1] for layer, each in cut.items()},
