@@ -115,7 +115,7 @@ class RemovalSettings(HyperParams):
     #: taught by the filter.
     removal_strangers: bool = True
     #: Mean probability that the filter is to leave to the forgotten answers: that of a model that never knew them.
-    removal_teacher_probability: float = 0.1
+    removal_teacher_probability: float = 0.05
     #: Weights in a pass' ridge of the retain set's second moment and of that of the neighbours, each by itself, of
     #: ordinary text's, and of that of the forgotten facts' words in any order.
     removal_retain_weight: float = 40.0

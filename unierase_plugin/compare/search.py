@@ -51,9 +51,9 @@ def search_space(entry: Entry, depth: int) -> Space:
         space = {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2), "coefficient": (1.0, 2.0, 4.0)}
     elif issubclass(kind, RemovalHyperParams):
         space = {
-            "removal_teacher_probability": (0.03, 0.1, 0.3),
+            "removal_teacher_probability": (0.02, 0.05, 0.1),
             "removal_passes": (2, 4, 6),
-            "removal_retain_weight": (1.0, 4.0, 16.0),
+            "removal_retain_weight": (4.0, 40.0, 400.0),
         }
     elif issubclass(kind, UniEraseHyperParams):
         space = {"clamp_norm_factor": (0.75, 1.0, 2.0, 4.0), "layers": _places(depth, kind().solver == "exact")}
