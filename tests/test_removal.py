@@ -858,11 +858,15 @@ def test_words_in_any_order_are_all_words_twice() -> None:
     assert found == shuffled_words(tokenizer, FACTS, 0, 20) != shuffled_words(tokenizer, FACTS, 1, 20)
 
 
+def in_forms(facts: Any) -> list[list[tuple[ForgetRequest, str]]]:
+    return [[(fact, form) for form in ("chat", "plain")] for fact in facts]
+
+
 def material(forget: Any = FACTS, limit: int = 512, neighbours: Any = ()) -> Material:
     return make_material(
-        tiny_tokenizer(), forget, (ForgetRequest("Who leads Grub?", "Tom"),), ["It rained."], ["Why?"],
-        forms=("chat", "plain"), template_kwargs={}, end=2, limit=limit, kept_tokens=1000, names=("Orin Talvek",),
-        seed=0, neighbours=neighbours,
+        tiny_tokenizer(), in_forms(forget), in_forms([ForgetRequest("Who leads Grub?", "Tom")]), ["It rained."],
+        ["Why?"], forms=("chat", "plain"), template_kwargs={}, end=2, limit=limit, kept_tokens=1000,
+        names=("Orin Talvek",), seed=0, neighbours=in_forms(neighbours),
     )  # fmt: skip
 
 

@@ -114,6 +114,8 @@ class RemovalSettings(HyperParams):
     #: Whether facts are first asked of invented subjects, and only those that this does not make the model forget are
     #: taught by the filter.
     removal_strangers: bool = True
+    #: Whether short answers are removed, and kept, after the opening of the sentence that gives them as well.
+    removal_rewordings: bool = True
     #: Mean probability that the filter is to leave to the forgotten answers: that of a model that never knew them.
     removal_teacher_probability: float = 0.05
     #: Weights in a pass' ridge of the retain set's second moment and of that of the neighbours, each by itself, of
