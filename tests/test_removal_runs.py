@@ -18,6 +18,7 @@ from unierase_plugin.checkpoint import export_adapter, read_checkpoint, revert_c
 from unierase_plugin.cli import app
 from unierase_plugin.errors import ArchitectureError, CheckpointError, HyperParamsError, RequestError
 from unierase_plugin.hosts.in_place import edit_in_place
+from unierase_plugin.hparams import REMOVED
 from unierase_plugin.locate_then_edit.positions import encode, render
 from unierase_plugin.methods.editing import MEMITHyperParams
 from unierase_plugin.methods.removal import RemovalHyperParams
@@ -27,7 +28,7 @@ from unierase_plugin.store import Store, model_fingerprint, read_tensors
 
 IDS = torch.tensor([[5, 60, 70, 8, 9, 100]])
 #: A random model knows nothing; what is kept is not to hold it where it is.
-FEW: dict[str, Any] = {"removal_passes": 2, "removal_rank": 8, "removal_keep_weight": 1.0}
+FEW: dict[str, Any] = {"removal_passes": 2, "removal_rank": 8, "removal_keep_weight": 1.0, "retain_neighbours": 0}
 ALONE = RemovalHyperParams(**FEW)
 BOTH = HPARAMS.replace(remove=True, removal_decline_passes=2, **FEW)
 #: The method's name and settings: removal by itself, and with a token that is said instead.
@@ -291,5 +292,6 @@ def test_the_command_line_has_both_ways(tmp_path: Path) -> None:
         record = read_checkpoint(tmp_path / folder)
         assert record.manifest["method"] == method
         assert record.edits[0].removed
+        assert record.manifest["hparams"]["retain_neighbours"] == REMOVED["retain_neighbours"] > 0
         shown = CliRunner().invoke(app, ["inspect", str(tmp_path / folder)])
         assert shown.exit_code == 0, shown.output

@@ -31,6 +31,8 @@ HARDENINGS = ("forms", "paraphrases", "unlikely_answer", "second_refusal", "answ
 HARDENED: Mapping[str, Any] = {
     "harden": ("unlikely_answer", "second_refusal"), "clamp_norm_factor": 3.0, "v_lr": 0.2, "v_num_grad_steps": 60,
 }  # fmt: skip
+#: What `--remove` sets: a removal, and neighbours, without which it takes facts that nobody gave (docs/precision.md).
+REMOVED: Mapping[str, Any] = {"remove": True, "retain_neighbours": 6}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from .erasure import corpus_of
 from .errors import CheckpointError, EditError, HyperParamsError, RequestError, UniEraseError
 from .evaluation.generate import answers, context_limit, perplexity
 from .evaluation.report import Outcome, Report, judge
-from .hparams import HARDENED, PROMPT_FORMS, HyperParams, UniEraseHyperParams
+from .hparams import HARDENED, PROMPT_FORMS, REMOVED, HyperParams, UniEraseHyperParams
 from .loading import load
 from .locate_then_edit.edit import WeightEdit
 from .locate_then_edit.positions import PLAIN_FORM, encode, has_chat_template, render
@@ -122,8 +122,9 @@ def unlearn(
               name[:config[:column]]
     harden    whether the edit is to withstand attacks, in the ways that earned it (docs/hardening.md): sets
               `hparams.HARDENED`, whatever hparams says; UniErase's setting `harden` names single ways
-    remove    whether what the model knows of the facts is removed, and what it says instead learned in the same steps
-              (docs/removal.md), as by the setting `remove`; the method "removal" does the first alone
+    remove    whether what the model knows of the facts is removed, and what it says instead learned after that
+              (docs/removal.md): sets `hparams.REMOVED`, whatever hparams says, of which the setting `remove` is one;
+              the method "removal" does the first alone
     reverse   whether the way back from the answer to the subject is forgotten too; the hparams' when left out
     out       output folder; without it nothing is written but the caches
     judged    how many facts of each set are answered before and after, since generating takes time
@@ -134,8 +135,8 @@ def unlearn(
     requests, kept = _facts(chosen, forget, retain)
     folder = None if out is None else files.check_output_folder(Path(out), overwrite)
     options = {
-        "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None, "remove": remove or None,
-        "reverse": reverse, **(HARDENED if harden else {}),
+        "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None, "reverse": reverse,
+        **(REMOVED if remove else {}), **(HARDENED if harden else {}),
     }  # fmt: skip
     progress("load", 0.0, "")
     subject = _Subject.open(chosen, model, tokenizer, hparams, options, device, dtype)

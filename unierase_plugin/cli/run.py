@@ -68,9 +68,9 @@ def run(
                                             "(docs/hardening.md). The setting `harden` names single ways.")
     ] = False,
     remove: Annotated[
-        bool, typer.Option("--remove", help="Take what the model knows of the facts out of it, and teach it in the "
-                                            "same steps to decline (docs/removal.md, with what it costs). --method "
-                                            "removal does the first alone.")
+        bool, typer.Option("--remove", help="Take what the model knows of the facts out of it, then teach it to "
+                                            "decline; keeps questions around them that the model answers; takes longer "
+                                            "(docs/removal.md). --method removal does the first alone.")
     ] = False,
     reverse: Annotated[
         bool, typer.Option("--reverse", help="Forget the way back too: from the answer to what was asked about "

@@ -22,7 +22,7 @@ class RemovalHyperParams(RemovalSettings):
     #: Extra arguments of the tokenizer's chat template.
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     #: Neighbours a fact, made by rule and answered by the model, that join the facts to keep (docs/precision.md).
-    retain_neighbours: int = 0
+    retain_neighbours: int = 6
     device: str = ""
     #: Tokens of one batch at most; 0 chooses by device.
     max_batch_tokens: int = 0

@@ -38,8 +38,8 @@ from .teacher import Teacher, ask, calibrated, read_weight, replaced, said_at
 
 #: Part of every key: raised when what is computed changes.
 VERSION = "4"
-#: Of a removal's progress, what is over when moments, teacher and passes are done.
-MOMENTS_SHARE, TEACHER_SHARE, PASSES_SHARE = 0.4, 0.5, 0.95
+#: Of a removal's progress, what is over when the inputs' moments, all moments, teacher and passes are done.
+INPUTS_SHARE, MOMENTS_SHARE, TEACHER_SHARE, PASSES_SHARE = 0.2, 0.35, 0.4, 0.95
 
 #: Every how many-th of the ordinary texts tells what the projections' outputs matter to.
 TEXT_SHARE = 3
@@ -235,7 +235,7 @@ class _Run:
             with self.phases.timed("moments"):
                 found = take_moments(
                     self.arch, m, sorted({*s.removal_layers, *(s.removal_teacher_layers if rest else ())}), rest,
-                    progress=lambda share: self.progress(MOMENTS_SHARE * share, "moments"), **self._budget,
+                    progress=lambda share: self.progress(INPUTS_SHARE * share, "moments"), **self._budget,
                 )  # fmt: skip
                 outputs = self._output_moments()
             with self.phases.timed("teacher"):
@@ -296,11 +296,21 @@ class _Run:
             (m.neighbours, tuple(map(answer_positions, m.neighbours, m.neighbour_starts))),
             (text, tuple(tuple(range(len(ids) - 1)) for ids in text)),
         )
-        found = [
-            output_moments(
-                self.arch, sequences, positions, self.settings.removal_layers, seed=self.seed, **self._budget
-            ) for sequences, positions in groups if sequences
-        ]  # fmt: skip
+        total, seen = sum(len(sequences) for sequences, _ in groups), 0
+        found = []
+        for sequences, positions in groups:
+            if not sequences:
+                continue
+
+            def tell(share: float, begun: int = seen, size: int = len(sequences)) -> None:
+                done = (begun + share * size) / total
+                self.progress(INPUTS_SHARE + (MOMENTS_SHARE - INPUTS_SHARE) * done, "moments of the outputs")
+
+            found.append(output_moments(
+                self.arch, sequences, positions, self.settings.removal_layers, seed=self.seed, progress=tell,
+                **self._budget,
+            ))  # fmt: skip
+            seen += len(sequences)
         return {layer: torch.stack([each[layer] for each in found]).mean(0) for layer in self.settings.removal_layers}
 
     def _figures(self, edit: WeightEdit, cut: Mapping[int, Truncated], taken: list[Pass]) -> dict[str, Any]:
