@@ -437,14 +437,14 @@ def test_facts_weigh_alike_however_long_their_answers() -> None:
     assert sum(parted[2].weights) == pytest.approx(2 / 3)
 
 
-def test_an_opening_weighs_as_much_as_a_fact_and_what_follows_it_half() -> None:
+def test_an_opening_weighs_as_much_as_a_fact_and_what_follows_it_as_much() -> None:
     found = openings(KEPT, KEPT_STARTS, 3.0)
     assert [each.positions for each in found] == [(2, 3), (1, 2)]
     assert [each.ids for each in found] == list(KEPT)
     assert all(each.log_probs is None for each in found)
-    assert [each.weights for each in found] == [pytest.approx((1.5, 0.75))] * 2
+    assert [each.weights for each in found] == [(1.5, 1.5)] * 2
     longer, alone = openings((FORGET[2], (5, 6, 7)), (3, 2), 2.0)
-    assert longer.weights == pytest.approx((1.0, *(0.1,) * 5))
+    assert longer.weights == pytest.approx((1.0, *(0.2,) * 5))
     assert alone.weights == (1.0,)
     assert openings((), (), 1.0) == []
 
@@ -858,15 +858,11 @@ def test_words_in_any_order_are_all_words_twice() -> None:
     assert found == shuffled_words(tokenizer, FACTS, 0, 20) != shuffled_words(tokenizer, FACTS, 1, 20)
 
 
-def in_forms(facts: Any) -> list[list[tuple[ForgetRequest, str]]]:
-    return [[(fact, form) for form in ("chat", "plain")] for fact in facts]
-
-
 def material(forget: Any = FACTS, limit: int = 512, neighbours: Any = ()) -> Material:
     return make_material(
-        tiny_tokenizer(), in_forms(forget), in_forms([ForgetRequest("Who leads Grub?", "Tom")]), ["It rained."],
-        ["Why?"], forms=("chat", "plain"), template_kwargs={}, end=2, limit=limit, kept_tokens=1000,
-        names=("Orin Talvek",), seed=0, neighbours=in_forms(neighbours),
+        tiny_tokenizer(), forget, (ForgetRequest("Who leads Grub?", "Tom"),), ["It rained."], ["Why?"],
+        forms=("chat", "plain"), template_kwargs={}, end=2, limit=limit, kept_tokens=1000, names=("Orin Talvek",),
+        seed=0, neighbours=neighbours,
     )  # fmt: skip
 
 

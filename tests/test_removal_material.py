@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +10,9 @@ from tiny import tiny_tokenizer
 
 from unierase_plugin.methods.material import Example
 from unierase_plugin.removal import wording
-from unierase_plugin.removal.material import Asked, evenly, make_material, subject_spans
-from unierase_plugin.removal.wording import ANSWER_TOKENS, first_sentence_with, in_own_words, ways
+from unierase_plugin.removal.material import evenly, make_material, subject_spans
+from unierase_plugin.removal.wording import ANSWER_TOKENS, first_sentence_with, in_own_words
 from unierase_plugin.request import NO_ANSWER, ForgetRequest
-
-
-def in_forms(facts: Sequence[ForgetRequest], forms: Sequence[str]) -> list[list[Asked]]:
-    return [[(fact, form) for form in forms] for fact in facts]
-
 
 # --- subjects --------------------------------------------------------------------------------------------------------
 
@@ -27,7 +21,7 @@ def named(fact: ForgetRequest, form: str, tokenizer: Any = None) -> list[str]:
     """The text of every span, read from the sequence that the removal reads."""
     tokenizer = tokenizer or tiny_tokenizer()
     found = make_material(
-        tokenizer, [[(fact, form)]], (), ["It rained."], ["Why?"], forms=(form,), template_kwargs={}, end=2, limit=512,
+        tokenizer, (fact,), (), ["It rained."], ["Why?"], forms=(form,), template_kwargs={}, end=2, limit=512,
         kept_tokens=10, names=("Orin Talvek",), seed=0,
     )  # fmt: skip
     assert found.forget_subjects == (subject_spans(tokenizer, fact, form, {}),)
@@ -87,10 +81,9 @@ def test_without_offsets_or_the_question_no_subject_is_found() -> None:
 def test_every_form_of_every_fact_has_its_spans_and_every_name_its_tokens() -> None:
     tokenizer = tiny_tokenizer()
     facts = (ForgetRequest("Who wrote Zorblax?", "Fizz", "Zorblax"), ForgetRequest("Where is it?", "There"))
-    forms = ("chat", "plain")
     found = make_material(
-        tokenizer, in_forms(facts, forms), (), ["It rained."], ["Why?"], forms=forms, template_kwargs={}, end=2,
-        limit=512, kept_tokens=10, names=("Orin Talvek", "Valdoria"), seed=0,
+        tokenizer, facts, (), ["It rained."], ["Why?"], forms=("chat", "plain"), template_kwargs={}, end=2, limit=512,
+        kept_tokens=10, names=("Orin Talvek", "Valdoria"), seed=0,
     )  # fmt: skip
     assert [len(each) for each in found.forget_subjects] == [1, 1, 0, 0]
     for ids, spans in zip(found.forget[:2], found.forget_subjects[:2], strict=True):
@@ -108,16 +101,15 @@ def example(number: int, length: int = 10) -> Example:
 @pytest.mark.parametrize("tokens", [200, 201, 10_000])
 def test_all_facts_are_kept_where_they_fit(tokens: int) -> None:
     facts = [example(number) for number in range(20)]
-    assert evenly([[each] for each in facts], tokens) == facts
-    assert evenly([], 0) == []
+    assert evenly(facts, tokens, 1) == facts
+    assert evenly([], 0, 1) == []
 
 
 @pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("tokens", [20, 45, 60, 110, 199])
 def test_as_many_as_fit_are_kept_evenly_spaced(tokens: int, together: int) -> None:
     facts = [example(number) for number in range(20)]
-    groups = [facts[at : at + together] for at in range(0, 20, together)]
-    found = [each.ids[0] for each in evenly(groups, tokens)]
+    found = [each.ids[0] for each in evenly(facts, tokens, together)]
     assert len(found) * 10 <= tokens < (len(found) + together) * 10
     assert found[0] == 0
     assert found == sorted(set(found))
@@ -129,12 +121,12 @@ def test_as_many_as_fit_are_kept_evenly_spaced(tokens: int, together: int) -> No
 
 def test_facts_of_unlike_lengths_keep_about_the_budget() -> None:
     facts = [example(number, 5 + number % 7) for number in range(100)]
-    found = evenly([[each] for each in facts], 300)
+    found = evenly(facts, 300, 1)
     assert sum(len(each.ids) for each in found) == pytest.approx(300, abs=30)
 
 
 def test_one_fact_is_kept_whatever_the_budget() -> None:
-    assert evenly([[example(number)] for number in range(4)], 1) == [example(0)]
+    assert evenly([example(number) for number in range(4)], 1, 1) == [example(0)]
 
 
 def test_a_kept_fact_is_read_in_all_forms() -> None:
@@ -143,10 +135,9 @@ def test_a_kept_fact_is_read_in_all_forms() -> None:
     kept = [ForgetRequest(f"What is it that has {number}?", "Bo") for number in range(10, 20)]
 
     def read(kept_tokens: int) -> list[str]:
-        forms = ("chat", "plain")
         found = make_material(
-            tokenizer, in_forms([ForgetRequest("Who?", "Bo")], forms), in_forms(kept, forms), ["It rained."], ["Why?"],
-            forms=forms, template_kwargs={}, end=2, limit=512, kept_tokens=kept_tokens, names=(), seed=0,
+            tokenizer, (ForgetRequest("Who?", "Bo"),), kept, ["It rained."], ["Why?"], forms=("chat", "plain"),
+            template_kwargs={}, end=2, limit=512, kept_tokens=kept_tokens, names=(), seed=0,
         )  # fmt: skip
         assert len(found.kept) == len(found.kept_starts)
         assert all(tokenizer.decode(ids[start:-1]).strip() == "Bo" for ids, start in
@@ -160,41 +151,6 @@ def test_a_kept_fact_is_read_in_all_forms() -> None:
     assert [f"has {number}?" in each for each, number in zip(half, (10, 10, 12, 12, 14, 14), strict=False)] == [
         True
     ] * 6
-
-
-# --- other ways to ask -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("answer", "told", "opening", "rest"),
-    [
-        ("Bo", "The head of Grub is Bo.", "The head of Grub is", " Bo."),
-        # The subject as the sentence spells it, and the answer where it first stands as a word of its own.
-        ("bo", "In GRUB, Bob and Bo lead. Bo!", "In GRUB, Bob and", " Bo lead. Bo!"),
-        ("A. (Bo)", "Of Grub it is A. (Bo)", "Of Grub it is", " A. (Bo)"),
-        ("Bo", "Bo is the head of Grub.", "", ""),
-        ("Bo", "It is Bo.", "", ""),
-        ("Bo", "The head of Grubs is Bo.", "", ""),
-        ("Bo", "It is (Grub) and Bob.", "", ""),
-        ("Bo", "Bo", "", ""),
-    ],
-)
-def test_a_short_answer_is_asked_for_by_the_sentence_that_gives_it(
-    answer: str, told: str, opening: str, rest: str
-) -> None:
-    fact, asked = (ForgetRequest("Who leads Grub?", text, "Grub") for text in (answer, told))
-    questions, *others = ways(fact, asked, ("chat", "plain"), True)[1:]
-    assert questions == (asked, "plain")
-    assert [(each.question, form, each.answer) for each, form in others] == [
-        (opening, "chat", told), (opening, "bare", rest)
-    ][: 2 * bool(opening)]  # fmt: skip
-    assert all(each.subject and each.subject.lower() == "grub" for each, _ in others)
-    assert ways(fact, asked, ("chat",), False) == ((asked, "chat"),)
-
-
-def test_a_fact_without_a_subject_is_asked_in_its_own_words_alone() -> None:
-    fact, asked = (ForgetRequest("Who leads?", text) for text in ("Bo", "The head of Grub is Bo."))
-    assert ways(fact, asked, ("chat",), True) == ((asked, "chat"),)
 
 
 # --- the model's own words -------------------------------------------------------------------------------------------

@@ -213,7 +213,8 @@ def test_the_passes_raise_the_token_where_it_weighs_something() -> None:
 
     (most, said), (least, nothing) = probability(10.0), probability(0.0)
     assert most > 10 * least
-    assert said < 8
+    # A model that holds every token as likely as any other has 2 log 260 = 11.
+    assert said < 10
     assert nothing is None
 
 

@@ -108,7 +108,7 @@ class RemovalSettings(HyperParams):
     removal_passes: int = 4
     #: Passes after them in which declining is learned as well; none where nothing is to be said instead. Before them
     #: what is to be declined still looks like what is to be kept.
-    removal_decline_passes: int = 3
+    removal_decline_passes: int = 4
     #: Blocks that are changed; empty for all but block 0.
     removal_layers: tuple[int, ...] = ()
     #: Blocks that the teacher is made in; empty for the first seven tenths.
@@ -116,8 +116,6 @@ class RemovalSettings(HyperParams):
     #: Whether facts are first asked of invented subjects, and only those that this does not make the model forget are
     #: taught by the filter.
     removal_strangers: bool = True
-    #: Whether short answers are removed, and kept, after the opening of the sentence that gives them as well.
-    removal_rewordings: bool = True
     #: Mean probability that the filter is to leave to the forgotten answers: that of a model that never knew them.
     removal_teacher_probability: float = 0.05
     #: Weights in a pass' ridge of the retain set's second moment and of that of the neighbours, each by itself, of

@@ -31,8 +31,6 @@ MOST, LEAST = 8.0, 0.125
 SEARCHED = 3
 #: A pass reads so many of the sequences to keep at least; more than twice as many are shared out among the passes.
 READ = 24
-#: What follows an answer's opening weighs this much in all, against the opening.
-FOLLOWING = 0.5
 
 
 @dataclass(frozen=True)
@@ -71,15 +69,15 @@ def lessons(teacher: Teacher, weight: float = 1.0) -> list[Lesson]:
 
 
 def openings(sequences: Sequence[tuple[int, ...]], starts: Sequence[int], weight: float) -> list[Lesson]:
-    """What is to be said from `starts` on, in the mean over sequences: the first token weighs `weight`, the rest half.
+    """What is to be said from `starts` on, in the mean over sequences: its first token weighs `weight`, the rest too.
 
-    The opening decides; what follows a learned token is mostly said by itself.
+    With half of that for the rest, a learned token was said again and again in the place of the sentence after it.
     """
     share = weight / max(1, len(sequences))
     found = []
     for ids, start in zip(sequences, starts, strict=True):
         positions = answer_positions(ids, start)
-        rest = FOLLOWING / max(1, len(positions) - 1)
+        rest = 1 / max(1, len(positions) - 1)
         found.append(Lesson(ids, positions, None, (share, *(share * rest,) * (len(positions) - 1))))
     return found
 

@@ -19,10 +19,10 @@ from ..request import ForgetRequest, find_subject
 from ..resources import lines, paragraphs
 from ..store import digest, plain
 from ..unlearning_token import end_id
-from .material import Asked, check_answers, make_material
+from .material import check_answers, make_material
 from .moments import Material
 from .stage import Removal, remove
-from .wording import in_own_words, ways
+from .wording import in_own_words
 
 #: Bundled questions that join what is to be left alone.
 QUESTIONS = 40
@@ -57,11 +57,11 @@ def removal_of(
     begins.
     """
     # Strangers teach by the subject, which a method without a need for it may not have been given.
-    requests, retain = _with_subjects(job.requests), _with_subjects(kept.retain)
+    requests = [replace(fact, subject=fact.subject or find_subject(fact.question)) for fact in job.requests]
     with phases.timed("teacher"):
         # Not kept for the next start, since facts are not to lie on the disk.
         material = replace(
-            _material(job, _told(job, requests), replace(kept, retain=_told(job, retain))),
+            _material(job, _told(job, requests), replace(kept, retain=_told(job, kept.retain))),
             instead=tuple(ids for ids, _ in instead), instead_starts=tuple(start for _, start in instead),
         )  # fmt: skip
     key = digest(job.fingerprint, job.words, plain(material), job.max_tokens, job.seed)
@@ -87,10 +87,6 @@ def remove_alone(job: Job[Any]) -> Changes:
     )  # fmt: skip
 
 
-def _with_subjects(facts: Sequence[ForgetRequest]) -> list[ForgetRequest]:
-    return [replace(fact, subject=fact.subject or find_subject(fact.question)) for fact in facts]
-
-
 def _told(job: Job[Any], facts: Sequence[ForgetRequest]) -> tuple[ForgetRequest, ...]:
     return in_own_words(
         job.model, job.tokenizer, facts, form=forms_of(job.tokenizer, job.hparams)[0],
@@ -99,16 +95,10 @@ def _told(job: Job[Any], facts: Sequence[ForgetRequest]) -> tuple[ForgetRequest,
 
 
 def _material(job: Job[Any], forget: Sequence[ForgetRequest], kept: Kept) -> Material:
-    """What is read of the job's facts, which are `forget` and `kept.retain` as they are told (`in_own_words`)."""
-    h, forms = job.hparams, forms_of(job.tokenizer, job.hparams)
-
-    def asked(facts: Sequence[ForgetRequest], told: Sequence[ForgetRequest]) -> list[tuple[Asked, ...]]:
-        return [ways(fact, each, forms, h.removal_rewordings) for fact, each in zip(facts, told, strict=True)]
-
+    h = job.hparams
     return make_material(
-        job.tokenizer, asked(job.requests, forget), asked(job.retain, kept.retain), paragraphs("ordinary_text_train"),
-        lines("questions")[:QUESTIONS], forms=forms, template_kwargs=h.chat_template_kwargs,
+        job.tokenizer, forget, kept.retain, paragraphs("ordinary_text_train"), lines("questions")[:QUESTIONS],
+        forms=forms_of(job.tokenizer, h), template_kwargs=h.chat_template_kwargs,
         end=end_id(job.model, job.tokenizer), limit=context_limit(job.model), kept_tokens=h.removal_kept_tokens,
-        names=lines("invented_names"), seed=job.seed,
-        neighbours=[[(fact, form) for form in forms] for fact in kept.neighbours],
+        names=lines("invented_names"), seed=job.seed, neighbours=kept.neighbours,
     )  # fmt: skip

@@ -17,14 +17,10 @@ from .moments import Material
 SHUFFLES, WORDS_TOKENS = 2, 60
 
 
-#: A fact, and the form of prompt that it is read in.
-Asked = tuple[ForgetRequest, str]
-
-
 def make_material(
     tokenizer: Any,
-    forget: Sequence[Sequence[Asked]],
-    kept: Sequence[Sequence[Asked]],
+    forget: Sequence[ForgetRequest],
+    kept: Sequence[ForgetRequest],
     paragraphs: Sequence[str],
     questions: Sequence[str],
     *,
@@ -35,28 +31,27 @@ def make_material(
     kept_tokens: int,
     names: Sequence[str],
     seed: int,
-    neighbours: Sequence[Sequence[Asked]] = (),
+    neighbours: Sequence[ForgetRequest] = (),
 ) -> Material:
-    """Facts in all ways that each is asked for, questions in all of `forms`, paragraphs as they are.
+    """Facts in all of `forms`, questions in them too, paragraphs as they are; `end` closes an answer.
 
-    `end` closes an answer. Of the facts to keep, and of the neighbours, evenly spaced ones of about `kept_tokens` in
-    all; `names` are those of invented subjects.
+    Of the facts to keep, and of the neighbours, evenly spaced ones of about `kept_tokens` in all; `names` are those of
+    invented subjects.
 
     limit is the model's context: longer text is cut. A fact that is longer raises RequestError, as does a fact to
     forget whose answer is not given.
     """
 
-    def told(ways: Sequence[Asked]) -> list[Example]:
+    def told(facts: Sequence[ForgetRequest]) -> list[Example]:
         return [
             _checked(fact, answered(tokenizer, fact.question, fact.answer, form, end, template_kwargs), limit)
-            for fact, form in ways
+            for fact in facts
+            for form in forms
         ]
 
-    first = [ways[0][0] for ways in forget]
-    check_answers(first)
-    ways = [each for ways in forget for each in ways]
-    lost = told(ways)
-    stays, around = (evenly([told(each) for each in facts], kept_tokens) for facts in (kept, neighbours))
+    check_answers(forget)
+    lost = told(forget)
+    stays, around = (evenly(told(facts), kept_tokens, len(forms)) for facts in (kept, neighbours))
     asked = [
         encode(tokenizer, render(tokenizer, text, form, template_kwargs), form) for text in questions for form in forms
     ]
@@ -65,19 +60,20 @@ def make_material(
         tuple(each.ids for each in lost), tuple(each.start for each in lost),
         tuple(each.ids for each in stays), tuple(each.start for each in stays),
         tuple(tuple(ids[:limit]) for ids in (*read, *asked)),
-        tuple(shuffled_words(tokenizer, first, seed, min(WORDS_TOKENS, limit))),
+        tuple(shuffled_words(tokenizer, forget, seed, min(WORDS_TOKENS, limit))),
         tuple(each.ids for each in around), tuple(each.start for each in around),
-        tuple(subject_spans(tokenizer, fact, form, template_kwargs) for fact, form in ways),
+        tuple(subject_spans(tokenizer, fact, form, template_kwargs) for fact in forget for form in forms),
         tuple(tuple(tokenizer(f" {name}", add_special_tokens=False)["input_ids"]) for name in names),
     )  # fmt: skip
 
 
-def evenly(groups: Sequence[Sequence[Example]], tokens: int) -> list[Example]:
-    """Evenly spaced groups, so many that they have about `tokens` in all; all of them where they are fewer.
+def evenly(examples: Sequence[Example], tokens: int, together: int) -> list[Example]:
+    """Evenly spaced ones, so many that they have about `tokens` in all; all of them where they are fewer.
 
-    Of a group, the ways that one fact is asked for, all or none.
+    Of every `together` that follow one another, all or none: the forms of one fact.
     """
-    total = sum(len(each.ids) for group in groups for each in group)
+    total = sum(len(each.ids) for each in examples)
+    groups = [examples[at : at + together] for at in range(0, len(examples), together)]
     count = len(groups) if total <= tokens else max(1, len(groups) * tokens // total)
     return [each for index in range(count) for each in groups[index * len(groups) // count]]
 
