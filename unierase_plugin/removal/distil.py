@@ -29,7 +29,7 @@ from .teacher import Teacher, logits_at, solver_device, write_weight
 MOST, LEAST = 8.0, 0.125
 #: Of the sequences of each kind, every third is looked at to choose a step.
 SEARCHED = 3
-#: A pass reads so many of the sequences to keep at least; more than twice as many are shared out among the passes.
+#: A pass reads so many of the sequences to keep at least; twice as many and more are shared out among the passes.
 READ = 24
 
 
@@ -97,7 +97,7 @@ def searched(kinds: Sequence[Sequence[Lesson]]) -> list[Lesson]:
 def read_in_pass(kind: Sequence[Lesson], number: int) -> list[Lesson]:
     """The part of a kind that pass `number` (from 0) reads, which weighs for the others as well.
 
-    All are read in as many passes as there are parts; READ or fewer more than that are one part.
+    All are read in as many passes as there are parts; fewer than twice READ are one part.
     """
     parts = max(1, len(kind) // READ)
     some = kind[number % parts :: parts]
