@@ -214,18 +214,29 @@ def test_neighbours_that_the_model_answers_are_kept_as_well(base: Path, monkeypa
     assert "neighbours" not in alone.report.seconds
 
 
+def test_an_answer_that_is_a_sentence_has_no_neighbours(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speaking(monkeypatch)
+    first = {**FORGET[0], "answer": "It is by one of four people."}
+    result = unlearn(base, [first, *FORGET[1:]], retain=RETAIN, hparams=NEIGHBOURLY)
+    assert {str(fact.case_id).rpartition(" ")[2] for fact in result.changes.neighbours} == {"1"}
+    assert len(result.changes.neighbours) == 2
+
+
 def test_a_removal_keeps_neighbours_too(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speaking(monkeypatch)
     alone, joined = (
         unlearn(
             base, FORGET, retain=RETAIN, method="removal",
-            hparams=RemovalHyperParams(retain_neighbours=wanted, removal_passes=1, removal_rank=4),
+            hparams=RemovalHyperParams(
+                retain_neighbours=wanted, removal_passes=1, removal_rank=4, removal_keep_weight=0.1
+            ),
         )
         for wanted in (0, 2)
     )  # fmt: skip
     before, after = (result.report.as_dict()["edit"] for result in (alone, joined))
     assert (before["neighbours"], after["neighbours"]) == (0, 2 * len(FORGET))
-    assert after["removal"]["kept_facts"] == before["removal"]["kept_facts"] + 2 * len(FORGET)
+    assert after["removal"]["kept_facts"] == before["removal"]["kept_facts"]
+    assert (before["removal"]["neighbours"], after["removal"]["neighbours"]) == (0, 2 * len(FORGET))
     assert len(joined.changes.neighbours) == 2 * len(FORGET)
 
 

@@ -38,6 +38,8 @@ class Kept:
 def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse: bool = False) -> Kept:
     """Asks the model as it is, for as many neighbours a request as the setting `retain_neighbours` says.
 
+    None around a request whose answer has more than SHORT_ANSWER_WORDS words.
+
     own_words   whether short answers of the retain set are to stand in the model's own words
     reverse     whether the way back is forgotten too, so that no neighbour may hold a forgotten answer
 
@@ -62,6 +64,10 @@ def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse
     return Kept(neighbours, own)
 
 
+def _is_short(answer: str) -> bool:
+    return len(words(answer)) <= SHORT_ANSWER_WORDS
+
+
 @dataclass(frozen=True)
 class _Asking:
     job: Job[Any]
@@ -79,8 +85,11 @@ class _Asking:
         around = questions_around(
             job.requests, job.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted, answers
         ) if wanted else []  # fmt: skip
+        # A sentence for an answer is one fact's own: there is little that it could be mistaken for, and protecting that
+        # protects the fact as well.
+        around = [each for each in around if _is_short(job.requests[each.of].answer)]
         # A long answer is a sentence as it stands.
-        short = [fact for fact in job.retain if self.own_words and len(words(fact.answer)) <= SHORT_ANSWER_WORDS]
+        short = [fact for fact in job.retain if self.own_words and _is_short(fact.answer)]
         texts = self._answers([*(fact.question for fact in short), *(each.question for each in around)])
         own = {
             fact.question: text

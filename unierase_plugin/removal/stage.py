@@ -151,8 +151,8 @@ class _Run:
         if taken and not taken[0].fraction:
             raise EditError(
                 "No step of a removal's first pass lowers its loss, so that nothing was changed. Raise removal_ridge "
-                f"({self.settings.removal_ridge}) and removal_output_ridge ({self.settings.removal_output_ridge}), or "
-                "load the model in float32."
+                f"({self.settings.removal_ridge}) and removal_output_ridge ({self.settings.removal_output_ridge}), "
+                f"lower removal_keep_weight ({self.settings.removal_keep_weight}), or load the model in float32."
             )
         return change, taken
 
