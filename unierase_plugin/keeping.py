@@ -85,8 +85,7 @@ class _Asking:
         around = questions_around(
             job.requests, job.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted, answers
         ) if wanted else []  # fmt: skip
-        # A sentence for an answer is one fact's own: there is little that it could be mistaken for, and protecting that
-        # protects the fact as well.
+        # Around answers that are sentences, neighbours went with more of the fact being left (docs/removal.md).
         around = [each for each in around if _is_short(job.requests[each.of].answer)]
         # A long answer is a sentence as it stands.
         short = [fact for fact in job.retain if self.own_words and _is_short(fact.answer)]

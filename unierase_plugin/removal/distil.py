@@ -71,7 +71,7 @@ def lessons(teacher: Teacher, weight: float = 1.0) -> list[Lesson]:
 def openings(sequences: Sequence[tuple[int, ...]], starts: Sequence[int], weight: float) -> list[Lesson]:
     """What is to be said from `starts` on, in the mean over sequences: its first token weighs `weight`, the rest too.
 
-    With half of that for the rest, a learned token was said again and again in the place of the sentence after it.
+    In a run with half of that for the rest, a learned token was said again in the place of the sentence after it.
     """
     share = weight / max(1, len(sequences))
     found = []
