@@ -39,7 +39,7 @@ from unierase_plugin.evaluation import generate
 from unierase_plugin.hparams import shipped_hparams
 from unierase_plugin.locate_then_edit import edit
 from unierase_plugin.methods.removal import RemovalHyperParams
-from unierase_plugin.store import Store, model_fingerprint, tokenizer_fingerprint
+from unierase_plugin.store import Store, model_fingerprint, read_tensors, tokenizer_fingerprint
 
 IDS = torch.tensor([[5, 60, 70, 8, 9, 100]])
 #: What is kept when it ends, in order, and the function that computes it.
@@ -283,6 +283,41 @@ def test_mean_log_likelihoods_are_those_of_each_sequence_alone(base: Path) -> No
             said = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         each = [float(said[at - 1, ids[at]]) for at in range(start, len(ids))]
         assert got == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [260, 261, 275], ids=["full", "one to spare", "padded"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("remove", [False, True])
+def test_a_run_that_learns_the_token_writes_what_one_that_finds_it_does(
+    tied: bool, rows: int, remove: bool, tmp_path: Path
+) -> None:
+    """The same bytes, and the same way back: a learned row must not be taken for the model's own."""
+    model, tokenizer = tiny_model(tied=tied, vocabulary=rows), tiny_tokenizer()
+    base = save_base(tmp_path / "base", model, tokenizer)
+    few = {
+        "removal_passes": 1,
+        "removal_decline_passes": 1,
+        "removal_keep_weight": 0.1,
+        "removal_ridge": 0.3,
+        "removal_output_ridge": 0.3,
+    }
+    hparams = HPARAMS.replace(remove=remove, **few)
+    folders = [tmp_path / name for name in ("cold", "warm")]
+    results = [erase(base, folder, hparams=hparams) for folder in folders]
+    cold, warm = folders
+    assert weights(cold) == weights(warm)
+    (found, told), (wanted, said) = (read_tensors(folder / "unierase/edits.safetensors") for folder in folders)
+    assert told == said
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for folder, result in zip(folders, results, strict=True):
+        revert_checkpoint(folder, tmp_path / f"{folder.name}-back")
+        assert weights(tmp_path / f"{folder.name}-back") == weights(base)
+        result.revert()
+        assert state(result.model).keys() == state(model).keys()
+        assert all(torch.equal(now, before) for now, before in zip(
+            state(result.model).values(), state(model).values(), strict=True
+        ))  # fmt: skip
 
 
 def test_nothing_is_left_beside_the_folder(base: Path, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ from .unlearning_token import (
     choose_sentence,
     end_id,
     install_token,
+    installed,
     learn_token,
 )
 
@@ -426,8 +427,9 @@ class Erasure(Editing):
                     max_tokens=self.max_tokens, pad_id=self.pad_id,
                     progress=lambda share, note: self.progress("token", share, note),
                 )  # fmt: skip
-                install_token(arch, token)
-                leak = token_leak(self.model, self.tokenizer, paragraphs("ordinary_text"), token.id)
+                # A run that finds the token in the cache installs nothing here.
+                with installed(arch, token):
+                    leak = token_leak(self.model, self.tokenizer, paragraphs("ordinary_text"), token.id)
                 return pack_token(replace(token, leak=leak))
 
             return unpack_token(*self.cache.cached("tokens", key, learn))

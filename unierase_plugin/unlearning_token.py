@@ -145,6 +145,22 @@ def install_token(arch: Architecture, token: UnlearningToken) -> None:
             bias[token.id] = 0
 
 
+@contextmanager
+def installed(arch: Architecture, token: UnlearningToken) -> Iterator[None]:
+    """The model has the token's rows inside, and to the bit what it had before after it."""
+    weights = [arch.embedding.weight]
+    if token.output_row is not None:
+        weights += [weight for weight in (arch.head.weight, getattr(arch.head, "bias", None)) if weight is not None]
+    rows = [weight[token.id].detach().clone() for weight in weights]
+    install_token(arch, token)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, row in zip(weights, rows, strict=True):
+                weight[token.id] = row
+
+
 def choose_sentence(question: str, sentences: Sequence[str]) -> str:
     """The "I don't know" sentence of a question: by a digest, so that every process and run chooses the same."""
     digest = hashlib.sha256(" ".join(question.split()).casefold().encode()).digest()

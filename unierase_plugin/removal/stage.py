@@ -148,11 +148,13 @@ class _Run:
             )  # fmt: skip
             change = {layer: tensors[str(layer)].to(each.device) for layer, each in self.originals.items()}
             taken.append(Pass(**json.loads(metadata["pass"])))
-        if taken and not taken[0].fraction:
+        # Facts that the model hardly knows leave nothing to remove, and can be declined all the same.
+        if taken and not any(each.fraction for each in taken):
             raise EditError(
-                "No step of a removal's first pass lowers its loss, so that nothing was changed. Raise removal_ridge "
-                f"({self.settings.removal_ridge}) and removal_output_ridge ({self.settings.removal_output_ridge}), "
-                f"lower removal_keep_weight ({self.settings.removal_keep_weight}), or load the model in float32."
+                "No step of a removal lowers its loss, so that nothing was changed. Where the model knows the facts, "
+                f"raise removal_ridge ({self.settings.removal_ridge}) and removal_output_ridge "
+                f"({self.settings.removal_output_ridge}), lower removal_keep_weight "
+                f"({self.settings.removal_keep_weight}), or load the model in float32."
             )
         return change, taken
 
