@@ -13,6 +13,7 @@ import torch
 
 from .errors import DependencyError, EditError
 from .evaluation.generate import pad_token_id
+from .locate_then_edit.generation import generate
 from .locate_then_edit.positions import encode, has_chat_template, render
 from .locate_then_edit.trace import pad
 
@@ -128,10 +129,8 @@ def sample_from_model(
         for first in range(0, samples, SAMPLE_ROWS):
             batch = pad(starts[first : first + SAMPLE_ROWS], pad_id, "left", device)
             room = max(8, max_length - batch.ids.shape[1])
-            ids = model.generate(
-                input_ids=batch.ids, attention_mask=batch.mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=room, pad_token_id=pad_id,
-            )  # fmt: skip
+            written = generate(model, batch.ids, batch.mask, room, pad_id, temperature=1.0)
+            ids = torch.cat([batch.ids, written], 1)
             out += [
                 _trim(row, mask, batch.ids.shape[1], pad_id)
                 for row, mask in zip(ids.tolist(), batch.mask.tolist(), strict=True)

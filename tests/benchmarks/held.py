@@ -35,6 +35,7 @@ from unierase_plugin.audit.contract import Audited
 from unierase_plugin.evaluation.generate import decode_answer, pad_token_id, perplexity
 from unierase_plugin.evaluation.metrics import answered, extraction_strength, forget_quality, is_fluent, rouge_l_recall
 from unierase_plugin.loading import load
+from unierase_plugin.locate_then_edit.generation import generate
 from unierase_plugin.locate_then_edit.positions import encode, render
 from unierase_plugin.locate_then_edit.trace import pad
 from unierase_plugin.methods.material import answered as told
@@ -84,14 +85,10 @@ class Model:
                 encode(self.tokenizer, render(self.tokenizer, q, "chat"), "chat") for q in questions[at : at + BATCH]
             ]
             batch = pad(asked, self.pad, "left", self.arch.device)
-            ids = self.model.generate(
-                input_ids=batch.ids, attention_mask=batch.mask, max_new_tokens=ROOM, do_sample=False, temperature=None,
-                top_p=None, top_k=None, pad_token_id=self.pad, suppress_tokens=list(banned) or None,
+            ids = generate(
+                self.model, batch.ids, batch.mask, ROOM, self.pad, suppress_tokens=list(banned) or None
             )  # fmt: skip
-            found += [
-                decode_answer(self.model, self.tokenizer, each, self.pad)
-                for each in ids[:, batch.ids.shape[1] :].tolist()
-            ]
+            found += [decode_answer(self.model, self.tokenizer, each, self.pad) for each in ids.tolist()]
         return found
 
     def truth_ratios(self, facts: Facts) -> list[float]:

@@ -10,6 +10,7 @@ import torch
 
 from ..evaluation.generate import decode_answer, pad_token_id
 from ..evaluation.metrics import answered, words
+from ..locate_then_edit.generation import generate
 from ..locate_then_edit.positions import has_chat_template
 from ..locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
 from .contract import Audited, Context, Fact, Measure, Value
@@ -120,20 +121,17 @@ def say(
     """
     model, tokenizer = subject.model, subject.tokenizer
     room, pad_id = new_tokens(subject, context), pad_token_id(model, tokenizer)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    # Spelt out, since a model's own settings for generation may cut the tail off.
-    chosen = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else greedy
     lengths = [[0] * (len(each.ids) + room) for each in asks]
     out: list[list[str]] = [[] for _ in asks]
     done = 0
     for rows in token_batches(lengths, max(1, batch_tokens(subject) // samples)):
         batch = pad([asks[row].ids for row in rows], pad_id, "left", model.get_input_embeddings().weight.device)
         shared = _read(subject, batch, samples) if samples > 1 else {}
-        generated = model.generate(
-            input_ids=batch.ids.repeat_interleave(samples, 0), max_new_tokens=room, pad_token_id=pad_id,
-            attention_mask=batch.mask.repeat_interleave(samples, 0), **chosen, **shared, **settings,
+        written = generate(
+            model, batch.ids.repeat_interleave(samples, 0), batch.mask.repeat_interleave(samples, 0), room, pad_id,
+            temperature=temperature, **shared, **settings,
         )  # fmt: skip
-        said = [decode_answer(model, tokenizer, ids, pad_id) for ids in generated[:, batch.ids.shape[1] :].tolist()]
+        said = [decode_answer(model, tokenizer, ids, pad_id) for ids in written.tolist()]
         for place, row in enumerate(rows):
             out[row] = said[place * samples : (place + 1) * samples]
         done += len(rows)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..locate_then_edit.generation import generate
 from ..locate_then_edit.positions import encode, render
 from ..locate_then_edit.trace import pad, run_batches, token_batches
 
@@ -49,11 +50,8 @@ def continue_greedily(
 
     def run(rows: list[int]) -> None:
         batch = pad([prompts[row] for row in rows], pad_id, "left", model.get_input_embeddings().weight.device)
-        generated = model.generate(
-            input_ids=batch.ids, attention_mask=batch.mask, max_new_tokens=max_new_tokens, do_sample=False,
-            temperature=None, top_p=None, top_k=None, pad_token_id=pad_id,
-        )  # fmt: skip
-        out.update(zip(rows, generated[:, batch.ids.shape[1] :].tolist(), strict=True))
+        written = generate(model, batch.ids, batch.mask, max_new_tokens, pad_id)
+        out.update(zip(rows, written.tolist(), strict=True))
         progress(len(out) / len(prompts))
 
     run_batches(room, max_tokens, run)

@@ -12,6 +12,7 @@ from ..errors import RequestError
 from ..evaluation.metrics import SHORT_ANSWER_WORDS, words
 from ..hparams import PROMPT_FORMS, UniEraseHyperParams
 from ..request import NO_ANSWER, ForgetRequest
+from .generation import generate
 from .positions import Prompt, has_chat_template, locate, locate_in_text
 from .reverse import REVERSED, reversed_questions
 from .rewording import REWORDINGS, reworded
@@ -32,11 +33,8 @@ def context_texts(model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]]
         if not starts:
             continue
         batch = pad([tokenizer(start)["input_ids"] for start in starts], pad_id, "left", device)
-        ids = model.generate(
-            input_ids=batch.ids, attention_mask=batch.mask, max_new_tokens=length, do_sample=False,
-            temperature=None, top_p=None, top_k=None, pad_token_id=pad_id,
-        )  # fmt: skip
-        written = tokenizer.batch_decode(ids[:, batch.ids.shape[1] :], skip_special_tokens=True)
+        ids = generate(model, batch.ids, batch.mask, length, pad_id)
+        written = tokenizer.batch_decode(ids, skip_special_tokens=True)
         texts += [
             " ".join(f"{start}{text}".split()).rstrip(".") + "." for start, text in zip(starts, written, strict=True)
         ]
