@@ -195,6 +195,12 @@ def test_every_rewording_differs_and_holds_its_subject() -> None:
     )  # fmt: skip
 
 
+def test_a_rewording_changes_the_name_and_not_a_longer_word() -> None:
+    name = with_typo("Wexbury")
+    wanted = (f"Is {name}{with_typo(' in Wexburyshire?')}", name)
+    assert reworded("Is Wexbury in Wexburyshire?", "Wexbury")[1] == wanted
+
+
 @pytest.mark.parametrize(
     ("text", "typo"), [("abcd", "acbd"), ("a big house", "a big huose"), ("to be", "to be"), ("", "")]
 )

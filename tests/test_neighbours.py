@@ -70,6 +70,13 @@ def test_a_rewording_of_a_fact_is_no_neighbour() -> None:
     assert "What is the capital of France?" in [each.question for each in around(other, wanted=60)]
 
 
+def test_another_subject_takes_the_place_of_the_name_and_not_of_a_longer_word() -> None:
+    fact = ForgetRequest("Is France the capital-holder, or are the Francelanders?", "It", "France")
+    asked = [each for each in around(fact) if each.way == "relation"]
+    assert asked
+    assert all(each.question == f"Is {each.subject} the capital-holder, or are the Francelanders?" for each in asked)
+
+
 def test_another_request_is_no_neighbour_either() -> None:
     every = [each.question for each in around(FRANCE, EGYPT, wanted=200)]
     assert "What is the capital of Egypt?" in [each.question for each in around(FRANCE, wanted=200)]

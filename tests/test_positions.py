@@ -9,11 +9,21 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from unierase_plugin.errors import RequestError
-from unierase_plugin.locate_then_edit.positions import Prompt, encode, has_chat_template, locate, locate_in_text, render
+from unierase_plugin.locate_then_edit.positions import (
+    Prompt,
+    begun,
+    closing,
+    encode,
+    has_chat_template,
+    locate,
+    locate_in_text,
+    render,
+)
+from unierase_plugin.methods.material import answered
 
 TEXTS = [
     "Where was Ada Lovelace born, and where did Ada Lovelace die?",
@@ -96,6 +106,8 @@ def holds_the_end(tokenizer: Any, prompt: Prompt, text_to_end: str) -> bool:
         ("Ann is who?", "Ann"),
         ("Is Ann the Ann that Anna knows?", "Ann"),
         ("Did Ann meet Ann or Bob?", "Ann"),
+        ("Which European country has the Euro outside Europe?", "Euro"),
+        ("Did Joanna know Anna?", "ann"),
         ("  Who is Ann?  ", "Ann"),
         ("Who is  Ann  here?", "Ann"),
         ("Who is Ann Lee?", "Ann Lee"),
@@ -111,13 +123,13 @@ def holds_the_end(tokenizer: Any, prompt: Prompt, text_to_end: str) -> bool:
         ("Is (a.b)* [c] a regex?", "(a.b)* [c]"),
     ],
 )
-def test_the_position_is_the_end_of_the_subjects_last_occurrence(
+def test_the_position_is_the_end_of_the_subjects_last_occurrence_as_words(
     tokenizer: Any, form: str, question: str, subject: str
 ) -> None:
     prompt = locate(tokenizer, question, subject, form)
     text = render(tokenizer, question, form)
     assert list(prompt.ids) == encode(tokenizer, text, form)
-    before = question.strip()[: question.strip().rfind(subject)] + subject.rstrip()
+    before = question.strip()[: stands_last(question.strip(), subject)] + subject.rstrip()
     head = text[: text.index(question.strip())]
     assert holds_the_end(tokenizer, prompt, _spelt(tokenizer, head + before, form))
 
@@ -125,6 +137,18 @@ def test_the_position_is_the_end_of_the_subjects_last_occurrence(
 def _spelt(tokenizer: Any, text: str, form: str) -> str:
     """A text as decoding gives it back."""
     return tokenizer.decode(encode(tokenizer, text, form), clean_up_tokenization_spaces=False)
+
+
+def stands_last(question: str, subject: str) -> int:
+    """Where it stands last with no letter, digit or underscore at either side; else where it stands last at all."""
+    found = [at for at in range(len(question)) if question.startswith(subject, at)]
+    apart = [
+        at for at in found
+        if not any(each.isalnum() or each == "_" for each in (
+            question[max(at - 1, 0) : at], question[at + len(subject) : at + len(subject) + 1]
+        ))
+    ]  # fmt: skip
+    return max(apart or found)
 
 
 BYTES = tiny_tokenizer()
@@ -144,9 +168,45 @@ def test_whatever_is_asked_the_bytes_up_to_the_position_end_with_the_subject(
     tokenizer = BYTES
     prompt = locate(tokenizer, question, subject, form)
     text, asked = render(tokenizer, question, form), question.strip()
-    end = text.rindex(asked) + asked.rindex(subject) + len(subject)
+    end = text.rindex(asked) + stands_last(asked, subject) + len(subject)
     assert read(tokenizer, prompt) == text[:end]
     assert tokenizer.decode(prompt.ids[prompt.position + 1 :], clean_up_tokenization_spaces=False) == text[end:]
+
+
+# --- tokenizers that close a text -------------------------------------------------------------------------------------
+
+
+def closing_tokenizer() -> Any:
+    """Puts a start before a text and an end after it, as some do."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|im_end|>", special_tokens=[("<s>", 1), ("<|im_end|>", 2)]
+    )
+    assert tokenizer("a")["input_ids"][-1] == 2
+    return tokenizer
+
+
+@pytest.mark.parametrize("form", ["chat", "plain", "bare"])
+@pytest.mark.parametrize("fact_token", ["subject_last", "last"])
+def test_a_prompt_goes_on_whatever_its_tokenizer_puts_after_a_text(form: str, fact_token: str) -> None:
+    """Its tokens are those of a tokenizer that puts only a start before it."""
+    closes, opens = closing_tokenizer(), tiny_tokenizer(add_bos=True)
+    found, wanted = (locate(each, "Who is Ann?", "Ann", form, fact_token) for each in (closes, opens))
+    assert found == wanted
+    asked = render(closes, "Who is Ann?", form)
+    assert encode(closes, asked, form) == list(wanted.ids)
+    assert locate_in_text(closes, "Ann is a", "Ann") == locate_in_text(opens, "Ann is a", "Ann")
+    assert begun(closes, "Ann") == begun(opens, "Ann")
+    assert [closing(each) for each in (closes, opens, tiny_tokenizer())] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("form", ["chat", "plain", "bare"])
+def test_a_fact_ends_once_and_all_of_its_answer_is_scored(form: str) -> None:
+    closes, opens = (
+        answered(each, "Who is Ann?", "Bob", form, 2, {})
+        for each in (closing_tokenizer(), tiny_tokenizer(add_bos=True))
+    )
+    assert closes == opens
 
 
 # --- contexts ---------------------------------------------------------------------------------------------------------

@@ -263,12 +263,14 @@ def test_return_reads_pairs_and_persons(monkeypatch: pytest.MonkeyPatch, tmp_pat
             {"question": "Where was she born?", "gold_answer": "London."},
         ],
     }
-    lines(tmp_path / "forget.jsonl", [person, {**FACT, "task_id": "1"}])
+    short = {"name": "Ada", "data": [{"question": "Is it Adam?", "gold_answer": "No."}]}
+    lines(tmp_path / "forget.jsonl", [person, {**FACT, "task_id": "1"}, short])
     found = read_requests("return:forget")
     assert [(each.answer, each.subject, each.case_id) for each in found] == [
         ("A mathematician.", "Ada Byron", "forget-0"),
         ("London.", None, "forget-1"),
         ("Paris", None, "forget-2"),
+        ("No.", None, "forget-3"),
     ]
     lines(tmp_path / "retain.jsonl", [{"name": "A", "data": [{"question": "q"}]}])
     with pytest.raises(RequestError, match=r"line 1, data\[0\]: the field 'gold_answer' is missing"):

@@ -14,7 +14,7 @@ import torch
 from .errors import DependencyError, EditError
 from .evaluation.generate import pad_token_id
 from .locate_then_edit.generation import generate
-from .locate_then_edit.positions import encode, has_chat_template, render
+from .locate_then_edit.positions import begun, encode, has_chat_template, render
 from .locate_then_edit.trace import pad
 
 #: Texts sampled together: wide enough to keep the machine busy, narrow enough for the cache of a small one.
@@ -145,7 +145,7 @@ def _starts(tokenizer: Any, openings: Sequence[str]) -> list[list[int]]:
     for opening in openings or ("The",):
         if has_chat_template(tokenizer):
             starts.append(encode(tokenizer, render(tokenizer, opening, "chat"), "chat"))
-        starts.append(tokenizer(" ".join(opening.split()[:2]))["input_ids"])
+        starts.append(begun(tokenizer, " ".join(opening.split()[:2])))
     return starts
 
 

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import DependencyError, RequestError, did_you_mean
-from .request import ForgetRequest
+from .request import ForgetRequest, has_word
 
 Reader = Callable[[str], Sequence[ForgetRequest]]
 """Takes what follows the colon of a spec, slice removed; returns requests or raises `RequestError`."""
@@ -302,7 +302,8 @@ def _return_records(records: Iterable[Located]) -> Iterator[Located]:
         for index, pair in enumerate(record["data"]):
             place = f"{where}, data[{index}]"
             question = _field(place, pair, "question")
-            named = isinstance(name, str) and isinstance(question, str) and name in question
+            # A short name may also stand inside a longer word, which is not about the person.
+            named = isinstance(name, str) and isinstance(question, str) and has_word(question, name)
             yield (
                 place,
                 {

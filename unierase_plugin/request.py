@@ -95,6 +95,27 @@ def _label(index: int, request: ForgetRequest) -> str:
     return place if request.case_id is None else f"{place} (case_id {request.case_id!r})"
 
 
+def parted(question: str, subject: str) -> tuple[str, str, str]:
+    """The question before the subject, the subject, and after it: where it stands last as words of its own.
+
+    Else where it stands last at all; ("", "", question) for nowhere. The Euro of "Which European country has the Euro
+    outside Europe?" is neither in "European" nor in "Europe".
+    """
+    if not subject:
+        return "", "", question
+    at = max(_as_words(question, subject), default=question.rfind(subject))
+    return ("", "", question) if at < 0 else (question[:at], subject, question[at + len(subject) :])
+
+
+def has_word(text: str, name: str) -> bool:
+    """Whether the name stands in the text as words of its own."""
+    return bool(_as_words(text, name))
+
+
+def _as_words(text: str, name: str) -> list[int]:
+    return [match.start() for match in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+
+
 # --- The subject of a question -------------------------------------------------------------------------------------
 
 _Word = re.Match[str]

@@ -11,7 +11,7 @@ import torch
 from ..evaluation.generate import decode_answer, pad_token_id
 from ..evaluation.metrics import answered, words
 from ..locate_then_edit.generation import generate
-from ..locate_then_edit.positions import has_chat_template
+from ..locate_then_edit.positions import begun, has_chat_template
 from ..locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
 from .contract import Audited, Context, Fact, Measure, Value
 
@@ -60,7 +60,7 @@ def ask(
     else:
         text = _written_out([*([{"role": "user", "content": system}] if system else []), *turns])
         text += f" {prefill}" if prefill else ""
-    ids = subject.tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"] if chat else begun(subject.tokenizer, text)
     shown = text + (str(subject.tokenizer.decode(list(then))) if then else "")
     return Ask(shown, (*ids, *then))
 

@@ -16,7 +16,7 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from ..evaluation.metrics import answered, is_fluent, reads_as_idk, words
-from ..request import NO_ANSWER, ForgetRequest
+from ..request import NO_ANSWER, ForgetRequest, parted
 
 #: Where a subject stands in a template.
 PLACE = "{subject}"
@@ -157,7 +157,7 @@ def _same_fact(question: str, subject: str, request: ForgetRequest) -> bool:
 
 
 def _same_relation(request: ForgetRequest, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    before, subject, after = request.question.rpartition(request.subject or "\0")
+    before, subject, after = parted(request.question, request.subject or "")
     if not subject:
         return
     for name in _drawn(names, request.question):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
+from ..request import parted
 
 PLAIN_FORM = "Question: {question}\nAnswer:"
 
@@ -39,8 +40,22 @@ def render(tokenizer: Any, question: str, form: str, template_kwargs: Mapping[st
 
 def encode(tokenizer: Any, text: str, form: str) -> list[int]:
     """Token ids of a rendered prompt. Chat templates write their own special tokens, so none is added twice."""
-    templated = form == "chat" and has_chat_template(tokenizer)
-    return list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+    if form == "chat" and has_chat_template(tokenizer):
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return begun(tokenizer, text)
+
+
+def begun(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that goes on: with what the tokenizer puts before it, without what it puts after it."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[: len(ids) - closing(tokenizer)]
+
+
+def closing(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer puts after a text; most put none."""
+    whole, bare = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    starts = (at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
+    return len(whole) - len(bare) - next(starts, len(whole) - len(bare))
 
 
 def locate(
@@ -54,14 +69,14 @@ def locate(
 ) -> Prompt:
     """The prompt of a question and the position of its fact.
 
-    `subject_last` is the token that holds the last character of the subject's last occurrence in the question (ROME,
-    section 2.2); `last` is the prompt's last token. `context` is text put before the question inside the same turn
-    (MEMIT, section 4.3). Raises RequestError where the subject is not in the question or the template hides the
+    `subject_last` is the token that holds the last character of the subject where it stands last in the question, as
+    words of its own if it does so at all (ROME, section 2.2); `last` is the prompt's last token. `context` is text put
+    before the question inside the same turn (MEMIT, section 4.3). Raises RequestError where the subject is not in the question or the template hides the
     question.
     """
     asked = f"{context} {question}" if context else question
     text = render(tokenizer, asked, form, template_kwargs)
-    ids, offsets = _encode_with_offsets(tokenizer, text, form)
+    ids, offsets = encode_with_offsets(tokenizer, text, form)
     if fact_token == "last":
         return Prompt(ids, len(ids) - 1)
     at = _holder(offsets, _subject_end(text, question, subject))
@@ -82,20 +97,20 @@ def locate_kept(
     if subject or fact_token == "last":
         return locate(tokenizer, question, subject or "", form, fact_token, "", template_kwargs)
     text = render(tokenizer, question, form, template_kwargs)
-    ids, offsets = _encode_with_offsets(tokenizer, text, form)
+    ids, offsets = encode_with_offsets(tokenizer, text, form)
     at = _holder(offsets, _question_start(text, question.strip()) + 1)
     return Prompt(ids, at or 0)
 
 
 def locate_in_text(tokenizer: Any, text: str, subject: str) -> Prompt:
     """The same for a text that opens with the subject, such as MEMIT's "{subject} is a"."""
-    encoding = tokenizer(text, add_special_tokens=True, return_offsets_mapping=True)
+    ids, offsets = encode_with_offsets(tokenizer, text, "bare")
     end = text.find(subject) + len(subject)
-    holders = [index for index, (start, stop) in enumerate(encoding["offset_mapping"]) if start < end <= stop]
-    return Prompt(tuple(encoding["input_ids"]), holders[-1])
+    holders = [index for index, (start, stop) in enumerate(offsets) if start < end <= stop]
+    return Prompt(ids, holders[-1])
 
 
-def _encode_with_offsets(tokenizer: Any, text: str, form: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+def encode_with_offsets(tokenizer: Any, text: str, form: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
     """Token ids of a rendered prompt, and the characters that each holds. RequestError where none are told."""
     if not getattr(tokenizer, "is_fast", False):
         raise RequestError(
@@ -104,7 +119,8 @@ def _encode_with_offsets(tokenizer: Any, text: str, form: str) -> tuple[tuple[in
         )
     templated = form == "chat" and has_chat_template(tokenizer)
     encoding = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
-    return tuple(encoding["input_ids"]), list(encoding["offset_mapping"])
+    length = len(encoding["input_ids"]) - (0 if templated else closing(tokenizer))
+    return tuple(encoding["input_ids"][:length]), list(encoding["offset_mapping"][:length])
 
 
 def _holder(offsets: Sequence[tuple[int, int]], end: int) -> int | None:
@@ -118,10 +134,10 @@ def _holder(offsets: Sequence[tuple[int, int]], end: int) -> int | None:
 def _subject_end(text: str, question: str, subject: str) -> int:
     """Index one past the subject's last character in the rendered text."""
     question = question.strip()
-    within = question.rfind(subject)
-    if within < 0 or not subject.strip():
+    before, found, _ = parted(question, subject)
+    if not found.strip():
         raise RequestError(f"The subject {subject!r} does not occur in the question {question!r}.")
-    return _question_start(text, question) + within + len(subject.rstrip())
+    return _question_start(text, question) + len(before) + len(subject.rstrip())
 
 
 def _question_start(text: str, question: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ..request import parted
+
 #: What has the thing that a question asks for; "what" for anything else.
 OWNERS = {"capital": "which country", "currency": "which country", "official language": "which country"}
 #: Past tense -> the verb.
@@ -18,7 +20,7 @@ REVERSED = 2
 
 def reversed_questions(question: str, subject: str, answer: str) -> tuple[str, str]:
     """Two questions that name the answer and ask for the subject: one by the relation, one that fits any."""
-    before, _, after = question.strip().rpartition(subject)
+    before, _, after = parted(question.strip(), subject)
     asked = f'"{before}...{after}"'
     general = f"The answer to {asked} is {answer}. What was it asked about?"
     return _by_relation(before, after, answer) or f"Think of {asked} with the answer {answer}. Of what?", general

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from ..request import parted
+
 #: Put before a question.
 LEAD_IN = "I was wondering:"
 
@@ -22,8 +24,8 @@ CHANGES: tuple[Callable[[str], str], ...] = (str.lower, with_typo)
 
 
 def reworded(question: str, subject: str) -> tuple[tuple[str, str], ...]:
-    """(question, subject) changed in each way, the subject in it as `locate` will find it: its last occurrence."""
-    before, _, after = question.rpartition(subject) if subject else ("", "", question)
+    """(question, subject) changed in each way, the subject in it where `locate` will find it."""
+    before, _, after = parted(question, subject)
     changed = tuple((change(before) + change(subject) + change(after), change(subject)) for change in CHANGES)
     return *changed, (f"{LEAD_IN} {question}", subject)
 

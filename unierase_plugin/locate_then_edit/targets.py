@@ -13,7 +13,7 @@ from ..evaluation.metrics import SHORT_ANSWER_WORDS, words
 from ..hparams import PROMPT_FORMS, UniEraseHyperParams
 from ..request import NO_ANSWER, ForgetRequest
 from .generation import generate
-from .positions import Prompt, has_chat_template, locate, locate_in_text
+from .positions import Prompt, begun, has_chat_template, locate, locate_in_text
 from .reverse import REVERSED, reversed_questions
 from .rewording import REWORDINGS, reworded
 from .trace import pad
@@ -32,7 +32,7 @@ def context_texts(model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]]
         starts = [CONTEXT_STARTS[index % len(CONTEXT_STARTS)] for index in range(count)]
         if not starts:
             continue
-        batch = pad([tokenizer(start)["input_ids"] for start in starts], pad_id, "left", device)
+        batch = pad([begun(tokenizer, start) for start in starts], pad_id, "left", device)
         ids = generate(model, batch.ids, batch.mask, length, pad_id)
         written = tokenizer.batch_decode(ids, skip_special_tokens=True)
         texts += [

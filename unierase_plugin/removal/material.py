@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RequestError
-from ..locate_then_edit.positions import encode, has_chat_template, render
+from ..locate_then_edit.positions import encode, encode_with_offsets, render
 from ..methods.material import Example, answer_text, answered
 from ..request import NO_ANSWER, ForgetRequest
 from .moments import Material
@@ -94,8 +94,7 @@ def subject_spans(
     places = [(begin + start, begin + end) for start, end in _found(subject, question)]
     if begin < 0 or not places:
         return ()
-    templated = form == "chat" and has_chat_template(tokenizer)
-    prompt = tokenizer(asked, add_special_tokens=not templated, return_offsets_mapping=True)["offset_mapping"]
+    _, prompt = encode_with_offsets(tokenizer, asked, form)
     said = answer_text(fact.answer, form)
     answer = tokenizer(said, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     spans = _spans(prompt, places)

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable, Mapping
 
+from ...locate_then_edit.positions import begun
 from ..ask import Ask, ask, part, tried
 from ..contract import Attack, AttackResult, Audited, Context, Fact
 
@@ -85,7 +86,7 @@ def fill_in(subject: Audited, context: Context) -> AttackResult:
 
 def _continued(subject: Audited, text: str) -> Ask:
     """Ordinary text, in no form at all."""
-    return Ask(text, tuple(subject.tokenizer(text)["input_ids"]))
+    return Ask(text, tuple(begun(subject.tokenizer, text)))
 
 
 def _variants(subject: Audited, context: Context, variants: Mapping[str, Build]) -> AttackResult:
