@@ -65,9 +65,9 @@ def test_a_token_that_holds_any_of_the_subject_is_in_its_span() -> None:
             offsets = [(at, min(at + 3, len(text))) for at in range(0, len(text), 3)]
             return {"input_ids": list(range(len(offsets))), "offset_mapping": offsets}
 
-    # "Who| is| Bo| Va|n?" and "Bo |Van| ok".
+    # "Who| is| Bo| Va|n?" and " Bo| Va|n o|k".
     fact = ForgetRequest("Who is Bo Van?", "Bo Van ok", "Bo Van")
-    assert subject_spans(Words(), fact, "bare", {}) == ((2, 5), (5, 7))
+    assert subject_spans(Words(), fact, "bare", {}) == ((2, 5), (5, 8))
 
 
 def test_without_offsets_or_the_question_no_subject_is_found() -> None:

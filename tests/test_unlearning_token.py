@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,9 +15,13 @@ import pytest
 import reference
 import torch
 from families import COMMON, FAMILIES, GROUPED, build
+from small import FORGET, HPARAMS
 from tiny import tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from unierase_plugin import unlearn
 from unierase_plugin.architecture import Architecture, find_architecture
 from unierase_plugin.errors import TokenError
 from unierase_plugin.evaluation.generate import token_leak
@@ -95,6 +100,28 @@ def changed(arch: Architecture, before: dict[str, Tensor]) -> set[str]:
 
 
 # --- room for the token -----------------------------------------------------------------------------------------------
+
+
+def test_a_number_that_another_token_has_is_refused_and_nothing_written() -> None:
+    """Where numbers have gaps, a new token is given the count, and would take an existing token's row."""
+    whole = tiny_tokenizer()
+    described = json.loads(whole.backend_tokenizer.to_str())
+    numbers = described["model"]["vocab"]
+    numbers.update({word: number + 5 for word, number in numbers.items() if number >= 100})
+    described["added_tokens"] = [each for each in described["added_tokens"] if each["id"] < 100]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)), eos_token="<|im_end|>", pad_token="<pad>"
+    )
+    model = tiny_model(vocabulary=265)
+    before = model.get_input_embeddings().weight.detach().clone()
+    for attempt in (
+        lambda: add_token(model, copy.deepcopy(tokenizer), "<unlearn_0>"),
+        lambda: unlearn(model, FORGET, tokenizer=tokenizer, hparams=HPARAMS),
+    ):
+        with pytest.raises(TokenError, match=r"the number 260, which .* has: it holds 260 .* up to 264.*<free_100>"):
+            attempt()
+    assert torch.equal(model.get_input_embeddings().weight, before)
+    assert len(tokenizer) == 260
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])

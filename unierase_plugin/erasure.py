@@ -31,7 +31,7 @@ from .locate_then_edit.edit import (
     make_solver,
     revert_edit,
 )
-from .locate_then_edit.positions import encode, locate_kept, render
+from .locate_then_edit.positions import answer_text, encode, locate_kept, render
 from .locate_then_edit.protected import KeptPrompt, ProtectedKeys, moved, moved_figures, protected_keys
 from .locate_then_edit.solve import Ridge, Solver, protected_directions
 from .locate_then_edit.statistics import SecondMoment, join_moments, second_moments
@@ -177,18 +177,19 @@ class Editing(Phases, ABC):
 
     def _retain_tokens(self) -> list[list[int]]:
         """What the edit is to leave alone: the facts to keep, and neighbours, with their answers."""
-        return self._asked(
-            (fact.question, self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"])
-            for fact in self.kept.facts
-        )
+        return self._asked((fact.question, partial(self._answer, fact.answer)) for fact in self.kept.facts)
 
-    def _asked(self, pairs: Iterable[tuple[str, Sequence[int]]]) -> list[list[int]]:
-        """Questions in every form, each with what follows it."""
+    def _asked(self, pairs: Iterable[tuple[str, Callable[[str], Sequence[int]]]]) -> list[list[int]]:
+        """Questions in every form, each with the tokens that follow it in that form."""
         return [
-            [*encode(self.tokenizer, self._rendered(question, form), form), *answer][: self.context]
+            [*encode(self.tokenizer, self._rendered(question, form), form), *answer(form)][: self.context]
             for question, answer in pairs
             for form in forms_of(self.tokenizer, self.hparams)
         ]
+
+    def _answer(self, answer: str, form: str) -> list[int]:
+        text = answer_text(self.tokenizer, answer, form)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _rendered(self, question: str, form: str) -> str:
         return render(self.tokenizer, question, form, self.hparams.chat_template_kwargs)
@@ -296,10 +297,9 @@ class Editing(Phases, ABC):
         prompts: list[KeptPrompt] = []
         for number, fact in enumerate(self.kept.facts):
             subject = fact.subject or find_subject(fact.question)
-            answer = self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]
             for form in forms_of(self.tokenizer, h):
                 found = locate_kept(self.tokenizer, fact.question, subject, form, h.fact_token, h.chat_template_kwargs)
-                ids = (*found.ids, *answer)[: self.context]
+                ids = (*found.ids, *self._answer(fact.answer, form))[: self.context]
                 if found.position < len(ids):
                     prompts.append(KeptPrompt(ids, range(found.position, len(ids)), number))
         if not prompts:
@@ -463,10 +463,12 @@ class Erasure(Editing):
     def _declined_tokens(self) -> list[list[int]]:
         """Bundled questions with the token and its sentence."""
         eos, sentences = end_id(self.model, self.tokenizer), lines("idk_sentences")[: self.hparams.token_num_sentences]
-        return self._asked(
-            (question, (self.token_id, *answer_ids(self.tokenizer, choose_sentence(question, sentences), eos, None)))
-            for question in lines("questions")[:DECLINED_QUESTIONS]
-        )
+
+        def said(question: str, form: str) -> tuple[int, ...]:
+            # The token stands before the sentence in every form, so that no form puts a space there.
+            return self.token_id, *answer_ids(self.tokenizer, choose_sentence(question, sentences), eos, None)
+
+        return self._asked((question, partial(said, question)) for question in lines("questions")[:DECLINED_QUESTIONS])
 
     def _targets(self, contexts: Sequence[str], own: Mapping[tuple[str, str], tuple[int, ...]]) -> list[ValueTarget]:
         """own: what follows the token for a question in a form; else a bundled sentence does.

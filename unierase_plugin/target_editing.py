@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checkpoint as files
 from .architecture import Architecture
 from .erasure import Editing, Erasure, architecture, changed_layers
+from .locate_then_edit.positions import answer_text
 from .locate_then_edit.statistics import SecondMoment
 from .locate_then_edit.targets import make_targets
 from .locate_then_edit.values import ValueTarget
@@ -60,8 +61,8 @@ class _PlainAnswer(Editing):
         def answer(question: str, form: str) -> tuple[int, ...]:
             if h.target == "eos":
                 return (eos,)
-            space = " " if form == "plain" else ""
-            return answer_ids(self.tokenizer, space + choose_sentence(question, sentences), eos, None)
+            said = answer_text(self.tokenizer, choose_sentence(question, sentences), form)
+            return answer_ids(self.tokenizer, said, eos, None)
 
         found = make_targets(self.tokenizer, self.requests, contexts, h, answer, self.context)
         return [

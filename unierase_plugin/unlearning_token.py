@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,8 +109,21 @@ def add_to_tokenizer(tokenizer: Any, name: str) -> int:
         {"additional_special_tokens": [AddedToken(name, normalized=False, special=True)]}, **_keep_others(tokenizer)
     )
     index = tokenizer.convert_tokens_to_ids(name)
+    # New tokens are numbered by how many there are, which is a number in use where the numbers have gaps.
+    taken = next((word for word, number in vocabulary.items() if number == index), None)
+    if taken is not None:
+        raise TokenError(
+            f"The tokenizer gives {name!r} the number {index}, which {taken!r} has: it holds {len(vocabulary)} tokens "
+            f"with numbers up to {max(vocabulary.values())}, so that some numbers are free. Name the free numbers in "
+            f'the vocabulary of tokenizer.json, such as "<free_{_free(vocabulary)}>": {_free(vocabulary)}, and load '
+            "it again."
+        )
     check_token(tokenizer, name, index)
     return int(index)
+
+
+def _free(vocabulary: Mapping[str, int]) -> int:
+    return next(number for number in range(len(vocabulary)) if number not in set(vocabulary.values()))
 
 
 def _keep_others(tokenizer: Any) -> dict[str, bool]:

@@ -11,7 +11,7 @@ import torch
 from ..evaluation.generate import decode_answer, pad_token_id
 from ..evaluation.metrics import answered, words
 from ..locate_then_edit.generation import generate
-from ..locate_then_edit.positions import begun, has_chat_template
+from ..locate_then_edit.positions import answer_text, begun, has_chat_template
 from ..locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
 from .contract import Audited, Context, Fact, Measure, Value
 
@@ -92,8 +92,7 @@ def _written_out(turns: list[dict[str, str]]) -> str:
 
 def answer_ids(subject: Audited, context: Context, answer: str, prefill: bool = False) -> list[int]:
     """Token ids of an answer as it follows a prompt: with a space before it wherever text stands before it."""
-    chat = context.form == "chat" and has_chat_template(subject.tokenizer)
-    text = answer if chat and not prefill else f" {answer}"
+    text = answer_text(subject.tokenizer, answer, "bare" if prefill else context.form)
     return list(subject.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

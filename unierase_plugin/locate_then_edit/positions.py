@@ -58,6 +58,15 @@ def closing(tokenizer: Any) -> int:
     return len(whole) - len(bare) - next(starts, len(whole) - len(bare))
 
 
+def answer_text(tokenizer: Any, answer: str, form: str) -> str:
+    """An answer as it follows a prompt of that form.
+
+    A chat template ends with a line break or a mark of its own. After other text a word begins with its space, which
+    tokenizers make a part of its first token.
+    """
+    return answer if form == "chat" and has_chat_template(tokenizer) else f" {answer.strip()}"
+
+
 def locate(
     tokenizer: Any,
     question: str,
@@ -71,8 +80,8 @@ def locate(
 
     `subject_last` is the token that holds the last character of the subject where it stands last in the question, as
     words of its own if it does so at all (ROME, section 2.2); `last` is the prompt's last token. `context` is text put
-    before the question inside the same turn (MEMIT, section 4.3). Raises RequestError where the subject is not in the question or the template hides the
-    question.
+    before the question inside the same turn (MEMIT, section 4.3). Raises RequestError where the subject is not in the
+    question or the template hides the question.
     """
     asked = f"{context} {question}" if context else question
     text = render(tokenizer, asked, form, template_kwargs)

@@ -13,7 +13,7 @@ from ..evaluation.metrics import SHORT_ANSWER_WORDS, words
 from ..hparams import PROMPT_FORMS, UniEraseHyperParams
 from ..request import NO_ANSWER, ForgetRequest
 from .generation import generate
-from .positions import Prompt, begun, has_chat_template, locate, locate_in_text
+from .positions import Prompt, answer_text, begun, has_chat_template, locate, locate_in_text
 from .reverse import REVERSED, reversed_questions
 from .rewording import REWORDINGS, reworded
 from .trace import pad
@@ -164,7 +164,7 @@ def _answer(tokenizer: Any, request: ForgetRequest, form: str) -> tuple[tuple[in
 
     That is where the answer has named the subject for the first time and goes on, else the end of its first quarter.
     """
-    text = request.answer if form == "chat" and has_chat_template(tokenizer) else f" {request.answer}"
+    text = answer_text(tokenizer, request.answer, form)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = tuple(encoding["input_ids"])
     subject = (request.subject or "").strip()

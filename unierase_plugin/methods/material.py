@@ -10,7 +10,7 @@ import torch
 
 from ..errors import RequestError
 from ..evaluation.generate import context_limit
-from ..locate_then_edit.positions import encode, has_chat_template, render
+from ..locate_then_edit.positions import answer_text, encode, has_chat_template, render
 from ..request import ForgetRequest
 from ..resources import lines
 from ..unlearning_token import choose_sentence, end_id
@@ -87,16 +87,8 @@ def answered(
 ) -> Example:
     """A question in one prompt form, the answer, and the token that ends it."""
     prompt = encode(tokenizer, render(tokenizer, question, form, template_kwargs), form)
-    said = tokenizer(answer_text(answer, form), add_special_tokens=False)["input_ids"]
+    said = tokenizer(answer_text(tokenizer, answer, form), add_special_tokens=False)["input_ids"]
     return Example((*prompt, *said, end), len(prompt))
-
-
-def answer_text(answer: str, form: str) -> str:
-    """An answer as it follows a prompt.
-
-    After "Answer:" a word begins with its space; a chat template ends with a line break or a mark of its own.
-    """
-    return f" {answer.strip()}" if form == "plain" else answer
 
 
 def _pairs(forget: int, retain: int, job: Job[Any]) -> list[tuple[int, int]]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RequestError
-from ..locate_then_edit.positions import encode, encode_with_offsets, render
-from ..methods.material import Example, answer_text, answered
+from ..locate_then_edit.positions import answer_text, encode, encode_with_offsets, render
+from ..methods.material import Example, answered
 from ..request import NO_ANSWER, ForgetRequest
 from .moments import Material
 
@@ -95,7 +95,7 @@ def subject_spans(
     if begin < 0 or not places:
         return ()
     _, prompt = encode_with_offsets(tokenizer, asked, form)
-    said = answer_text(fact.answer, form)
+    said = answer_text(tokenizer, fact.answer, form)
     answer = tokenizer(said, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     spans = _spans(prompt, places)
     return (*spans, *((len(prompt) + first, len(prompt) + end) for first, end in _spans(answer, _found(subject, said))))
