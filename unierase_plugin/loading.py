@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from .errors import ArchitectureError, UniEraseError, did_you_mean
 
+#: Weights that an error names at most.
+NAMED = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,13 +60,14 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
     _refuse_config(name, config)
     spread = {"device_map": "auto"} if place == "auto" else {}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, **spread)
+        loaded, found = AutoModelForCausalLM.from_pretrained(name, dtype=kind, output_loading_info=True, **spread)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise UniEraseError(
             f"The model {name!r} cannot be loaded ({_first_line(error)}). UniErase edits decoder-only models with "
             "weights and tokenizer beside config.json; fetch the folder again where a file is missing or damaged."
         ) from error
+    _refuse_drawn(name, loaded, found)
     loaded.eval()
     return (loaded if spread else loaded.to(place)), tokenizer
 
@@ -93,6 +97,25 @@ def _refuse_config(name: str, config: Any) -> None:
             f"{name!r} has quantised weights ({getattr(method, 'value', method) or 'unnamed'}), which a closed-form "
             "edit cannot change. Load the original bf16, fp16 or fp32 weights, edit them, and quantise the result."
         )
+
+
+def _refuse_drawn(name: str, model: Any, found: Mapping[str, Any]) -> None:
+    """transformers draws weights that the checkpoint does not hold, and says so in a table alone."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    drawn = {str(key) for key in found["missing_keys"]} & weights.keys()
+    # A tied weight is not in the file, and is the one that it is tied to.
+    held = {id(weight) for key, weight in weights.items() if key not in drawn}
+    missing = sorted(key for key in drawn if id(weights[key]) not in held)
+    if not missing:
+        return
+    named = ", ".join(missing[:NAMED]) + (" and others" if len(missing) > NAMED else "")
+    unknown = sorted(map(str, found["unexpected_keys"]))
+    instead = f" It has {unknown[0]} instead, which the model does not know." if unknown else ""
+    raise UniEraseError(
+        f"The checkpoint {name!r} does not hold {named}: {len(missing)} of {len(weights)} weights would be drawn at "
+        f"random.{instead} Save the model anew: without its wrapper (a compiled model's is model._orig_mod, that of "
+        "data parallel training model.module), with all its weights, and with the config that fits them."
+    )
 
 
 def _first_line(error: Exception) -> str:
