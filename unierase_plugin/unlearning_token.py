@@ -123,7 +123,9 @@ def add_to_tokenizer(tokenizer: Any, name: str) -> int:
 
 
 def _free(vocabulary: Mapping[str, int]) -> int:
-    return next(number for number in range(len(vocabulary)) if number not in set(vocabulary.values()))
+    """The first number that no token has, where there are gaps."""
+    taken = set(vocabulary.values())
+    return next(number for number in range(len(vocabulary)) if number not in taken)
 
 
 def _keep_others(tokenizer: Any) -> dict[str, bool]:
