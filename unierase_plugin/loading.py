@@ -60,13 +60,14 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
     _refuse_config(name, config)
     spread = {"device_map": "auto"} if place == "auto" else {}
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(name, dtype=kind, output_loading_info=True, **spread)
+        opened: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, output_loading_info=True, **spread)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise UniEraseError(
             f"The model {name!r} cannot be loaded ({_first_line(error)}). UniErase edits decoder-only models with "
             "weights and tokenizer beside config.json; fetch the folder again where a file is missing or damaged."
         ) from error
+    loaded, found = opened
     _refuse_drawn(name, loaded, found)
     loaded.eval()
     return (loaded if spread else loaded.to(place)), tokenizer
