@@ -14,7 +14,7 @@ from unierase_plugin import unlearn
 from unierase_plugin.audit.ask import answer_ids
 from unierase_plugin.erasure import Erasure
 from unierase_plugin.keeping import Kept
-from unierase_plugin.locate_then_edit.positions import answer_text, encode, render
+from unierase_plugin.locate_then_edit.positions import answer_text, encode, locate, render
 from unierase_plugin.locate_then_edit.targets import make_targets
 from unierase_plugin.methods.editing import MEMITHyperParams
 from unierase_plugin.methods.material import answered
@@ -79,9 +79,15 @@ def test_a_space_that_is_there_already_is_not_doubled(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", SPACES)
-def test_runs_in_every_form_end(form: str) -> None:
+def test_a_run_in_every_form_protects_the_answers_keys(form: str) -> None:
+    """From the subject's last token to the answer's last, whatever stands before the answer."""
     result = unlearn(
         tiny_model(), FORGET, tokenizer=tiny_tokenizer(), retain=RETAIN,
         hparams=HPARAMS.replace(prompt_forms=(form,), retain_key_weight=1.0),
     )  # fmt: skip
-    assert result.edit is not None
+    (fact,) = RETAIN
+    tokenizer = tiny_tokenizer()
+    asked = locate(tokenizer, fact["question"], fact["subject"], form)
+    answer = tokenizer(SPACES[form] + fact["answer"], add_special_tokens=False)["input_ids"]
+    wanted = len(asked.ids) - asked.position + len(answer)
+    assert result.report.as_dict()["edit"]["protected"]["keys"] == wanted
