@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 import tofu_reference as reference
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.stats import ks_2samp
 from tiny import tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from unierase_plugin.errors import DependencyError, UniEraseError
 from unierase_plugin.evaluation.lm_eval_cli import run_lm_eval, tasks_folder
@@ -284,6 +287,57 @@ def test_special_tokens_that_a_model_type_shows_change_no_figure(folder: Path, t
              for text in ("<|im_start|>Mr Ab<s> 0", "<unlearn_0>Mr Ab 0", "Mr Ab 0")]  # fmt: skip
     assert values(found[0]) == values(found[1]) == values(found[2])
     assert values(found[0])["rougeL_recall"] == 1.0
+
+
+# --- models and tokenizers with habits of their own -----------------------------------------------------------------
+
+
+def copied(folder: Path, to: Path, **config: Any) -> Path:
+    """The folder with other generation settings."""
+    shutil.copytree(folder, to)
+    path = to / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **config}), encoding="utf-8")
+    return to
+
+
+def test_figures_do_not_depend_on_how_a_model_would_write_for_itself(folder: Path, tofu: Path, tmp_path: Path) -> None:
+    habits = {"num_beams": 3, "repetition_penalty": 1.8, "no_repeat_ngram_size": 1, "return_dict_in_generate": True}
+    found = [evaluate(load(each), tofu) for each in (folder, copied(folder, tmp_path / "own", **habits))]
+    assert texts_of(found[0]) == texts_of(found[1])
+    assert values(found[0]) == values(found[1])
+
+
+def texts_of(found: dict[str, Any]) -> list[Any]:
+    return [sample["resps"] for sample in found["samples"]["tofu_forget01"]]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_token_that_the_tokenizer_puts_after_a_text_is_neither_asked_nor_scored(
+    folder: Path, tofu: Path, tmp_path: Path, batch: int
+) -> None:
+    closes = copied(folder, tmp_path / "closes")
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A <|im_end|>", special_tokens=[("<s>", 1), ("<|im_end|>", 2)]
+    )
+    tokenizer.save_pretrained(closes)
+    found = [
+        evaluate(
+            load(each, add_bos_token=None, batch_size=batch), tofu, form="plain", metadata={"pretrained": str(each)}
+        )
+        for each in (folder, closes)
+    ]
+    assert texts_of(found[0]) == texts_of(found[1])
+    assert values(found[0]) == values(found[1])
+
+
+def test_weights_that_the_checkpoint_lacks_are_refused(folder: Path, tmp_path: Path) -> None:
+    lacks, lost = copied(folder, tmp_path / "lacks"), "model.layers.1.mlp.down_proj.weight"
+    weights = load_file(lacks / "model.safetensors")
+    del weights[lost]
+    save_file(weights, lacks / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UniEraseError, match=f"does not hold {lost}: 1 of"):
+        load(lacks)
 
 
 class Process(HFWithSpecialTokens):

@@ -68,7 +68,7 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
             "weights and tokenizer beside config.json; fetch the folder again where a file is missing or damaged."
         ) from error
     loaded, found = opened
-    _refuse_drawn(name, loaded, found)
+    refuse_drawn(name, loaded, found)
     loaded.eval()
     return (loaded if spread else loaded.to(place)), tokenizer
 
@@ -100,8 +100,11 @@ def _refuse_config(name: str, config: Any) -> None:
         )
 
 
-def _refuse_drawn(name: str, model: Any, found: Mapping[str, Any]) -> None:
-    """transformers draws weights that the checkpoint does not hold, and says so in a table alone."""
+def refuse_drawn(name: str, model: Any, found: Mapping[str, Any]) -> None:
+    """UniEraseError where `model` has weights that its checkpoint does not hold; `found` is transformers' loading info.
+
+    transformers draws such weights at random, and says so in a table alone. A tied weight counts as held.
+    """
     weights = dict(model.named_parameters(remove_duplicate=False))
     drawn = {str(key) for key in found["missing_keys"]} & weights.keys()
     # A tied weight is not in the file, and is the one that it is tied to.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UniEraseError
-from ..locate_then_edit.positions import has_chat_template
+from ..locate_then_edit.positions import begun, has_chat_template
 
 #: Stands for an answer where the end of a turn is looked up; in no template.
 MARK = "unlearning"
@@ -62,7 +62,7 @@ def answer_form(model: Any, tokenizer: Any, chat: bool, end_counts: bool = True)
     from the tokenizer's chat template; `end_counts`: whether the end of the answer is scored too, as TOFU does.
     Raises UniEraseError where a chat template is wanted and there is none.
     """
-    encode = getattr(model, "tok_encode", None) or (lambda text: tokenizer(text)["input_ids"])
+    encode = getattr(model, "tok_encode", None) or (lambda text: begun(tokenizer, text))
     after = ""
     if end_counts:
         after = end_of_turn(tokenizer) if chat else ""

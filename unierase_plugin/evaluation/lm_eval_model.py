@@ -1,19 +1,27 @@
-"""lm-eval's Hugging Face model that shows more of what it computed: special tokens, and each token's match.
+"""lm-eval's Hugging Face model that shows more of what it computed, and asks as the rest of this package asks.
 
 lm-eval decodes generations with `skip_special_tokens=True` and has no setting for it, so an unlearning token would
 never be seen. Of an answer it tells the log-likelihood and whether all tokens are the most likely ones, not which.
-Importing this module registers the model type `unierase_hf`.
+Three of its habits change what is measured: it writes with the beams and penalties that the model comes with, it keeps
+the end token that some tokenizers put after a prompt, and it evaluates weights that were drawn since the checkpoint
+lacks them. Importing this module registers the model type `unierase_hf`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from ..loading import refuse_drawn
+from ..locate_then_edit.generation import ends_alone
+from ..locate_then_edit.positions import closing
+from ..locate_then_edit.trace import pad
 from .answer_form import Watched
 from .generate import decode_answer, pad_token_id
 
@@ -35,15 +43,69 @@ class TokenwiseAnswer(tuple):  # type: ignore[type-arg]
         return TokenwiseAnswer, (tuple(self), self.matches)
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """One of transformers' Auto classes that refuses a checkpoint without all of its model's weights."""
+
+    kind: Any
+
+    def from_pretrained(self, name: Any, *args: Any, **kwargs: Any) -> Any:
+        model, found = self.kind.from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        refuse_drawn(str(name), model, found)
+        return model
+
+
 @register_model(MODEL_TYPE)
 class HFWithSpecialTokens(HFLM):  # type: ignore[misc]
-    """Decodes as `evaluation.generate.answers` does and tells tokens apart; all figures are those of lm-eval's `hf`.
+    """Decodes as `evaluation.generate.answers` does and tells tokens apart.
 
-    Nothing is computed a second time: the most likely tokens are read off the logits that lm-eval asks for.
+    All figures are those of lm-eval's `hf`, but for models that come with beams or penalties and tokenizers that put an
+    end token after a text: here neither counts. Nothing is computed a second time: the most likely tokens are read off
+    the logits that lm-eval asks for.
     """
 
     #: Generations keep special tokens.
     shows_special_tokens = True
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        kind: Any = self.AUTO_MODEL_CLASS
+        self.AUTO_MODEL_CLASS: Any = _Whole(kind)
+        try:
+            super()._create_model(*args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = kind
+
+    @cached_property
+    def _closing(self) -> int:
+        """How many tokens the tokenizer puts after a text."""
+        return closing(self.tokenizer)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        ids = list(super().tok_encode(string, add_special_tokens, **kwargs))
+        # With tokens of its own after the text, the tokenizer has also put those before it.
+        if self._closing and ids == list(self.tokenizer(string)["input_ids"]):
+            ids = ids[: -self._closing]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        if not self._closing:
+            found: tuple[torch.Tensor, torch.Tensor] = super().tok_batch_encode(
+                strings, padding_side, left_truncate_len, truncation
+            )
+            return found
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        batch = pad(rows, pad_token_id(self.model, self.tokenizer), padding_side, torch.device("cpu"))
+        return batch.ids, batch.mask
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with ends_alone(self.model, pad_token_id(self.model, self.tokenizer)):
+            written: torch.Tensor = super()._model_generate(*args, **kwargs)
+        return written
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         if not skip_special_tokens:

@@ -20,13 +20,13 @@ def generate(
     beams, penalties and forbidden repetitions would change what is measured. `settings` go to the model's `generate`.
     """
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    with _ends_alone(model, pad_id):
+    with ends_alone(model, pad_id):
         found: Tensor = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **drawn, **settings)
     return found[:, ids.shape[1] :]
 
 
 @contextmanager
-def _ends_alone(model: Any, pad_id: int) -> Iterator[None]:
+def ends_alone(model: Any, pad_id: int) -> Iterator[None]:
     """The model's settings are bare inside: a config that is passed along is filled up from the model's own."""
     from transformers import GenerationConfig
 
