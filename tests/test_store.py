@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from tiny import tiny_model, tiny_tokenizer
 
 from unierase_plugin import store as module
-from unierase_plugin.errors import CheckpointError
+from unierase_plugin.errors import CheckpointError, WriteError
 from unierase_plugin.locate_then_edit.statistics import SecondMoment
 from unierase_plugin.locate_then_edit.values import Values
 from unierase_plugin.store import (
     Store,
     cache_folder,
+    check_room,
     digest,
     model_fingerprint,
     pack_moment,
@@ -36,6 +37,7 @@ from unierase_plugin.store import (
     unpack_token,
     unpack_values,
     write_tensors,
+    write_text,
 )
 from unierase_plugin.unlearning_token import UnlearningToken
 
@@ -338,6 +340,33 @@ def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path: Path) -> 
         replace_folder(tmp_path / "o", 10**18),
     ):
         pytest.fail("nothing is to be written")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+@pytest.mark.parametrize("at", ["write", "sync", "rename"])
+def test_a_file_that_cannot_be_written_is_as_it_was(
+    old: bytes | None, at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    if old is not None:
+        path.write_bytes(old)
+    with monkeypatch.context() as patch:
+        place, name = {"write": (Path, "write_bytes"), "sync": (os, "fsync"), "rename": (os, "replace")}[at]
+        patch.setattr(place, name, no_room)
+        with pytest.raises(WriteError, match=r"No space left.*as it was.*are free"):
+            write_text(path, "new")
+    assert os.listdir(tmp_path) == ([] if old is None else ["file"])
+    assert old is None or path.read_bytes() == old
+    write_text(path, "ä")
+    assert path.read_bytes() == "ä".encode()
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_room_is_asked_for_where_the_folder_is_to_be(tmp_path: Path) -> None:
+    check_room(tmp_path / "not" / "there", 1000)
+    with pytest.raises(WriteError, match=r"1000000000\.00 GB.*are free in.*Nothing was done"):
+        check_room(tmp_path / "not" / "there", 10**18)
     assert os.listdir(tmp_path) == []
 
 

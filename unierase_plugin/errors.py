@@ -42,6 +42,10 @@ class CheckpointError(UniEraseError):
     """An output folder is incomplete, does not match its manifest, or belongs to another model."""
 
 
+class WriteError(CheckpointError):
+    """A file or folder cannot be written: the disk is full, or the place does not allow it. The old state is there."""
+
+
 class DependencyError(UniEraseError):
     """A package that this feature needs is not installed, or its version does not fit."""
 

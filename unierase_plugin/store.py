@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import CheckpointError, did_you_mean
+from .errors import CheckpointError, WriteError, did_you_mean
 from .locate_then_edit.statistics import MomentSums, SecondMoment
 from .locate_then_edit.values import Values
 from .unlearning_token import UnlearningToken
@@ -159,25 +159,44 @@ def plain(value: Any, *, strict: bool = False) -> Any:
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file that is either whole under its name or not there.
+@contextmanager
+def whole_file(path: Path, needed: int = 0) -> Iterator[Path]:
+    """Gives a name beside `path` to write to; what is there takes the place of `path` at the end of the `with` block.
 
-    Raises CheckpointError, with the old file as it was, where the disk is full or the folder cannot be written.
+    The file is synced before, so that under its name it is whole or not there. `needed`: its size in bytes, for the
+    message. Raises WriteError, with the old file as it was, where the disk is full or the folder cannot be written.
     """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     partial = path.with_name(f".{path.name}.writing-{os.getpid()}-{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_writable(tensors), str(partial), dict(metadata))
+        yield partial
         _sync(partial)
         os.replace(partial, path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise _cannot_write(path, size, error) from error
+        raise _cannot_write(path, needed, error) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all (`whole_file`)."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with whole_file(path, size) as partial:
+        save_file(_writable(tensors), str(partial), dict(metadata))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all (`whole_file`)."""
+    with whole_file(path, len(data)) as partial:
+        partial.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, whole or not at all (`whole_file`)."""
+    write_bytes(path, text.encode())
 
 
 def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -426,14 +445,32 @@ def _sync_folder(path: Path) -> None:
         _sync(path)
 
 
-def _cannot_write(path: Path, needed: int, error: Exception) -> CheckpointError:
+def _cannot_write(path: Path, needed: int, error: Exception) -> WriteError:
     """Measured after the partial output is gone, so that the number is what a second try would find."""
-    place = next((parent for parent in path.parents if parent.exists()), Path.cwd())
-    free = shutil.disk_usage(place).free
-    return CheckpointError(
+    place, free = _free(path)
+    return WriteError(
         f"{str(path)!r} could not be written ({error}); what was there before is as it was. It needs about "
         f"{_size(needed)}, and {_size(free)} are free in {str(place)!r}. Free some room, or choose another place."
     )
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raises WriteError where the disk that `path` is to lie on has fewer than `needed` bytes free.
+
+    What `path` holds now does not count: the old state stays until the new one is whole.
+    """
+    place, free = _free(path.expanduser().absolute())
+    if free < needed:
+        raise WriteError(
+            f"{str(path)!r} needs about {_size(needed)}, and {_size(free)} are free in {str(place)!r}. Free some room, "
+            "or choose another place. Nothing was done yet."
+        )
+
+
+def _free(path: Path) -> tuple[Path, int]:
+    """The folder nearest above `path` that exists, and the bytes free there."""
+    place = next((parent for parent in path.parents if parent.exists()), Path.cwd())
+    return place, shutil.disk_usage(place).free
 
 
 def _size(count: int) -> str:
