@@ -1,0 +1,157 @@
+"""Counts what a process does to the files under a folder, and lets something go wrong at one of these operations.
+
+The names come from Python's audit events, so that no writer is missed: opening for writing, rename, remove, mkdir,
+rmdir, locks. fsync and safetensors' own writer raise none and are wrapped. The count is shared with forked processes.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import mmap
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+#: Status of a process that was killed here, as a shell reports SIGKILL.
+KILLED = 137
+#: kill: the process ends before the operation. tear: it ends half way through what the operation writes. full: from the
+#: operation on nothing more can be written. stop: SIGTERM before the operation.
+FAULTS = ("kill", "tear", "full", "stop")
+#: Operations that write something, so that they can be torn.
+WRITING = ("open", "save")
+#: Operations that a full disk refuses. A file of no length can still be made, so that `open` fails at its first write.
+NEED_ROOM = ("mkdir", "os.mkdir", "fsync")
+
+_EVENTS = {
+    "os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.mkdir": (0,), "os.link": (0, 1),
+    "os.symlink": (0, 1), "os.truncate": (0,), "fcntl.flock": (), "fcntl.lockf": (),
+}  # fmt: skip
+_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+class Operations:
+    """Installed once in a process that is about to run a command; it cannot be taken out again."""
+
+    def __init__(self, root: Path, kind: str, at: int, log: Path) -> None:
+        self.root, self.kind, self.at = str(root), kind, at
+        self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.count = mmap.mmap(-1, 8)
+        self.active, self.torn = True, False
+
+    def install(self) -> None:
+        real_open, real_sync, real_save = io.open, os.fsync, safetensors.torch.serialize_file
+
+        def opened(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+            found = real_open(file, mode, *args, **options)
+            if self.torn or (self._is_full() and self._inside(file)):
+                if set(mode) & set("wax+"):
+                    return _Short(found, self)
+                self.torn = False
+            return found
+
+        def synced(descriptor: int) -> None:
+            self._happens("fsync", [f"/proc/self/fd/{descriptor}"])
+            real_sync(descriptor)
+
+        def saved(tensors: Any, filename: Any, metadata: Any = None) -> None:
+            inside = self._inside(filename)
+            if inside:
+                self._happens("save", [filename])
+            self.active = False
+            try:
+                real_save(tensors, filename, metadata)
+                if inside and (self.torn or self._is_full()):
+                    os.truncate(filename, os.path.getsize(filename) // 2)
+                    self.tear()
+                    raise SafetensorError("I/O error: No space left on device (os error 28)")
+            finally:
+                self.active = True
+
+        io.open = builtins.open = opened  # type: ignore[assignment]
+        os.fsync = synced
+        safetensors.torch.serialize_file = saved
+        # A copy by the kernel goes past what is wrapped here.
+        shutil._USE_CP_SENDFILE = False  # type: ignore[attr-defined]
+        sys.addaudithook(self._heard)
+
+    def tear(self) -> None:
+        if self.torn:
+            os._exit(KILLED)
+
+    def _heard(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.active:
+            return
+        if event == "open":
+            path, mode, flags = args
+            writes = bool(set(mode) & set("wax+")) if isinstance(mode, str) else bool((flags or 0) & _WRITE_FLAGS)
+            if writes and self._inside(path):
+                self._happens("open", [path])
+        elif event in _EVENTS:
+            paths = [args[place] for place in _EVENTS[event]]
+            # A path relative to an open folder, as shutil.rmtree gives it, cannot be told, and is never elsewhere.
+            if not paths or any(self._inside(path) or not os.path.isabs(os.fspath(path)) for path in paths):
+                self._happens(event, paths)
+
+    def _inside(self, path: Any) -> bool:
+        if isinstance(path, int):
+            return False
+        return os.path.abspath(os.fsdecode(path)).startswith(self.root)
+
+    def _happens(self, name: str, paths: list[Any]) -> None:
+        number = int.from_bytes(self.count[:8], "little") + 1
+        self.count[:8] = number.to_bytes(8, "little")
+        self.active = False
+        try:
+            told = [os.path.relpath(os.path.realpath(os.fsdecode(path)), self.root) for path in paths]
+            os.write(self.log, (json.dumps({"at": number, "operation": name, "paths": told}) + "\n").encode())
+        finally:
+            self.active = True
+        if number == self.at:
+            if self.kind == "kill":
+                os._exit(KILLED)
+            if self.kind == "stop":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if self.kind == "tear":
+                self.torn = True
+                if name not in WRITING:
+                    self.tear()
+        if self._is_full() and name in NEED_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _is_full(self) -> bool:
+        return self.kind == "full" and int.from_bytes(self.count[:8], "little") >= self.at
+
+
+class _Short:
+    """A file whose first write stops half way."""
+
+    def __init__(self, file: Any, operations: Operations) -> None:
+        self._file, self._operations = file, operations
+
+    def write(self, data: Any) -> int:
+        self._file.write(data[: len(data) // 2])
+        self._file.flush()
+        self._operations.tear()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __enter__(self) -> _Short:
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
