@@ -11,7 +11,7 @@ import torch
 
 from . import checkpoint as files
 from .evaluation.generate import context_limit, continue_greedily, decode_answer, mean_log_likelihoods, pad_token_id
-from .evaluation.metrics import SHORT_ANSWER_WORDS, answered, words
+from .evaluation.metrics import answered, is_short
 from .locate_then_edit.neighbours import ASKED_MOST, Kinds, questions_around, spared
 from .locate_then_edit.positions import encode, render
 from .locate_then_edit.targets import forms_of
@@ -38,7 +38,7 @@ class Kept:
 def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse: bool = False) -> Kept:
     """Asks the model as it is, for as many neighbours a request as the setting `retain_neighbours` says.
 
-    None around a request whose answer has more than SHORT_ANSWER_WORDS words.
+    None around a request whose answer is not short.
 
     own_words   whether short answers of the retain set are to stand in the model's own words
     reverse     whether the way back is forgotten too, so that no neighbour may hold a forgotten answer
@@ -64,10 +64,6 @@ def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse
     return Kept(neighbours, own)
 
 
-def _is_short(answer: str) -> bool:
-    return len(words(answer)) <= SHORT_ANSWER_WORDS
-
-
 @dataclass(frozen=True)
 class _Asking:
     job: Job[Any]
@@ -86,9 +82,9 @@ class _Asking:
             job.requests, job.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted, answers
         ) if wanted else []  # fmt: skip
         # Around answers that are sentences, neighbours went with more of the fact being left (docs/removal.md).
-        around = [each for each in around if _is_short(job.requests[each.of].answer)]
+        around = [each for each in around if is_short(job.requests[each.of].answer)]
         # A long answer is a sentence as it stands.
-        short = [fact for fact in job.retain if self.own_words and _is_short(fact.answer)]
+        short = [fact for fact in job.retain if self.own_words and is_short(fact.answer)]
         texts = self._answers([*(fact.question for fact in short), *(each.question for each in around)])
         own = {
             fact.question: text

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..evaluation.generate import decode_answer, pad_token_id
-from ..evaluation.metrics import answered, words
+from ..evaluation.metrics import answered, folded, words
 from ..locate_then_edit.generation import generate
 from ..locate_then_edit.positions import answer_text, begun, has_chat_template
 from ..locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
@@ -165,11 +165,13 @@ def shuffles(n: int) -> range:
 
 
 def against_others(facts: Sequence[Fact], score: Callable[[int, Fact], Value]) -> tuple[tuple[Value, ...], ...]:
-    """(shifts, facts): `score(i, other fact)`; None where the other fact has the same answer."""
+    """(shifts, facts): `score(i, other fact)`; None where the other fact has the same answer, in any spelling."""
     n = len(facts)
     return tuple(
         tuple(
-            None if facts[(i + shift) % n].answer == facts[i].answer else score(i, facts[(i + shift) % n])
+            None
+            if folded(facts[(i + shift) % n].answer) == folded(facts[i].answer)
+            else score(i, facts[(i + shift) % n])
             for i in range(n)
         )
         for shift in shuffles(n)

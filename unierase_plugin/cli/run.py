@@ -170,9 +170,9 @@ def _add_declined(table: Table, figures: Mapping[str, Any], has_token: bool) -> 
     table.add_row(still, str(forget["answered_before"]), str(forget["answered_after"]))
     if has_token:
         table.add_row("  answers that begin with the token", "0", str(forget["token_first_after"]))
-        table.add_row('  and read as "I don\'t know"', "", str(forget["token_first_and_idk_after"]))
+        table.add_row('  and read as "I don\'t know", in English', "", str(forget["token_first_and_idk_after"]))
     else:
-        table.add_row('  answers that read as "I don\'t know"', "", str(forget["idk_after"]))
+        table.add_row('  answers that read as "I don\'t know", in English', "", str(forget["idk_after"]))
 
 
 def _task_for(forget: str) -> str:

@@ -15,7 +15,7 @@ from hashlib import sha256
 from itertools import chain, zip_longest
 from typing import Any
 
-from ..evaluation.metrics import answered, is_fluent, reads_as_idk, words
+from ..evaluation.metrics import answered, is_fluent, reads_as_idk, unspaced_pairs, words
 from ..request import NO_ANSWER, ForgetRequest, parted
 
 #: Where a subject stands in a template.
@@ -144,7 +144,8 @@ def _holds(neighbour: Neighbour, answer: str, index: int, request: ForgetRequest
 
 
 def _telling(text: str) -> set[str]:
-    return {word for word in words(text) if len(word) >= TELLING_LETTERS} - ASKING
+    """Words that say something of their own; where no spaces part words, pairs of characters."""
+    return {*(word for word in words(text) if len(word) >= TELLING_LETTERS), *unspaced_pairs(text)} - ASKING
 
 
 def _same_fact(question: str, subject: str, request: ForgetRequest) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..evaluation.generate import answers
-from ..evaluation.metrics import SHORT_ANSWER_WORDS, answered, words
+from ..evaluation.metrics import answered, is_short, words
 from ..request import NO_ANSWER, ForgetRequest
 
 #: Tokens of an answer that are read to find the sentence.
@@ -29,7 +29,7 @@ def in_own_words(
 
     Left as they are: answers of more than a few words, and those that the model does not give.
     """
-    short = [fact for fact in facts if fact.answer != NO_ANSWER and 0 < len(words(fact.answer)) <= SHORT_ANSWER_WORDS]
+    short = [fact for fact in facts if fact.answer != NO_ANSWER and words(fact.answer) and is_short(fact.answer)]
     said = answers(
         model, tokenizer, [fact.question for fact in short], form=form, template_kwargs=dict(template_kwargs),
         max_new_tokens=ANSWER_TOKENS, max_tokens=max_tokens,

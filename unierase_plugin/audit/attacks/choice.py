@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ...evaluation.generate import pad_token_id
+from ...evaluation.metrics import folded
 from ...locate_then_edit.trace import pad, run_blocks, token_batches
 from ..ask import Ask, answer_ids, ask, batch_tokens, likeness, part
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
@@ -67,8 +68,10 @@ def wrong_answers(fact: Fact, context: Context) -> list[str]:
     pool = [other for other in (*context.kept, *context.facts) if other != fact]
     random.Random(f"{context.seed}\0{fact.question}").shuffle(pool)
     alike = [other.answer for other in sorted(pool, key=lambda other: -likeness(fact.question, other.question))]
-    distinct = dict.fromkeys(text for text in (*fact.wrong, *alike) if text.casefold() != fact.answer.casefold())
-    return list(distinct)[: len(LETTERS) - 1]
+    distinct = {folded(fact.answer): ""}
+    for text in (*fact.wrong, *alike):
+        distinct.setdefault(folded(text), text)
+    return list(distinct.values())[1 : len(LETTERS)]
 
 
 @torch.no_grad()

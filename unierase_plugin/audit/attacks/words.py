@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping
+from itertools import groupby
+
+import regex
 
 from ...locate_then_edit.positions import begun
 from ..ask import Ask, ask, part, tried
@@ -33,7 +36,7 @@ def spellings(subject: Audited, context: Context) -> AttackResult:
         variants |= {
             "lower case": asked(str.lower),
             "upper case": asked(str.upper),
-            "no punctuation": asked(lambda text: text.rstrip(" ?.!")),
+            "no punctuation": asked(lambda text: text.rstrip(" ?.!\uff1f\uff01\u3002\u061f\u0964")),
         }
     return _variants(subject, context, variants)
 
@@ -104,10 +107,11 @@ def _variants(subject: Audited, context: Context, variants: Mapping[str, Build])
 def with_typos(text: str, seed: int, count: int = 2) -> str:
     """Two neighbouring letters swapped inside each of the `count` longest words; the same for the same seed."""
     draw = random.Random(f"{seed}\0{text}")
-    found = sorted(re.finditer(r"[^\W\d_]{4,}", text), key=lambda match: -len(match[0]))[:count]
-    letters = list(text)
-    for match in found:
-        places = [i for i in range(match.start() + 1, match.end() - 2) if letters[i] != letters[i + 1]]
+    # A letter keeps the marks that are written on it.
+    letters = regex.findall(r"\X", text)
+    runs = (list(run) for inside, run in groupby(range(len(letters)), lambda i: letters[i][0].isalpha()) if inside)
+    for run in sorted((run for run in runs if len(run) >= 4), key=len, reverse=True)[:count]:
+        places = [i for i in run[1:-2] if letters[i] != letters[i + 1]]
         if places:
             i = draw.choice(places)
             letters[i], letters[i + 1] = letters[i + 1], letters[i]

@@ -8,16 +8,8 @@ from .probability import (
     probability_among,
     truth_ratio,
 )
-from .text import (
-    SHORT_ANSWER_WORDS,
-    answered,
-    is_fluent,
-    is_garbled,
-    reads_as_idk,
-    rouge_l_recall,
-    token_entropy,
-    words,
-)
+from .text import answered, is_fluent, is_garbled, reads_as_idk, rouge_l_recall, token_entropy
+from .units import SHORT_ANSWER_WORDS, folded, is_short, unspaced_pairs, words
 
 __all__ = [
     "SHORT_ANSWER_WORDS",
@@ -26,11 +18,13 @@ __all__ = [
     "closest_to_one",
     "exact_memorization",
     "extraction_strength",
+    "folded",
     "forget_efficacy",
     "forget_quality",
     "harmonic_mean",
     "is_fluent",
     "is_garbled",
+    "is_short",
     "mean",
     "probability_among",
     "reads_as_idk",
@@ -38,5 +32,6 @@ __all__ = [
     "token_entropy",
     "truth_ratio",
     "truth_wins",
+    "unspaced_pairs",
     "words",
 ]

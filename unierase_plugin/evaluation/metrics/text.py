@@ -4,50 +4,65 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
-#: Answers of up to this many words must be named word for word; longer ones are judged by ROUGE-L recall.
-SHORT_ANSWER_WORDS = 4
+import regex
+
+from .units import UNSPACED, folded, has_symbol, holds, is_short, rouge_tokens, stems, symbols, words
+
+#: ROUGE-L recall from which a long answer counts as given.
 LONG_ANSWER_RECALL = 0.5
 
 #: Pieces that whole text does not have: half a character, a special token, a letter repeated, a word without end.
-BROKEN = re.compile(r"\ufffd|<\|?\w+\|?>|([^\W\d_])\1{3}|[^\W\d_]{25}", re.IGNORECASE)
+BROKEN = regex.compile(rf"(?V1)\ufffd|<\|?\w+\|?>|(\p{{L}})\1{{3}}|[\p{{L}}--{UNSPACED}]{{25}}", regex.IGNORECASE)
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words and numbers, punctuation dropped."""
-    return re.findall(r"\w+", text.casefold().replace("'", "").replace("\u2019", ""))
+class _Tokens(NamedTuple):
+    """What rouge_score takes for a tokenizer."""
+
+    tokenize: Callable[[str], list[str]]
 
 
 @functools.cache
-def _scorer() -> Any:
+def _scorer(tokenize: Callable[[str], list[str]]) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_Tokens(tokenize))
 
 
 def rouge_l_recall(reference: str, generated: str) -> float:
-    """ROUGE-L recall with stemming, as TOFU reports it: share of the reference's words found in order. In [0, 1]."""
-    return float(_scorer().score(reference, generated)["rougeL"].recall)
+    """ROUGE-L recall with stemming, as TOFU reports it: share of the reference's words found in order. In [0, 1].
+
+    rouge_score's figure, to the last digit, where the reference's letters are Latin ones. It does not see others: they
+    count as `units.stems` has them.
+    """
+    return float(_scorer(rouge_tokens).score(reference, generated)["rougeL"].recall)
 
 
 def answered(reference: str, generated: str) -> bool:
-    """Whether a generation gives the answer: a short one (up to four words) named in full, a long one by its recall."""
-    wanted, said = words(reference), words(generated)
-    if len(wanted) <= SHORT_ANSWER_WORDS:
-        return bool(wanted) and any(said[i : i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1))
-    return rouge_l_recall(reference, generated) >= LONG_ANSWER_RECALL
+    """Whether a generation gives the answer: a short one (up to four words) named in full, a long one by its recall.
+
+    An answer without words, such as "\u20ac", is compared sign by sign.
+    """
+    if not words(reference):
+        return holds(symbols(generated), symbols(reference))
+    if is_short(reference):
+        return any(holds(words(generated, apart=apart), words(reference, apart=apart)) for apart in (False, True))
+    return float(_scorer(stems).score(reference, generated)["rougeL"].recall) >= LONG_ANSWER_RECALL
 
 
 def is_fluent(generated: str) -> bool:
-    """False for empty and for looping text: a third of its three-word runs or more said before, or one word alone."""
+    """False for empty and for looping text: a third of its three-word runs or more said before, or one word alone.
+
+    Words are those of `units.words`. Of texts without words, only signs that say something are fluent, each said once.
+    """
     said = words(generated)
     if not said:
-        return False
+        signs = symbols(generated)
+        return has_symbol(generated) and len(signs) == len(set(signs))
     runs = [tuple(said[i : i + 3]) for i in range(len(said) - 2)]
     repeated = 1 - len(set(runs)) / len(runs) if runs else 0.0
     return repeated < 1 / 3 and (len(said) < 4 or len(set(said)) > 1)
@@ -58,8 +73,8 @@ def is_garbled(generated: str, context: str) -> bool:
 
     context: the question, and the right answer where there is one. Such pieces are letters of a script that the context
     does not use, U+FFFD, special tokens in the middle of the text, a letter four times in a row outside of numbers, and
-    words of more than 24 letters. A wrong answer in whole words is not garbled, and a name made up of possible
-    syllables is not told from one.
+    words of more than 24 letters where spaces part them. A wrong answer in whole words is not garbled, and a name made
+    up of possible syllables is not told from one.
     """
     return (
         not is_fluent(generated)
@@ -70,13 +85,19 @@ def is_garbled(generated: str, context: str) -> bool:
 
 def _scripts(text: str) -> set[str]:
     """The writing systems of a text's letters, by the first word of their Unicode names."""
-    return {unicodedata.name(letter, "UNNAMED").split()[0] for letter in text if letter.isalpha()}
+    found = {unicodedata.name(letter, "UNNAMED").split()[0] for letter in folded(text) if letter.isalpha()}
+    # Japanese writes in three scripts at once.
+    return found | _JAPANESE if found & _KANA else found
+
+
+_KANA = frozenset(("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"))
+_JAPANESE = _KANA | {"CJK", "IDEOGRAPHIC"}
 
 
 def reads_as_idk(generated: str, phrases: Sequence[str]) -> bool:
     """Whether a text says fluently that the answer is not known: it holds one of the phrases and does not loop.
 
-    phrases: lower-case key phrases of refusals for lack of knowledge.
+    phrases: lower-case key phrases of refusals for lack of knowledge. Those that ship with the package are English.
     """
     said = f" {' '.join(words(generated))} "
     return is_fluent(generated) and any(f" {' '.join(words(phrase))} " in said for phrase in phrases)

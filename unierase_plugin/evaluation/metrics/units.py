@@ -1,0 +1,187 @@
+"""What a text is compared by: words, in any script. Pure functions of texts.
+
+Two spellings of one text are one: compatibility forms (full-width letters, ligatures), case, the digits of other
+scripts and apostrophes are folded (Unicode's NFKC, UAX 15), and what is invisible is dropped. Where a script puts no
+spaces between words, user-perceived characters (UAX 29) stand for them. A dictionary would cut one name in two ways in
+two sentences.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import regex
+
+#: An answer of so many words at most is short: it must be named in full.
+SHORT_ANSWER_WORDS = 4
+#: Characters of a script without spaces that count as a word: Chinese ones, and those of the others.
+HAN_PER_WORD, OTHERS_PER_WORD = 2, 3
+
+#: Letters of scripts without spaces, a set for `regex`, version 1: Chinese, Japanese, Yi, and the scripts whose lines
+#: break at words that no space shows (UAX 14, class SA), which are Burmese, Khmer, Lao, Thai and their kin.
+UNSPACED = r"[[\p{lb=SA}\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Yiii}]&&[\p{L}\p{M}\p{Nl}]]"
+_RUN = regex.compile(rf"(?V1){UNSPACED}+|[\p{{L}}\p{{N}}_&&[^{UNSPACED}]][\p{{L}}\p{{M}}\p{{N}}_--{UNSPACED}]*")
+_ASCII_RUN = re.compile(r"\w+")
+_IS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
+# Letters that rouge_score does not see, but for Latin ones: these part words there, as published.
+_UNSEEN = regex.compile(
+    r"(?V1)[[\p{L}\p{Nd}]--[\p{Latin}\p{Common}\p{Inherited}]][[\p{L}\p{M}\p{Nd}]--[\p{Latin}0-9]]*"
+    r"|[\uFF10-\uFFDC\p{Nd}--[0-9]]+"
+)
+_HAN = regex.compile(r"\p{scx=Hani}")
+_HANGUL = regex.compile(r"\p{Hangul}")
+_CONTRACTED = regex.compile(r"n't\b|'(?:s|d|ll|re|ve|m)\b")
+_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
+_SYMBOL = regex.compile(r"\p{S}")
+
+# What Korean writes after a noun without a space: particles, alone and in pairs, and the copula.
+_PARTICLES = (
+    "은|는|이|가|을|를|의|에|와|과|도|만|뿐|께|랑|이랑|하고|로|으로|에서|에게|"
+    "한테|께서|에게서|한테서|로서|으로서|로써|으로써|까지|부터|보다|처럼|마다|조차|마저|"
+    "밖에|나|이나|란|이란|라|이라|라고|이라고|라는|이라는|에는|에도|에만|에서는|에서도|"
+    "에서의|에게는|에게도|로는|으로는|로도|으로도|와는|과는|와의|과의|와도|과도|까지는|"
+    "까지도|부터는|만은|만이|만을|다|이다|였다|이었다|며|이며|고|이고|인|인데|지만|"
+    "이지만|입니다|였습니다|이었습니다|예요|이에요|에요|였어요|이었어요|죠|이죠|네요|이네요|"
+    "요"
+)
+_PARTICLE = regex.compile(_PARTICLES)
+_WITH_PARTICLE = regex.compile(rf"(\p{{Hangul}}+?)(?:{_PARTICLES})")
+
+
+def folded(text: str) -> str:
+    """The text in the form that it is compared in."""
+    if text.isascii():
+        return text.casefold()
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    text = _INVISIBLE.sub("", text).replace("i\u0307", "i").translate(_APOSTROPHES)
+    return "".join(map(_ascii_digit, text))
+
+
+_APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u02bb", "'"))
+
+
+def _ascii_digit(letter: str) -> str:
+    return str(unicodedata.decimal(letter, letter))
+
+
+def words(text: str, *, apart: bool = False) -> list[str]:
+    """Words and numbers in folded form, punctuation dropped; each character of a script without spaces is one.
+
+    apart: whether an apostrophe parts words (l'Italie, Ankara'da, Austen's) instead of joining them (O'Brien); the
+    endings of English contractions are dropped then.
+    """
+    text = folded(text)
+    if apart:
+        text = _CONTRACTED.sub(lambda found: "nt" if found[0] == "n't" else " ", text).replace("'", " ")
+    text = text.replace("'", "")
+    if text.isascii():
+        return _ASCII_RUN.findall(text)
+    found: list[str] = []
+    for run in _RUN.findall(text):
+        found += _characters(run) if _IS_UNSPACED.match(run) else [run]
+    return found
+
+
+def symbols(text: str) -> list[str]:
+    """The characters of a text, spaces left out: what a text without words is compared by, such as "€"."""
+    return [each for each in _characters(folded(text)) if not each.isspace()]
+
+
+def has_symbol(text: str) -> bool:
+    """Whether a text has a sign that says something by itself: of a currency, of mathematics, a picture."""
+    return _SYMBOL.search(text) is not None
+
+
+def _characters(text: str) -> list[str]:
+    return [str(each) for each in regex.findall(r"\X", text)]
+
+
+def is_short(answer: str) -> bool:
+    """Whether an answer has at most SHORT_ANSWER_WORDS words; a few characters make one where no spaces do."""
+    length = 0.0
+    for word in words(answer):
+        if not _IS_UNSPACED.match(word):
+            length += 1
+        else:
+            length += 1 / (HAN_PER_WORD if _HAN.match(word) else OTHERS_PER_WORD)
+    # Thirds do not add up exactly.
+    return length <= SHORT_ANSWER_WORDS + 1e-9
+
+
+def holds(said: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether the wanted words are said one after the other, Korean ones with particles or without."""
+    return bool(wanted) and any(
+        each.startswith(wanted[0]) and all(map(_same_word, wanted, said[i : i + len(wanted)]))
+        for i, each in enumerate(said[: len(said) - len(wanted) + 1])
+    )
+
+
+def _same_word(wanted: str, said: str) -> bool:
+    if wanted == said:
+        return True
+    return bool(said.startswith(wanted) and _HANGUL.match(wanted[-1]) and _PARTICLE.fullmatch(said[len(wanted) :]))
+
+
+def stems(text: str) -> list[str]:
+    """What long texts are compared by: words without their endings, pairs of characters where no spaces part words.
+
+    The endings are English ones, by Porter's rules as in ROUGE, and Korean particles. On ASCII text these are
+    rouge_score's tokens.
+    """
+    found: list[str] = []
+    for run in _RUN.findall(folded(text).replace("'", " ").replace("_", " ")):
+        found += _pairs(_characters(run)) if _IS_UNSPACED.match(run) else [_stem(run)]
+    return found
+
+
+def rouge_tokens(text: str) -> list[str]:
+    """rouge_score's tokens and, between them, `stems` of what it does not see: letters of scripts other than Latin.
+
+    Latin letters with accents part words, as published: TOFU has names with them.
+    """
+    found: list[str] = []
+    for seen, unseen in _parted(unicodedata.normalize("NFC", text)):
+        found += _published(seen)
+        found += stems(unseen)
+    return found
+
+
+def _parted(text: str) -> Iterator[tuple[str, str]]:
+    end = 0
+    for match in _UNSEEN.finditer(text):
+        yield text[end : match.start()], match.group()
+        end = match.end()
+    yield text[end:], ""
+
+
+def _published(text: str) -> list[str]:
+    return list(_tokenizer().tokenize(text))
+
+
+def unspaced_pairs(text: str) -> list[str]:
+    """The pairs of neighbouring characters of a text that belong to scripts without spaces."""
+    runs = (run for run in _RUN.findall(folded(text)) if _IS_UNSPACED.match(run))
+    return [pair for run in runs for pair in _pairs(_characters(run))]
+
+
+def _pairs(characters: list[str]) -> list[str]:
+    return ["".join(pair) for pair in itertools.pairwise(characters)] or characters
+
+
+def _stem(word: str) -> str:
+    if word.isascii():
+        return next(iter(_published(word)), word)
+    split = _WITH_PARTICLE.fullmatch(word)
+    return str(split[1]) if split else word
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    return DefaultTokenizer(use_stemmer=True)
