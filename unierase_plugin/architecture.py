@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArchitectureError
+from .tying import is_tied
 
 
 class Weighted(nn.Module):
@@ -108,7 +109,7 @@ def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp
         projections=projections,
         embedding=embedding,
         head=head,
-        tied=head.weight is embedding.weight,
+        tied=is_tied(model),
         blocks_return_tuple=blocks_return_tuple,
         accepts_position_ids="position_ids" in inspect.signature(model.forward).parameters,
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DependencyError
+from .tying import settled_config
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 #: Named one by one: the repository also holds ONNX copies of several times the size.
@@ -169,7 +170,8 @@ def _dequantise(gguf: Path, out: Path) -> None:
     # The weights are plain now; what still calls them quantised would make `save_pretrained` and the editor refuse.
     vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
-    model.save_pretrained(out)
+    with settled_config(model):
+        model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

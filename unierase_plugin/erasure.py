@@ -418,7 +418,7 @@ class Erasure(Editing):
             noise = h.token_noise * self._expected_size(arch, contexts, corpus)
             key = digest(
                 CACHE_VERSION, self.fingerprint, self.words, settings, noise, h.layers, h.seed, h.chat_template_kwargs,
-                sentences, questions, text,
+                sentences, questions, text, arch.tied,
             )[:32]  # fmt: skip
 
             def learn() -> Packed:

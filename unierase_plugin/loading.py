@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 import torch
 
 from .errors import ArchitectureError, UniEraseError, did_you_mean
+from .tying import is_tied, says_tied, settle_config
+from .weight_files import stored_weights
+
+logger = logging.getLogger(__name__)
 
 #: Weights that an error names at most.
 NAMED = 3
@@ -44,7 +49,7 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
 
     Raises ArchitectureError for what is no causal language model in plain weights, UniEraseError for what is not there.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     name = os.fspath(model)
     place = choose_device(device)
@@ -60,17 +65,57 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
     _refuse_config(name, config)
     spread = {"device_map": "auto"} if place == "auto" else {}
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, output_loading_info=True, **spread)
+        loaded, found = open_weights(name, kind, **spread)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise UniEraseError(
             f"The model {name!r} cannot be loaded ({_first_line(error)}). UniErase edits decoder-only models with "
             "weights and tokenizer beside config.json; fetch the folder again where a file is missing or damaged."
         ) from error
-    loaded, found = opened
     refuse_drawn(name, loaded, found)
+    _tell_differences(name, config, loaded, found)
     loaded.eval()
     return (loaded if spread else loaded.to(place)), tokenizer
+
+
+def open_weights(name: str, dtype: torch.dtype | str, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The model as its weights are, and what transformers says of the keys; raises what transformers raises.
+
+    A head of its own stays one whatever the config says, and the model's config then says so too.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": dtype, "output_loading_info": True, **options}
+    opened: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+    if _lost_its_head(name, opened[0]):
+        opened = AutoModelForCausalLM.from_pretrained(name, tie_word_embeddings=False, **options)
+    model, found = opened
+    return model, found
+
+
+def _lost_its_head(name: str, model: Any) -> bool:
+    """transformers 4 ties where the config says so, also where the checkpoint has another head."""
+    if not is_tied(model):
+        return False
+    head = model.get_output_embeddings()
+    key = next(path for path, module in model.named_modules() if module is head) + ".weight"
+    stored = stored_weights(name).get(key)
+    return stored is not None and not torch.equal(stored.read().to(head.weight), head.weight)
+
+
+def _tell_differences(name: str, config: Any, model: Any, found: Mapping[str, Any]) -> None:
+    if not is_tied(model) and says_tied(config):
+        logger.warning(
+            "The config of %s says that the head is the embedding, but the checkpoint has a head of its own. It is "
+            "kept, and the config of what is written says so.", name,
+        )  # fmt: skip
+    settle_config(model)
+    unknown = sorted(map(str, found["unexpected_keys"]))
+    if unknown:
+        logger.warning(
+            "The checkpoint %s holds %d weights that the model of its config does not have, such as %s. They are "
+            "left out, and what is written is without them.", name, len(unknown), unknown[0],
+        )  # fmt: skip
 
 
 def _refuse_gguf(name: str) -> None:

@@ -78,19 +78,21 @@ def model_fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> s
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     total = hashlib.sha256(str(kind).encode())
     tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    seen: set[tuple[int, ...]] = set()
     for name in chosen:
         if name not in parameters:
             raise CheckpointError(f"{type(model).__name__} has no parameter {name!r}.{did_you_mean(name, parameters)}")
         tensor = parameters[name].detach()
-        if id(parameters[name]) in seen:
-            continue
-        seen.add(id(parameters[name]))
         if tensor.is_meta:
             raise CheckpointError(
                 f"The weight {name!r} is not in memory (offloaded to disk or CPU). Load the model without offloading, "
                 "on a device that holds all of it."
             )
+        # Two parameters in one place are one, as they are in a file.
+        place = (tensor.data_ptr(), *tensor.shape)
+        if tensor.data_ptr() and place in seen:
+            continue
+        seen.add(place)
         tensors[name] = tensor
     # hashlib lets other threads run meanwhile.
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -25,6 +25,7 @@ from .hparams import UniEraseHyperParams
 from .locate_then_edit.positions import encode, has_chat_template, render
 from .locate_then_edit.prefix import PrefixCache, cache_prefixes, continue_from
 from .locate_then_edit.trace import pad, run_blocks, token_batches
+from .tying import resize_vocabulary
 
 #: Draws of the weights' noise in the last phase; each serves its own share of the questions.
 NOISE_DRAWS = 4
@@ -60,7 +61,7 @@ def add_token(model: Any, tokenizer: Any, name: str) -> int:
     """
     index = add_to_tokenizer(tokenizer, name)
     if index >= model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(index + 1, mean_resizing=False)
+        resize_vocabulary(model, index + 1)
     return index
 
 
@@ -81,7 +82,7 @@ class TokenRoom:
     def leave(self) -> None:
         """Model and tokenizer as they were, to the bit."""
         if self.id >= self.vocabulary:
-            self.model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
+            resize_vocabulary(self.model, self.vocabulary)
         for weight, row in zip(self._parameters(), self._rows, strict=False):
             weight[self.id] = row
         # A tokenizer has no way to drop a token; its whole state is put back.

@@ -33,7 +33,7 @@ question(s). The base model's own files stay as they are. With `peft` 0.18 or la
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
-base = AutoModelForCausalLM.from_pretrained("{model}")
+base = AutoModelForCausalLM.from_pretrained("{model}"{untied})
 {resize}model = PeftModel.from_pretrained(base, "{folder}")
 ```
 
@@ -163,6 +163,8 @@ def _readme(checkpoint: Checkpoint, edit: WeightEdit, token: UnlearningToken | N
         requests=sum(entry["requests"] for entry in manifest["steps"][:steps]),
         folder=target.name,
         resize=resize,
+        # Whatever the config says: a head of its own must not be tied when there is made room.
+        untied=", tie_word_embeddings=False" if token is not None and token.output_row is not None else "",
         fingerprint=manifest["model_fingerprint_before"],
         rows="" if token is None else ROWS.format(token=token.id, name=token.name),
     )

@@ -21,6 +21,7 @@ from ..locate_then_edit.targets import forms_of
 from ..older_readers import write_for_older_readers
 from ..request import ForgetRequest
 from ..store import clear_leftovers, model_fingerprint, plain, replace_folder
+from ..tying import is_tied, settled_config
 from ..unlearning_token import UnlearningToken
 from .record import RECORD, SCHEMA, Checkpoint, Originals, ledger_hash, pack_checkpoint, write_record
 
@@ -142,7 +143,7 @@ def _manifest(
         "versions": _versions(),
         "token": _token_entry(model, token, originals),
         "tokenizer_length_before": len(tokenizer) - (token is not None),
-        "tied": _is_tied(model),
+        "tied": is_tied(model),
         "layers": sorted({*layers, *(earlier.manifest["layers"] if earlier else ())}),
         "weights": {str(layer): name for layer, name in originals.names.items()} if originals else {},
         # Against a search for a hash seen elsewhere; who holds the folder can still test a guess.
@@ -214,8 +215,8 @@ def save_plain(
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Writes weights and configuration, whatever sampling settings a published model has."""
-    with _valid_generation_config(model):
+    """Writes weights and configuration, whatever sampling settings a published model has, and tied as it is."""
+    with _valid_generation_config(model), settled_config(model):
         model.save_pretrained(folder)
 
 
@@ -246,11 +247,6 @@ def _is_valid(generation_config: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -15,9 +15,11 @@ from torch import nn
 
 from ..architecture import find_architecture
 from ..errors import CheckpointError
+from ..loading import open_weights
 from ..locate_then_edit.edit import WeightEdit, apply_edit
 from ..older_readers import write_for_older_readers
 from ..store import model_fingerprint, replace_folder
+from ..tying import resize_vocabulary
 from .downdate import edit_without
 from .folder import bytes_of, check_output_folder, save_model
 from .record import RECORD, Checkpoint, Originals, read_checkpoint, write_record
@@ -192,10 +194,8 @@ def _revertible(checkpoint: Checkpoint, source: Path, step: int) -> Originals:
 
 
 def _load_model(source: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+        return open_weights(str(source), "auto")[0].eval()
     except Exception as error:  # damaged weights surface as many types, depending on where the damage is
         raise CheckpointError(f"The model in {str(source)!r} cannot be loaded: {error}") from error
 
@@ -228,7 +228,7 @@ def _rebuild(
 def _remove_rows(model: Any, originals: Originals, token_id: int) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight.shape[0] > originals.vocabulary:
-        model.resize_token_embeddings(originals.vocabulary, mean_resizing=False)
+        resize_vocabulary(model, originals.vocabulary)
         return
     if originals.input_row is not None:
         embedding.weight[token_id] = originals.input_row
