@@ -327,6 +327,18 @@ manager.__file__ = empty + "/manager.py"  # lm-eval's own thousands of tasks tak
 print("unierase_demo" in tasks.TaskManager().all_tasks)
 entry = tasks.TaskManager(include_path=theirs).task_index["tofu_forget"]
 print(pathlib.Path(entry.yaml_path).parent == pathlib.Path(theirs))
+from lm_eval.api.registry import MODEL_REGISTRY
+print({"hf", "unierase_hf"} <= set(MODEL_REGISTRY))
+"""
+#: lm-eval's command line, on a model that is not there: whatever comes of the model comes too late.
+LACKING = """
+import sys
+empty = sys.argv[1]
+from lm_eval.tasks import manager
+manager.__file__ = empty + "/manager.py"
+from lm_eval.__main__ import cli_evaluate
+sys.argv = ["lm_eval", "run", "--model", "unierase_hf", "--model_args", "pretrained=none", "--tasks", "tofu_forget01"]
+cli_evaluate()
 """
 
 
@@ -334,7 +346,16 @@ def test_the_real_lm_eval_finds_our_tasks_and_prefers_the_users(installed: Envir
     pytest.importorskip("lm_eval.tasks.manager", reason="lm-eval before 0.4.10 has its TaskManager elsewhere")
     (tmp_path / "empty").mkdir()
     theirs = write(tmp_path / "theirs", {"mine.yaml": "task: tofu_forget\ndataset_path: none\n"})
-    assert installed.output(REAL, tmp_path / "empty", theirs).split() == ["True", "True"]
+    assert installed.output(REAL, tmp_path / "empty", theirs).split() == ["True", "True", "True"]
+
+
+def test_the_real_lm_eval_ends_in_our_line_where_data_are_missing(installed: Environment, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval.tasks.manager", reason="lm-eval before 0.4.10 has its TaskManager elsewhere")
+    done = installed.run("-c", LACKING, tmp_path, UNIERASE_TOFU_DIR=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: ")
+    assert "forget01_perturbed.json" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from unierase_plugin.errors import DependencyError, UniEraseError
 from unierase_plugin.evaluation.generate import answers
-from unierase_plugin.evaluation.lm_eval_cli import run_lm_eval, tasks_folder
+from unierase_plugin.evaluation.lm_eval_cli import run_lm_eval
 from unierase_plugin.evaluation.metrics import answered, reads_as_idk, rouge_l_recall
-from unierase_plugin.evaluation.task_manager import hand_on_metadata
+from unierase_plugin.evaluation.task_checks import check_ours_when_found, tasks_folder
+from unierase_plugin.evaluation.task_manager import hand_on_metadata, register_model_type
 from unierase_plugin.resources import demo_facts, lines
 from unierase_plugin.unlearning_token import add_token
 
@@ -235,6 +236,85 @@ def test_plain_lm_eval_runs_the_tasks_and_leaves_token_first_out(
     wanted = expected(generations(folder, "plain"))
     del wanted["token_first"]
     assert found == pytest.approx(wanted)
+
+
+def theirs(folder: Path) -> str:
+    """Tasks of the user's: one whose data are not there, and one that runs code of the model's."""
+    folder.mkdir()
+    (folder / "data.json").write_text('[{"question": "?", "answer": "!"}]', encoding="utf-8")
+    form = "output_type: generate_until\ntest_split: train\ndoc_to_text: question\ndoc_to_target: answer\n"
+    for name, data, more in (("lost", "none.json", ""), ("runs_code", "data.json", "unsafe_code: true\n")):
+        kwargs = json.dumps({"data_files": (folder / data).as_posix()})
+        text = f"task: {name}\ndataset_path: json\ndataset_kwargs: {kwargs}\n{form}{more}"
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+PLAINLY_MISSING = [
+    pytest.param(["--tasks", "tofu_forget01"], "forget01_perturbed.json", id="data"),
+    pytest.param(["--tasks", "unierase_demo_forget,tofu_utility"], "retain_perturbed.json", id="among others"),
+    pytest.param(["--tasks", "tofu_forget01", "--metadata", '{"data_dir": "no/such"}'], "no/such", id="folder"),
+    pytest.param(["--tasks", "unlearning_utility"], "The task unlearning_utility cannot be loaded", id="group"),
+    pytest.param(["--tasks", "unierase_demo", "--num_fewshot", "2"], "--num_fewshot is 2", id="examples"),
+    pytest.param(["--tasks", "tofu,tofu_forget10"], "Duplicate task 'tofu_forget10'|forget10_perturbed", id="twice"),
+]
+#: What only `unierase eval` looks at: tasks that are not ours.
+MISSING = [
+    *PLAINLY_MISSING,
+    pytest.param(["--tasks", "lost"], "The task lost cannot be loaded .*connect to the network", id="lost"),
+    pytest.param(["--tasks", "runs_code"], "runs_code runs code .* --confirm_run_unsafe_code", id="code"),
+]
+
+
+def missing(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments for a model that is not there: an error of its own says that something came too late."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("UNIERASE_TOFU_DIR", str(tmp_path / "empty"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    named = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'none'}"]
+    return [*named, "--include_path", theirs(tmp_path / "theirs"), *arguments]
+
+
+@pytest.mark.parametrize(("arguments", "message"), PLAINLY_MISSING)
+def test_plain_lm_eval_says_what_our_tasks_lack_before_it_loads_a_model(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = pytest.importorskip("lm_eval.config.evaluate_config", reason="lm-eval 0.4.9 has no step for it")
+    monkeypatch.setattr(config.EvaluatorConfig, "process_tasks", config.EvaluatorConfig.process_tasks)
+    check_ours_when_found()
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *missing(arguments, tmp_path, monkeypatch)])
+    monkeypatch.setattr(TaskManager, "__init__", with_ours_alone(TaskManager.__init__))
+    from lm_eval.__main__ import cli_evaluate
+
+    with pytest.raises(UniEraseError, match=message):
+        cli_evaluate()
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISSING)
+def test_unierase_eval_says_what_any_task_lacks_before_a_model_is_loaded(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval.config.evaluate_config", reason="lm-eval 0.4.9 has no step for it")
+    with lm_evals_own_tasks_left_out(), pytest.raises(UniEraseError, match=message):
+        run_lm_eval(missing(arguments, tmp_path, monkeypatch))
+
+
+def with_ours_alone(original: Callable[..., None]) -> Callable[..., None]:
+    """A TaskManager's start with our tasks beside the user's, without the thousands of lm-eval's own."""
+
+    def init(self: Any, *args: Any, include_path: Any = None, **kwargs: Any) -> None:
+        paths = [str(tasks_folder()), *([include_path] if include_path else [])]
+        original(self, *args, include_path=paths, **{**kwargs, "include_defaults": False})
+
+    return init
+
+
+def test_our_model_type_is_found_beside_lm_evals_own() -> None:
+    register_model_type()
+    from lm_eval.api.registry import get_model
+
+    assert get_model("unierase_hf").shows_special_tokens
+    assert get_model("hf").__name__ == "HFLM"
 
 
 class Parrot(LM):  # type: ignore[misc]

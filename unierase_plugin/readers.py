@@ -388,7 +388,8 @@ def _hub_records(dataset: str, config: str | None, split: str, remedy: str) -> I
         rows = load_dataset(dataset, config, split=split)
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
-        raise RequestError(f"Cannot load {name} (split {split!r}) from the hub: {error} {remedy}.") from error
+        reason = str(error).rstrip(".")
+        raise RequestError(f"Cannot load {name} (split {split!r}) from the hub: {reason}. {remedy}.") from error
     return ((f"{name}, row {number}", row) for number, row in enumerate(rows))
 
 

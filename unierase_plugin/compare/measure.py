@@ -11,8 +11,8 @@ from typing import Any
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-from ..evaluation.lm_eval_cli import tasks_folder
 from ..evaluation.lm_eval_model import HFWithSpecialTokens
+from ..evaluation.task_checks import tasks_folder
 from ..locate_then_edit.positions import has_chat_template
 from ..tasks.tofu import Scored
 from .facts import Record

@@ -15,7 +15,8 @@ import typer
 
 from ..errors import DependencyError, UniEraseError, did_you_mean
 from ..locate_then_edit.positions import has_chat_template
-from .task_manager import hand_on_metadata, load_tasks
+from .task_checks import check_tasks, every_task_checked, our_tasks, tasks_folder
+from .task_manager import MODEL_TYPE, hand_on_metadata, is_model_type, register_model_type
 
 #: Our group of lm-eval's own tasks, which are asked as lm-eval asks them.
 GENERAL = "unlearning_utility"
@@ -52,11 +53,6 @@ Examples: unierase eval --model forgotten --tasks unierase_demo
 """
 
 
-def tasks_folder() -> Path:
-    """The folder of this package's lm-eval tasks, for lm-eval's `--include_path`."""
-    return Path(__file__).parents[1] / "tasks"
-
-
 def run_lm_eval(arguments: Sequence[str]) -> None:
     """Runs lm-eval's command line on `arguments`, with our tasks known and `--model DIR` understood.
 
@@ -70,38 +66,19 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     except ImportError as error:
         raise DependencyError(f"`unierase eval` needs lm-eval: pip install lm-eval ({error}).") from error
     hand_on_metadata()
+    register_model_type()
     known, rest = _parser().parse_known_args(arguments)
     known.tasks = [name for part in known.tasks for name in part.split(",") if name]
     if not _elsewhere(known, arguments):
         _check_named(known)
-    ours = _our_tasks()
+    ours = our_tasks() - {GENERAL}
     check_tasks([name for name in known.tasks if name in ours], _metadata(known), known.num_fewshot)
     if known.tasks and ours.issuperset(known.tasks):
         _check_metadata(known.metadata)
-    if known.model is not None and not _is_model_type(known.model):
+    if known.model is not None and not is_model_type(known.model):
         arguments = [*rest, *_spelt_out(known, ours)]
-    with _our_tasks_known(known.tasks, ours), _command_line(arguments):
+    with _our_tasks_known(known.tasks, ours), every_task_checked(), _command_line(arguments):
         cli_evaluate()
-
-
-def check_tasks(names: Sequence[str], metadata: Mapping[str, Any], num_fewshot: int | None = None) -> None:
-    """Reads what our tasks need, so that what is missing is told before a model is loaded. Raises UniEraseError."""
-    if not names:
-        return
-    if num_fewshot:
-        raise UniEraseError(
-            f"{', '.join(names)} ask without examples, but --num_fewshot is {num_fewshot}. Leave it out, and run tasks "
-            "that need it by themselves."
-        )
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=dict(metadata))
-    try:
-        load_tasks(manager, names)
-    except ValueError as error:
-        if "Duplicate task" not in str(error):
-            raise
-        raise UniEraseError(f"{error}. Name each task once: a group holds its tasks already.") from error
 
 
 def _elsewhere(known: argparse.Namespace, arguments: Sequence[str]) -> bool:
@@ -153,8 +130,6 @@ def _spelt_out(known: argparse.Namespace, ours: frozenset[str]) -> list[str]:
     model_args: dict[str, Any] = {"pretrained": known.model}
     metadata: dict[str, Any] = {}
     if not ours.isdisjoint(known.tasks):
-        from .lm_eval_model import MODEL_TYPE
-
         kind, metadata = MODEL_TYPE, {"token_shown": True}
         chat = _form_of_facts(known.model, chat, sorted(set(known.tasks) - ours))
         if chat != "false":
@@ -188,13 +163,6 @@ def _read_settings(given: Sequence[str]) -> dict[str, Any]:
 
 def _is_json(given: Sequence[str]) -> bool:
     return not given or given[0].lstrip().startswith("{")
-
-
-def _is_model_type(name: str) -> bool:
-    import lm_eval.models  # noqa: F401  (fills the registry)
-    from lm_eval.api.registry import MODEL_REGISTRY
-
-    return name in MODEL_REGISTRY
 
 
 def _form_of_facts(model: str, chat: str | None, others: Sequence[str]) -> str:
@@ -246,13 +214,6 @@ def _joined(settings: Mapping[str, Any], given: Sequence[str]) -> str:
 
 
 # --- around lm-eval ------------------------------------------------------------------------------------------------
-
-
-def _our_tasks() -> frozenset[str]:
-    """Names of our tasks, groups and tags."""
-    from lm_eval.tasks import TaskManager
-
-    return frozenset(TaskManager(include_path=str(tasks_folder()), include_defaults=False).all_tasks) - {GENERAL}
 
 
 @contextmanager

@@ -24,8 +24,7 @@ from ..locate_then_edit.positions import closing
 from ..locate_then_edit.trace import pad
 from .answer_form import Watched
 from .generate import decode_answer, pad_token_id
-
-MODEL_TYPE = "unierase_hf"
+from .task_manager import MODEL_TYPE
 
 
 class TokenwiseAnswer(tuple):  # type: ignore[type-arg]

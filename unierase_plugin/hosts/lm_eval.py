@@ -10,11 +10,15 @@ import functools
 import inspect
 import logging
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from ..errors import DependencyError, did_you_mean
-from ..evaluation.task_manager import hand_on_metadata
+from ..errors import DependencyError, UniEraseError, did_you_mean
+from ..evaluation.task_checks import check_ours_when_found
+from ..evaluation.task_manager import hand_on_metadata, register_model_type
 from ..hookspecs import Host
 
 logger = logging.getLogger(__name__)
@@ -54,6 +58,30 @@ def register() -> None:
     TaskManager.__init__ = init
     _hint_at_ours(TaskManager)
     hand_on_metadata()
+    # An lm-eval that has neither keeps the tasks.
+    with suppress(ImportError):
+        register_model_type()
+    check_ours_when_found()
+    _end_in_a_line()
+
+
+def _end_in_a_line() -> None:
+    """lm-eval's command line lets errors through as tracebacks; ours say in a line what to do."""
+    original = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not (isinstance(error, UniEraseError) and _is_command_line()):
+            original(kind, error, trace)
+            return
+        sys.stderr.write(f"Error: {error}\n")
+
+    sys.excepthook = excepthook
+
+
+def _is_command_line() -> bool:
+    """Whether lm-eval's command line is what runs, by its script or by `python -m lm_eval`."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return "lm_eval.__main__" in {*sys.modules, getattr(spec, "name", None)}
 
 
 def _hint_at_ours(manager: Any) -> None:
@@ -66,7 +94,9 @@ def _hint_at_ours(manager: Any) -> None:
     @functools.wraps(original)
     def match_tasks(self: Any, task_list: Any) -> Any:
         found = original(self, task_list)
-        for name in (each for each in task_list if isinstance(each, str) and not original(self, [each])):
+        # Some versions ask for one name as it is.
+        asked = [task_list] if isinstance(task_list, str) else task_list
+        for name in (each for each in asked if isinstance(each, str) and not original(self, [each])):
             hint = did_you_mean(name, ours)
             if hint:
                 logger.warning("There is no task %r.%s", name, hint)

@@ -34,6 +34,7 @@ from ..evaluation.metrics import (
 from ..evaluation.metrics.probability import TRUTH_RATIOS
 from ..evaluation.reference import read_reference
 from ..evaluation.semantic import load_semantic_models
+from ..evaluation.task_manager import MODEL_TYPE, is_model_type
 from ..readers import Located, return_records, tofu_records
 from .facts import Facts
 
@@ -154,10 +155,11 @@ class Scored(Facts):
         # Told of some answers only where --use_cache holds those of another model type: a mean of them would mislead.
         self.tokenwise = all(score.matches is not None for scores in trues for score in scores)
         if not self.tokenwise:
+            known = is_model_type(MODEL_TYPE)
             logger.warning(
-                "%s leaves extraction_strength and exact_memorization out: --model unierase_hf has what they need.",
-                self.config.task,
-            )
+                "%s leaves extraction_strength and exact_memorization out: %s has what they need.",
+                self.config.task, f"--model {MODEL_TYPE}" if known else "`unierase eval --model DIR`",
+            )  # fmt: skip
 
     # --- metrics
 
