@@ -61,4 +61,32 @@ RUNS = (
     Scenario("export", ("export", "two", "--adapter", "adapter"), ("adapter",), (ONE, TWO)),
 )  # fmt: skip
 
+AUDIT = (
+    "audit", "--model", "one", "--forget", "first.jsonl", "--retain", "wide.jsonl", "--device", "cpu",
+    "--attacks", "token-ban,retention", "--out", "audit",
+)  # fmt: skip
 EDIT = "".join(f"@{name}={json.dumps(value)}" for name, value in SHORT.items())
+QUICK = "@epochs=2@warmup_epochs=0@learning_rate=3e-3@batch_size=2"
+
+
+def _compare(methods: str, *more: str) -> tuple[str, ...]:
+    asked = ("--forget", "first.jsonl", "--retain", "wide.jsonl", "--utility", "none", "--device", "cpu")
+    return ("compare", "--model", "base", *asked, "--methods", methods, "--out", "compared", *more)
+
+
+COMPARISONS = {
+    "compare, batch": _compare(f"memit:eos{EDIT}", "--bisections", "1"),
+    "compare, precise": _compare(f"ga_gd{QUICK}", "--scenario", "precise"),
+    "compare, sequential": _compare(f"memit:eos{EDIT}", "--scenario", "sequential", "--steps", "2"),
+}
+
+MEASURED = (
+    Scenario("audit", AUDIT, ("audit",), (ONE,), grows=True),
+    *(
+        # A cell that was killed alone is a failed row, which only --retry takes up again.
+        Scenario(name, words, ("compared",), grows=True, again=(*words, "--retry"))
+        for name, words in COMPARISONS.items()
+    ),
+)  # fmt: skip
+
+SCENARIOS = (*RUNS, *MEASURED)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
-from scenarios import RUNS, Scenario
+from scenarios import RUNS, SCENARIOS, Scenario
 from trials import KILLS, Trials, lost, spread, swaps
 from worlds import Zygote
 
@@ -49,7 +49,7 @@ def test_a_kill_loses_nothing(trials: Trials, scenario: Scenario) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KILLS)
-@pytest.mark.parametrize("scenario", each_of(RUNS))
+@pytest.mark.parametrize("scenario", each_of(SCENARIOS))
 def test_a_kill_at_any_operation_loses_nothing(trials: Trials, scenario: Scenario, kind: str) -> None:
     case = trials.case(scenario)
     assert lost(trials.kill(case, kind, at) for at in case.points(kind)) == []

@@ -121,7 +121,8 @@ class Zygote:
 def make_ground(folder: Path) -> Path:
     """What every world begins with: a tiny base model, facts, short hyper-parameters, an empty cache."""
     save_base(folder / "base")
-    for name, facts in {"first": FORGET, "more": FORGET_MORE, "others": FORGET_OTHERS, "kept": RETAIN}.items():
+    sets = {"first": FORGET, "more": FORGET_MORE, "others": FORGET_OTHERS, "kept": RETAIN}
+    for name, facts in {**sets, "wide": (*RETAIN, *FORGET_OTHERS)}.items():
         lines = [json.dumps({**fact, "case_id": f"{name}-{at}"}) + "\n" for at, fact in enumerate(facts)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     # As a tuple of tuples, YAML would need a tag.

@@ -28,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import audited
 import pytest
 import small
 import torch
@@ -177,6 +178,7 @@ def main() -> None:
     small.shrink(patch, Path(os.environ["UNIERASE_CACHE"]))
     patch.setattr("unierase_plugin.pipeline.ANSWER_LEAST", 4)
     patch.setattr("unierase_plugin.pipeline.ANSWER_MOST", 4)
+    patch.setattr("unierase_plugin.audit.contract.QUICK", audited.SIZES)
     patch.setattr("unierase_plugin.compare.results.draw", lambda results, out: None)
     forked = SimpleNamespace(Popen=ForkedCell, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
     patch.setattr("unierase_plugin.compare.launch.subprocess", forked)
