@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from records import without_digests
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,7 +38,8 @@ from unierase_plugin.checkpoint import (
 )
 from unierase_plugin.checkpoint import folder as folder_module
 from unierase_plugin.checkpoint import record as record_module
-from unierase_plugin.checkpoint import revert as revert_module
+from unierase_plugin.checkpoint.integrity import WayBack
+from unierase_plugin.checkpoint.revert import restore_base
 from unierase_plugin.errors import CheckpointError
 from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.locate_then_edit.edit import WeightEdit, apply_edit
@@ -328,13 +330,13 @@ def test_joined_edits_have_the_sum_of_their_updates() -> None:
 def test_a_head_with_a_bias_goes_back_too(tmp_path: Path) -> None:
     tokenizer, model = tiny_tokenizer(), tiny_model(tied=False, vocabulary=264)
     model.lm_head = torch.nn.Linear(32, 264)
-    bias, index = model.lm_head.bias.detach().clone(), add_token(model, tokenizer, "<unlearn_0>")
+    bias, before = model.lm_head.bias.detach().clone(), model_fingerprint(model)
+    index = add_token(model, tokenizer, "<unlearn_0>")
     originals = take_originals(find_architecture(model), (1,), 264, index)
     token = UnlearningToken("<unlearn_0>", index, torch.randn(32), torch.randn(32), 0.5, 60)
     install_token(find_architecture(model), token)
     assert model.lm_head.bias[index] == 0 != bias[index]
-    checkpoint = Checkpoint({}, token, (), originals, [], {})
-    revert_module._restore_base(model, checkpoint, originals)
+    assert restore_base(model, WayBack("tiny/base", before, originals, token))
     assert torch.equal(model.lm_head.bias, bias)
 
 
@@ -398,7 +400,7 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 
 
 def test_a_newer_schema_is_refused_with_the_remedy(copied: Path) -> None:
-    path = copied / "unierase" / "manifest.json"
+    path = without_digests(copied) / "unierase" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "schema": 2, "versions": {"unierase_plugin": "9.1"}}))
     with pytest.raises(CheckpointError, match=r"schema 2.*9\.1.*pip install -U"):
@@ -408,7 +410,7 @@ def test_a_newer_schema_is_refused_with_the_remedy(copied: Path) -> None:
         read_checkpoint(copied)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "edits.safetensors", "ledger.jsonl", "report.json"])
+@pytest.mark.parametrize("name", ["manifest.json", "edits.safetensors", "ledger.jsonl", "report.json", "digests.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_record_is_named(copied: Path, name: str, damage: str) -> None:
     path = copied / "unierase" / name

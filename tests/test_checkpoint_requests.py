@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from records import change_ledger, without_digests
 from small import FORGET, FORGET_MORE, HPARAMS, save_base, shrink
 from test_checkpoint import load
 from tiny import tiny_model, tiny_tokenizer
@@ -255,18 +256,16 @@ def test_weights_changed_since_are_not_taken_for_the_edited_ones(steps: Path, tm
 
 @pytest.fixture
 def changed_ledger(steps: Path, tmp_path: Path) -> Any:
-    """The record alone, in a folder of its own, with a ledger changed line by line."""
+    """The record alone, of an earlier version, in a folder of its own, with a ledger changed line by line."""
 
     def change(**values: Any) -> Path:
-        folder = tmp_path / "copy" / "unierase"
-        folder.mkdir(parents=True)
-        for file in (steps / "two" / "unierase").iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-        lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-        for index, line in enumerate(lines):
-            line.update({name: value[index] for name, value in values.items()})
-        (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return folder.parent
+        shutil.copytree(steps / "two" / "unierase", tmp_path / "copy" / "unierase")
+        return change_ledger(
+            without_digests(tmp_path / "copy"),
+            lambda lines: [
+                {**line, **{name: value[index] for name, value in values.items()}} for index, line in enumerate(lines)
+            ],
+        )
 
     return change
 

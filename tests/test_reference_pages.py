@@ -45,7 +45,7 @@ def keys(value: Any, above: str = "") -> Iterator[str]:
     """Dotted names of everything in a JSON value; all numbers of blocks have one name, hyper-parameters too."""
     if isinstance(value, dict) and not above.endswith("chat_template_kwargs"):
         for key, item in value.items():
-            shown = "<block>" if key.isdigit() else "<name>" if above.endswith("hparams.") else key
+            shown = "<block>" if key.isdigit() else "<name>" if above.endswith(("hparams.", "files.")) else key
             # A hyper-parameter's value may be a list; the page on hyper-parameters says so.
             yield from [f"{above}<name>"] if shown == "<name>" else keys(item, f"{above}{shown}.")
     elif isinstance(value, list):
@@ -54,7 +54,7 @@ def keys(value: Any, above: str = "") -> Iterator[str]:
         yield above.removesuffix(".")
 
 
-@pytest.mark.parametrize("file", ["report.json", "manifest.json", "ledger.jsonl"])
+@pytest.mark.parametrize("file", ["report.json", "manifest.json", "ledger.jsonl", "digests.json"])
 def test_the_page_on_reports_has_every_key_of_a_file_and_no_other(record: Path, file: str) -> None:
     values = [json.loads(line) for line in (record / file).read_text().splitlines()] if file.endswith("l") else [
         json.loads((record / file).read_text())

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from tiny import tiny_model, tiny_tokenizer
 
+from unierase_plugin import digests
 from unierase_plugin import store as module
 from unierase_plugin.errors import CheckpointError, WriteError
 from unierase_plugin.locate_then_edit.statistics import SecondMoment
@@ -93,7 +94,7 @@ def test_the_fingerprint_does_not_depend_on_order_layout_or_chunks(monkeypatch: 
     weight = model.model.layers[0].mlp.down_proj.weight
     weight.data = weight.data.T.contiguous().T
     assert not weight.is_contiguous()
-    monkeypatch.setattr(module, "HASH_CHUNK", 300)
+    monkeypatch.setattr(digests, "HASH_CHUNK", 300)
     assert model_fingerprint(model) == before
 
 
@@ -206,7 +207,7 @@ def test_a_file_cut_short_is_named_with_the_remedy(tmp_path: Path, kept: int, ca
     cache.put("moments", "k1", {"a": torch.zeros(50)}, {})
     path = cache.path("moments", "k1")
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"k1\.safetensors.*Delete it"):
+    with pytest.raises(CheckpointError, match=r"k1\.safetensors.*damaged or cut short"):
         read_tensors(path)
     with caplog.at_level(logging.WARNING):
         assert cache.get("moments", "k1") is None
@@ -215,6 +216,32 @@ def test_a_file_cut_short_is_named_with_the_remedy(tmp_path: Path, kept: int, ca
     found = cache.get("moments", "k1")
     assert found is not None
     assert torch.equal(found[0]["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_bit_that_turned_round_is_computed_again(tmp_path: Path, bit: int, caplog: pytest.LogCaptureFixture) -> None:
+    """A cached token or statistic that is not what was kept would do silent damage to every later run."""
+    cache, kept = Store(tmp_path), ({"a": torch.arange(50.0), "b": torch.ones(3, 2)}, {"name": "x", "count": "7"})
+    cache.put("moments", "k", *kept)
+    path = cache.path("moments", "k")
+    data = path.read_bytes()
+    for at in range(bit, len(data), 8):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+        found = cache.get("moments", "k")
+        if found is not None:  # white space, or the name under which the digests are
+            assert {name: text for name, text in found[1].items() if name in kept[1]} == kept[1], at
+            assert all(torch.equal(found[0][name], tensor) for name, tensor in kept[0].items()), at
+    again, _ = cache.cached("moments", "k", lambda: kept)
+    assert torch.equal(again["a"], kept[0]["a"])
+    assert "Computing again" in caplog.text
+    assert "is not what was written" in caplog.text
+
+
+def test_a_file_without_digests_is_read(tmp_path: Path) -> None:
+    module.save_file({"a": torch.ones(2)}, tmp_path / "x", {"name": "earlier"})
+    found, told = read_tensors(tmp_path / "x")
+    assert torch.equal(found["a"], torch.ones(2))
+    assert told == {"name": "earlier"}
 
 
 def test_noise_and_missing_files_are_checkpoint_errors(tmp_path: Path) -> None:

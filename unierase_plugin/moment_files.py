@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Architecture
-from .errors import EditError
+from .errors import CheckpointError, EditError
 from .locate_then_edit.statistics import SecondMoment
 from .store import read_tensors, unpack_moment
 
@@ -35,7 +35,10 @@ def read_moments(
     what is missing, found twice, damaged, or of another width.
     """
     if len(sources) == 1 and sources[0].suffix == ".safetensors":
-        found = unpack_moment(*read_tensors(sources[0]))
+        try:
+            found = unpack_moment(*read_tensors(sources[0]))
+        except CheckpointError as error:
+            raise EditError(f"{error} Copy it again, or leave --import out to compute the statistics.") from error
         _check_own(found, sources[0], arch, layers)
         return SecondMoment({layer: found.moments[layer] for layer in layers}, found.count), {
             layer: str(sources[0]) for layer in layers

@@ -248,7 +248,7 @@ class _Subject:
         record, earlier = None, None
         if isinstance(model, UnlearnResult):
             _check_same_method(model, method)
-            record = None if model.folder is None else files.read_checkpoint(model.folder)
+            record = None if model.folder is None else files.examine(model.folder).up_to()
             hparams = model.hparams if hparams is None else hparams
             model, tokenizer, earlier = model.model, model.tokenizer, model.history
         if isinstance(model, (str, os.PathLike)):
@@ -470,9 +470,9 @@ def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Meth
 
 def _earlier_record(name: str, method: Method[Any]) -> files.Checkpoint | None:
     """The record of a folder that was edited before, whose steps this run goes on from."""
-    if not (Path(name) / files.RECORD / "manifest.json").is_file():
+    if not files.is_edited(name):
         return None
-    found = files.read_checkpoint(name)
+    found = files.examine(name).up_to()
     if found.manifest["method"] != method.name:
         raise CheckpointError(
             f"{name!r} was made by another method; start from its base model {found.manifest['model']!r}."

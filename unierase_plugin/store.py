@@ -18,8 +18,8 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .digests import Seal, content_digests
 from .errors import CheckpointError, WriteError, did_you_mean
 from .locate_then_edit.statistics import MomentSums, SecondMoment
 from .locate_then_edit.values import Values
@@ -40,8 +41,10 @@ Packed = tuple[dict[str, Tensor], dict[str, str]]
 
 #: Part of every cache key: raised when what a phase computes changes.
 CACHE_VERSION = "3"
-#: Bytes of a weight that are copied at a time while it is hashed.
-HASH_CHUNK = 1 << 24
+#: Parts of a damaged file that an error names at most.
+NAMED = 3
+#: Name in a file's metadata of the digests of all else in it.
+SEAL = "sha256"
 
 _Record = TypeVar("_Record")
 
@@ -94,26 +97,9 @@ def model_fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> s
             continue
         seen.add(place)
         tensors[name] = tensor
-    # hashlib lets other threads run meanwhile.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (name, tensor), part in zip(tensors.items(), pool.map(_tensor_digest, tensors.values()), strict=True):
-            total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + part)
+    for (name, tensor), part in zip(tensors.items(), content_digests(tensors.values()), strict=True):
+        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + part)
     return total.hexdigest()
-
-
-def _tensor_digest(tensor: Tensor) -> bytes:
-    found = hashlib.sha256()
-    for piece in _pieces(tensor):
-        found.update(piece)
-    return found.digest()
-
-
-def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """The tensor's bytes in row-major order, a few rows at a time. As bytes, since NumPy knows no bfloat16."""
-    rows = tensor if tensor.ndim else tensor[None]
-    row_size = max(1, rows[:1].numel() * rows.element_size())
-    for part in rows.split(max(1, HASH_CHUNK // row_size)):
-        yield memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -183,11 +169,16 @@ def whole_file(path: Path, needed: int = 0) -> Iterator[Path]:
         raise
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all (`whole_file`)."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Seal:
+    """Writes a safetensors file, whole or not at all (`whole_file`), with digests of what is in it, and returns these.
+
+    Raises WriteError, with the old file as it was, where the disk is full or the folder cannot be written.
+    """
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    seal = Seal.of(tensors, metadata)
     with whole_file(path, size) as partial:
-        save_file(_writable(tensors), str(partial), dict(metadata))
+        save_file(_writable(tensors), str(partial), {**metadata, SEAL: seal.dumps()})
+    return seal
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -213,17 +204,45 @@ def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ready
 
 
-def read_tensors(path: Path) -> Packed:
-    """The tensors and metadata of a file. Raises CheckpointError where it is missing, cut short or damaged."""
+@dataclass(frozen=True)
+class TensorFile:
+    """What a safetensors file holds, and what of it is not what was written."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    #: Digests of the contents as they are.
+    seal: Seal
+    #: Whether the file says what its digests were; those of earlier versions do not.
+    sealed: bool
+    #: ("tensor", "text" or "seal", name) of what differs from that.
+    differences: Sequence[tuple[str, str]]
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """A file with whatever of it can be read. Raises CheckpointError where it is missing, cut short or no such file."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
     except FileNotFoundError:
         raise CheckpointError(f"There is no file {str(path)!r}.") from None
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is damaged or cut short ({error}). Delete it; what can be computed again will be."
-        ) from error
+        raise CheckpointError(f"{str(path)!r} is damaged or cut short ({error}).") from error
+    stated = metadata.pop(SEAL, None)
+    seal = Seal.of(tensors, metadata)
+    return TensorFile(tensors, metadata, seal, stated is not None, [] if stated is None else seal.differences(stated))
+
+
+def read_tensors(path: Path) -> Packed:
+    """The tensors and metadata of a file.
+
+    Raises CheckpointError where it is missing, cut short, or holds something else than was written to it.
+    """
+    found = open_tensors(path)
+    if found.differences:
+        names = ", ".join(name or kind for kind, name in found.differences[:NAMED])
+        raise CheckpointError(f"{str(path)!r} is damaged: {names} is not what was written.")
+    return found.tensors, found.metadata
 
 
 class Store:

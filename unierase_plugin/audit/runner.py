@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import RECORD, Checkpoint, read_checkpoint, revert_checkpoint
+from ..checkpoint import Checkpoint, examine, is_edited, revert_checkpoint
 from ..errors import CheckpointError, RequestError, UniEraseError
 from ..loading import load
 from ..locate_then_edit.positions import has_chat_template
@@ -201,8 +201,8 @@ def _tokenizer(source: Source) -> Any:
 
 def _find_models(model: Source, base: Source | None, reference: Source | None, target: Path) -> _Models:
     record = None
-    if not isinstance(model, tuple) and (Path(model) / RECORD / "manifest.json").is_file():
-        record = read_checkpoint(Path(model))
+    if not isinstance(model, tuple) and is_edited(model):
+        record = examine(model).up_to()
     name = _named(model)
     if base is not None:
         return _Models(model, base, reference, record, "given as --base")

@@ -4,6 +4,7 @@
     edits.safetensors    the update's factors and keys by step and layer, the weights as they were, the token's rows
     ledger.jsonl         one line a request, as salted hashes unless the requests are to be kept in the clear
     report.json          what was measured after the last step; report-<k>.json after step k before it
+    digests.json         digests of the files, by which damage to them is found; the tensors' are in their own file
 
 Steps are counted from 1: step k is what the k-th run of sequential unlearning added; step 0 is the unedited model.
 docs/checkpoints.md says what can be done with it.
@@ -11,6 +12,7 @@ docs/checkpoints.md says what can be done with it.
 
 from .export import export_adapter
 from .folder import check_output_folder, save_checkpoint, save_plain
+from .integrity import Examined, examine, is_edited, read_checkpoint
 from .record import (
     RECORD,
     SCHEMA,
@@ -19,22 +21,26 @@ from .record import (
     join_edits,
     ledger_hash,
     pack_edits,
-    read_checkpoint,
     take_originals,
     unpack_edits,
 )
 from .revert import revert_checkpoint, take_back_requests
 from .summary import step_summaries
+from .verify import Verification, verify_folder
 from .work import discard_work, seal, unseal, work_folder
 
 __all__ = [
     "RECORD",
     "SCHEMA",
     "Checkpoint",
+    "Examined",
     "Originals",
+    "Verification",
     "check_output_folder",
     "discard_work",
+    "examine",
     "export_adapter",
+    "is_edited",
     "join_edits",
     "ledger_hash",
     "pack_edits",
@@ -48,5 +54,6 @@ __all__ = [
     "take_originals",
     "unpack_edits",
     "unseal",
+    "verify_folder",
     "work_folder",
 ]

@@ -18,8 +18,10 @@ from ..errors import CheckpointError
 from ..locate_then_edit.edit import WeightEdit
 from ..store import replace_folder, write_tensors
 from ..unlearning_token import UnlearningToken
+from .damage import misfits
 from .folder import bytes_of, check_output_folder
-from .record import Checkpoint, Originals, join_edits, read_checkpoint
+from .integrity import examine
+from .record import Checkpoint, Originals, join_edits
 
 #: What PEFT puts before a module's name in a state dict.
 PREFIX = "base_model.model."
@@ -53,14 +55,15 @@ def export_adapter(folder: str | Path, out: str | Path, overwrite: bool = False,
 
     Holds adapter_config.json, adapter_model.safetensors (float32), the tokenizer (with the token, where the method has
     one), and a README.md with the lines that load it. The weights in `folder` are not read: training after the edit is
-    not in the adapter. Raises CheckpointError where the method kept no edit, or has a token and the model a head with a
-    bias, which PEFT's token rows leave out.
+    not in the adapter. Raises CheckpointError where the record is damaged, the method kept no edit, or has a token
+    and the model a head with a bias, which PEFT's token rows leave out.
     """
-    source = Path(folder).expanduser().resolve()
-    checkpoint = read_checkpoint(source)
+    found = examine(folder)
+    source, checkpoint = found.folder, found.up_to(step)
     originals, token, steps = _exportable(checkpoint, source, step)
     target = check_output_folder(out, overwrite)
     skeleton = _skeleton(source, token is not None)
+    _check_fit(skeleton, originals, token, source)
     edit = join_edits(checkpoint.edits[:steps])
     tensors = _tensors(edit, token, originals, skeleton)
     config = _config(edit, token, originals, skeleton, str(checkpoint.manifest["model"]))
@@ -102,6 +105,14 @@ def _skeleton(source: Path, has_token: bool) -> Any:
             f"edited folder itself: {str(source)!r}."
         )
     return model
+
+
+def _check_fit(skeleton: nn.Module, originals: Originals, token: UnlearningToken | None, source: Path) -> None:
+    wrong = misfits(skeleton, originals, token)
+    if wrong:
+        raise CheckpointError(
+            f"The record in {str(source)!r} does not fit its config.json: {wrong[0]}. One of the two was changed since."
+        )
 
 
 def _tensors(

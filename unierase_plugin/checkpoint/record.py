@@ -15,16 +15,23 @@ import torch
 from torch import Tensor
 
 from ..architecture import Architecture
+from ..digests import Seal, data_digest
 from ..errors import CheckpointError
 from ..locate_then_edit.edit import WeightEdit
 from ..locate_then_edit.solve import LowRank
-from ..store import Packed, clear_leftovers, pack_token, plain, read_tensors, unpack_token, write_tensors
+from ..store import Packed, pack_token, plain, write_tensors
 from ..unlearning_token import UnlearningToken
 
 #: Version of the layout of `unierase/`; a reader refuses what is newer than itself.
 SCHEMA = 1
-#: Name of the folder that holds the record.
+#: Name of the folder that holds the record, and of the files in it.
 RECORD = "unierase"
+MANIFEST, EDITS, LEDGER, REPORT, DIGESTS = (
+    "manifest.json", "edits.safetensors", "ledger.jsonl", "report.json", "digests.json",
+)  # fmt: skip
+
+#: What the manifest says of the base model.
+BASE = ("model", "model_fingerprint_before")
 
 
 @dataclass(frozen=True)
@@ -141,16 +148,30 @@ def ledger_hash(salt: str, *texts: str) -> str:
 
 
 def write_record(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the record's files into `folder`, which is made."""
+    """Writes the record's files into `folder`, which is made, and the digests by which damage to them is found."""
     folder.mkdir()
     tensors, metadata = pack_checkpoint(checkpoint)
-    write_tensors(folder / "edits.safetensors", tensors, metadata)
-    _write_json(folder / "manifest.json", checkpoint.manifest)
-    _write_json(folder / "report.json", checkpoint.report)
+    seal = write_tensors(folder / EDITS, tensors, metadata)
+    _write_json(folder / MANIFEST, checkpoint.manifest)
+    _write_json(folder / REPORT, checkpoint.report)
     for step, report in checkpoint.earlier_reports.items():
         _write_json(folder / f"report-{step}.json", report)
-    lines = [json.dumps(plain(line), ensure_ascii=False) + "\n" for line in checkpoint.ledger]
-    (folder / "ledger.jsonl").write_text("".join(lines), encoding="utf-8")
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in plain(checkpoint.ledger)]
+    (folder / LEDGER).write_text("".join(lines), encoding="utf-8")
+    _write_json(folder / DIGESTS, _digests(checkpoint, seal))
+
+
+def _digests(checkpoint: Checkpoint, edits: Seal) -> dict[str, Any]:
+    """Of every file's data, of every line of the ledger, and of all of these together."""
+    ledger = [data_digest(line) for line in plain(checkpoint.ledger)]
+    reports = {REPORT: checkpoint.report}
+    reports.update({f"report-{step}.json": report for step, report in checkpoint.earlier_reports.items()})
+    files = {
+        MANIFEST: data_digest(plain(checkpoint.manifest)), LEDGER: data_digest(ledger), EDITS: edits.whole,
+        **{name: data_digest(plain(report)) for name, report in reports.items()},
+    }  # fmt: skip
+    stated = {"files": files, "lines": ledger}
+    return {**stated, "all": data_digest(stated)}
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -162,6 +183,8 @@ def pack_checkpoint(checkpoint: Checkpoint) -> Packed:
     tensors, metadata = pack_edits(checkpoint.edits)
     originals = checkpoint.originals
     if originals is not None:
+        # From these alone the base model comes back, and is known to be it, whatever becomes of the manifest.
+        metadata["base"] = json.dumps({name: checkpoint.manifest.get(name) for name in BASE})
         metadata["originals"] = json.dumps({"vocabulary": originals.vocabulary, "names": dict(originals.names)})
         tensors.update({f"original.layer{layer}": weight for layer, weight in originals.projections.items()})
         rows = {name: getattr(originals, name) for name in ("input_row", "output_row", "output_bias")}
@@ -190,76 +213,9 @@ def pack_edits(edits: Sequence[WeightEdit]) -> Packed:
 
 
 def unpack_edits(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[WeightEdit, ...]:
+    """What `pack_edits` was given."""
     norms = json.loads(metadata["norms"])
     return tuple(_unpack_step(tensors, step, entry) for step, entry in enumerate(norms, start=1))
-
-
-# --- Reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """The record of an output folder; the model itself is not loaded.
-
-    Raises CheckpointError where the folder is no output folder of this package, is of a newer schema, or is damaged.
-    """
-    target = Path(folder).expanduser().resolve()
-    if not target.exists():
-        clear_leftovers(target)  # a process killed between its two renames has left the folder under another name
-    record = target / RECORD
-    if not (record / "manifest.json").is_file():
-        what = "has no unierase/manifest.json" if target.is_dir() else "is no folder"
-        raise CheckpointError(
-            f"{str(target)!r} {what}, so it is no checkpoint of an edit. Give the output folder (--out) of a run."
-        )
-    manifest = _read_manifest(target)
-    try:
-        token, edits, originals = _unpack(*read_tensors(record / "edits.safetensors"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{str(record / 'edits.safetensors')!r} lacks {error}. Run the edit again.") from error
-    paths = {step: record / f"report-{step}.json" for step in range(1, len(manifest["steps"]))}
-    reports = {step: _read_json(path) for step, path in paths.items() if path.is_file()}
-    report = _read_json(record / "report.json")
-    return Checkpoint(manifest, token, edits, originals, _read_ledger(record), report, reports)
-
-
-def _read_manifest(target: Path) -> dict[str, Any]:
-    path = target / RECORD / "manifest.json"
-    manifest = _read_json(path)
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if not isinstance(schema, int):
-        raise CheckpointError(f"{str(path)!r} has no schema version. Run the edit again.")
-    if schema > SCHEMA:
-        writer = manifest.get("versions", {}).get("unierase_plugin", "of a later version")
-        raise CheckpointError(
-            f"{str(target)!r} is of schema {schema}, written by unierase-plugin {writer}; this version reads up to "
-            f"schema {SCHEMA}. Upgrade it: pip install -U unierase-plugin."
-        )
-    return dict(manifest)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read ({error}). Run the edit again.") from error
-
-
-def _read_ledger(record: Path) -> list[dict[str, Any]]:
-    path = record / "ledger.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read ({error}). Run the edit again.") from error
-
-
-def _unpack(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> tuple[UnlearningToken | None, tuple[WeightEdit, ...], Originals | None]:
-    token = None
-    if "token" in metadata:
-        rows = {name.removeprefix("token."): tensor for name, tensor in tensors.items() if name.startswith("token.")}
-        token = unpack_token(rows, json.loads(metadata["token"]))
-    return token, unpack_edits(tensors, metadata), _unpack_originals(tensors, metadata)
 
 
 def _unpack_step(tensors: Mapping[str, Tensor], step: int, norms: Mapping[str, Any]) -> WeightEdit:
@@ -276,7 +232,8 @@ def _unpack_step(tensors: Mapping[str, Tensor], step: int, norms: Mapping[str, A
     return WeightEdit(updates, tuple(norms["residual_norms"]), ratios, by_layer("keys"), removed)
 
 
-def _unpack_originals(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Originals | None:
+def unpack_originals(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Originals | None:
+    """The originals of a file that `pack_checkpoint` gave the contents of; None where the method kept none."""
     if "originals" not in metadata:
         return None
     described = json.loads(metadata["originals"])

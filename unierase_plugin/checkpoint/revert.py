@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..architecture import find_architecture
 from ..errors import CheckpointError
@@ -20,14 +20,20 @@ from ..locate_then_edit.edit import WeightEdit, apply_edit
 from ..older_readers import write_for_older_readers
 from ..store import model_fingerprint, replace_folder
 from ..tying import resize_vocabulary
+from .damage import misfits
 from .downdate import edit_without
 from .folder import bytes_of, check_output_folder, save_model
-from .record import RECORD, Checkpoint, Originals, read_checkpoint, write_record
+from .integrity import Examined, WayBack, examine
+from .record import RECORD, Checkpoint, Originals, write_record
 
 logger = logging.getLogger(__name__)
 
 #: Files of a tokenizer in which an added token is named.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+#: Shares of the change, and of the weight's own rounding, by which a rebuilt weight may differ from the one that is
+#: there, in Euclidean norms.
+ROUNDING_OF_CHANGE, ROUNDING_OF_WEIGHT = 1e-4, 0.03
 
 
 def revert_checkpoint(folder: str | Path, out: str | Path, overwrite: bool = False, step: int = 0) -> Path:
@@ -35,25 +41,25 @@ def revert_checkpoint(folder: str | Path, out: str | Path, overwrite: bool = Fal
 
     Step 0 gives the base model to the bit, without the token and without a record: where the token had been added by
     enlarging the vocabulary, it gets its old size back, and where it had taken a padding row, that row its old content.
-    Later steps give a checkpoint that ends there. Raises CheckpointError where the method kept no originals, or where
-    the weights in `folder` are not those that the record was written for.
+    Later steps give a checkpoint that ends there. Raises CheckpointError where the method kept no originals, where
+    what this depends on in the record is damaged, or where the weights in `folder` are not those that the record was
+    written for.
     """
-    source = Path(folder).expanduser().resolve()
-    checkpoint = read_checkpoint(source)
+    found = examine(folder)
+    if step == 0:
+        return _revert_all(found, out, overwrite)
+    source, checkpoint = found.folder, found.up_to(step)
     originals = _revertible(checkpoint, source, step)
     target = check_output_folder(out, overwrite)
-    model = _load_model(source)
-    kept = _until(checkpoint, step) if step else None
-    if kept is None:
-        _restore_base(model, checkpoint, originals)
-        _check_base(model, checkpoint, source)
-    else:
-        _check_untouched(model, checkpoint, source)
-        _rebuild(model, kept, originals)
-        if model_fingerprint(model) != kept.manifest["model_fingerprint_after"]:
-            # Factors are multiplied again here, and another processor may round a product differently.
-            logger.warning("The weights after step %d are rebuilt up to rounding, not to the bit.", step)
-    return _write(model, source, target, checkpoint, kept)
+    model = load_saved(source)
+    kept = _until(checkpoint, step)
+    _check_untouched(model, checkpoint, source)
+    _check_fit(model, found, checkpoint, originals)
+    _rebuild(model, kept, originals)
+    if model_fingerprint(model) != kept.manifest["model_fingerprint_after"]:
+        # Factors are multiplied again here, and another processor may round a product differently.
+        logger.warning("The weights after step %d are rebuilt up to rounding, not to the bit.", step)
+    return _write(model, source, target, "", kept)
 
 
 def take_back_requests(folder: str | Path, out: str | Path, requests: Sequence[str], overwrite: bool = False) -> Path:
@@ -64,15 +70,16 @@ def take_back_requests(folder: str | Path, out: str | Path, requests: Sequence[s
     (`downdate`). Later steps stay as they are. Where nothing is left, the base model is written, to the bit. Raises
     CheckpointError for what the ledger does not hold, and like `revert_checkpoint`.
     """
-    source = Path(folder).expanduser().resolve()
-    checkpoint = read_checkpoint(source)
+    found = examine(folder)
+    source, checkpoint = found.folder, found.up_to()
     originals = _revertible(checkpoint, source, 0)
     kept, first = _without_requests(checkpoint, requests, source)
     if not kept.manifest["steps"]:
-        return revert_checkpoint(source, out, overwrite)
+        return _revert_all(found, out, overwrite)
     target = check_output_folder(out, overwrite)
-    model = _load_model(source)
+    model = load_saved(source)
     _check_untouched(model, checkpoint, source)
+    _check_fit(model, found, checkpoint, originals)
     after = {step: str(entry["model_fingerprint_after"]) for step, entry in enumerate(kept.manifest["steps"], start=1)}
 
     def note(step: int) -> None:
@@ -80,7 +87,18 @@ def take_back_requests(folder: str | Path, out: str | Path, requests: Sequence[s
             after[step] = model_fingerprint(model)
 
     _rebuild(model, kept, originals, note)
-    return _write(model, source, target, checkpoint, _with_fingerprints(kept, after))
+    return _write(model, source, target, "", _with_fingerprints(kept, after))
+
+
+def _revert_all(found: Examined, out: str | Path, overwrite: bool) -> Path:
+    way = found.back()
+    if way is None:
+        raise _no_originals(found.up_to(), found.folder)
+    target = check_output_folder(out, overwrite)
+    model = load_saved(found.folder)
+    if not restore_base(model, way):
+        raise _changed_since(way.model, found)
+    return _write(model, found.folder, target, way.token.name if way.token else "", None)
 
 
 # --- The record of what is left --------------------------------------------------------------------------------------
@@ -181,10 +199,7 @@ def _with_fingerprints(checkpoint: Checkpoint, after: Mapping[int, str]) -> Chec
 def _revertible(checkpoint: Checkpoint, source: Path, step: int) -> Originals:
     steps = len(checkpoint.manifest["steps"])
     if checkpoint.originals is None:
-        raise CheckpointError(
-            f"{str(source)!r} was made by {checkpoint.manifest['method']!r}, which trains the whole model and keeps no "
-            f"originals. Load the base model again: {checkpoint.manifest['model']!r}."
-        )
+        raise _no_originals(checkpoint, source)
     if not 0 <= step < steps:
         raise CheckpointError(
             f"There is no going back to step {step}: {str(source)!r} holds {steps} step(s). Give 0 for the model "
@@ -193,7 +208,15 @@ def _revertible(checkpoint: Checkpoint, source: Path, step: int) -> Originals:
     return checkpoint.originals
 
 
-def _load_model(source: Path) -> Any:
+def _no_originals(checkpoint: Checkpoint, source: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{str(source)!r} was made by {checkpoint.manifest['method']!r}, which trains the whole model and keeps no "
+        f"originals. Load the base model again: {checkpoint.manifest['model']!r}."
+    )
+
+
+def load_saved(source: Path) -> Any:
+    """The model of an output folder in the dtype it was saved in. Raises CheckpointError where it cannot be loaded."""
     try:
         return open_weights(str(source), "auto")[0].eval()
     except Exception as error:  # damaged weights surface as many types, depending on where the damage is
@@ -201,10 +224,14 @@ def _load_model(source: Path) -> Any:
 
 
 @torch.no_grad()
-def _restore_base(model: Any, checkpoint: Checkpoint, originals: Originals) -> None:
-    _restore_projections(model, originals)
-    if checkpoint.token is not None:
-        _remove_rows(model, originals, checkpoint.token.id)
+def restore_base(model: Any, way: WayBack) -> bool:
+    """Puts the base model's weights back in place, and says whether they are the base model's, to the bit."""
+    if misfits(model, way.originals, way.token):
+        return False
+    _restore_projections(model, way.originals)
+    if way.token is not None:
+        _remove_rows(model, way.originals, way.token.id)
+    return model_fingerprint(model) == way.fingerprint
 
 
 @torch.no_grad()
@@ -238,37 +265,72 @@ def _remove_rows(model: Any, originals: Originals, token_id: int) -> None:
         head.bias[token_id] = originals.output_bias
 
 
-def _check_base(model: nn.Module, checkpoint: Checkpoint, source: Path) -> None:
-    if model_fingerprint(model) != checkpoint.manifest["model_fingerprint_before"]:
-        raise _changed_since(checkpoint, source)
-
-
 def _check_untouched(model: nn.Module, checkpoint: Checkpoint, source: Path) -> None:
     if model_fingerprint(model) != checkpoint.manifest["model_fingerprint_after"]:
-        raise _changed_since(checkpoint, source)
+        raise _changed(checkpoint.manifest["model"], source)
 
 
-def _changed_since(checkpoint: Checkpoint, source: Path) -> CheckpointError:
-    name = checkpoint.manifest["model"]
+def _check_fit(model: Any, found: Examined, checkpoint: Checkpoint, originals: Originals) -> None:
+    """Where there are no digests, originals and factors together must give the weights that are there."""
+    wrong = misfits(model, originals, checkpoint.token)
+    if not found.verified:
+        wrong += [str(each) for each in found.damage if each.part == "factors"]
+    if not wrong and not found.verified:
+        there = {layer: model.get_parameter(name).detach().clone() for layer, name in originals.names.items()}
+        _rebuild(model, checkpoint, originals)
+        wrong = [
+            f"the weights of block {layer} are not what the originals and the factors give"
+            for layer, weight in there.items()
+            if not _close(model.get_parameter(originals.names[layer]), weight, originals.projections[layer])
+        ]
+    if wrong:
+        raise CheckpointError(
+            f"The record in {str(found.folder / RECORD)!r} is damaged: {wrong[0]}. `unierase revert {found.folder} "
+            f"--out BASE` gives the base model {checkpoint.manifest['model']!r} where the original weights hold."
+        )
+
+
+def _close(rebuilt: Tensor, there: Tensor, before: Tensor) -> bool:
+    """Whether two results of an edit differ by rounding alone; NaN is far from everything."""
+    error, change = ((left.double() - there.double()).norm() for left in (rebuilt, before))
+    rounding = torch.finfo(there.dtype).eps * there.double().norm()
+    return bool(error <= ROUNDING_OF_CHANGE * change + ROUNDING_OF_WEIGHT * rounding)
+
+
+def _changed_since(name: str, found: Examined) -> CheckpointError:
+    if not found.damage:
+        return _changed(name, found.folder)
     return CheckpointError(
-        f"The weights in {str(source)!r} were changed after the edit (trained further, or cast to another dtype), so "
-        f"taking the edit back does not give {name!r} again, or a step from it. Use the base model instead."
+        f"{found.story()} What is left of it does not give the base model {name!r} to the bit, and nothing was "
+        "written: the originals are damaged, or the weights in the folder were changed after the edit. Fetch the base "
+        "model again, or put the damaged files back from a copy."
+    )
+
+
+def _changed(name: str, source: Path) -> CheckpointError:
+    return CheckpointError(
+        f"The weights in {str(source)!r} were changed after the edit (trained further, cast to another dtype, or "
+        f"damaged), so taking the edit back does not give {name!r} again, or a step from it. Use the base model "
+        f"instead; `unierase inspect {source} --verify` tells what holds."
     )
 
 
 # --- The folder ------------------------------------------------------------------------------------------------------
 
 
-def _write(model: Any, source: Path, target: Path, checkpoint: Checkpoint, kept: Checkpoint | None) -> Path:
-    """Writes the model, what lies beside it in `source`, and the record of what is kept: none for the base model."""
+def _write(model: Any, source: Path, target: Path, token: str, kept: Checkpoint | None) -> Path:
+    """Writes the model, what lies beside it in `source`, and the record of what is kept: none for the base model.
+
+    token: the one to be taken out of the tokenizer with the record, where there is one.
+    """
     with replace_folder(target, bytes_of(model.parameters())) as staging:
         save_model(model, staging)
         _copy_companions(source, staging)
         write_for_older_readers(staging)
         if kept is not None:
             write_record(kept, staging / RECORD)
-        elif checkpoint.token is not None:
-            _forget_token(source, staging, checkpoint.token.name)
+        elif token:
+            _forget_token(source, staging, token)
     return target
 
 

@@ -80,17 +80,25 @@ def inspect(
     holds: Annotated[
         str, typer.Option(help="Say which step forgot this question; the exit status is 1 where none did.")
     ] = "",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Check the whole folder, the weights too; the exit status is 1 where something "
+                                      "is damaged."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Shows what was done to a model: steps, requests, and what was measured.
 
     Requests are kept as salted hashes, so that they are shown by the first digits of theirs unless the run was given
     --keep-requests. Who has a question at hand can ask for it with --holds.
     """
-    from ..checkpoint import read_checkpoint, step_summaries
+    from ..checkpoint import examine, step_summaries
 
-    found = read_checkpoint(folder)
     console = Console()
+    if verify:
+        _verify(console, folder, as_json)
+        return
+    found = examine(folder).up_to()
     if holds:
         _tell_whether(console, holds, found.find(holds), as_json)
     elif as_json:
@@ -103,6 +111,25 @@ def inspect(
             console.print(_figures_table(steps))
         if requests:
             console.print(_requests_table(found))
+
+
+def _verify(console: Console, folder: Path, as_json: bool) -> None:
+    from ..checkpoint import verify_folder
+
+    with our_log(Console(stderr=True)):
+        found = verify_folder(folder)
+    if as_json:
+        console.print_json(json.dumps(found.as_dict()))
+    else:
+        table = Table("part", "state", "what is wrong", title=escape(str(folder)))
+        for row in found.rows():
+            table.add_row(row["part"], row["state"], escape(row["what"]))
+        console.print(table)
+        console.print(f"What can be done: {', '.join(found.possible()) or 'nothing'}.", soft_wrap=True)
+        if not found.holds:
+            console.print(escape(found.record.remedy(found.gives_base)), soft_wrap=True)
+    if not found.holds:
+        raise typer.Exit(1)
 
 
 def _tell_whether(console: Console, question: str, lines: Sequence[Mapping[str, Any]], as_json: bool) -> None:

@@ -1,0 +1,96 @@
+"""Looks through an output folder on demand: the record against its digests, the weights against the record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..store import model_fingerprint
+from .damage import misfits
+from .integrity import Examined, examine
+from .record import DIGESTS, EDITS, LEDGER, MANIFEST, REPORT
+from .revert import load_saved, restore_base
+
+HOLDS, DAMAGED, NOT_VERIFIED, UNKNOWN = "holds", "damaged", "not verified", "unknown"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What of an output folder holds. `weights` is one of HOLDS, DAMAGED and UNKNOWN."""
+
+    record: Examined
+    weights: str
+    #: In words, where the weights do not hold or are not known to.
+    why: str
+    #: Whether `unierase revert` gives the base model.
+    gives_base: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether no damage was found."""
+        return not self.record.damage and self.weights == HOLDS
+
+    def rows(self) -> list[dict[str, str]]:
+        """part, state and what is wrong, for each file of the record and for the weights."""
+        found = []
+        for name in (MANIFEST, LEDGER, EDITS, "reports", DIGESTS):
+            damage = [each for each in self.record.damage if _group(each.file) == name]
+            if name != DIGESTS or damage or self.record.verified:
+                state = DAMAGED if damage else HOLDS if self.record.verified else NOT_VERIFIED
+                what = "; ".join(f"{each.place} {each.what}".strip() for each in damage)
+                found.append({"part": name, "state": state, "what": what})
+        return [*found, {"part": "weights", "state": self.weights, "what": self.why}]
+
+    def possible(self) -> list[str]:
+        """Commands that still do what they should, by name."""
+        checkpoint, untouched = self.record.checkpoint, self.weights == HOLDS
+        whole = checkpoint is not None and all(each.part == "report" for each in self.record.damage)
+        edits = whole and self.record.way_back is not None and bool(checkpoint and checkpoint.edits)
+        found = {
+            "revert": self.gives_base,
+            **{f"revert --step {step}": untouched for step in self.record.gives_steps()},
+            "revert --request": edits and untouched, "export": edits, "run": whole and untouched,
+        }  # fmt: skip
+        return [name for name, can in found.items() if can]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "folder": str(self.record.folder), "holds": self.holds, "digests": self.record.verified,
+            "parts": self.rows(), "possible": self.possible(),
+        }  # fmt: skip
+
+
+def verify_folder(folder: str | Path) -> Verification:
+    """Reads all of an output folder: the record, and the model's weights by their fingerprint.
+
+    Where either does not hold, the base model is put together in memory, to see whether that still can be done. Raises
+    CheckpointError where the folder is no output folder of this package.
+    """
+    found = examine(folder)
+    try:
+        model = load_saved(found.folder)
+    except CheckpointError as error:
+        return Verification(found, DAMAGED, str(error), False)
+    weights, why = _weights(model, found)
+    if weights == HOLDS and not found.damage:
+        return Verification(found, weights, why, found.way_back is not None)
+    return Verification(found, weights, why, found.way_back is not None and restore_base(model, found.way_back))
+
+
+def _weights(model: Any, found: Examined) -> tuple[str, str]:
+    if found.checkpoint is None or any(each.file == MANIFEST for each in found.damage):
+        return UNKNOWN, f"{MANIFEST} is damaged, which holds their fingerprint"
+    originals, token = found.checkpoint.originals, found.checkpoint.token
+    wrong = misfits(model, originals, token) if originals is not None else []
+    if wrong:
+        return DAMAGED, wrong[0]
+    if model_fingerprint(model) != found.checkpoint.manifest["model_fingerprint_after"]:
+        return DAMAGED, "were changed after the edit: trained further, cast to another dtype, or damaged"
+    return HOLDS, ""
+
+
+def _group(file: str) -> str:
+    return "reports" if file.startswith(REPORT.partition(".")[0]) else file
