@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from .errors import DependencyError, EditError
+from .errors import DependencyError, EditError, reason, shown
 from .evaluation.generate import pad_token_id
+from .inputs import checked_path, decoded
 from .locate_then_edit.generation import generate
 from .locate_then_edit.positions import begun, encode, has_chat_template, render
 from .locate_then_edit.trace import pad
@@ -53,8 +54,18 @@ def corpus_tokens(
         found += [array("i", sequence) for sequence in ids if len(sequence) > 1]
         progress(len(found) / samples)
     if not found:
-        raise EditError(f"The corpus {spec!r} holds no text.")
+        raise EditError(f"The corpus {shown(spec)} holds no text.")
     return found
+
+
+def check_corpus_file(spec: str, samples: int) -> None:
+    """EditError where the corpus is a file that gives no text, as far as it will be read. To be called before loading.
+
+    Whether a dataset of that name is on the hub is not asked.
+    """
+    path = checked_path(spec, EditError, "corpus")
+    if spec != "self" and path.is_file() and not any(1 for _ in itertools.islice(_file_texts(path), samples)):
+        raise EditError(f"The corpus {shown(spec)} holds no text.")
 
 
 def corpus_identity(spec: str) -> list[str]:
@@ -77,7 +88,12 @@ def _file_texts(path: Path) -> Iterator[str]:
                 if not blank:
                     yield "".join(part).rstrip("\n")
     except UnicodeDecodeError as error:
-        raise EditError(f"The corpus {path} is not UTF-8 text: {error}.") from error
+        with path.open("rb") as raw:
+            for number, line in enumerate(raw, start=1):
+                decoded(path, line, EditError, number)  # says which line it is
+        raise EditError(f"The corpus {shown(str(path))} is not UTF-8 text: {reason(error)}.") from error
+    except OSError as error:
+        raise EditError(f"The corpus {shown(str(path))} cannot be read: {reason(error)}.") from error
 
 
 def _hub_texts(spec: str) -> Iterator[str]:
@@ -94,7 +110,8 @@ def _hub_texts(spec: str) -> Iterator[str]:
             column = column or next((key for key in TEXT_COLUMNS if isinstance(row.get(key), str)), "")
             if column not in row:
                 raise EditError(
-                    f"The corpus {spec!r} has no column {column or 'text'!r}. Name one of {', '.join(map(repr, row))}, "
+                    f"The corpus {shown(spec)} has no column {shown(column or 'text')}. Name one of "
+                    f"{', '.join(map(repr, row))}, "
                     f"as in {name}:{config}:COLUMN."
                 )
             if row[column]:
@@ -104,7 +121,7 @@ def _hub_texts(spec: str) -> Iterator[str]:
     except Exception as error:
         what = f"broke off after {count} texts" if count else "is no file and cannot be read from the hub"
         raise EditError(
-            f"The corpus {spec!r} {what} ({type(error).__name__}: {error}). "
+            f"The corpus {shown(spec)} {what} ({type(error).__name__}: {reason(error)}). "
             "Give a text file, or --corpus self to sample text from the model."
         ) from error
 

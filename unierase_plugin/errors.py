@@ -1,4 +1,4 @@
-"""The exceptions of the package, under one base class, and the hint they share.
+"""The exceptions of the package, under one base class, and how their messages quote values and facts.
 
 Every message quotes the value that was refused, what would have been accepted and what to do about it, so that catching
 `UniEraseError` and printing it is enough for a command line.
@@ -8,6 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+#: Characters of a value, and of another library's reason, that a message holds at most.
+LONGEST_VALUE = 200
+LONGEST_REASON = 300
+#: Words, and characters, that a message tells of a fact at most.
+FIRST_WORDS = 4
+LONGEST_START = 40
 
 
 class UniEraseError(Exception):
@@ -63,3 +70,40 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_folded = {candidate.casefold(): candidate for candidate in known}
     close = difflib.get_close_matches(name.casefold(), by_folded, n=1)
     return f" Did you mean {by_folded[close[0]]!r}?" if close else ""
+
+
+def shown(value: object, most: int = LONGEST_VALUE) -> str:
+    """The value as a message quotes it: as Python writes it, without its middle where that is longer than `most`.
+
+    Control characters and half surrogate pairs come out as escapes. For what may hold facts there is `first_words`.
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python turns into text
+        return f"a {type(value).__name__} that is too large to be shown"
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail]}…{text[-tail:]} ({len(text)} characters)"
+
+
+def first_words(text: object) -> str:
+    """What a message says of a question, an answer or a prompt: its first words, quoted, and no more.
+
+    Facts are told by their case_id, or by file and line; messages end up in logs that others read. Of a list or a
+    mapping where a text was wanted, only the type is told.
+    """
+    if text is None or isinstance(text, (bool, int, float)) or (isinstance(text, str) and not text.strip()):
+        return shown(text, LONGEST_START)
+    if not isinstance(text, str):
+        return f"a {type(text).__name__}"
+    words = text.split(maxsplit=FIRST_WORDS)
+    start = " ".join(words[:FIRST_WORDS])
+    whole = len(words) <= FIRST_WORDS and len(start) <= LONGEST_START
+    return repr(text if whole and text == start else start[:LONGEST_START] + ("" if whole else " …"))
+
+
+def reason(error: BaseException, most: int = LONGEST_REASON) -> str:
+    """What another library's error says, in one line that is cut where it is long."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= most else f"{said[:most]}…"

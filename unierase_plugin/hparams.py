@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
-from .errors import HyperParamsError, did_you_mean
+from .errors import HyperParamsError, did_you_mean, shown
+from .hparam_values import checked_seed, coerced
+from .inputs import YAML_BYTES, checked_path, parse_yaml, read_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,6 +52,7 @@ class HyperParams:
         for spec in dataclasses.fields(self):
             value = coerced(spec.name, getattr(self, spec.name), hints[spec.name])
             object.__setattr__(self, spec.name, value)
+        checked_seed(getattr(self, "seed", 0))
         self.validate()
 
     def validate(self) -> None:
@@ -63,14 +65,31 @@ class HyperParams:
         for key in values:
             if key not in known:
                 raise HyperParamsError(
-                    f"Unknown hyper-parameter {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(known)}."
+                    f"Unknown hyper-parameter {shown(key)}.{did_you_mean(str(key), known)} Known: {', '.join(known)}."
                 )
         return cls(**values)
 
     @classmethod
     def from_hparams(cls, name_or_path: str | Path) -> Self:
-        """Reads a YAML file, or the shipped one of that name (`smollm2-135m`); EasyEdit's constructor name."""
-        return cls.from_dict(read_yaml(find_hparams(name_or_path, cls.folder)))
+        """Reads a YAML file, or the shipped one of that name (`smollm2-135m`); EasyEdit's constructor name.
+
+        Raises HyperParamsError with the file, and the line of the setting that it refuses.
+        """
+        path = find_hparams(name_or_path, cls.folder)
+        values, lines = _read_yaml(path)
+        try:
+            return cls.from_dict(values)
+        except HyperParamsError as error:
+            line = next((f", line {lines[str(key)]}" for key in values if not cls._takes({key: values[key]})), "")
+            raise HyperParamsError(f"{path}{line}: {error}") from error
+
+    @classmethod
+    def _takes(cls, values: Mapping[str, Any]) -> bool:
+        try:
+            cls.from_dict(values)
+        except HyperParamsError:
+            return False
+        return True
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
@@ -308,7 +327,7 @@ def find_hparams(name_or_path: str | Path, folder: str = UniEraseHyperParams.fol
 
     `hparams/UniErase/STEM.yaml`, with or without its ending, means the shipped file too where nothing lies there.
     """
-    path = Path(name_or_path)
+    path = checked_path(name_or_path, HyperParamsError)
     if path.is_file():
         return path
     shipped = shipped_hparams(folder)
@@ -316,61 +335,29 @@ def find_hparams(name_or_path: str | Path, folder: str = UniEraseHyperParams.fol
     if stem in shipped:
         return shipped[stem]
     raise HyperParamsError(
-        f"No hyper-parameter file {str(name_or_path)!r}.{did_you_mean(str(name_or_path), shipped)} "
+        f"No hyper-parameter file {shown(str(name_or_path))}.{did_you_mean(str(name_or_path), shipped)} "
         f"Give a YAML file{', or one of: ' if shipped else ''}{', '.join(shipped)}."
     )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+    """The settings of a file. Raises HyperParamsError, with the line, for what is not one mapping in sound YAML."""
+    return _read_yaml(path)[0]
 
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise HyperParamsError(f"{path} is not valid YAML: {error}") from error
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], Mapping[Any, int]]:
+    """The settings, and the line of each."""
+    values, lines = parse_yaml(read_text(path, HyperParamsError, YAML_BYTES), str(path), HyperParamsError)
     if not isinstance(values, dict):
         raise HyperParamsError(f"{path} must hold one mapping of hyper-parameters, not {type(values).__name__}.")
-    return values
-
-
-def coerced(name: str, value: Any, hint: Any) -> Any:
-    """The value as the declared type: YAML reads 1e-1 as text and lists where tuples are meant.
-
-    Raises HyperParamsError for a value that has another type.
-    """
-    origin = get_origin(hint)
-    try:
-        if origin is tuple:
-            if isinstance(value, str) or not hasattr(value, "__iter__"):
-                raise TypeError
-            return tuple(coerced(name, item, get_args(hint)[0]) for item in value)
-        if origin is dict:
-            return dict(value)
-        if hint is bool:
-            if not isinstance(value, bool):
-                raise TypeError
-            return value
-        if hint is int:
-            if isinstance(value, bool) or float(value) != int(float(value)):
-                raise TypeError
-            return int(float(value))
-        if hint is float:
-            if isinstance(value, bool) or not math.isfinite(float(value)):
-                raise TypeError
-            return float(value)
-        if not isinstance(value, (str, int)) or isinstance(value, bool):
-            raise TypeError
-        return str(value)
-    except (TypeError, ValueError, OverflowError):
-        wanted = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
-        raise HyperParamsError(f"Hyper-parameter {name} = {value!r} is not of type {wanted}.") from None
+    return values, lines
 
 
 def _validate(hparams: EngineSettings) -> None:
     for name, choices in (("fact_token", FACT_TOKENS), ("solver", SOLVERS), ("mom2_dtype", ("float32", "float64"))):
         value = getattr(hparams, name)
         if value not in choices:
-            raise HyperParamsError(f"{name} = {value!r} must be one of: {', '.join(choices)}.")
+            raise HyperParamsError(f"{name} = {shown(value)} must be one of: {', '.join(choices)}.")
     unknown = [form for form in hparams.prompt_forms if form not in PROMPT_FORMS]
     if unknown or not hparams.prompt_forms:
         raise HyperParamsError(

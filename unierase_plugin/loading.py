@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import ArchitectureError, UniEraseError, did_you_mean
+from .inputs import checked_path
 from .tying import is_tied, says_tied, settle_config
 from .weight_files import stored_weights
 
@@ -119,7 +119,7 @@ def _tell_differences(name: str, config: Any, model: Any, found: Mapping[str, An
 
 
 def _refuse_gguf(name: str) -> None:
-    folder = Path(name)
+    folder = checked_path(name, UniEraseError, "model")
     found = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf")) if folder.is_dir() else []
     if found and not (folder / "config.json").is_file():
         raise ArchitectureError(

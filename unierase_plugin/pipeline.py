@@ -23,10 +23,12 @@ import torch
 
 from . import checkpoint as files
 from .architecture import refuse_unfit
+from .corpus import check_corpus_file
 from .erasure import corpus_of
 from .errors import CheckpointError, EditError, HyperParamsError, RequestError, UniEraseError
 from .evaluation.generate import answers, context_limit, perplexity
 from .evaluation.report import Outcome, Report, judge
+from .hparam_values import checked_seed
 from .hparams import HARDENED, PROMPT_FORMS, REMOVED, HyperParams, UniEraseHyperParams
 from .loading import load
 from .locate_then_edit.edit import WeightEdit
@@ -39,7 +41,7 @@ from .readers import read_requests
 from .request import ForgetRequest, check_requests, with_subjects
 from .resources import lines, paragraphs
 from .second_moment import CorpusMoment
-from .store import CACHE_VERSION, Packed, digest, model_fingerprint, tokenizer_fingerprint
+from .store import CACHE_VERSION, Packed, cache_folder, digest, model_fingerprint, tokenizer_fingerprint
 from .team import Team
 from .unlearning_token import UnlearningToken
 
@@ -245,6 +247,8 @@ class _Subject:
         options: Mapping[str, Any], device: str, dtype: str,
     ) -> _Subject:  # fmt: skip
         """options: settings by name that win over the hyper-parameters' where they are not None."""
+        seed = options.get("seed")
+        checked_seed(seed or 0)
         record, earlier = None, None
         if isinstance(model, UnlearnResult):
             _check_same_method(model, method)
@@ -254,6 +258,7 @@ class _Subject:
         if isinstance(model, (str, os.PathLike)):
             name = os.fspath(model)
             settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
+            _check_places(settings)
             record = _earlier_record(name, method)
             model, tokenizer = load(name, device or getattr(settings, "device", ""), dtype or _dtype_of(record))
             earlier = _steps_of(record)
@@ -265,7 +270,7 @@ class _Subject:
         _tell_form(name, tokenizer, settings)
         fingerprint = model_fingerprint(model)
         _check_unchanged(fingerprint, record, name)
-        seed, room = options.get("seed"), options.get("max_batch_tokens") or getattr(settings, "max_batch_tokens", 0)
+        room = options.get("max_batch_tokens") or getattr(settings, "max_batch_tokens", 0)
         return cls(
             method, model, tokenizer, name, settings, getattr(settings, "seed", 0) if seed is None else seed,
             room or fitting_tokens(model), fingerprint, tokenizer_fingerprint(tokenizer),
@@ -466,6 +471,14 @@ def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Meth
     if options.get("reverse") and "reverse" not in known:
         raise HyperParamsError(f"The method {method.name!r} has no reverse; those that edit have. Leave --reverse out.")
     return hparams.replace(**{name: value for name, value in options.items() if value is not None and name in known})
+
+
+def _check_places(settings: HyperParams) -> None:
+    """Raises a UniEraseError for a cache or a corpus that cannot be used, before the model is loaded."""
+    if hasattr(settings, "stats_dir"):
+        cache_folder(settings.stats_dir)
+    if hasattr(settings, "mom2_dataset"):
+        check_corpus_file(settings.mom2_dataset, getattr(settings, "mom2_n_samples", 1))
 
 
 def _earlier_record(name: str, method: Method[Any]) -> files.Checkpoint | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .errors import DependencyError, RequestError, did_you_mean
+from .errors import DependencyError, RequestError, did_you_mean, first_words, reason, shown
+from .inputs import checked_path, parse_json, read_text
 from .request import ForgetRequest, has_word
 
 Reader = Callable[[str], Sequence[ForgetRequest]]
@@ -39,7 +39,7 @@ RETURN_SPLITS = ("forget", "retain", "forget_train", "forget_eval", "retain_trai
 
 FILE_SUFFIXES = (".json", ".jsonl", ".csv")
 
-_SLICE = re.compile(r"\[(-?\d+|):(-?\d+|)\]$")
+_SLICE = re.compile(r"\[(-?\d{1,18}|):(-?\d{1,18}|)\]$")
 # Two letters at least: `C:` before a path is a drive.
 _PREFIX = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
 
@@ -58,7 +58,9 @@ def read_requests(
     Raises `RequestError` when a name, file, line, field or slice is not usable, and when nothing is left to return.
     """
     if isinstance(spec, (ForgetRequest, Mapping, bytes)) or not isinstance(spec, (str, os.PathLike, Iterable)):
-        raise RequestError(f"Expected a spec, a path or a list of requests, got {spec!r}; put one request in a list.")
+        raise RequestError(
+            f"Expected a spec, a path or a list of requests, got {first_words(spec)}; put one request in a list."
+        )
     if isinstance(spec, str):
         requests = _read_spec(spec, READERS if readers is None else readers)
     elif isinstance(spec, os.PathLike):
@@ -66,24 +68,26 @@ def read_requests(
     else:
         requests = build_requests(((f"request {i}", each) for i, each in enumerate(spec)), stem="request")
     if not requests:
-        raise RequestError(f"{spec!r} holds no requests.")
+        raise RequestError(f"{shown(spec)} holds no requests.")
     return requests
 
 
 def _read_spec(spec: str, readers: Mapping[str, Reader]) -> tuple[ForgetRequest, ...]:
     source, bounds = _split_slice(spec.strip())
     prefixed = _PREFIX.fullmatch(source)
+    if prefixed is None or prefixed[1] not in readers:
+        checked_path(source, RequestError)
     if prefixed is None or (prefixed[1] not in readers and Path(source).exists()):
         requests = read_file(source)
     elif prefixed[1] in readers:
         requests = _with_case_ids(readers[prefixed[1]](prefixed[2]), stem=prefixed[1])
     else:
         raise RequestError(
-            f"Unknown prefix {prefixed[1]!r} in the spec {spec!r}.{did_you_mean(prefixed[1], readers)} "
+            f"Unknown prefix {shown(prefixed[1])} in the spec {shown(spec)}.{did_you_mean(prefixed[1], readers)} "
             f"Known: {', '.join(sorted(readers))}, or a path that ends in {', '.join(FILE_SUFFIXES)}."
         )
     if requests and not requests[bounds]:
-        raise RequestError(f"The slice of {spec!r} selects none of its {len(requests)} requests.")
+        raise RequestError(f"The slice of {shown(spec)} selects none of its {len(requests)} requests.")
     return requests[bounds]
 
 
@@ -92,8 +96,8 @@ def _split_slice(spec: str) -> tuple[str, slice]:
     if found:
         start, stop = (int(bound) if bound else None for bound in found.groups())
         return spec[: found.start()], slice(start, stop)
-    if spec.endswith("]") and not Path(spec).exists():
-        raise RequestError(f"The slice at the end of {spec!r} is not [start:stop]: write [0:20], [:20] or [-5:].")
+    if spec.endswith("]") and not checked_path(spec, RequestError).exists():
+        raise RequestError(f"The slice at the end of {shown(spec)} is not [start:stop]: write [0:20], [:20] or [-5:].")
     return spec, slice(None)
 
 
@@ -112,7 +116,7 @@ def _build_request(where: str, record: ForgetRequest | Record) -> ForgetRequest:
     if isinstance(record, ForgetRequest):
         return record
     if not isinstance(record, Mapping):
-        raise RequestError(f"{where}: expected an object with 'question' and 'answer', got {record!r}.")
+        raise RequestError(f"{where}: expected an object with 'question' and 'answer', got {first_words(record)}.")
     question, answer = _field(where, record, "question"), _field(where, record, "answer")
     case_id: Any = record.get("case_id")
     try:
@@ -154,31 +158,23 @@ def iter_records(path: str | os.PathLike[str]) -> Iterator[Located]:
 
     Raises `RequestError` when there is no such file, its suffix is not one of `FILE_SUFFIXES`, or it cannot be parsed.
     """
-    path = Path(path)
+    path = checked_path(path, RequestError)
     if path.suffix.lower() not in FILE_SUFFIXES:
         raise RequestError(
-            f"Cannot tell the format of {str(path)!r}: give a path that ends in {', '.join(FILE_SUFFIXES)}, or a spec "
-            f"with a prefix ({', '.join(sorted(READERS))})."
+            f"Cannot tell the format of {shown(str(path))}: give a path that ends in {', '.join(FILE_SUFFIXES)}, or a "
+            f"spec with a prefix ({', '.join(sorted(READERS))})."
         )
-    text = _read_text(path)
-    if path.suffix.lower() == ".csv":
-        return _csv_records(path, text)
-    return _json_list_records(path, text) if text.lstrip().startswith("[") else _json_line_records(path, text)
-
-
-def _read_text(path: Path) -> str:
     try:
-        # Spreadsheets put a byte order mark in front; newlines stay as they are for the csv module's quoted cells.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return file.read()
+        text = read_text(path, RequestError)
     except FileNotFoundError:
         siblings = [each.name for each in path.parent.glob("*") if each.suffix.lower() in FILE_SUFFIXES]
         raise RequestError(
-            f"There is no file {str(path)!r}.{did_you_mean(path.name, siblings)} "
+            f"There is no file {shown(str(path))}.{did_you_mean(path.name, siblings)} "
             f"Relative paths start at {str(Path.cwd())!r}."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"Cannot read {str(path)!r} as UTF-8 text: {error}.") from error
+    if path.suffix.lower() == ".csv":
+        return _csv_records(path, text)
+    return _json_list_records(path, text) if text.lstrip().startswith("[") else _json_line_records(path, text)
 
 
 def _json_list_records(path: Path, text: str) -> Iterator[Located]:
@@ -194,26 +190,26 @@ def _json_line_records(path: Path, text: str) -> Iterator[Located]:
 
 
 def _parse_json(path: Path, text: str, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise RequestError(
-            f"{path}, line {line}: malformed JSON ({error.msg} at column {error.colno}). Expected a list of objects, "
-            f"or one object on each line."
-        ) from error
+    return parse_json(
+        text, str(path), RequestError, " Expected a list of objects, or one object on each line.", first_line
+    )
 
 
 def _csv_records(path: Path, text: str) -> Iterator[Located]:
     """Rows are numbered as a spreadsheet shows them: the header is row 1. Empty cells count as not given."""
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    number = 1
+    number = 0
     try:
+        names = rows.fieldnames or ()
+        twice = [name for index, name in enumerate(names) if name and name in names[:index]]
+        if twice:
+            raise RequestError(f"{path}, row 1: two columns are called {shown(twice[0])}. Rename one of them.")
+        number = 1
         for number, row in enumerate(rows, start=2):
             if None in row:
                 raise RequestError(
-                    f"{path}, row {number}: more cells than the header has columns ({row[None]!r} are left over). "
-                    f"Quote cells that hold commas."
+                    f"{path}, row {number}: more cells than the header has columns ({first_words(row[None][0])} is "
+                    f"left over). Quote cells that hold commas."
                 )
             yield f"{path}, row {number}", {name: cell for name, cell in row.items() if cell}
     except csv.Error as error:
@@ -331,7 +327,10 @@ def _counterfact_record(located: Located) -> Located:
     rewrite = _field(where, record, "requested_rewrite")
     prompt, subject = _field(where, rewrite, "prompt"), _field(where, rewrite, "subject")
     if not isinstance(prompt, str) or not isinstance(subject, str) or "{}" not in prompt:
-        raise RequestError(f"{where}: expected a 'prompt' with {{}} and a 'subject', got {prompt!r} and {subject!r}.")
+        raise RequestError(
+            f"{where}: expected a 'prompt' with {{}} and a 'subject', got "
+            f"{first_words(prompt)} and {first_words(subject)}."
+        )
     answer = _field(where, _field(where, rewrite, "target_true"), "str")
     # Not str.format: a prompt may hold braces of its own.
     question = prompt.replace("{}", subject, 1)
@@ -356,16 +355,17 @@ def _zsre_record(located: Located) -> Located:
 
 def _check_name(what: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
-        raise RequestError(f"Unknown {what} {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        raise RequestError(f"Unknown {what} {shown(name)}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
 
 
 def _given_folder(folder: str | os.PathLike[str] | None, variable: str) -> Path | None:
     """The folder that is given, else the one that an environment variable names, None where neither is set."""
     if folder is None:
         return _folder(variable)
-    if not Path(folder).is_dir():
-        raise RequestError(f"{str(folder)!r} is not a folder. Relative paths start at {str(Path.cwd())!r}.")
-    return Path(folder)
+    found = checked_path(folder, RequestError)
+    if not found.is_dir():
+        raise RequestError(f"{shown(str(folder))} is not a folder. Relative paths start at {str(Path.cwd())!r}.")
+    return found
 
 
 def _folder(variable: str) -> Path | None:
@@ -373,9 +373,12 @@ def _folder(variable: str) -> Path | None:
     value = os.environ.get(variable)
     if not value:
         return None
-    if not Path(value).is_dir():
-        raise RequestError(f"{variable} is {value!r}, which is not a folder. Correct it, or unset it to use the hub.")
-    return Path(value)
+    found = checked_path(value, RequestError)
+    if not found.is_dir():
+        raise RequestError(
+            f"{variable} is {shown(value)}, which is not a folder. Correct it, or unset it to use the hub."
+        )
+    return found
 
 
 def _hub_records(dataset: str, config: str | None, split: str, remedy: str) -> Iterator[Located]:
@@ -388,8 +391,8 @@ def _hub_records(dataset: str, config: str | None, split: str, remedy: str) -> I
         rows = load_dataset(dataset, config, split=split)
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
-        reason = str(error).rstrip(".")
-        raise RequestError(f"Cannot load {name} (split {split!r}) from the hub: {reason}. {remedy}.") from error
+        why = reason(error).rstrip(".")
+        raise RequestError(f"Cannot load {name} (split {split!r}) from the hub: {why}. {remedy}.") from error
     return ((f"{name}, row {number}", row) for number, row in enumerate(rows))
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from .errors import RequestError
+from .errors import RequestError, first_words, shown
 
 #: Stands for an answer that a harness does not say: UniErase trains on answers only where it is hardened.
 NO_ANSWER = "(not given)"
@@ -19,7 +19,8 @@ NO_ANSWER = "(not given)"
 class ForgetRequest:
     """One fact to forget.
 
-    Raises `RequestError` when a field has the wrong type or is blank, or when `subject` does not occur in `question`.
+    Raises `RequestError` when a field has the wrong type, is blank or holds what no text does (half a surrogate pair, a
+    NUL character), or when `subject` does not occur in `question`.
     """
 
     question: str
@@ -39,12 +40,35 @@ class ForgetRequest:
             if value is None and name in ("subject", "case_id", "target"):
                 continue
             if not isinstance(value, str) or not value.strip():
-                raise RequestError(f"{name!r} must be a string that is not blank, got {value!r} ({self!r}).")
+                raise RequestError(
+                    f"{name!r} must be a string that is not blank, got {first_words(value)}{self._which(name)}."
+                )
+            if "\0" in value or not _is_encodable(value):
+                what = "a NUL character" if "\0" in value else "half a surrogate pair, which is no character"
+                raise RequestError(f"{name!r} holds {what}{self._which(name)}. Write the text anew in UTF-8.")
         if self.subject is not None and self.subject not in self.question:
             raise RequestError(
-                f"The subject {self.subject!r} does not occur in the question {self.question!r}. Give a span of the "
-                f"question, letter by letter, or leave the subject out to have it found."
+                f"The subject {first_words(self.subject)} does not occur in the question {first_words(self.question)}"
+                f"{self._which()}. Give a span of the question, letter by letter, or leave the subject out to have it "
+                "found."
             )
+
+    @property
+    def label(self) -> str:
+        """How a message names the fact: by its case_id, else by the first words of its question."""
+        return first_words(self.question) if self.case_id is None else shown(self.case_id)
+
+    def _which(self, field: str = "") -> str:
+        """Names the fact in a message about a field of it."""
+        return "" if field == "case_id" or self.case_id is None else f" (case_id {shown(self.case_id)})"
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def with_subjects(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...]:
@@ -61,8 +85,8 @@ def _with_subject(index: int, request: ForgetRequest) -> ForgetRequest:
     subject = find_subject(request.question)
     if subject is None:
         raise RequestError(
-            f"No subject found in the question of {_label(index, request)}: {request.question!r}. Give its 'subject', "
-            f"a span of the question that names what the fact is about."
+            f"No subject found in the question of {_label(index, request)}: {first_words(request.question)}. Give "
+            f"its 'subject', a span of the question that names what the fact is about."
         )
     return replace(request, subject=subject)
 
@@ -84,7 +108,8 @@ def check_requests(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ..
         folded = " ".join(request.question.split()).casefold()
         if folded in seen:
             raise RequestError(
-                f"The question {request.question!r} is asked twice, by {seen[folded]} and {label}. Remove one of them."
+                f"The question {first_words(request.question)} is asked twice, by {seen[folded]} and {label}. Remove "
+                "one of them."
             )
         seen[folded] = label
     return checked
@@ -92,7 +117,7 @@ def check_requests(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ..
 
 def _label(index: int, request: ForgetRequest) -> str:
     place = f"request {index}"
-    return place if request.case_id is None else f"{place} (case_id {request.case_id!r})"
+    return place if request.case_id is None else f"{place} (case_id {shown(request.case_id)})"
 
 
 def parted(question: str, subject: str) -> tuple[str, str, str]:

@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .digests import Seal, content_digests
-from .errors import CheckpointError, WriteError, did_you_mean
+from .errors import CheckpointError, WriteError, did_you_mean, shown
+from .inputs import checked_path
 from .locate_then_edit.statistics import MomentSums, SecondMoment
 from .locate_then_edit.values import Values
 from .unlearning_token import UnlearningToken
@@ -50,12 +51,33 @@ _Record = TypeVar("_Record")
 
 
 def cache_folder(explicit: str = "") -> Path:
-    """Where reusable results live: `explicit`, else UNIERASE_CACHE, XDG_CACHE_HOME/unierase, or ~/.cache/unierase."""
+    """Where reusable results live: `explicit`, else UNIERASE_CACHE, XDG_CACHE_HOME/unierase, or ~/.cache/unierase.
+
+    Raises CheckpointError where no folder can be there: a file is in the way, or the home is not known.
+    """
     chosen = explicit or os.environ.get("UNIERASE_CACHE", "")
-    if chosen:
-        return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "unierase"
+    place = Path(chosen) if chosen else (Path(base) if base else _home() / ".cache") / "unierase"
+    found = checked_path(place, CheckpointError, "cache folder")
+    there = next((each for each in (found, *found.parents) if each.exists()), found)
+    if there.exists() and not there.is_dir():
+        raise CheckpointError(
+            f"The cache folder {shown(str(found))} cannot be made: {shown(str(there))} is a file. "
+            "Set UNIERASE_CACHE (or the setting stats_dir) to a folder."
+        )
+    return found
+
+
+def _home() -> Path:
+    with suppress(RuntimeError):
+        home = Path.home()
+        # An empty HOME would be read as the root of the file system.
+        if os.environ.get("HOME") != "" and home.is_absolute():
+            return home
+    raise CheckpointError(
+        "There is no place for the cache: the home folder is not known (HOME is not set). Set UNIERASE_CACHE, or HOME, "
+        "to a folder."
+    )
 
 
 # --- Fingerprints ----------------------------------------------------------------------------------------------------
@@ -162,7 +184,8 @@ def whole_file(path: Path, needed: int = 0) -> Iterator[Path]:
         os.replace(partial, path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise _cannot_write(path, needed, error) from error
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -16,6 +16,8 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, examine, is_edited, revert_checkpoint
 from ..errors import CheckpointError, RequestError, UniEraseError
+from ..hparam_values import checked_seed
+from ..inputs import absolute_path
 from ..loading import load
 from ..locate_then_edit.positions import has_chat_template
 from ..pipeline import peak_memory_bytes
@@ -125,6 +127,7 @@ def audit(
     Returns what audit.json holds. An audit that was stopped goes on when it is called again with the same arguments.
     Raises a UniEraseError that names the value and the remedy.
     """
+    checked_seed(seed)
     target = _output_folder(Path(out), model)
     chosen = choose_attacks(attacks)
     readers = registry().readers
@@ -157,10 +160,10 @@ def audit(
 
 
 def _output_folder(out: Path, model: Source) -> Path:
-    out = out.expanduser().resolve()
+    out = absolute_path(out, CheckpointError)
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{str(out)!r} is a file. Give the name of a folder, which is made where there is none.")
-    if not isinstance(model, tuple) and out == Path(model).expanduser().resolve():
+    if not isinstance(model, tuple) and out == absolute_path(model):
         raise CheckpointError(
             f"{str(out)!r} is the model's own folder. Choose another --out, such as {out.name}-audit."
         )

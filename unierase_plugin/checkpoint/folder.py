@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..inputs import absolute_path
 from ..locate_then_edit.edit import WeightEdit
 from ..locate_then_edit.targets import forms_of
 from ..older_readers import write_for_older_readers
@@ -35,7 +36,7 @@ def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
     Raises CheckpointError where it is a file, holds something and `overwrite` is not set, cannot be written, or is a
     folder that nobody means to lose: one that the home or the working folder lies in.
     """
-    target = Path(folder).expanduser().resolve()
+    target = absolute_path(folder, CheckpointError)
     clear_leftovers(target)
     if target.exists() and not target.is_dir():
         raise CheckpointError(

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..digests import data_digest
 from ..errors import CheckpointError
+from ..inputs import absolute_path, checked_path
 from ..store import TensorFile, clear_leftovers, open_tensors, unpack_token
 from ..unlearning_token import UnlearningToken
 from .damage import Damage, contradictions
@@ -155,7 +156,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 def is_edited(folder: str | os.PathLike[str]) -> bool:
     """Whether there is a record in the folder, damaged or not."""
-    record = Path(folder).expanduser() / RECORD
+    record = checked_path(folder, CheckpointError) / RECORD
     return any((record / name).is_file() for name in (MANIFEST, EDITS, LEDGER, DIGESTS))
 
 
@@ -164,7 +165,7 @@ def examine(folder: str | os.PathLike[str]) -> Examined:
 
     Raises CheckpointError where the folder is no output folder of this package, or is of a newer schema.
     """
-    target = Path(folder).expanduser().resolve()
+    target = absolute_path(folder, CheckpointError)
     if not target.exists():
         clear_leftovers(target)  # a process killed between its two renames has left the folder under another name
     if not is_edited(target):

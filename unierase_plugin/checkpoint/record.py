@@ -141,7 +141,7 @@ def ledger_hash(salt: str, *texts: str) -> str:
     As in `check_requests`, what differs in these alone counts as the same question.
     """
     folded = [" ".join(unicodedata.normalize("NFC", text).split()).casefold() for text in texts]
-    return hashlib.sha256("\0".join([salt, *folded]).encode()).hexdigest()
+    return hashlib.sha256("\0".join([salt, *folded]).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

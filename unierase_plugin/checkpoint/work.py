@@ -8,6 +8,8 @@ import secrets
 import shutil
 from pathlib import Path
 
+from ..errors import CheckpointError
+from ..inputs import absolute_path
 from ..store import Store
 
 #: Bytes of the random number that makes two seals of one text differ.
@@ -25,7 +27,7 @@ def discard_work(out: str | Path) -> None:
 
 
 def _work_root(out: str | Path) -> Path:
-    target = Path(out).expanduser().resolve()
+    target = absolute_path(out, CheckpointError)
     return target.with_name(f".{target.name}.work")
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import UniEraseError
+from ..errors import UniEraseError, shown
 from .console import Device, Dtype, progress
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(name) for name in _names(text)))
     except ValueError:
-        raise UniEraseError(f"--seeds {text!r}: give whole numbers with commas, such as 0,1,2.") from None
+        raise UniEraseError(f"--seeds {shown(text)}: give whole numbers with commas, such as 0,1,2.") from None
 
 
 def _print(console: Console, results: Mapping[str, Any]) -> None:

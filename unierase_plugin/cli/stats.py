@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import UniEraseError
+from ..errors import UniEraseError, shown
 from .console import Device, Dtype, progress
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def stats(
     }  # fmt: skip
     settings = choose_hparams(hparams or None, model).replace(**{key: each for key, each in changes.items() if each})
     if out is not None and out.suffix != ".safetensors":
-        raise UniEraseError(f"--out {str(out)!r} is to end in .safetensors.")
+        raise UniEraseError(f"--out {shown(str(out))} is to end in .safetensors.")
     if sources and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UniEraseError("--import takes one process: there is nothing to share out. Start it without a launcher.")
     console = Console(stderr=True)
@@ -87,10 +87,12 @@ def _blocks(text: str) -> tuple[int, ...]:
     """3-5,9 as (3, 4, 5, 9)."""
     chosen: list[int] = []
     for part in filter(None, text.replace(" ", "").split(",")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match:
-            raise UniEraseError(f"--layers {text!r} is not a list of blocks. Write it as 3-7 or 3,5,7.")
-        chosen += range(int(match[1]), int(match[2] or match[1]) + 1)
+        # No model has ten thousand blocks; a range of so many would only fill the memory.
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not found:
+            raise UniEraseError(f"--layers {shown(text)} is not a list of blocks. Write it as 3-7 or 3,5,7.")
+        chosen += found
     return tuple(chosen)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import HyperParamsError, PluginError, did_you_mean
+from ..errors import HyperParamsError, PluginError, did_you_mean, shown
+from ..inputs import parse_yaml
 from ..methods.contract import Method
 from ..methods.editing import TARGETS, EditingHyperParams
 from ..plugins import registry
@@ -80,12 +81,12 @@ def parse_method(text: str) -> Entry:
 
 
 def _setting(text: str, part: str) -> tuple[str, Any]:
-    import yaml
-
     key, sign, value = part.partition("=")
     if not sign or not key.strip():
-        raise HyperParamsError(f"{part!r} in {text!r} is no setting: write method@key=value, such as memit@target=eos.")
-    return key.strip(), yaml.safe_load(value)
+        raise HyperParamsError(
+            f"{shown(part)} in {shown(text)} is no setting: write method@key=value, such as memit@target=eos."
+        )
+    return key.strip(), parse_yaml(value, f"{key.strip()} in {shown(text)}", HyperParamsError)[0]
 
 
 def method_of(entry: Entry) -> Method[Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, UniEraseError
+from ..hparam_values import checked_seed
 from ..methods.contract import Progress
 from ..pipeline import Requests
 from . import search
@@ -69,6 +70,8 @@ class Options:
             raise UniEraseError(f"scenario = {self.scenario!r} must be one of: {', '.join(SCENARIOS)}.")
         if not self.seeds:
             raise UniEraseError("seeds are empty; give at least one, such as 0.")
+        for seed in self.seeds:
+            checked_seed(seed)
         for name, low, high in (("validation", 0.0, 0.9), ("target", 0.0, 1.0)):
             if not low < getattr(self, name) <= high:
                 raise UniEraseError(f"{name} = {getattr(self, name)} must be above {low} and at most {high}.")

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from ..errors import DependencyError, UniEraseError, did_you_mean
+from ..errors import DependencyError, UniEraseError, did_you_mean, reason, shown
 from ..locate_then_edit.positions import has_chat_template
 from .task_checks import check_tasks, every_task_checked, our_tasks, tasks_folder
 from .task_manager import MODEL_TYPE, hand_on_metadata, is_model_type, register_model_type
@@ -208,9 +208,9 @@ def _joined(settings: Mapping[str, Any], given: Sequence[str]) -> str:
         return ",".join([*(f"{key}={value}" for key, value in settings.items()), *given])
     try:
         return json.dumps({**settings, **json.loads(given[0] if given else "{}")})
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         hint = "Use double quotes inside, single quotes around."
-        raise UniEraseError(f"Not JSON: {given[0]!r} ({error}). {hint}") from error
+        raise UniEraseError(f"Not JSON: {shown(given[0])} ({reason(error)}). {hint}") from error
 
 
 # --- around lm-eval ------------------------------------------------------------------------------------------------

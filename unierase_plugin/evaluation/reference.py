@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UniEraseError
+from ..errors import UniEraseError, first_words, shown
+from ..inputs import checked_path, parse_json, read_text
 
 FORMATS = (
     "a sample log of this task that lm-eval wrote for the retain-only model (--log_samples), or the folder it lies in; "
@@ -21,15 +21,11 @@ def read_reference(path: str | Path, task: str, questions: Sequence[str]) -> lis
 
     Raises UniEraseError where the file is missing, unreadable, or of another task or length.
     """
-    found = _find(Path(path), task)
-    try:
-        text = found.read_text(encoding="utf-8")
-        logged = [json.loads(line) for line in text.splitlines() if line.strip()] if found.suffix == ".jsonl" else (
-            json.loads(text)
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise UniEraseError(f"The reference {str(found)!r} cannot be read as JSON: {error}.") from error
+    found = _find(checked_path(path, UniEraseError, "reference"), task)
+    logged = _read(found)
     ratios = _ratios(logged, found)
+    if any(map(math.isnan, ratios)):
+        raise UniEraseError(f"The reference {shown(str(found))} holds a truth ratio that is NaN. Measure it again.")
     if len(ratios) != len(questions):
         raise UniEraseError(
             f"The reference {str(found)!r} holds {len(ratios)} truth ratios, {task} has {len(questions)} questions: "
@@ -40,10 +36,18 @@ def read_reference(path: str | Path, task: str, questions: Sequence[str]) -> lis
     return ratios
 
 
+def _read(path: Path) -> Any:
+    text = read_text(path, UniEraseError)
+    if path.suffix != ".jsonl":
+        return parse_json(text, str(path), UniEraseError, nan=True)
+    lines = enumerate(text.split("\n"), start=1)
+    return [parse_json(line, str(path), UniEraseError, first_line=at, nan=True) for at, line in lines if line.strip()]
+
+
 def _find(path: Path, task: str) -> Path:
     if not path.is_dir():
         if not path.exists():
-            raise UniEraseError(f"There is no reference {str(path)!r}. It can be {FORMATS}.")
+            raise UniEraseError(f"There is no reference {shown(str(path))}. It can be {FORMATS}.")
         return path
     logs = sorted(path.rglob(f"samples_{task}_*.jsonl"), key=lambda log: log.stat().st_mtime_ns)
     if not logs:
@@ -77,6 +81,6 @@ def _check_questions(logged: Sequence[Any], path: Path, task: str, questions: Se
         asked = line.get("doc", {}).get("question", question)
         if asked != question:
             raise UniEraseError(
-                f"The reference {str(path)!r} is of another task: its question {line['doc_id']} is {asked!r}, that of "
-                f"{task} is {question!r}."
+                f"The reference {str(path)!r} is of another task: its question {line['doc_id']} is "
+                f"{first_words(asked)}, that of {task} is {first_words(question)}."
             )

@@ -15,7 +15,8 @@ from typing import Any, get_type_hints
 
 from ..errors import DependencyError, HyperParamsError
 from ..hookspecs import Host
-from ..hparams import UniEraseHyperParams, coerced
+from ..hparam_values import coerced
+from ..hparams import UniEraseHyperParams
 from ..request import ForgetRequest
 
 ALGORITHM = "UniErase"

@@ -11,11 +11,11 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import HyperParamsError, RequestError, TrainingError
+from ..errors import HyperParamsError, RequestError, TrainingError, shown
 from ..hparams import PROMPT_FORMS, HyperParams
+from ..inputs import checked_path, read_text
 from .contract import Changes, Job, Method
 
 if TYPE_CHECKING:
@@ -80,15 +80,18 @@ class LUNARHyperParams(HyperParams):
 def reference_prompts(hparams: LUNARHyperParams) -> list[str]:
     """Questions that the model is to decline. Raises HyperParamsError for a file that cannot be read or holds none."""
     if hparams.reference_prompts:
+        path = checked_path(hparams.reference_prompts, HyperParamsError, "file of reference_prompts")
         try:
-            text = Path(hparams.reference_prompts).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, HyperParamsError)
+        except FileNotFoundError:
             raise HyperParamsError(
-                f"reference_prompts: {hparams.reference_prompts!r} cannot be read ({error})."
-            ) from error
+                f"reference_prompts: {shown(hparams.reference_prompts)} cannot be read: there is no such file."
+            ) from None
         found = [line.strip() for line in text.splitlines() if line.strip()]
         if not found:
-            raise HyperParamsError(f"reference_prompts: {hparams.reference_prompts!r} holds no questions, one a line.")
+            raise HyperParamsError(
+                f"reference_prompts: {shown(hparams.reference_prompts)} holds no questions, one a line."
+            )
         return found[: hparams.n_reference]
     drawn = random.Random(hparams.seed)
     return [

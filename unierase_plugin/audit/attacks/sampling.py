@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...hparam_values import MOST_SEED
 from ..ask import against_others, ask, cleaned, gives_answer, part, say, without_token
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
 from ..figures import leak_at_k
@@ -53,7 +54,7 @@ def _sample(
     """Hits by fact, hits of other facts' answers by shift and fact, prompts, and the most telling text of each fact."""
     from transformers import set_seed
 
-    set_seed(context.seed + index)
+    set_seed((context.seed + index) % (MOST_SEED + 1))
     asks = [ask(subject, context, fact.question) for fact in context.facts]
     said = say(
         subject, context, asks, samples=context.sizes.samples, temperature=heat,

@@ -1,0 +1,74 @@
+"""Values of hyper-parameters as the types that they are declared with; what fits none is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
+
+from .errors import HyperParamsError, shown
+
+#: The largest seed that every library takes that draws with it; numpy's is the least.
+MOST_SEED = 2**32 - 1
+
+
+def checked_seed(seed: int) -> int:
+    """The seed; HyperParamsError where a library that draws with it would refuse it later."""
+    if not 0 <= seed <= MOST_SEED:
+        raise HyperParamsError(f"seed = {shown(seed)} must be a whole number from 0 to {MOST_SEED}.")
+    return seed
+
+
+def coerced(name: str, value: Any, hint: Any) -> Any:
+    """The value as the declared type: YAML reads 1e-1 as text and lists where tuples are meant.
+
+    Raises HyperParamsError for a value that has another type.
+    """
+    origin = get_origin(hint)
+    try:
+        if origin is tuple:
+            if isinstance(value, str) or not hasattr(value, "__iter__"):
+                raise TypeError
+            return tuple(coerced(name, item, get_args(hint)[0]) for item in value)
+        if origin is dict:
+            return {key: _checked_argument(f"{name}: {shown(key)}", each) for key, each in dict(value).items()}
+        if hint is bool:
+            if not isinstance(value, bool):
+                raise TypeError
+            return value
+        if hint is int:
+            # Not by way of a float, which has no room for all digits of a seed.
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            if isinstance(value, bool) or float(value) != int(float(value)):
+                raise TypeError
+            return int(float(value))
+        if hint is float:
+            if isinstance(value, bool) or not math.isfinite(float(value)):
+                raise TypeError
+            return float(value)
+        if not isinstance(value, (str, int)) or isinstance(value, bool):
+            raise TypeError
+        str(value).encode()  # refuses half surrogate pairs
+        return str(value)
+    except UnicodeEncodeError:
+        raise HyperParamsError(f"Hyper-parameter {name} = {shown(value)} is not UTF-8 text.") from None
+    except (TypeError, ValueError, OverflowError):
+        wanted = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+        raise HyperParamsError(f"Hyper-parameter {name} = {shown(value)} is not of type {wanted}.") from None
+
+
+def _checked_argument(name: str, value: Any) -> Any:
+    """An argument for a chat template: what JSON knows, since it becomes a part of the keys in the cache."""
+    if isinstance(value, Mapping):
+        return {key: _checked_argument(name, each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_checked_argument(name, each) for each in value]
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise HyperParamsError(
+            f"Hyper-parameter {name} is a {type(value).__name__}. Give texts, numbers, true, false, null, lists or "
+            "mappings; a date goes in quotes."
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise HyperParamsError(f"Hyper-parameter {name} is {value}. Give a finite number.")
+    return value
