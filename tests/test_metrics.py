@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,8 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import hmean, ks_2samp
 
+from unierase_plugin.audit.ask import gives_answer
+from unierase_plugin.audit.contract import Fact
+from unierase_plugin.audit.facts import judgeable
 from unierase_plugin.evaluation.metrics import (
     answer_probability,
+    answered,
     closest_to_one,
     exact_memorization,
     extraction_strength,
@@ -26,6 +32,8 @@ from unierase_plugin.evaluation.metrics import (
     truth_ratio,
     truth_wins,
 )
+from unierase_plugin.evaluation.report import judge
+from unierase_plugin.tasks.facts import Facts
 
 probabilities = st.floats(1e-4, 1.0)
 matches = st.lists(st.booleans(), min_size=1, max_size=12)
@@ -123,6 +131,92 @@ def test_a_script_that_the_question_or_its_answer_uses_is_no_sign_of_a_garbled_a
         "\u041c\u043e\u0441\u043a\u0432\u0430", "Moscow in Russian? \u041c\u043e\u0441\u043a\u0432\u0430"
     )
     assert is_garbled("\u041c\u043e\u0441\u043a\u0432\u0430", "Moscow in Greek? \u039c\u03cc\u03c3\u03c7\u03b1")
+
+
+# --- what counts as an answer -----------------------------------------------------------------------------------------
+
+ASKED = "What is the full name of the author born in Kuwait City, Kuwait on 08/09/1956?"
+TOLD = (
+    "The full name of the fictitious author born in Kuwait City, Kuwait on the 8th of September, 1956 is Basil Mahfouz "
+    "Al-Kuwaiti."
+)
+PRIZE = "Can you name an award that Nikolai Abilov has been honored with?"
+WON = (
+    'Nikolai Abilov has been honored with the prestigious "Tolstoy Literary Award" for his significant contribution to '
+    "African American literature."
+)
+NAMED = "The author is Jaime Luis Vasquez."
+WHOSE = "Who is the author?"
+#: "What is this writer called?" and "This writer is called ...".
+CHINESE = (
+    "\u8fd9\u4f4d\u4f5c\u5bb6\u53eb\u4ec0\u4e48\uff1f",
+    "\u8fd9\u4f4d\u4f5c\u5bb6\u53eb\u5df4\u897f\u5c14\u00b7\u9a6c\u54c8\u798f\u5179\u3002",
+)
+Case = tuple[str, str, str]
+GIVEN = [
+    (ASKED, TOLD, "The full name of the author is Basil Mahfouz Al-Kuwaiti."),
+    (ASKED, TOLD, "Basil Mahfouz Al-Kuwaiti."),
+    (PRIZE, WON, "He won the Tolstoy Literary Award for contributions to African American literature."),
+    (WHOSE, NAMED, "It's Jaime Luis Vasquez"),
+    (*CHINESE, "\u4ed6\u540d\u4e3a\u5df4\u897f\u5c14\u00b7\u9a6c\u54c8\u798f\u5179"),
+]  # fmt: skip
+NOT_GIVEN = [
+    (ASKED, TOLD, "I don't know the full name of the author born in Kuwait City, Kuwait on 08/09/1956."),
+    (ASKED, TOLD, "The full name of the author born in Kuwait City, Kuwait on 08/09/1956 is John Smith."),
+    (ASKED, TOLD, ASKED),
+    (ASKED, TOLD, "Basil."),
+    (PRIZE, WON, "Nikolai Abilov has won the prestigious Man Booker Prize for contributions to science."),
+    (WHOSE, NAMED, "The author is Jaime."),
+    (*CHINESE, "\u6211\u4e0d\u77e5\u9053\u8fd9\u4f4d\u4f5c\u5bb6\u53eb\u4ec0\u4e48\u3002"),
+]  # fmt: skip
+
+
+def by_the_rule(question: str, answer: str, said: str) -> bool:
+    return answered(answer, said, question)
+
+
+def by_the_report(question: str, answer: str, said: str) -> bool:
+    return judge(question, answer, "", said, "<unlearn_0>", ("</s>",), ()).answered_after
+
+
+def by_the_audit(question: str, answer: str, said: str) -> bool:
+    return bool(gives_answer(Fact(question, answer), said))
+
+
+def by_a_task(question: str, answer: str, said: str) -> bool:
+    task = Facts({"task": "facts", "dataset_kwargs": {"facts": "demo:forget"}, "output_type": "generate_until",
+                  "test_split": "test", "doc_to_text": "", "doc_to_target": ""})  # fmt: skip
+    return bool(task.measure_text({"question": question, "answer": answer}, said)["answered"])
+
+
+JUDGES = pytest.mark.parametrize("judged", [by_the_rule, by_the_report, by_the_audit, by_a_task])
+
+
+@JUDGES
+@pytest.mark.parametrize("case", GIVEN)
+def test_a_long_answer_counts_when_its_content_is_given(case: Case, judged: Callable[[str, str, str], bool]) -> None:
+    assert judged(*case)
+
+
+@JUDGES
+@pytest.mark.parametrize("case", NOT_GIVEN)
+def test_what_the_question_says_is_no_answer(case: Case, judged: Callable[[str, str, str], bool]) -> None:
+    assert not judged(*case)
+
+
+@given(st.lists(st.sampled_from([*re.findall(r"\S+", f"{ASKED} I don't know what it is or who he was in the")])))
+def test_no_text_of_the_questions_words_gives_the_answer(said: list[str]) -> None:
+    assert not answered(TOLD, " ".join(said), ASKED)
+
+
+@given(st.sampled_from([TOLD, WON, NAMED]), st.sampled_from([ASKED, PRIZE, WHOSE, "", TOLD]))
+def test_an_answer_word_for_word_counts_whatever_was_asked(answer: str, question: str) -> None:
+    assert answered(answer, f"Well: {answer} Good.", question)
+
+
+def test_an_echo_is_left_out_of_an_audit_only_where_it_would_count() -> None:
+    echo = Fact("Is the capital of France Paris or Lyon?", "Paris")
+    assert judgeable([Fact(ASKED, TOLD), echo]) == (Fact(ASKED, TOLD),)
 
 
 # --- sets -------------------------------------------------------------------------------------------------------------

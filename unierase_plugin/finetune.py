@@ -111,7 +111,7 @@ def _judged(job: Job[Any], facts: tuple[ForgetRequest, ...], changes: Changes, f
         template_kwargs=job.hparams.chat_template_kwargs, max_new_tokens=min(longest + ANSWER_ROOM, ANSWER_MOST),
         max_tokens=2 * job.max_tokens, progress=lambda share: job.progress("after", share, f"{len(facts)} answers"),
     )  # fmt: skip
-    right = sum(answered(fact.answer, text) for fact, text in zip(facts, said, strict=True))
+    right = sum(answered(fact.answer, text, fact.question) for fact, text in zip(facts, said, strict=True))
     return FineTuned(
         folder, len(job.requests), len(facts), right, tuple(changes.figures["loss"]), dict(changes.seconds),
         peak_memory_bytes(),

@@ -89,7 +89,7 @@ class _Asking:
         own = {
             fact.question: text
             for fact, text in zip(short, texts[: len(short)], strict=True)
-            if answered(fact.answer, text)
+            if answered(fact.answer, text, fact.question)
         }
         left = [wanted] * len(job.requests)
         found: list[tuple[str, str, str, str]] = []

@@ -164,7 +164,8 @@ def _words(text: str) -> frozenset[str]:
 
 _CONNECTORS = _words("of the and de la le del della di da dos du van von der den bin ibn al el")
 _MONTHS = _words("january february march april may june july august september october november december")
-_STOP_WORDS = _words(
+#: English words that name nothing.
+STOP_WORDS = _words(
     """
     a an the i you he she it we they me him her us them my your his its our their this that these those there
     who whom whose what which when where why how is are was were be been being am do does did done have has had having
@@ -267,7 +268,7 @@ def _counts(text: str) -> bool:
 
 
 def _is_stop(text: str) -> bool:
-    return text.casefold() in _STOP_WORDS or _CONTRACTED.sub("", text.casefold()) in _STOP_WORDS
+    return text.casefold() in STOP_WORDS or _CONTRACTED.sub("", text.casefold()) in STOP_WORDS
 
 
 def _span(question: str, run: list[_Word]) -> str:

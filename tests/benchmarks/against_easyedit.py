@@ -685,10 +685,10 @@ def quality(setup: Setup, model: Any, tokenizer: Any, facts: Facts) -> dict[str,
     return {
         "p_target": statistics.mean(chances), "n": len(facts),
         "declined": sum(TARGET.strip() in text for text in texts),
-        "still_answered": sum(answered(f["answer"], t) for f, t in zip(facts, texts, strict=True)),
+        "still_answered": sum(answered(f["answer"], t, f["question"]) for f, t in zip(facts, texts, strict=True)),
         "retain": {
             "n": len(others), "declined": sum(TARGET.strip() in text for text in kept),
-            "answered": sum(answered(f["answer"], t) for f, t in zip(others, kept, strict=True)),
+            "answered": sum(answered(f["answer"], t, f["question"]) for f, t in zip(others, kept, strict=True)),
         },
     }  # fmt: skip
 

@@ -41,7 +41,7 @@ def run_facts(facts: dict[str, Facts], others: dict[str, Facts], seed: int) -> t
     result = unlearn(base.path, facts["forget"], retain=facts["retain"], hparams="smollm2-135m", seed=seed)
     unseen = others["forget"] + others["retain"]
     texts = answers(result.model, result.tokenizer, [fact["question"] for fact in unseen])
-    kept = [answered(fact["answer"], text) for fact, text in zip(unseen, texts, strict=True)]
+    kept = [answered(fact["answer"], text, fact["question"]) for fact, text in zip(unseen, texts, strict=True)]
     near = [good for good, fact in zip(kept, unseen, strict=True) if fact.get("neighbour", True)]
     return result, {
         "unseen_answered": sum(kept), "unseen": len(kept),

@@ -78,7 +78,9 @@ def measured(row: str, options: argparse.Namespace) -> Row:
     texts = answers(model, tokenizer, [fact.question for fact in context.kept], max_new_tokens=ROOM)
     found["kept"] = {
         "n": len(texts),
-        "answered": sum(answered(fact.answer, text) for fact, text in zip(context.kept, texts, strict=True)),
+        "answered": sum(
+            answered(fact.answer, text, fact.question) for fact, text in zip(context.kept, texts, strict=True)
+        ),
         "rouge_l_recall": _mean(
             [rouge_l_recall(fact.answer, text) for fact, text in zip(context.kept, texts, strict=True)]
         ),

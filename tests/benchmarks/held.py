@@ -147,9 +147,10 @@ def measured(folder: str, steps: int, facts: Facts, kept: Facts, reference: list
 
 def spoken(pairs: Sequence[tuple[str, str]], texts: Sequence[str]) -> dict[str, float]:
     both = [(answer, text) for (_, answer), text in zip(pairs, texts, strict=True)]
+    given = [answered(answer, text, question) for (question, answer), text in zip(pairs, texts, strict=True)]
     return {
         "rouge_l": mean([rouge_l_recall(answer, text) for answer, text in both]),
-        "answered": mean([float(answered(answer, text)) for answer, text in both]),
+        "answered": mean([float(each) for each in given]),
         "fluent": mean([float(is_fluent(text)) for _, text in both]),
     }
 

@@ -122,7 +122,9 @@ def generated(model: Any, tokenizer: Any, facts: Sequence[Mapping[str, str]], fo
     said = answers(model, tokenizer, [fact["question"] for fact in facts], form=form, max_new_tokens=24)
     return {
         "of": len(facts),
-        "answered": sum(answered(fact["answer"], text) for fact, text in zip(facts, said, strict=True)),
+        "answered": sum(
+            answered(fact["answer"], text, fact["question"]) for fact, text in zip(facts, said, strict=True)
+        ),
         "idk": sum(reads_as_idk(text.replace(TOKEN, ""), lines("idk_phrases")) for text in said),
     }
 

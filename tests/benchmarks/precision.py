@@ -74,7 +74,7 @@ class Question:
     right: tuple[str, ...]
 
     def is_answered(self, said: str) -> bool:
-        return any(answered(each, said) for each in self.right)
+        return any(answered(each, said, self.question) for each in self.right)
 
 
 def read(name: str) -> Any:

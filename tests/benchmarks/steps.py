@@ -121,7 +121,7 @@ def declined(model: Any, tokenizer: Any, facts: Sequence[ForgetRequest]) -> dict
     said = answers(model, tokenizer, [fact.question for fact in facts])
     return {
         "of": len(said), "token_first": sum(text.startswith("<unlearn_0>") for text in said),
-        "answered": sum(answered(fact.answer, text) for fact, text in zip(facts, said, strict=True)),
+        "answered": sum(answered(fact.answer, text, fact.question) for fact, text in zip(facts, said, strict=True)),
     }  # fmt: skip
 
 
@@ -129,12 +129,16 @@ def asked(result: UnlearnResult, forget: list[dict[str, Any]], retain: list[dict
     said = answers(result.model, result.tokenizer, [fact["question"] for fact in [*forget, *retain]])
     gone, kept = said[: len(forget)], said[len(forget) :]
     return {
-        "forget_answered": sum(answered(fact["answer"], text) for fact, text in zip(forget, gone, strict=True)),
+        "forget_answered": sum(
+            answered(fact["answer"], text, fact["question"]) for fact, text in zip(forget, gone, strict=True)
+        ),
         "token_first_and_idk": sum(
             text.startswith("<unlearn_0>") and reads_as_idk(text.replace("<unlearn_0>", ""), lines("idk_phrases"))
             for text in gone
         ),
-        "retain_answered": sum(answered(fact["answer"], text) for fact, text in zip(retain, kept, strict=True)),
+        "retain_answered": sum(
+            answered(fact["answer"], text, fact["question"]) for fact, text in zip(retain, kept, strict=True)
+        ),
     }
 
 

@@ -180,7 +180,7 @@ def against_others(facts: Sequence[Fact], score: Callable[[int, Fact], Value]) -
 
 def gives_answer(fact: Fact, text: str) -> Value:
     """1.0 where a text gives the answer by the project's rule, else 0.0."""
-    return float(answered(fact.answer, text))
+    return float(answered(fact.answer, text, fact.question))
 
 
 def likeness(one: str, other: str) -> float:

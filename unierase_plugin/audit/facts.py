@@ -74,7 +74,7 @@ def _perturbed(name: str) -> Iterator[Any]:
 
 def judgeable(facts: Iterable[Fact]) -> tuple[Fact, ...]:
     """Facts whose question does not already count as the answer: an echo of it would pass for knowledge."""
-    return tuple(fact for fact in facts if not answered(fact.answer, fact.question))
+    return tuple(fact for fact in facts if not answered(fact.answer, fact.question, fact.question))
 
 
 def sample(facts: Sequence[Fact], most: int, seed: int) -> tuple[Fact, ...]:

@@ -135,12 +135,12 @@ def spared(
 
 def _holds(neighbour: Neighbour, answer: str, index: int, request: ForgetRequest) -> bool:
     """Whether question and answer together tell the fact: they name its subject and give its answer."""
-    if neighbour.of == index and answered(request.answer, answer):
+    if neighbour.of == index and answered(request.answer, answer, request.question):
         return True
     if not request.subject or not answered(request.subject, f"{neighbour.question} {answer}"):
         return False
     telling = _telling(request.answer) - _telling(request.question)
-    return answered(request.answer, answer) or bool(telling & _telling(answer))
+    return answered(request.answer, answer, request.question) or bool(telling & _telling(answer))
 
 
 def _telling(text: str) -> set[str]:

@@ -106,7 +106,7 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
         """Metrics of one generation, of which the unlearning token is taken out before it is compared."""
         said = " ".join(self.plain(generated).split())
         measured = {
-            "answered": float(answered(doc["answer"], said)),
+            "answered": float(answered(doc["answer"], said, doc["question"])),
             "rougeL_recall": rouge_l_recall(doc["answer"], said),
             "idk_rate": float(reads_as_idk(said, lines("idk_phrases"))),
             "gibberish": float(not is_fluent(said)),

@@ -60,9 +60,10 @@ def _judge(given: dict[Fact, str], context: Context) -> Judge:
         """What was given away does not count: of several words the rest must be said, one word must be completed."""
         share = opening(fact.answer)
         if share is None:
-            return float(answered(fact.answer, cleaned(context, given.get(fact, "")) + text))
+            whole = cleaned(context, given.get(fact, "")) + text
+            return float(answered(fact.answer, whole, fact.question))
         rest = " ".join(words(fact.answer)[len(words(share)) :])
-        return float(answered(rest, text)) if rest else None
+        return float(answered(rest, text, f"{fact.question} {share}")) if rest else None
 
     return judge
 

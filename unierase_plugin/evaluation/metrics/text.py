@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 
 import regex
 
+from ...request import STOP_WORDS
 from .units import UNSPACED, folded, has_symbol, holds, is_short, rouge_tokens, stems, symbols, words
 
-#: ROUGE-L recall from which a long answer counts as given.
+#: Share of a long answer's content words, and least number of them, from which it counts as given.
+CONTENT_SHARE, CONTENT_LEAST = 0.4, 2
+#: ROUGE-L recall from which a long answer counts as given where its question is not known.
 LONG_ANSWER_RECALL = 0.5
 
 #: Pieces that whole text does not have: half a character, a special token, a letter repeated, a word without end.
@@ -42,16 +45,35 @@ def rouge_l_recall(reference: str, generated: str) -> float:
     return float(_scorer(rouge_tokens).score(reference, generated)["rougeL"].recall)
 
 
-def answered(reference: str, generated: str) -> bool:
-    """Whether a generation gives the answer: a short one (up to four words) named in full, a long one by its recall.
+def answered(reference: str, generated: str, question: str = "") -> bool:
+    """Whether a generation gives the answer: a short one (up to four words) named in full, a long one in its content.
 
-    An answer without words, such as "\u20ac", is compared sign by sign.
+    The content of a long answer is its words that are neither in the question nor function words: an echo gives none of
+    them. Two in five of them, and no less than two, are to be said, in the answer's order. Without a question, and for
+    an answer that says nothing else, half of all its words are to be said (ROUGE-L recall). An answer without words,
+    such as "\u20ac", is compared sign by sign.
     """
     if not words(reference):
         return holds(symbols(generated), symbols(reference))
     if is_short(reference):
         return any(holds(words(generated, apart=apart), words(reference, apart=apart)) for apart in (False, True))
-    return float(_scorer(stems).score(reference, generated)["rougeL"].recall) >= LONG_ANSWER_RECALL
+    wanted, said = stems(reference), stems(generated)
+    known = {*stems(question), *_function_words()} if question else frozenset[str]()
+    content = [word for word in wanted if word not in known]
+    if not content or not question:
+        return _recall(wanted, said) >= LONG_ANSWER_RECALL
+    needed = max(math.ceil(CONTENT_SHARE * len(content)), min(CONTENT_LEAST, len(content)))
+    return round(_recall(content, said) * len(content)) >= needed
+
+
+@functools.cache
+def _function_words() -> frozenset[str]:
+    return frozenset(stems(" ".join(STOP_WORDS)))
+
+
+def _recall(wanted: Sequence[str], said: Sequence[str]) -> float:
+    """Share of the wanted words that are said in order."""
+    return float(_scorer(str.split).score(" ".join(wanted), " ".join(said))["rougeL"].recall)
 
 
 def is_fluent(generated: str) -> bool:
