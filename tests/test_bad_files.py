@@ -134,7 +134,7 @@ SETTINGS = {
     "infinite": ("seed: 1\nlayers: [.inf]\n", 2, "layers = inf is not of type int"),
     "a date": ("chat_template_kwargs: {day: 2020-01-01}\n", 1, "'day' is a date. Give texts"),
     "NaN for the template": ("chat_template_kwargs: {share: [.nan]}\n", 1, "'share' is nan"),
-    "a seed of 100 bits": ("v_lr: 1\nseed: 1" + "0" * 30, 2, "must be a whole number from 0 to 4294967295"),
+    "a seed of 100 bits": ("v_lr: 1\nseed: 1" + "0" * 30, 2, "has more than 63 bits"),
     "a seed below 0": ("v_lr: 1\nseed: -1\n", 2, "must be a whole number from 0 to 4294967295"),
     "an unknown name": ("v_lr: 1\nlayer: [1]\n", 2, "Unknown hyper-parameter 'layer'"),
 }  # fmt: skip
@@ -165,7 +165,7 @@ def test_a_large_whole_number_keeps_its_digits() -> None:
     assert UniEraseHyperParams(mom2_n_samples=2**60 + 1).mom2_n_samples == 2**60 + 1
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**62])
 @pytest.mark.parametrize("command", ["run", "finetune", "audit", "compare"])
 def test_a_seed_that_a_library_would_refuse_later(refused: Refused, command: str, seed: int) -> None:
     option = "seeds" if command == "compare" else "seed"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArchitectureError
+from .errors import ArchitectureError, shown
 from .tying import is_tied
 
 
@@ -68,7 +68,7 @@ class Architecture:
         missing = [layer for layer in layers if not 0 <= layer < len(self.blocks)]
         if missing:
             raise ArchitectureError(
-                f"layers = {list(layers)}: the model has {len(self.blocks)} blocks, numbered 0 to "
+                f"layers = {shown(list(layers))}: the model has {len(self.blocks)} blocks, numbered 0 to "
                 f"{len(self.blocks) - 1}; there is no block {', '.join(map(str, missing))}."
             )
         return tuple(layers)
@@ -144,7 +144,7 @@ def _quantisation(config: Any) -> str:
 def _fill(model: nn.Module, template: str, index: int) -> str:
     if "{}" not in template:
         raise ArchitectureError(
-            f"The template {template!r} has no place for the block's number. Write it as {{}}, for example "
+            f"The template {shown(template)} has no place for the block's number. Write it as {{}}, for example "
             "'model.layers.{}.mlp.down_proj'."
         )
     name = template.format(index)
@@ -152,7 +152,7 @@ def _fill(model: nn.Module, template: str, index: int) -> str:
         model.get_submodule(name)
     except AttributeError:
         raise ArchitectureError(
-            f"The template {template!r} names no module of {type(model).__name__}: there is no {name!r}. "
+            f"The template {shown(template)} names no module of {type(model).__name__}: there is no {name!r}. "
             "Leave the template out to have the module found."
         ) from None
     return name

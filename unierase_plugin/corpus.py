@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import DependencyError, EditError, reason, shown
+from .errors import DependencyError, EditError, listed, reason, shown
 from .evaluation.generate import pad_token_id
 from .inputs import checked_path, decoded
 from .locate_then_edit.generation import generate
@@ -111,7 +111,7 @@ def _hub_texts(spec: str) -> Iterator[str]:
             if column not in row:
                 raise EditError(
                     f"The corpus {shown(spec)} has no column {shown(column or 'text')}. Name one of "
-                    f"{', '.join(map(repr, row))}, "
+                    f"{listed(map(repr, row))}, "
                     f"as in {name}:{config}:COLUMN."
                 )
             if row[column]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import checkpoint as files
 from .architecture import Architecture, find_architecture
 from .corpus import corpus_identity
-from .errors import HyperParamsError
+from .errors import HyperParamsError, shown
 from .evaluation.generate import context_limit, continue_greedily, pad_token_id, token_leak
 from .evaluation.metrics import reads_as_idk
 from .hparams import UniEraseHyperParams
@@ -518,8 +518,8 @@ def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperPara
     layers = arch.check_layers(hparams.layers or default_layers(len(arch.blocks)))
     if layers[-1] == len(arch.blocks) - 1:
         raise HyperParamsError(
-            f"layers = {list(layers)}: the last block cannot be edited, since no attention follows that could carry "
-            f"the edit from the fact to the answer. Choose from 0 to {len(arch.blocks) - 2}."
+            f"layers = {shown(list(layers))}: the last block cannot be edited, since no attention follows that could "
+            f"carry the edit from the fact to the answer. Choose from 0 to {len(arch.blocks) - 2}."
         )
     settled = hparams.replace(layers=layers)
     return settle_removal(arch, settled) if hparams.remove else settled

@@ -14,6 +14,8 @@ LONGEST_VALUE = 200
 LONGEST_REASON = 300
 #: Words, and characters, that a message tells of a fact at most.
 FIRST_WORDS = 4
+#: Names of a list that are told.
+MOST_NAMES = 20
 LONGEST_START = 40
 
 
@@ -101,6 +103,16 @@ def first_words(text: object) -> str:
     start = " ".join(words[:FIRST_WORDS])
     whole = len(words) <= FIRST_WORDS and len(start) <= LONGEST_START
     return repr(text if whole and text == start else start[:LONGEST_START] + ("" if whole else " …"))
+
+
+def listed(names: Iterable[object], most: int = MOST_NAMES) -> str:
+    """Names as a message lists them: the first words of each, and how many there are beyond `most`.
+
+    What a file calls its fields may hold facts too.
+    """
+    given = list(names)
+    said = ", ".join(first_words(name)[1:-1] if isinstance(name, str) else shown(name) for name in given[:most])
+    return said + (f" and {len(given) - most} more" if len(given) > most else "") or "none"
 
 
 def reason(error: BaseException, most: int = LONGEST_REASON) -> str:

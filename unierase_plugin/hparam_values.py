@@ -39,7 +39,7 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
         if hint is int:
             # Not by way of a float, which has no room for all digits of a seed.
             if isinstance(value, int) and not isinstance(value, bool):
-                return value
+                return _bounded(name, value)
             if isinstance(value, bool) or float(value) != int(float(value)):
                 raise TypeError
             return int(float(value))
@@ -56,6 +56,12 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
     except (TypeError, ValueError, OverflowError):
         wanted = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
         raise HyperParamsError(f"Hyper-parameter {name} = {shown(value)} is not of type {wanted}.") from None
+
+
+def _bounded(name: str, value: int) -> int:
+    if abs(value) >= 2**63:
+        raise HyperParamsError(f"Hyper-parameter {name} = {shown(value)} has more than 63 bits. Give a smaller one.")
+    return value
 
 
 def _checked_argument(name: str, value: Any) -> Any:

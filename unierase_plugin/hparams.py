@@ -161,7 +161,9 @@ class RemovalSettings(HyperParams):
         for name in ("removal_layers", "removal_teacher_layers"):
             layers = getattr(self, name)
             if any(layer < 0 for layer in layers) or list(layers) != sorted(set(layers)):
-                raise HyperParamsError(f"{name} = {list(layers)} must be ascending block numbers from 0, each once.")
+                raise HyperParamsError(
+                    f"{name} = {shown(list(layers))} must be ascending block numbers from 0, each once."
+                )
         for name in ("removal_teacher_probability", "removal_ridge", "removal_output_ridge"):
             if not getattr(self, name) > 0:
                 raise HyperParamsError(f"{name} = {getattr(self, name)} must be greater than 0.")
@@ -361,22 +363,24 @@ def _validate(hparams: EngineSettings) -> None:
     unknown = [form for form in hparams.prompt_forms if form not in PROMPT_FORMS]
     if unknown or not hparams.prompt_forms:
         raise HyperParamsError(
-            f"prompt_forms = {list(hparams.prompt_forms)} must name some of: {', '.join(PROMPT_FORMS)}."
+            f"prompt_forms = {shown(list(hparams.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
         )
     strange = [name for name in hparams.harden if name not in HARDENINGS]
     if strange:
         raise HyperParamsError(
-            f"harden = {list(hparams.harden)} must hold nothing or some of: {', '.join(HARDENINGS)}."
+            f"harden = {shown(list(hparams.harden))} must hold nothing or some of: {', '.join(HARDENINGS)}."
             f"{did_you_mean(strange[0], HARDENINGS)}"
         )
     pairs = hparams.context_template_length_params
     if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
         raise HyperParamsError(
-            f"context_template_length_params = {[list(pair) for pair in pairs]} must hold pairs [length, how many], "
-            "both from 1, or nothing."
+            f"context_template_length_params = {shown([list(pair) for pair in pairs])} must hold pairs [length, how "
+            "many], both from 1, or nothing."
         )
     if any(layer < 0 for layer in hparams.layers) or list(hparams.layers) != sorted(set(hparams.layers)):
-        raise HyperParamsError(f"layers = {list(hparams.layers)} must be ascending block numbers from 0, each once.")
+        raise HyperParamsError(
+            f"layers = {shown(list(hparams.layers))} must be ascending block numbers from 0, each once."
+        )
     for name in ("v_num_grad_steps", "v_lr", "clamp_norm_factor", "mom2_n_samples", "mom2_max_length",
                  "mom2_update_weight", "nullspace_threshold", "L2", "token_num_steps", "token_lr", "token_batch_size",
                  "token_num_sentences", "batch_size", "max_length"):  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArchitectureError, UniEraseError, did_you_mean
+from .errors import ArchitectureError, UniEraseError, did_you_mean, reason, shown
 from .inputs import checked_path
 from .tying import is_tied, says_tied, settle_config
 from .weight_files import stored_weights
@@ -29,7 +29,7 @@ def choose_device(name: str = "") -> str:
     chosen = name or ("cuda" if "cuda" in available else "cpu")
     if chosen != "auto" and chosen.split(":")[0] not in available:
         raise UniEraseError(
-            f"There is no device {chosen!r} here.{did_you_mean(chosen, available)} "
+            f"There is no device {shown(chosen)} here.{did_you_mean(chosen, available)} "
             f"Available: {', '.join(available)}, auto."
         )
     return chosen
@@ -40,7 +40,9 @@ def choose_dtype(name: str, device: str) -> torch.dtype | str:
     if not name:
         return torch.float32 if device == "cpu" else "auto"
     if name not in DTYPES:
-        raise UniEraseError(f"dtype = {name!r} is not known.{did_you_mean(name, DTYPES)} Known: {', '.join(DTYPES)}.")
+        raise UniEraseError(
+            f"dtype = {shown(name)} is not known.{did_you_mean(name, DTYPES)} Known: {', '.join(DTYPES)}."
+        )
     return DTYPES[name]
 
 
@@ -168,4 +170,4 @@ def refuse_drawn(name: str, model: Any, found: Mapping[str, Any]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+    return f"{type(error).__name__}: {reason(error)}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Architecture
-from .errors import CheckpointError, EditError
+from .errors import CheckpointError, EditError, reason
 from .locate_then_edit.statistics import SecondMoment
 from .store import read_tensors, unpack_moment
 
@@ -134,7 +134,7 @@ def _read(path: Path, arch: Architecture, layer: int) -> tuple[Tensor, int]:
     except KeyError:
         raise EditError(f"{str(path)!r} holds {', '.join(names) or 'nothing'}, not mom2.mom2 and mom2.count.") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise EditError(f"{str(path)!r} is damaged or no .npz file ({error}).") from error
+        raise EditError(f"{str(path)!r} is damaged or no .npz file ({reason(error)}).") from error
     _check(total, str(path), arch, layer)
     if count <= 0:
         raise EditError(f"{str(path)!r} is over {count} tokens.")

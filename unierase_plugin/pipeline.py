@@ -374,7 +374,7 @@ class _Run(Phases):
             needed = len(encode(self.tokenizer, text, self.form)) + room
             if needed > context:
                 raise RequestError(
-                    f"The question of {fact.case_id or fact.question[:60]!r} needs {needed} tokens with its answer; "
+                    f"The question of {fact.label} needs {needed} tokens with its answer; "
                     f"the model's context holds {context}. Shorten it, or leave it out."
                 )
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pluggy import PluginManager
 
 from . import __version__, hookspecs
-from .errors import PluginError, did_you_mean
+from .errors import PluginError, did_you_mean, shown
 from .hookspecs import PROJECT, Host, Metric
 from .methods.contract import Method
 from .readers import Reader
@@ -81,7 +81,8 @@ class Catalogue(Mapping[str, T]):
         """The thing of that name. Raises PluginError with the names that there are, or with those who contest it."""
         if name not in self:
             raise PluginError(
-                f"There is no {self.kind} {name!r}.{did_you_mean(name, self)} Available: {', '.join(sorted(self))}."
+                f"There is no {self.kind} {shown(name)}.{did_you_mean(name, self)} Available: "
+                f"{', '.join(sorted(self))}."
             )
         return self[name]
 

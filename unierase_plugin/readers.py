@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .errors import DependencyError, RequestError, did_you_mean, first_words, reason, shown
+from .errors import DependencyError, RequestError, did_you_mean, first_words, listed, reason, shown
 from .inputs import checked_path, parse_json, read_text
 from .request import ForgetRequest, has_word
 
@@ -133,7 +133,7 @@ def _field(where: str, record: Record, name: str) -> Any:
         keys = [key for key in record if isinstance(key, str)] if isinstance(record, Mapping) else []
         raise RequestError(
             f"{where}: the field {name!r} is missing.{did_you_mean(name, [k for k in keys if k != name])} "
-            f"Present: {', '.join(keys) or 'none'}."
+            f"Present: {listed(keys)}."
         )
     return record[name]
 

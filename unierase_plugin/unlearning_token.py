@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Architecture
-from .errors import TokenError
+from .errors import TokenError, shown
 from .hparams import UniEraseHyperParams
 from .locate_then_edit.positions import encode, has_chat_template, render
 from .locate_then_edit.prefix import PrefixCache, cache_prefixes, continue_from
@@ -100,9 +100,10 @@ def add_to_tokenizer(tokenizer: Any, name: str) -> int:
     """Adds the token to the tokenizer alone; its id. Raises TokenError like `add_token`."""
     vocabulary = tokenizer.get_vocab()
     if name in vocabulary:
+        free = next(n for n in (f"<unlearn_{k}>" for k in range(1, len(vocabulary) + 2)) if n not in vocabulary)
         raise TokenError(
-            f"The vocabulary already holds {name!r} (id {vocabulary[name]}). Choose another unlearning_token, such as "
-            f"{next(n for n in (f'<unlearn_{k}>' for k in range(1, len(vocabulary) + 2)) if n not in vocabulary)!r}."
+            f"The vocabulary already holds {shown(name)} (id {vocabulary[name]}). Choose another unlearning_token, "
+            f"such as {free!r}."
         )
     from tokenizers import AddedToken
 
@@ -114,10 +115,10 @@ def add_to_tokenizer(tokenizer: Any, name: str) -> int:
     taken = next((word for word, number in vocabulary.items() if number == index), None)
     if taken is not None:
         raise TokenError(
-            f"The tokenizer gives {name!r} the number {index}, which {taken!r} has: it holds {len(vocabulary)} tokens "
-            f"with numbers up to {max(vocabulary.values())}, so that some numbers are free. Name the free numbers in "
-            f'the vocabulary of tokenizer.json, such as "<free_{_free(vocabulary)}>": {_free(vocabulary)}, and load '
-            "it again."
+            f"The tokenizer gives {shown(name)} the number {index}, which {taken!r} has: it holds {len(vocabulary)} "
+            f"tokens with numbers up to {max(vocabulary.values())}, so that some numbers are free. Name the free "
+            f'numbers in the vocabulary of tokenizer.json, such as "<free_{_free(vocabulary)}>": {_free(vocabulary)}, '
+            "and load it again."
         )
     check_token(tokenizer, name, index)
     return int(index)
@@ -143,8 +144,8 @@ def check_token(tokenizer: Any, name: str, index: int) -> None:
     apart = tokenizer("a", add_special_tokens=False)["input_ids"] + [index]
     if alone != [index] or tokenizer("a" + name, add_special_tokens=False)["input_ids"] != apart:
         raise TokenError(
-            f"{name!r} does not tokenise as exactly one token (got {alone}, wanted [{index}]). Choose a name that the "
-            "tokenizer neither splits nor puts a space before, such as '<unlearn_0>'."
+            f"{shown(name)} does not tokenise as exactly one token (got {alone}, wanted [{index}]). Choose a name that "
+            "the tokenizer neither splits nor puts a space before, such as '<unlearn_0>'."
         )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, examine, is_edited, revert_checkpoint
-from ..errors import CheckpointError, RequestError, UniEraseError
+from ..errors import CheckpointError, RequestError, UniEraseError, reason, shown
 from ..hparam_values import checked_seed
 from ..inputs import absolute_path
 from ..loading import load
@@ -196,7 +196,7 @@ def _tokenizer(source: Source) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the hub, the file system and the tokenizer each have their own errors
-        raise UniEraseError(f"No tokenizer can be loaded from {str(source)!r}: {error}") from error
+        raise UniEraseError(f"No tokenizer can be loaded from {shown(str(source))}: {reason(error)}") from error
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..digests import Seal, data_digest
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_words
 from ..locate_then_edit.edit import WeightEdit
 from ..locate_then_edit.solve import LowRank
 from ..store import Packed, pack_token, plain, write_tensors
@@ -92,8 +92,8 @@ class Checkpoint:
         questions = {line["question_sha256"] for line in lines}
         if len(questions) > 1:
             raise CheckpointError(
-                f"{wanted!r} names {len(questions)} requests: {', '.join(sorted(q[:12] for q in questions))}. Give one "
-                "of these hashes, or the question."
+                f"{first_words(wanted)} names {len(questions)} requests: "
+                f"{', '.join(sorted(q[:12] for q in questions))}. Give one of these hashes, or the question."
             )
         return lines
 

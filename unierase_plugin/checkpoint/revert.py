@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import find_architecture
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_words
 from ..loading import open_weights
 from ..locate_then_edit.edit import WeightEdit, apply_edit
 from ..older_readers import write_for_older_readers
@@ -135,8 +135,8 @@ def _lines_of(checkpoint: Checkpoint, request: str, source: Path) -> list[dict[s
     lines = checkpoint.find(request)
     if not lines:
         raise CheckpointError(
-            f"{str(source)!r} was not made to forget {request!r}. Give the question as it was given to the run, its "
-            f"case_id, or 8 digits or more of its hash as `unierase inspect {source} --requests` lists them."
+            f"{str(source)!r} was not made to forget {first_words(request)}. Give the question as it was given to the "
+            f"run, its case_id, or 8 digits or more of its hash as `unierase inspect {source} --requests` lists them."
         )
     return lines
 

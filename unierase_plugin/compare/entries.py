@@ -57,7 +57,9 @@ def parse_methods(text: str) -> tuple[Entry, ...]:
     entries = tuple(parse_method(name) for name in dict.fromkeys(spread))
     labels = [entry.label for entry in entries]
     if twice := [label for label in labels if labels.count(label) > 1]:
-        raise PluginError(f"Two methods are called {twice[0]!r}. Give one of them another name: {twice[0]}@as=NAME.")
+        raise PluginError(
+            f"Two methods are called {shown(twice[0])}. Give one of them another name: {twice[0]}@as=NAME."
+        )
     return entries
 
 
@@ -92,7 +94,7 @@ def _setting(text: str, part: str) -> tuple[str, Any]:
 def method_of(entry: Entry) -> Method[Any]:
     """Raises PluginError with the names that there are."""
     if entry.method not in registry().methods and entry.method in SETS:
-        raise PluginError(f"{entry.method!r} is a set of methods and takes no settings.")
+        raise PluginError(f"{shown(entry.method)} is a set of methods and takes no settings.")
     return registry().methods.find(entry.method)
 
 
@@ -108,7 +110,7 @@ def settings_of(entry: Entry, model: str, more: Mapping[str, Any] | None = None)
     known = chosen.as_dict()
     if "target" in changes and not issubclass(kind, EditingHyperParams):
         raise HyperParamsError(
-            f"{entry.label!r} names a target, which {entry.method!r} does not have.{did_you_mean('target', known)} "
-            "Targets are for rome, memit and alphaedit."
+            f"{shown(entry.label)} names a target, which {shown(entry.method)} does not "
+            f"have.{did_you_mean('target', known)} Targets are for rome, memit and alphaedit."
         )
     return chosen.replace(**changes, **{key: value for key, value in (more or {}).items() if key in known})

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError, UniEraseError
+from ..errors import RequestError, UniEraseError, first_words, shown
 from ..hparam_values import checked_seed
 from ..methods.contract import Progress
 from ..pipeline import Requests
@@ -67,7 +67,7 @@ class Options:
     def check(self) -> None:
         """Raises UniEraseError for what cannot be meant."""
         if self.scenario not in SCENARIOS:
-            raise UniEraseError(f"scenario = {self.scenario!r} must be one of: {', '.join(SCENARIOS)}.")
+            raise UniEraseError(f"scenario = {shown(self.scenario)} must be one of: {', '.join(SCENARIOS)}.")
         if not self.seeds:
             raise UniEraseError("seeds are empty; give at least one, such as 0.")
         for seed in self.seeds:
@@ -147,7 +147,9 @@ def _facts(forget: Requests, retain: Requests | None, options: Options, entries:
     facts, kept = read_facts(forget), [] if retain is None else read_facts(retain)
     shared = {fact["question"] for fact in facts} & {fact["question"] for fact in kept}
     if shared:
-        raise RequestError(f"{min(shared)!r} is both to be forgotten and to be kept. Take it out of one of the sets.")
+        raise RequestError(
+            f"{first_words(min(shared))} is both to be forgotten and to be kept. Take it out of one of the sets."
+        )
     tuned = options.budget > 0 and options.scenario == "batch"
     parts: dict[str, Any] = {"forget": facts, "keep": kept}
     for name, records, divided in (("forget", facts, tuned), ("keep", kept, True)):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UniEraseError
+from ..errors import UniEraseError, reason, shown
 from ..locate_then_edit.positions import begun, has_chat_template
 
 #: Stands for an answer where the end of a turn is looked up; in no template.
@@ -105,6 +105,6 @@ def named_tokenizer(settings: Mapping[str, Any]) -> Any:
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
         raise UniEraseError(
-            f"The tokenizer {name!r} cannot be loaded, and without it the answers' tokens cannot be counted. Give a "
-            f'folder or hub id that holds one: --metadata \'{{"tokenizer": "DIR"}}\' ({error}).'
+            f"The tokenizer {shown(name)} cannot be loaded, and without it the answers' tokens cannot be counted. "
+            f'Give a folder or hub id that holds one: --metadata \'{{"tokenizer": "DIR"}}\' ({reason(error)}).'
         ) from error

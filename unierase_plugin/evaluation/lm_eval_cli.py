@@ -100,7 +100,7 @@ def _check_metadata(given: Sequence[str]) -> None:
     for key in _read_settings(given).keys() - SETTINGS:
         hint = did_you_mean(key, SETTINGS)
         if hint:
-            raise UniEraseError(f"--metadata has a key {key!r} that no task here reads.{hint}")
+            raise UniEraseError(f"--metadata has a key {shown(key)} that no task here reads.{hint}")
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -178,7 +178,8 @@ def _form_of_facts(model: str, chat: str | None, others: Sequence[str]) -> str:
         )
     if chat not in (None, "false") and not templated:
         raise UniEraseError(
-            f"The tokenizer in {model!r} has no chat template. Leave --apply_chat_template out to ask in plain text."
+            f"The tokenizer in {shown(model)} has no chat template. Leave --apply_chat_template out to ask in plain "
+            "text."
         )
     return chat or str(templated).casefold()
 
@@ -191,8 +192,8 @@ def _tokenizer(model: str) -> Any:
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
         raise UniEraseError(
-            f"--model {model!r} is not one of lm-eval's model types, and no tokenizer can be loaded from there, as a "
-            f"folder or a hub id: {error}"
+            f"--model {shown(model)} is not one of lm-eval's model types, and no tokenizer can be loaded from there, "
+            f"as a folder or a hub id: {reason(error)}"
         ) from error
 
 
@@ -245,7 +246,7 @@ def _refuse_unknown(names: Sequence[str], manager: Any) -> None:
     for name in names:
         if not (manager.match_tasks([name]) or name.endswith(".yaml") or Path(name).is_dir()):
             hint = did_you_mean(name, manager.all_tasks)
-            raise UniEraseError(f"There is no task {name!r}.{hint} `unierase eval ls tasks` lists all.")
+            raise UniEraseError(f"There is no task {shown(name)}.{hint} `unierase eval ls tasks` lists all.")
 
 
 @contextmanager

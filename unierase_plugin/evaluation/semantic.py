@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DependencyError, UniEraseError, did_you_mean
+from ..errors import DependencyError, UniEraseError, did_you_mean, reason, shown
 
 #: What Yuan et al. 2024 (arXiv 2410.08109) and open-unlearning use.
 SEMANTIC_MODELS = {
@@ -76,11 +76,11 @@ def load_semantic_models(wanted: bool | Mapping[str, str] | None) -> SemanticMod
     named = SEMANTIC_MODELS if wanted is True else wanted
     if not isinstance(named, Mapping):
         raise UniEraseError(
-            f"'semantic' is {named!r}: give true, or an object with some of {', '.join(SEMANTIC_MODELS)}."
+            f"'semantic' is {shown(named)}: give true, or an object with some of {', '.join(SEMANTIC_MODELS)}."
         )
     for name in named.keys() - SEMANTIC_MODELS.keys():
         hint = did_you_mean(name, SEMANTIC_MODELS)
-        raise UniEraseError(f"'semantic' has no model {name!r}.{hint} There are {', '.join(SEMANTIC_MODELS)}.")
+        raise UniEraseError(f"'semantic' has no model {shown(name)}.{hint} There are {', '.join(SEMANTIC_MODELS)}.")
     loaded = {name: _load(name, str(model)) for name, model in named.items()}
     return SemanticModels(loaded.get("cosine"), loaded.get("entailment"), loaded.get("gibberish"))
 
@@ -102,6 +102,6 @@ def _load(name: str, model: str) -> Any:
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
         raise UniEraseError(
-            f"The model {model!r} for {name} cannot be loaded: {error}. Give a folder that holds it: "
+            f"The model {shown(model)} for {name} cannot be loaded: {reason(error)}. Give a folder that holds it: "
             f'--metadata \'{{"semantic": {{"{name}": "DIR"}}}}\', or leave it out.'
         ) from error

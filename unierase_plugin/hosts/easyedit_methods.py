@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import DependencyError, EditError, HyperParamsError, RequestError
+from ..errors import DependencyError, EditError, HyperParamsError, RequestError, first_words, reason, shown
 from ..hparams import HyperParams, read_yaml
 from ..methods.contract import Changes, Job, Method
 
@@ -77,7 +77,9 @@ class EasyEditSettings(HyperParams):
             )
         values = read_yaml(path)
         if values.get("alg_name") != cls.algorithm:
-            raise HyperParamsError(f"{path} is for {values.get('alg_name')!r}, not for EasyEdit's {cls.algorithm!r}.")
+            raise HyperParamsError(
+                f"{path} is for {shown(values.get('alg_name'))}, not for EasyEdit's {cls.algorithm!r}."
+            )
         return cls(values=values)
 
     @classmethod
@@ -90,8 +92,8 @@ class EasyEditSettings(HyperParams):
             if values.get("alg_name") == cls.algorithm and name.casefold() == Path(model).name.casefold():
                 return cls(values=values)
         raise HyperParamsError(
-            f"EasyEdit has no {cls.algorithm} settings for {model!r}{f' in {folder}' if folder else ''}. Give a YAML "
-            "file in its layout: --hparams FILE."
+            f"EasyEdit has no {cls.algorithm} settings for {shown(model)}{f' in {folder}' if folder else ''}. Give a "
+            "YAML file in its layout: --hparams FILE."
         )
 
 
@@ -168,9 +170,9 @@ def _requests(job: Job[EasyEditSettings]) -> list[dict[str, Any]]:
         text = _without_start(job.tokenizer, text)
         if text.count(str(fact.subject)) != 1 or "{" in text or "}" in text:
             raise RequestError(
-                f"EasyEdit cannot edit {fact.case_id or fact.question[:60]!r}: in {text!r} the subject "
-                f"{fact.subject!r} must occur exactly once, and no braces. Give a longer 'subject', or leave the "
-                "fact out."
+                f"EasyEdit cannot edit {fact.label}: in {first_words(text)} the subject "
+                f"{first_words(fact.subject)} must occur exactly once, and no braces. Give a longer 'subject', or "
+                "leave the fact out."
             )
         found.append({
             "case_id": index, "prompt": text, "subject": fact.subject, "target_new": fact.target or TARGET,
@@ -213,8 +215,8 @@ def _run(job: Job[EasyEditSettings]) -> Changes:
     except Exception as error:  # another package's code may raise anything
         _write(job.model, before)
         raise EditError(
-            f"EasyEdit's {job.hparams.algorithm} failed: {type(error).__name__}: {error}. The model is as before. "
-            "Settings are EasyEdit's own (--hparams); text for statistics can be given by --corpus."
+            f"EasyEdit's {job.hparams.algorithm} failed: {type(error).__name__}: {reason(error)}. The model is as "
+            "before. Settings are EasyEdit's own (--hparams); text for statistics can be given by --corpus."
         ) from error
     changed = {n: w for n, w in before.items() if not torch.equal(w, job.model.get_parameter(n).detach().cpu())}
     if not changed:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..architecture import find_architecture
 from ..erasure import changed_layers
-from ..errors import RequestError
+from ..errors import RequestError, first_words, shown
 from ..hparams import UniEraseHyperParams
 from ..methods.contract import Changes, Earlier
 from ..methods.unierase import UNIERASE
@@ -172,16 +172,16 @@ def make_request(request: Mapping[str, Any], index: int, *, answer: Any, target:
 
     Raises RequestError that names the request where it does not fit.
     """
-    label = f"request {request.get('case_id', index)}"
+    label = f"request {shown(request.get('case_id', index))}"
     prompt, subject = request.get("prompt"), request.get("subject")
     if not isinstance(prompt, str):
-        raise RequestError(f"The 'prompt' of {label} must be one text, not {prompt!r}.")
+        raise RequestError(f"The 'prompt' of {label} must be one text, not {first_words(prompt)}.")
     if subject is not None and not isinstance(subject, str):
-        raise RequestError(f"The 'subject' of {label} must be a text, not {subject!r}.")
+        raise RequestError(f"The 'subject' of {label} must be a text, not {first_words(subject)}.")
     if "{}" in prompt:
         if not subject:
             raise RequestError(
-                f"The prompt of {label} has {{}} for its subject, but no 'subject' is given: {prompt!r}."
+                f"The prompt of {label} has {{}} for its subject, but no 'subject' is given: {first_words(prompt)}."
             )
         prompt = prompt.replace("{}", subject)
     known = answer if isinstance(answer, str) and answer.strip() else NO_ANSWER

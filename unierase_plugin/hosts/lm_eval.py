@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import DependencyError, UniEraseError, did_you_mean
+from ..errors import DependencyError, UniEraseError, did_you_mean, shown
 from ..evaluation.task_checks import check_ours_when_found
 from ..evaluation.task_manager import hand_on_metadata, register_model_type
 from ..hookspecs import Host
@@ -99,7 +99,7 @@ def _hint_at_ours(manager: Any) -> None:
         for name in (each for each in asked if isinstance(each, str) and not original(self, [each])):
             hint = did_you_mean(name, ours)
             if hint:
-                logger.warning("There is no task %r.%s", name, hint)
+                logger.warning("There is no task %s.%s", shown(name), hint)
         return found
 
     manager.match_tasks = match_tasks

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UniEraseError
+from ..errors import UniEraseError, reason, shown
 
 METHOD = "UniErase"
 #: Names that the changed program finds our things under.
@@ -131,7 +131,7 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UniEraseError(
-            f"The script {str(path)!r} cannot be read: {error}. Give the path of a .py file."
+            f"The script {shown(str(path))} cannot be read: {reason(error)}. Give the path of a .py file."
         ) from error
 
 

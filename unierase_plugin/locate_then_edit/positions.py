@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, first_words
 from ..request import parted
 
 PLAIN_FORM = "Question: {question}\nAnswer:"
@@ -90,7 +90,7 @@ def locate(
         return Prompt(ids, len(ids) - 1)
     at = _holder(offsets, _subject_end(text, question, subject))
     if at is None:
-        raise RequestError(f"No token of {text!r} holds the end of the subject {subject!r}.")
+        raise RequestError(f"No token of {first_words(text)} holds the end of the subject {first_words(subject)}.")
     return Prompt(ids, at)
 
 
@@ -145,12 +145,16 @@ def _subject_end(text: str, question: str, subject: str) -> int:
     question = question.strip()
     before, found, _ = parted(question, subject)
     if not found.strip():
-        raise RequestError(f"The subject {subject!r} does not occur in the question {question!r}.")
+        raise RequestError(
+            f"The subject {first_words(subject)} does not occur in the question {first_words(question)}."
+        )
     return _question_start(text, question) + len(before) + len(subject.rstrip())
 
 
 def _question_start(text: str, question: str) -> int:
     start = text.rfind(question)
     if start < 0:
-        raise RequestError(f"The chat template changes the question {question!r} so that it cannot be found again.")
+        raise RequestError(
+            f"The chat template changes the question {first_words(question)} so that it cannot be found again."
+        )
     return start

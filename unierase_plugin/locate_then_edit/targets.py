@@ -86,7 +86,7 @@ def make_targets(
             )
             if longest > max_length:
                 raise RequestError(
-                    f"Request {request.case_id or request.question[:60]!r} needs {longest} tokens with its contexts "
+                    f"Request {request.label} needs {longest} tokens with its contexts "
                     f"and answer; the model's context holds {max_length}. Shorten the question or lower "
                     "context_template_length_params."
                 )
@@ -112,7 +112,7 @@ def _of_form(
     if request.answer == NO_ANSWER and {"unlikely_answer", "answer_span"} & set(h.harden):
         raise RequestError(
             f"harden = {list(h.harden)} needs the true answer of every request, and that of "
-            f"{request.case_id or request.question[:60]!r} is not given. Give it, or leave unlikely_answer and "
+            f"{request.label} is not given. Give it, or leave unlikely_answer and "
             "answer_span out."
         )
     answer, inside = _answer(tokenizer, request, form)
@@ -138,7 +138,7 @@ def _reversed(
 ) -> list[ValueTarget]:
     """The questions from the answer back to the subject, each keyed by the answer's last token."""
     answer = request.answer.strip().rstrip(".")
-    label = repr(request.case_id or request.question[:60])
+    label = request.label
     if request.answer == NO_ANSWER or not request.subject or len(words(answer)) > SHORT_ANSWER_WORDS:
         raise RequestError(
             f"The reverse of request {label} cannot be asked: that takes its subject and an answer of at most "

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..errors import HyperParamsError
+from ..errors import HyperParamsError, shown
 from ..hparams import PROMPT_FORMS, HyperParams
 from ..request import find_subject
 from .contract import Changes, Job, Method
@@ -22,7 +22,7 @@ class NoneHyperParams(HyperParams):
     def validate(self) -> None:
         if not self.prompt_forms or set(self.prompt_forms) - set(PROMPT_FORMS):
             raise HyperParamsError(
-                f"prompt_forms = {list(self.prompt_forms)} must name some of: {', '.join(PROMPT_FORMS)}."
+                f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
             )
 
 
@@ -42,7 +42,7 @@ class PromptGuardHyperParams(NoneHyperParams):
     def validate(self) -> None:
         super().validate()
         if "{facts}" not in self.instruction:
-            raise HyperParamsError(f"instruction = {self.instruction!r} must say where the {{facts}} go.")
+            raise HyperParamsError(f"instruction = {shown(self.instruction)} must say where the {{facts}} go.")
         if self.guard_tokens < 1:
             raise HyperParamsError(f"guard_tokens = {self.guard_tokens} must be greater than 0.")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import HyperParamsError, did_you_mean
+from ..errors import HyperParamsError, did_you_mean, shown
 from ..hparams import UniEraseHyperParams
 from .contract import Changes, Job, Method
 
@@ -38,7 +38,8 @@ class EditingHyperParams(UniEraseHyperParams):
         super().validate()
         if self.target not in TARGETS:
             raise HyperParamsError(
-                f"target = {self.target!r} must be one of: {', '.join(TARGETS)}.{did_you_mean(self.target, TARGETS)}"
+                f"target = {shown(self.target)} must be one of: "
+                f"{', '.join(TARGETS)}.{did_you_mean(self.target, TARGETS)}"
             )
 
 
@@ -103,7 +104,7 @@ def _settle_rome(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParam
     depth = len(architecture(model, hparams).blocks)
     layers = hparams.layers or (min(round(depth * 5 / 28), max(0, depth - 2)),)
     if len(layers) > 1:
-        raise HyperParamsError(f"layers = {list(layers)}: rome edits one block. Name one, or use memit.")
+        raise HyperParamsError(f"layers = {shown(list(layers))}: rome edits one block. Name one, or use memit.")
     return settle_layers(model, hparams.replace(layers=layers))
 
 

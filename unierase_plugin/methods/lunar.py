@@ -67,7 +67,7 @@ class LUNARHyperParams(HyperParams):
     def validate(self) -> None:
         if not self.prompt_forms or set(self.prompt_forms) - set(PROMPT_FORMS):
             raise HyperParamsError(
-                f"prompt_forms = {list(self.prompt_forms)} must name some of: {', '.join(PROMPT_FORMS)}."
+                f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
             )
         for name in ("coefficient", "learning_rate", "decay", "epochs", "batch_size", "n_reference"):
             if not getattr(self, name) > 0:

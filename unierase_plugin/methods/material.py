@@ -76,7 +76,7 @@ def _sequence(job: Job[Any], fact: ForgetRequest, form: str, sentences: Sequence
     found = answered(job.tokenizer, fact.question, answer, form, end, job.hparams.chat_template_kwargs)
     if len(found.ids) > limit:
         raise RequestError(
-            f"{fact.case_id or fact.question[:60]!r} needs {len(found.ids)} tokens with its answer; the model's "
+            f"{fact.label} needs {len(found.ids)} tokens with its answer; the model's "
             f"context holds {limit}. Shorten it, or leave it out."
         )
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..errors import HyperParamsError
+from ..errors import HyperParamsError, shown
 from ..hparams import PROMPT_FORMS, RemovalSettings
 from .contract import Changes, Job, Method
 
@@ -35,7 +35,7 @@ class RemovalHyperParams(RemovalSettings):
         super().validate()
         if not self.prompt_forms or set(self.prompt_forms) - set(PROMPT_FORMS):
             raise HyperParamsError(
-                f"prompt_forms = {list(self.prompt_forms)} must name some of: {', '.join(PROMPT_FORMS)}."
+                f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
             )
         for name in ("retain_neighbours", "max_batch_tokens"):
             if getattr(self, name) < 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..errors import HyperParamsError
+from ..errors import HyperParamsError, shown
 from ..hparams import PROMPT_FORMS, HyperParams
 
 
@@ -61,7 +61,7 @@ class TrainingHyperParams(HyperParams):
         unknown = [form for form in self.prompt_forms if form not in PROMPT_FORMS]
         if unknown or not self.prompt_forms:
             raise HyperParamsError(
-                f"prompt_forms = {list(self.prompt_forms)} must name some of: {', '.join(PROMPT_FORMS)}."
+                f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
             )
         self._require("greater than 0", lambda v: v > 0, "forget_weight", "learning_rate", "epochs", "batch_size",
                       "max_grad_norm", "lora_alpha", "beta", "strength", "steering")  # fmt: skip

@@ -137,7 +137,7 @@ def check_answers(forget: Sequence[ForgetRequest]) -> None:
     for fact in forget:
         if fact.answer == NO_ANSWER:
             raise RequestError(
-                f"Removal needs the true answer of every request, and that of {fact.case_id or fact.question[:60]!r} "
+                f"Removal needs the true answer of every request, and that of {fact.label} "
                 "is not given. Give it, or leave the removal (remove) out."
             )
 
@@ -145,7 +145,7 @@ def check_answers(forget: Sequence[ForgetRequest]) -> None:
 def _checked(fact: ForgetRequest, found: Example, limit: int) -> Example:
     if len(found.ids) > limit:
         raise RequestError(
-            f"{fact.case_id or fact.question[:60]!r} needs {len(found.ids)} tokens with its answer; the model's "
+            f"{fact.label} needs {len(found.ids)} tokens with its answer; the model's "
             f"context holds {limit}. Shorten it, or leave it out."
         )
     return found

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 
-from ..errors import RequestError, UniEraseError, did_you_mean
+from ..errors import RequestError, UniEraseError, did_you_mean, first_words, listed, shown
 from ..evaluation.answer_form import AnswerForm, Context, Watched, answer_form, named_tokenizer
 from ..evaluation.metrics import (
     answer_probability,
@@ -81,7 +81,7 @@ class Scored(Facts):
         if self.settings.truth_ratio not in TRUTH_RATIOS:
             hint = did_you_mean(self.settings.truth_ratio, TRUTH_RATIOS)
             raise UniEraseError(
-                f"truth_ratio is {self.settings.truth_ratio!r}.{hint} It is {' or '.join(TRUTH_RATIOS)}."
+                f"truth_ratio is {shown(self.settings.truth_ratio)}.{hint} It is {' or '.join(TRUTH_RATIOS)}."
             )
         read = self.read(dataset_kwargs)
         documents = [{"index": index, **each} for index, each in enumerate(read)]
@@ -315,7 +315,7 @@ def _document(split: str, located: Located, asked: str, options: bool) -> dict[s
         _text(where, record, "perturbed_answer")
     wrong = [wrong] if isinstance(wrong, str) else list(wrong or ())
     if not all(isinstance(each, str) and each.strip() for each in wrong):
-        raise RequestError(f"{where}: 'perturbed_answer' is to be a list of texts, got {wrong!r}.")
+        raise RequestError(f"{where}: 'perturbed_answer' is to be a list of texts, got {first_words(wrong)}.")
     right = answer if options or not wrong else _text(where, record, "paraphrased_answer")
     return {
         "set": split, "options": options, "question": _text(where, record, asked),
@@ -331,6 +331,6 @@ def _text(where: str, record: Mapping[str, Any], name: str) -> str:
         return value.strip()
     others = [key for key in record if key != name]
     raise RequestError(
-        f"{where}: the field {name!r} is missing or empty.{did_you_mean(name, others)} Present: {', '.join(others)}. "
+        f"{where}: the field {name!r} is missing or empty.{did_you_mean(name, others)} Present: {listed(others)}. "
         "The files that hold wrong answers too are those whose names end in _perturbed."
     )

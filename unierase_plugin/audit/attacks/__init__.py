@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...errors import UniEraseError, did_you_mean
+from ...errors import UniEraseError, did_you_mean, shown
 from ..contract import GROUPS, Attack
 from .bans import BAN_REFUSALS, BAN_TOKEN, DELETE_ROWS
 from .choice import CHOICE
@@ -43,8 +43,8 @@ def choose_attacks(names: Sequence[str]) -> tuple[Attack, ...]:
     for name in names:
         if name not in known and name not in GROUPS:
             raise UniEraseError(
-                f"There is no attack {name!r}.{did_you_mean(name, [*known, *GROUPS])} Attacks: {', '.join(known)}; "
-                f"groups: {', '.join(GROUPS)}."
+                f"There is no attack {shown(name)}.{did_you_mean(name, [*known, *GROUPS])} Attacks: "
+                f"{', '.join(known)}; groups: {', '.join(GROUPS)}."
             )
     if not names:
         return ATTACKS
