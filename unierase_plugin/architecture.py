@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import ArchitectureError, shown
 from .tying import is_tied
+from .wrapping import refuse_wrapped
 
 
 class Weighted(nn.Module):
@@ -117,6 +118,7 @@ def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp
 
 def refuse_unfit(model: Any) -> None:
     """ArchitectureError for what is no causal language model in plain weights."""
+    refuse_wrapped(model)
     config = getattr(model, "config", None)
     kind = type(model).__name__
     if config is None or not hasattr(model, "get_output_embeddings"):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .adapters import adapter_base, merged
 from .errors import ArchitectureError, UniEraseError, did_you_mean, reason, shown
 from .inputs import checked_path
 from .tying import is_tied, says_tied, settle_config
@@ -49,21 +51,20 @@ def choose_dtype(name: str, device: str) -> torch.dtype | str:
 def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or hub id; device "auto" spreads the model over all GPUs (needs accelerate).
 
+    A PEFT adapter is opened as its base model with the adapter merged into the weights.
+
     Raises ArchitectureError for what is no causal language model in plain weights, UniEraseError for what is not there.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     name = os.fspath(model)
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     _refuse_gguf(name)
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except Exception as error:  # the hub, the file system and the config each have their own errors
-        raise UniEraseError(
-            f"The model {name!r} cannot be read ({_first_line(error)}). Give a folder with config.json and safetensors "
-            "weights, or the id of a model on the hub that this machine can reach."
-        ) from error
+    base = adapter_base(name)
+    if base:
+        return _load_merged(name, base, device, dtype)
+    config = read_config(name)
     _refuse_config(name, config)
     spread = {"device_map": "auto"} if place == "auto" else {}
     try:
@@ -78,6 +79,57 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
     _tell_differences(name, config, loaded, found)
     loaded.eval()
     return (loaded if spread else loaded.to(place)), tokenizer
+
+
+def read_config(name: str) -> Any:
+    """The config of a model, or of an adapter's base. Raises UniEraseError where there is none to be read."""
+    from transformers import AutoConfig
+
+    place = adapter_base(name) or name
+    try:
+        return AutoConfig.from_pretrained(place)
+    except Exception as error:  # the hub, the file system and the config each have their own errors
+        raise UniEraseError(
+            f"The model {place!r} cannot be read ({_first_line(error)}). Give a folder with config.json and "
+            "safetensors weights, or the id of a model on the hub that this machine can reach."
+        ) from error
+
+
+def read_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, or of an adapter: its own, else its base's. Raises what transformers raises."""
+    from transformers import AutoTokenizer
+
+    base = adapter_base(name)
+    if not base:
+        return AutoTokenizer.from_pretrained(name)
+    if Path(name).is_dir() and not Path(name, "tokenizer_config.json").is_file():
+        return read_tokenizer(base)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception:  # an adapter on the hub need not have one
+        return read_tokenizer(base)
+
+
+def _load_merged(name: str, base: str, device: str, dtype: str) -> tuple[Any, Any]:
+    try:
+        model, _ = load(base, device, dtype)
+    except UniEraseError as error:
+        raise UniEraseError(f"The adapter {name!r} goes on {base!r}, which is not to be had: {error}") from error
+    try:
+        whole, tokenizer = merged(name, model), read_tokenizer(name)
+    except UniEraseError:
+        raise
+    except Exception as error:  # of PEFT or of torch, depending on what does not fit
+        raise UniEraseError(
+            f"The adapter {name!r} cannot be merged into {base!r} ({_first_line(error)}). Merge it yourself with "
+            "PEFT's merge_and_unload(), save the result with its tokenizer, and give that folder."
+        ) from error
+    settle_config(whole)
+    logger.warning(
+        "The adapter %s is merged into its base model %s. The merged model is what is edited and written, and what a "
+        "revert gives back.", name, base,
+    )  # fmt: skip
+    return whole, tokenizer
 
 
 def open_weights(name: str, dtype: torch.dtype | str, **options: Any) -> tuple[Any, Mapping[str, Any]]:

@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint, examine, is_edited, revert_checkpoint
 from ..errors import CheckpointError, RequestError, UniEraseError, reason, shown
 from ..hparam_values import checked_seed
 from ..inputs import absolute_path
-from ..loading import load
+from ..loading import load, read_tokenizer
 from ..locate_then_edit.positions import has_chat_template
 from ..pipeline import peak_memory_bytes
 from ..plugins import registry
@@ -191,10 +191,8 @@ def _settled(context: Context, chosen: tuple[Attack, ...], models: _Models) -> _
 def _tokenizer(source: Source) -> Any:
     if isinstance(source, tuple):
         return source[1]
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return read_tokenizer(str(source))
     except Exception as error:  # the hub, the file system and the tokenizer each have their own errors
         raise UniEraseError(f"No tokenizer can be loaded from {shown(str(source))}: {reason(error)}") from error
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import adapter_base
 from ..architecture import stores_input_first
 from ..errors import CheckpointError
 from ..locate_then_edit.edit import WeightEdit
@@ -84,6 +85,12 @@ def _exportable(
         raise CheckpointError(
             f"{str(source)!r} was made by {checkpoint.manifest['method']!r}, which leaves no edit that could be an "
             "adapter. Use the folder itself, which is a whole model."
+        )
+    base = adapter_base(str(checkpoint.manifest["model"]))
+    if base:
+        raise CheckpointError(
+            f"{str(source)!r} was made from an adapter merged into {base!r}, and an adapter for it would go on that "
+            "base without the other. Use the folder itself, which is a whole model."
         )
     wanted = steps if step is None else step
     if not 1 <= wanted <= steps:

@@ -24,6 +24,7 @@ from ..request import ForgetRequest
 from ..store import clear_leftovers, model_fingerprint, plain, replace_folder
 from ..tying import is_tied, settled_config
 from ..unlearning_token import UnlearningToken
+from .readback import check_written
 from .record import RECORD, SCHEMA, Checkpoint, Originals, ledger_hash, pack_checkpoint, write_record
 
 #: What the caller must say in `manifest_extra`, since the model in memory does not tell.
@@ -103,6 +104,7 @@ def save_checkpoint(
         tokenizer.save_pretrained(staging)
         write_for_older_readers(staging)
         write_record(checkpoint, staging / RECORD)
+        check_written(staging, model)
     return target
 
 
@@ -212,6 +214,7 @@ def save_plain(
         write_for_older_readers(staging)
         for name, text in notes.items():
             (staging / name).write_text(text, encoding="utf-8")
+        check_written(staging, model)
     return target
 
 

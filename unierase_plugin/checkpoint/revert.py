@@ -24,6 +24,7 @@ from .damage import misfits
 from .downdate import edit_without
 from .folder import bytes_of, check_output_folder, save_model
 from .integrity import Examined, WayBack, examine
+from .readback import check_written
 from .record import RECORD, Checkpoint, Originals, write_record
 
 logger = logging.getLogger(__name__)
@@ -331,6 +332,7 @@ def _write(model: Any, source: Path, target: Path, token: str, kept: Checkpoint 
             write_record(kept, staging / RECORD)
         elif token:
             _forget_token(source, staging, token)
+        check_written(staging, model)
     return target
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import RequestError, UniEraseError, first_words, shown
 from ..hparam_values import checked_seed
+from ..loading import read_config
 from ..methods.contract import Progress
 from ..pipeline import Requests
 from . import search
@@ -232,9 +233,7 @@ def _outcome(stages: Stages, kept: Mapping[str, float | None]) -> dict[str, Any]
 
 
 def _depth(model: str) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers)
+    return int(read_config(model).get_text_config().num_hidden_layers)
 
 
 def _cell(

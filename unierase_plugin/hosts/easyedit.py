@@ -188,10 +188,12 @@ def _with_our_model(theirs: Callable[..., None], editor: Any, hparams: Any) -> N
 
 
 def _load(hparams: EasyEditHyperParams) -> tuple[Any, Any]:
+    from ..architecture import refuse_unfit
     from ..loading import load
 
     named: Any = hparams.model_name
     if isinstance(named, tuple):
+        refuse_unfit(named[0])
         return named
     if not named:
         raise HyperParamsError("model_name is empty: name the folder or hub id of the model to edit.")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architecture import find_architecture
+from ..architecture import find_architecture, refuse_unfit
 from ..erasure import changed_layers
 from ..errors import RequestError, first_words, shown
 from ..hparams import UniEraseHyperParams
@@ -138,6 +138,7 @@ def edit_in_place(
 
     Raises a UniEraseError that names the value and the remedy; the model is then as before.
     """
+    refuse_unfit(model)
     model = copying.deepcopy(model) if copy else model
     history = History.of(model)
     history.settle(model)
