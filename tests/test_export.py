@@ -76,6 +76,9 @@ def test_the_adapter_on_the_base_gives_the_edited_model(kind: str, tmp_path: Pat
     adapter = export_adapter(edited, tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] == kind.startswith("gpt2")  # PEFT mends it where it is wrong, with a warning
+    # Its head is `embed_out` in files and in earlier releases of transformers, `lm_head` in this one.
+    renamed = kind == "gpt_neox" and "lm_head" in config["trainable_token_indices"]
+    assert ("`lm_head` of this model otherwise" in (adapter / "README.md").read_text()) == renamed
     base, model = attach(tmp_path, adapter)
     wanted = load(edited)
     token = read_checkpoint(edited).token
@@ -127,6 +130,16 @@ def test_two_edits_of_one_base_can_be_switched(steps: Path, tmp_path: Path) -> N
     for name, step in (("later", 2), ("default", 1)):
         model.set_adapter(name)
         assert torch.allclose(logits(model), logits(load(steps / str(step))), atol=1e-5, rtol=0)
+
+
+def test_every_folder_has_a_tokenizer_that_earlier_releases_read(steps: Path, tmp_path: Path) -> None:
+    folders = [steps / "2", export_adapter(steps / "2", tmp_path / "adapter"), tmp_path / "base"]
+    revert_checkpoint(steps / "2", tmp_path / "base")
+    for folder in folders:
+        words = json.loads((folder / "tokenizer_config.json").read_text())
+        assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert words["model_input_names"] == ["input_ids", "attention_mask"]
+        assert words["chat_template"]
 
 
 def test_what_cannot_be_an_adapter_says_so(steps: Path, tmp_path: Path) -> None:

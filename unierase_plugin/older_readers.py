@@ -1,7 +1,8 @@
 """Makes what transformers 5 saves readable by earlier releases too, which other harnesses are pinned to.
 
-Without it they read a rotary embedding's base as the family's default, which gives other logits and no error, and know
-neither the tokenizer's class nor its list of special tokens nor where the chat template is.
+Without it they read a rotary embedding's base as the family's default, which gives other logits and no error, know
+neither the tokenizer's class nor its list of special tokens nor where the chat template is, and give the model token
+types, which most models refuse and GPT-2 adds to its embeddings.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+#: What a family's configuration calls the base of its rotary embedding and the share of a head that is rotated.
+OLDER_ROTARY = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
+
 
 def write_for_older_readers(folder: Path) -> None:
     """Adds the older names to config.json and tokenizer_config.json where these are there, the chat template too."""
     template = folder / "chat_template.jinja"
-    _rewritten(folder / "config.json", _with_older_rotary)
+    _rewritten(folder / "config.json", _with_older_names)
     _rewritten(folder / "tokenizer_config.json", _with_older_class)
     if template.is_file():
         text = template.read_text(encoding="utf-8")
@@ -31,24 +35,33 @@ def _rewritten(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -
         path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _with_older_rotary(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` beside `rope_parameters`; not where each kind of layer has its own."""
-    rotary = config.get("rope_parameters")
-    if not isinstance(rotary, dict) or "rope_theta" not in rotary:
-        return config
-    scaling = {name: value for name, value in rotary.items() if name != "rope_theta"}
-    added: dict[str, Any] = {"rope_theta": rotary["rope_theta"]}
-    if scaling.get("rope_type", "default") != "default":
-        added["rope_scaling"] = scaling
-    if "dtype" in config:
-        added["torch_dtype"] = config["dtype"]
+def _with_older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and its kin beside `rope_parameters`, and `torch_dtype` beside `dtype`."""
+    added: dict[str, Any] = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
+    rotary = config.get("rope_parameters") or {}
+    # Where each kind of layer has its own, one base and the scaling are those of layers that see everything.
+    local = rotary.get("sliding_attention") or {}
+    rotary = rotary.get("full_attention") or rotary
+    if "rope_theta" in local:
+        added["rope_local_base_freq"] = local["rope_theta"]
+    theta, share = OLDER_ROTARY.get(str(config.get("model_type")), ("rope_theta", "partial_rotary_factor"))
+    for name, older in (("rope_theta", theta), ("partial_rotary_factor", share)):
+        if name in rotary:
+            added[older] = rotary[name]
+    if theta in added:
+        added["rope_theta"] = added[theta]
+        scaling = {name: value for name, value in rotary.items() if name != "rope_theta"}
+        if scaling.get("rope_type", "default") != "default":
+            added["rope_scaling"] = scaling
     return {**added, **config}
 
 
 def _with_older_class(config: dict[str, Any]) -> dict[str, Any]:
     changed = dict(config)
-    if changed.get("tokenizer_class") == "TokenizersBackend":
+    if changed.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # A tokenizer with a class of its own knows its model's inputs.
+        changed.setdefault("model_input_names", ["input_ids", "attention_mask"])
     special = changed.get("extra_special_tokens")
     if isinstance(special, list):
         del changed["extra_special_tokens"]

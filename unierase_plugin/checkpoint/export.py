@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..adapters import adapter_base
 from ..architecture import stores_input_first
 from ..errors import CheckpointError
 from ..locate_then_edit.edit import WeightEdit
+from ..older_readers import write_for_older_readers
 from ..store import replace_folder, write_tensors
 from ..unlearning_token import UnlearningToken
 from .damage import misfits
@@ -50,6 +52,10 @@ ROWS = """The adapter replaces row {token} of the embedding, `{name}`. A server 
 PEFT's `trainable_token_indices`, does not have that row: merge first, and serve the merged model.
 """
 
+RENAMED = """transformers before 5 calls {names} of this model otherwise. There the adapter cannot be attached: use the
+edited folder.
+"""
+
 
 def export_adapter(folder: str | Path, out: str | Path, overwrite: bool = False, step: int | None = None) -> Path:
     """Writes the edit that is recorded in `folder` as a PEFT adapter to `out`: of the first `step` steps, or of all.
@@ -73,7 +79,8 @@ def export_adapter(folder: str | Path, out: str | Path, overwrite: bool = False,
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
         (staging / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
         _save_tokenizer(source, staging)
-        (staging / "README.md").write_text(_readme(checkpoint, edit, token, target, steps), encoding="utf-8")
+        readme = _readme(checkpoint, edit, token, target, steps) + _note_on_names(source, config)
+        (staging / "README.md").write_text(readme, encoding="utf-8")
     return target
 
 
@@ -149,6 +156,16 @@ def _config(
     }  # fmt: skip
 
 
+def _note_on_names(source: Path, config: dict[str, Any]) -> str:
+    """Names the modules that are not called in the folder's files as in the model: before transformers 5 they were."""
+    stored: set[str] = set()
+    for path in source.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored.update(name.removesuffix(".weight") for name in file.keys())  # noqa: SIM118
+    renamed = sorted({*config["target_modules"], *(config["trainable_token_indices"] or ())} - stored)
+    return RENAMED.format(names=", ".join(f"`{name}`" for name in renamed)) if stored and renamed else ""
+
+
 def _rows(token: UnlearningToken | None, skeleton: Any) -> dict[str, Tensor]:
     """The token's row (d,) by the name of the module that holds it: the embedding, and the head where it is untied."""
     if token is None:
@@ -168,6 +185,7 @@ def _save_tokenizer(source: Path, staging: Path) -> None:
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(source).save_pretrained(staging)
+    write_for_older_readers(staging)
 
 
 def _readme(checkpoint: Checkpoint, edit: WeightEdit, token: UnlearningToken | None, target: Path, steps: int) -> str:
