@@ -313,10 +313,14 @@ def test_an_output_folder_that_exists(refused: Refused, run: Run, base: Path, fo
     (out / "notes.txt").write_text("mine")
     message = refused()
     assert f"The output folder '{out}' is not empty. Choose another, or pass --overwrite" in message
-    status, said = run("run", "--model", base, "--forget", forget, "--out", out, "--hparams", hparams_file(tmp_path),
-                       "--overwrite")  # fmt: skip
+    message = refused("--overwrite")
+    assert "nothing in it says that this package wrote it. It holds 'notes.txt'." in message
+    (out / "notes.txt").unlink()
+    arguments = ("run", "--model", base, "--forget", forget, "--out", out, "--hparams", hparams_file(tmp_path))
+    assert run(*arguments)[0] == 0
+    assert "is not empty" in run(*arguments)[1]
+    status, said = run(*arguments, "--overwrite")
     assert status == 0, said
-    assert not (out / "notes.txt").exists()
 
 
 def test_an_output_folder_that_is_a_file(refused: Refused, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -601,9 +602,8 @@ def test_damaged_kept_results_are_computed_again(
 def test_a_full_disk_at_the_end_costs_no_work(
     when: str, base: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
 ) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "notes.txt").write_text("of an earlier model")
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    earlier = (out / "unierase" / "manifest.json").read_text()
     with monkeypatch.context() as patch:
         if when == "before writing":
             patch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
@@ -611,10 +611,11 @@ def test_a_full_disk_at_the_end_costs_no_work(
             patch.setattr(folder_module, "save_model", raising(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(CheckpointError, match=r"could not be written .* Free some room"):
             erase(base, out, overwrite=True)
-    assert [entry.name for entry in out.iterdir()] == ["notes.txt"]
+    assert (out / "unierase" / "manifest.json").read_text() == earlier
     calls.clear()
     erase(base, out, overwrite=True)
     assert not calls
+    assert (out / "unierase" / "manifest.json").read_text() != earlier
     assert weights(out) == weights(undisturbed)
 
 

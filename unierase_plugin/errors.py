@@ -55,6 +55,10 @@ class WriteError(CheckpointError):
     """A file or folder cannot be written: the disk is full, or the place does not allow it. The old state is there."""
 
 
+class StepAppliedError(CheckpointError):
+    """A folder that is to be replaced by its own next step has that step already."""
+
+
 class DependencyError(UniEraseError):
     """A package that this feature needs is not installed, or its version does not fit."""
 

@@ -70,22 +70,24 @@ def finetune(
     A run that was killed goes on from its last checkpoint. Raises a UniEraseError that names value and remedy.
     """
     requests = tuple(read_requests(facts, registry().readers))
-    folder = files.check_output_folder(Path(out), overwrite)
-    settings = choose_hparams(hparams, os.fspath(model), FineTuneHyperParams).replace(**(options or {}))
-    progress("load", 0.0, os.fspath(model))
-    loaded, tokenizer = load(model, device or getattr(settings, "device", ""), dtype)
-    progress("load", 1.0, os.fspath(model))
-    job = _job(os.fspath(model), loaded, tokenizer, requests, settings, folder, progress)
-    check_trainable(job, TERMS["learn"], None)
-    loaded.requires_grad_(False)
-    changes = train(job, TERMS["learn"], None)
-    loaded.eval()
-    done = _judged(job, requests[:asked], changes, folder)
-    progress("save", 0.0, str(folder))
-    notes = {"model": job.name, "hparams": settings.as_dict(), "fingerprint_before": job.fingerprint, **vars(done)}
-    files.save_plain(folder, loaded, tokenizer, {NOTES: json.dumps(plain(notes), indent=2) + "\n"}, overwrite=overwrite)
-    files.discard_work(folder)
-    progress("save", 1.0, str(folder))
+    inputs = {"the model": model, "the facts": facts, "the hyper-parameters": hparams}
+    with files.output_folder(Path(out), overwrite, inputs=inputs) as place:
+        folder = place.path
+        settings = choose_hparams(hparams, os.fspath(model), FineTuneHyperParams).replace(**(options or {}))
+        progress("load", 0.0, os.fspath(model))
+        loaded, tokenizer = load(model, device or getattr(settings, "device", ""), dtype)
+        progress("load", 1.0, os.fspath(model))
+        job = _job(os.fspath(model), loaded, tokenizer, requests, settings, folder, progress)
+        check_trainable(job, TERMS["learn"], None)
+        loaded.requires_grad_(False)
+        changes = train(job, TERMS["learn"], None)
+        loaded.eval()
+        done = _judged(job, requests[:asked], changes, folder)
+        progress("save", 0.0, str(folder))
+        notes = {"model": job.name, "hparams": settings.as_dict(), "fingerprint_before": job.fingerprint, **vars(done)}
+        files.save_plain(place, loaded, tokenizer, {NOTES: json.dumps(plain(notes), indent=2) + "\n"})
+        files.discard_work(folder)
+        progress("save", 1.0, str(folder))
     return done
 
 

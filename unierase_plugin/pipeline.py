@@ -25,7 +25,7 @@ from . import checkpoint as files
 from .architecture import refuse_unfit
 from .corpus import check_corpus_file
 from .erasure import corpus_of
-from .errors import CheckpointError, EditError, HyperParamsError, RequestError, UniEraseError
+from .errors import CheckpointError, EditError, HyperParamsError, RequestError, StepAppliedError, UniEraseError
 from .evaluation.generate import answers, context_limit, perplexity
 from .evaluation.report import Outcome, Report, judge
 from .hparam_values import checked_seed
@@ -135,27 +135,35 @@ def unlearn(
     """
     chosen = registry().methods.find(method) if isinstance(method, str) else method
     requests, kept = _facts(chosen, forget, retain)
-    folder = None if out is None else files.check_output_folder(Path(out), overwrite)
     options = {
         "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None, "reverse": reverse,
         **(REMOVED if remove else {}), **(HARDENED if harden else {}),
     }  # fmt: skip
-    progress("load", 0.0, "")
-    subject = _Subject.open(chosen, model, tokenizer, hparams, options, device, dtype)
-    progress("load", 1.0, subject.name)
-    if folder is not None and subject.earlier is not None and subject.record is None:
-        raise CheckpointError("The steps before this one were not written to a folder: give out= to the first one too.")
-    run = _Run(subject, requests, kept, folder, judged, progress)
-    result = run.unlearn()
-    if folder is None:
-        return result
-    try:
-        run.save(result, folder, overwrite, keep_requests)
-    except BaseException:
-        if result.changes.undo is not None:
-            result.changes.undo()
-        raise
-    return replace(result, folder=folder)
+    inputs = {
+        "the model": model.folder if isinstance(model, UnlearnResult) else model, "the facts to forget": forget,
+        "the facts to keep": retain, "the hyper-parameters": hparams, "the corpus": corpus,
+        "the model that was loaded": _origin(model),
+    }  # fmt: skip
+    with _claimed(out, overwrite, inputs, model) as place:
+        progress("load", 0.0, "")
+        subject = _Subject.open(chosen, model, tokenizer, hparams, options, device, dtype)
+        progress("load", 1.0, subject.name)
+        if place is not None and subject.earlier is not None and subject.record is None:
+            raise CheckpointError(
+                "The steps before this one were not written to a folder: give out= to the first one too."
+            )
+        run = _Run(subject, requests, kept, place, judged, progress)
+        run.refuse_applied()
+        result = run.unlearn()
+        if place is None:
+            return result
+        try:
+            run.save(result, place, keep_requests)
+        except BaseException:
+            if result.changes.undo is not None:
+                result.changes.undo()
+            raise
+        return replace(result, folder=place.path)
 
 
 def change(
@@ -214,6 +222,27 @@ def corpus_moment(
         found = text.take(sources) if sources else text.moment(team)
     progress("statistics", 1.0, "")
     return found
+
+
+@contextmanager
+def _claimed(
+    out: str | os.PathLike[str] | None, overwrite: bool, inputs: Mapping[str, Any], model: Any
+) -> Iterator[files.OutputFolder | None]:
+    """The output folder, for this run alone; None where nothing is to be written."""
+    if out is None:
+        yield None
+        return
+    before = model.folder if isinstance(model, UnlearnResult) else model
+    going_on = before if isinstance(before, (str, os.PathLike)) else None
+    with files.output_folder(Path(out), overwrite, inputs=inputs, going_on=going_on) as place:
+        yield place
+
+
+def _origin(model: Any) -> str | None:
+    """Where a model at hand was loaded from."""
+    loaded = model.model if isinstance(model, UnlearnResult) else model
+    name = getattr(getattr(loaded, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
 
 
 def _facts(
@@ -296,14 +325,15 @@ class _Run(Phases):
 
     def __init__(
         self, subject: _Subject, requests: tuple[ForgetRequest, ...], retain: tuple[ForgetRequest, ...],
-        folder: Path | None, judged: int, progress: Progress,
+        place: files.OutputFolder | None, judged: int, progress: Progress,
     ) -> None:  # fmt: skip
         hparams = subject.hparams
         key = digest(
             CACHE_VERSION, subject.method.name, subject.fingerprint, subject.words, hparams.as_dict(), subject.seed,
             _plain(requests), _plain(retain), [judged],
         )[:32]  # fmt: skip
-        super().__init__(files.work_folder(folder, key).root if folder else None)
+        super().__init__(files.work_folder(place.path, key).root if place else None)
+        self.place = place
         self.subject, self.method = subject, subject.method
         self.model, self.tokenizer = subject.model, subject.tokenizer
         self.job = subject.job(requests, retain, self.work.root if self.work else None, progress)
@@ -346,12 +376,35 @@ class _Run(Phases):
             self.subject.history(changes),
         )  # fmt: skip
 
-    def save(self, result: UnlearnResult, folder: Path, overwrite: bool, keep_requests: bool) -> None:
-        job, changes = self.job, result.changes
+    def refuse_applied(self) -> None:
+        """StepAppliedError where the folder's last step is this one: the run was stopped after it had been written."""
+        record = self.subject.record
+        if self.place is None or not self.place.in_place or record is None or len(record.manifest["steps"]) < 2:
+            return
+        before, last = record.manifest["steps"][-2:]
+        inputs = self._step_inputs(before["model_fingerprint_after"])
+        if last.get("id") == files.step_id(record.manifest["salt"], inputs):
+            files.discard_work(self.place.path)
+            raise StepAppliedError(
+                f"{str(self.place.path)!r} has this step already: step {len(record.manifest['steps'])}, of "
+                f"{last['created']}, was made from the same requests with the same settings. Nothing was changed. Give "
+                "another --seed to apply it once more."
+            )
+
+    def _step_inputs(self, fingerprint: str) -> list[Any]:
+        """What the step is made of; `fingerprint` is that of the weights before it."""
+        job, in_place = self.job, self.place is not None and self.place.in_place
+        return [
+            self.method.name, fingerprint, in_place, job.hparams.as_dict(), job.seed, _plain(job.requests),
+            _plain(job.retain),
+        ]  # fmt: skip
+
+    def save(self, result: UnlearnResult, place: files.OutputFolder, keep_requests: bool) -> None:
+        job, changes, folder = self.job, result.changes, place.path
         job.progress("save", 0.0, str(folder))
         settings = job.hparams.as_dict()
         files.save_checkpoint(
-            folder, model=result.model, tokenizer=result.tokenizer, token=changes.token, edit=changes.edit,
+            place, model=result.model, tokenizer=result.tokenizer, token=changes.token, edit=changes.edit,
             originals=changes.originals, requests=job.requests,
             # A seed belongs into the record also where the method's settings have none.
             hparams=job.hparams if "seed" in settings else {**settings, "seed": job.seed},
@@ -360,8 +413,8 @@ class _Run(Phases):
                 "tokenizer_fingerprint_before": self.subject.words,
                 "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             },
-            report=result.report.as_dict(), overwrite=overwrite, keep_requests=keep_requests,
-            earlier=self.subject.record,
+            report=result.report.as_dict(), keep_requests=keep_requests, earlier=self.subject.record,
+            step_inputs=self._step_inputs(job.fingerprint),
         )  # fmt: skip
         files.discard_work(folder)
         job.progress("save", 1.0, str(folder))

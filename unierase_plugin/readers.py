@@ -101,6 +101,16 @@ def _split_slice(spec: str) -> tuple[str, slice]:
     return spec, slice(None)
 
 
+def spec_path(spec: Any) -> Path | None:
+    """The file or folder that a spec, a model or a setting names, without prefix and slice; None without one."""
+    if not isinstance(spec, (str, os.PathLike)):
+        return None
+    text = _SLICE.sub("", str(spec).strip())
+    prefixed = _PREFIX.fullmatch(text)
+    names = (str(spec), text, prefixed[2] if prefixed else "")
+    return next((Path(name) for name in names if name and os.path.exists(os.path.expanduser(name))), None)
+
+
 # --- Records to requests -------------------------------------------------------------------------------------------
 
 

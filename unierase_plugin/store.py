@@ -390,11 +390,12 @@ def _unpack(kind: type[_Record], tensors: Mapping[str, Tensor], metadata: Mappin
 
 
 @contextmanager
-def replace_folder(folder: Path, needed: int) -> Iterator[Path]:
+def replace_folder(folder: Path, needed: int, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the place of `folder` at the end of the `with` block.
 
     Whatever goes wrong inside, the folder to fill is removed and `folder` is as it was. `needed` is the size in bytes
-    of what is to be written. An OSError becomes a CheckpointError that says how much room there is.
+    of what is to be written. `check` is called before the two are exchanged, and raises where that is not to be. An
+    OSError becomes a CheckpointError that says how much room there is.
     """
     folder = Path(folder).expanduser().resolve()
     staging = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
@@ -405,6 +406,7 @@ def replace_folder(folder: Path, needed: int) -> Iterator[Path]:
             raise OSError("the disk has too little room")
         yield staging
         _sync_tree(staging)
+        check()
         _swap_in(staging, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)

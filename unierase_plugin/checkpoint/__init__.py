@@ -6,13 +6,16 @@
     report.json          what was measured after the last step; report-<k>.json after step k before it
     digests.json         digests of the files, by which damage to them is found; the tensors' are in their own file
 
+`.unierase-files.json` beside the weights lists what was written, and so what may go when the folder is replaced.
+
 Steps are counted from 1: step k is what the k-th run of sequential unlearning added; step 0 is the unedited model.
 docs/checkpoints.md says what can be done with it.
 """
 
 from .export import export_adapter
-from .folder import check_output_folder, save_checkpoint, save_plain
+from .folder import save_checkpoint, save_plain, step_id
 from .integrity import Examined, examine, is_edited, read_checkpoint
+from .place import OutputFolder, check_output_folder, output_folder
 from .record import (
     RECORD,
     SCHEMA,
@@ -35,6 +38,7 @@ __all__ = [
     "Checkpoint",
     "Examined",
     "Originals",
+    "OutputFolder",
     "Verification",
     "check_output_folder",
     "discard_work",
@@ -43,12 +47,14 @@ __all__ = [
     "is_edited",
     "join_edits",
     "ledger_hash",
+    "output_folder",
     "pack_edits",
     "read_checkpoint",
     "revert_checkpoint",
     "save_checkpoint",
     "save_plain",
     "seal",
+    "step_id",
     "step_summaries",
     "take_back_requests",
     "take_originals",

@@ -19,11 +19,12 @@ from ..architecture import stores_input_first
 from ..errors import CheckpointError
 from ..locate_then_edit.edit import WeightEdit
 from ..older_readers import write_for_older_readers
-from ..store import replace_folder, write_tensors
+from ..store import write_tensors
 from ..unlearning_token import UnlearningToken
 from .damage import misfits
-from .folder import bytes_of, check_output_folder
-from .integrity import examine
+from .folder import bytes_of
+from .integrity import Examined, examine
+from .place import OutputFolder, output_folder
 from .record import Checkpoint, Originals, join_edits
 
 #: What PEFT puts before a module's name in a state dict.
@@ -65,23 +66,27 @@ def export_adapter(folder: str | Path, out: str | Path, overwrite: bool = False,
     not in the adapter. Raises CheckpointError where the record is damaged, the method kept no edit, or has a token
     and the model a head with a bias, which PEFT's token rows leave out.
     """
-    found = examine(folder)
+    inputs = {"the edited model": Path(folder)}
+    with output_folder(out, overwrite, inputs=inputs) as place:
+        return _exported(examine(folder), place, step)
+
+
+def _exported(found: Examined, place: OutputFolder, step: int | None) -> Path:
     source, checkpoint = found.folder, found.up_to(step)
     originals, token, steps = _exportable(checkpoint, source, step)
-    target = check_output_folder(out, overwrite)
     skeleton = _skeleton(source, token is not None)
     _check_fit(skeleton, originals, token, source)
     edit = join_edits(checkpoint.edits[:steps])
     tensors = _tensors(edit, token, originals, skeleton)
     config = _config(edit, token, originals, skeleton, str(checkpoint.manifest["model"]))
-    with replace_folder(target, bytes_of(tensors.values())) as staging:
+    with place.filled(bytes_of(tensors.values())) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors, {"format": "pt"})
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
         (staging / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
         _save_tokenizer(source, staging)
-        readme = _readme(checkpoint, edit, token, target, steps) + _note_on_names(source, config)
+        readme = _readme(checkpoint, edit, token, place.path, steps) + _note_on_names(source, config)
         (staging / "README.md").write_text(readme, encoding="utf-8")
-    return target
+    return place.path
 
 
 def _exportable(

@@ -1,8 +1,7 @@
-"""Writes an output folder: whether it is free, the model, and the record with one more step."""
+"""Writes an output folder: the model, and the record with one more step."""
 
 from __future__ import annotations
 
-import os
 import platform
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,14 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..inputs import absolute_path
 from ..locate_then_edit.edit import WeightEdit
 from ..locate_then_edit.targets import forms_of
 from ..older_readers import write_for_older_readers
 from ..request import ForgetRequest
-from ..store import clear_leftovers, model_fingerprint, plain, replace_folder
+from ..store import digest, model_fingerprint, plain
 from ..tying import is_tied, settled_config
 from ..unlearning_token import UnlearningToken
+from .place import OutputFolder, held
 from .readback import check_written
 from .record import RECORD, SCHEMA, Checkpoint, Originals, ledger_hash, pack_checkpoint, write_record
 
@@ -31,41 +30,8 @@ from .record import RECORD, SCHEMA, Checkpoint, Originals, ledger_hash, pack_che
 REQUIRED_EXTRA = ("method", "model", "model_fingerprint_before", "created")
 
 
-def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
-    """The folder as an absolute path, where a checkpoint may be written to it. To be called before the work starts.
-
-    Raises CheckpointError where it is a file, holds something and `overwrite` is not set, cannot be written, or is a
-    folder that nobody means to lose: one that the home or the working folder lies in.
-    """
-    target = absolute_path(folder, CheckpointError)
-    clear_leftovers(target)
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(
-            f"{str(target)!r} is a file. Give the name of a folder, which is made where there is none."
-        )
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise CheckpointError(
-                f"The output folder {str(target)!r} is not empty. Choose another, or pass --overwrite (overwrite=True) "
-                "to replace it."
-            )
-        _refuse_precious(target)
-    ground = next(parent for parent in target.parents if parent.exists())
-    if not os.access(ground, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{str(ground)!r} cannot be written to. Choose an output folder elsewhere.")
-    return target
-
-
-def _refuse_precious(target: Path) -> None:
-    for place in (Path(os.path.expanduser("~")), Path.cwd()):
-        if place.resolve().is_relative_to(target):
-            raise CheckpointError(
-                f"{str(target)!r} is not replaced, since {str(place)!r} lies in it. Choose another output folder."
-            )
-
-
 def save_checkpoint(
-    folder: str | Path,
+    folder: str | Path | OutputFolder,
     *,
     model: Any,
     tokenizer: Any,
@@ -79,33 +45,38 @@ def save_checkpoint(
     overwrite: bool = False,
     keep_requests: bool = False,
     earlier: Checkpoint | None = None,
+    step_inputs: Sequence[Any] = (),
 ) -> Path:
     """Writes the edited model with its record; the folder appears whole or not at all, and an old one stays until then.
 
     manifest_extra must hold REQUIRED_EXTRA and may hold more. `earlier` is the checkpoint that this run went on from:
     its steps, ledger and originals are carried over. `originals` may be None for a method that cannot be reverted.
-    Raises CheckpointError where the folder is not free (`check_output_folder`) or cannot be written.
+    `step_inputs` tells this step from any other (`step_id`). Raises CheckpointError where the folder is not free
+    (`output_folder`) or cannot be written.
     """
-    target = check_output_folder(folder, overwrite)
     missing = [name for name in REQUIRED_EXTRA if name not in manifest_extra]
     if missing:
         raise CheckpointError(f"manifest_extra lacks {', '.join(missing)}; it needs {', '.join(REQUIRED_EXTRA)}.")
     kept = _merge_originals(originals, earlier)
     edits = (*(earlier.edits if earlier else ()), *([edit] if edit else ()))
-    manifest = _manifest(model, tokenizer, token, kept, requests, hparams, manifest_extra, edit, earlier)
+    manifest = _manifest(model, tokenizer, token, kept, requests, hparams, manifest_extra, edit, earlier, step_inputs)
     forms = forms_of(tokenizer, hparams) if hasattr(hparams, "prompt_forms") else ()
     added = _ledger(requests, len(manifest["steps"]), manifest["salt"], forms, edit, keep_requests)
     lines = [*(earlier.ledger if earlier else ()), *added]
     checkpoint = Checkpoint(manifest, token, edits, kept, lines, report, earlier.reports if earlier else {})
-    with replace_folder(
-        target, bytes_of(model.parameters()) + bytes_of(pack_checkpoint(checkpoint)[0].values())
-    ) as staging:
+    needed = bytes_of(model.parameters()) + bytes_of(pack_checkpoint(checkpoint)[0].values())
+    with held(folder, overwrite) as place, place.filled(needed) as staging:
         save_model(model, staging)
         tokenizer.save_pretrained(staging)
         write_for_older_readers(staging)
         write_record(checkpoint, staging / RECORD)
         check_written(staging, model)
-    return target
+    return place.path
+
+
+def step_id(salt: str, inputs: Sequence[Any]) -> str:
+    """What tells a step from any other: a digest of what it was made of, salted as the ledger's hashes are."""
+    return digest(salt, list(inputs))
 
 
 def _merge_originals(new: Originals | None, earlier: Checkpoint | None) -> Originals | None:
@@ -124,14 +95,17 @@ def _merge_originals(new: Originals | None, earlier: Checkpoint | None) -> Origi
 def _manifest(
     model: Any, tokenizer: Any, token: UnlearningToken | None, originals: Originals | None,
     requests: Sequence[ForgetRequest], hparams: Any, extra: Mapping[str, Any], edit: WeightEdit | None,
-    earlier: Checkpoint | None,
+    earlier: Checkpoint | None, step_inputs: Sequence[Any],
 ) -> dict[str, Any]:  # fmt: skip
     settings = plain(hparams.as_dict() if hasattr(hparams, "as_dict") else hparams)
     layers = list(edit.layers) if edit else []
     after = model_fingerprint(model)
+    # Against a search for a hash seen elsewhere; who holds the folder can still test a guess.
+    salt = earlier.manifest["salt"] if earlier else secrets.token_hex(16)
     step = {
         "method": extra["method"], "created": extra["created"], "layers": layers, "requests": len(requests),
         "taken_back": 0, "model_fingerprint_after": after, "hparams": settings,
+        **({"id": step_id(salt, step_inputs)} if step_inputs else {}),
     }  # fmt: skip
     before = earlier.manifest if earlier else extra
     return {
@@ -149,8 +123,7 @@ def _manifest(
         "tied": is_tied(model),
         "layers": sorted({*layers, *(earlier.manifest["layers"] if earlier else ())}),
         "weights": {str(layer): name for layer, name in originals.names.items()} if originals else {},
-        # Against a search for a hash seen elsewhere; who holds the folder can still test a guess.
-        "salt": earlier.manifest["salt"] if earlier else secrets.token_hex(16),
+        "salt": salt,
         "steps": [*(earlier.manifest["steps"] if earlier else ()), step],
     }
 
@@ -204,18 +177,17 @@ def _ledger(
 
 
 def save_plain(
-    folder: str | Path, model: Any, tokenizer: Any, notes: Mapping[str, str], overwrite: bool = False
+    folder: str | Path | OutputFolder, model: Any, tokenizer: Any, notes: Mapping[str, str], overwrite: bool = False
 ) -> Path:
     """Writes a model folder without a record, and `notes` as text files by name; whole or not at all."""
-    target = check_output_folder(folder, overwrite)
-    with replace_folder(target, bytes_of(model.parameters())) as staging:
+    with held(folder, overwrite) as place, place.filled(bytes_of(model.parameters())) as staging:
         save_model(model, staging)
         tokenizer.save_pretrained(staging)
         write_for_older_readers(staging)
         for name, text in notes.items():
             (staging / name).write_text(text, encoding="utf-8")
         check_written(staging, model)
-    return target
+    return place.path
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -18,12 +18,14 @@ from ..errors import CheckpointError, first_words
 from ..loading import open_weights
 from ..locate_then_edit.edit import WeightEdit, apply_edit
 from ..older_readers import write_for_older_readers
-from ..store import model_fingerprint, replace_folder
+from ..store import model_fingerprint
 from ..tying import resize_vocabulary
+from .contents import LIST
 from .damage import misfits
 from .downdate import edit_without
-from .folder import bytes_of, check_output_folder, save_model
+from .folder import bytes_of, save_model
 from .integrity import Examined, WayBack, examine
+from .place import OutputFolder, output_folder
 from .readback import check_written
 from .record import RECORD, Checkpoint, Originals, write_record
 
@@ -46,12 +48,15 @@ def revert_checkpoint(folder: str | Path, out: str | Path, overwrite: bool = Fal
     what this depends on in the record is damaged, or where the weights in `folder` are not those that the record was
     written for.
     """
-    found = examine(folder)
+    with output_folder(out, overwrite, inputs={"the edited model": Path(folder)}, going_on=folder) as place:
+        return _reverted(examine(folder), place, step)
+
+
+def _reverted(found: Examined, place: OutputFolder, step: int) -> Path:
     if step == 0:
-        return _revert_all(found, out, overwrite)
+        return _revert_all(found, place)
     source, checkpoint = found.folder, found.up_to(step)
     originals = _revertible(checkpoint, source, step)
-    target = check_output_folder(out, overwrite)
     model = load_saved(source)
     kept = _until(checkpoint, step)
     _check_untouched(model, checkpoint, source)
@@ -60,7 +65,7 @@ def revert_checkpoint(folder: str | Path, out: str | Path, overwrite: bool = Fal
     if model_fingerprint(model) != kept.manifest["model_fingerprint_after"]:
         # Factors are multiplied again here, and another processor may round a product differently.
         logger.warning("The weights after step %d are rebuilt up to rounding, not to the bit.", step)
-    return _write(model, source, target, "", kept)
+    return _write(model, source, place, "", kept)
 
 
 def take_back_requests(folder: str | Path, out: str | Path, requests: Sequence[str], overwrite: bool = False) -> Path:
@@ -71,13 +76,16 @@ def take_back_requests(folder: str | Path, out: str | Path, requests: Sequence[s
     (`downdate`). Later steps stay as they are. Where nothing is left, the base model is written, to the bit. Raises
     CheckpointError for what the ledger does not hold, and like `revert_checkpoint`.
     """
-    found = examine(folder)
+    with output_folder(out, overwrite, inputs={"the edited model": Path(folder)}, going_on=folder) as place:
+        return _without(examine(folder), place, requests)
+
+
+def _without(found: Examined, place: OutputFolder, requests: Sequence[str]) -> Path:
     source, checkpoint = found.folder, found.up_to()
     originals = _revertible(checkpoint, source, 0)
-    kept, first = _without_requests(checkpoint, requests, source)
+    kept, first = _record_without(checkpoint, requests, source)
     if not kept.manifest["steps"]:
-        return _revert_all(found, out, overwrite)
-    target = check_output_folder(out, overwrite)
+        return _revert_all(found, place)
     model = load_saved(source)
     _check_untouched(model, checkpoint, source)
     _check_fit(model, found, checkpoint, originals)
@@ -88,24 +96,23 @@ def take_back_requests(folder: str | Path, out: str | Path, requests: Sequence[s
             after[step] = model_fingerprint(model)
 
     _rebuild(model, kept, originals, note)
-    return _write(model, source, target, "", _with_fingerprints(kept, after))
+    return _write(model, source, place, "", _with_fingerprints(kept, after))
 
 
-def _revert_all(found: Examined, out: str | Path, overwrite: bool) -> Path:
+def _revert_all(found: Examined, place: OutputFolder) -> Path:
     way = found.back()
     if way is None:
         raise _no_originals(found.up_to(), found.folder)
-    target = check_output_folder(out, overwrite)
     model = load_saved(found.folder)
     if not restore_base(model, way):
         raise _changed_since(way.model, found)
-    return _write(model, found.folder, target, way.token.name if way.token else "", None)
+    return _write(model, found.folder, place, way.token.name if way.token else "", None)
 
 
 # --- The record of what is left --------------------------------------------------------------------------------------
 
 
-def _without_requests(checkpoint: Checkpoint, requests: Sequence[str], source: Path) -> tuple[Checkpoint, int]:
+def _record_without(checkpoint: Checkpoint, requests: Sequence[str], source: Path) -> tuple[Checkpoint, int]:
     """The record without the requests, and the first step that this changes; steps left empty at the end are dropped.
 
     What was measured from that step on does not hold any more, and goes too. Fingerprints are still the old ones.
@@ -120,7 +127,9 @@ def _without_requests(checkpoint: Checkpoint, requests: Sequence[str], source: P
         edits.append(_smaller(edit, leave, stay) if leave else edit)
         ledger += _renumbered(stay)
         taken = entry.get("taken_back", 0) + len(leave)
-        steps.append({**entry, "requests": len(stay), "taken_back": taken, "layers": list(edits[-1].layers)})
+        # A step that lost a request is no more what its id says.
+        same = {name: value for name, value in entry.items() if name != "id" or not leave}
+        steps.append({**same, "requests": len(stay), "taken_back": taken, "layers": list(edits[-1].layers)})
     first = min((line["step"] for line in found), default=len(steps) + 1)
     reports = {step: report for step, report in checkpoint.reports.items() if step < first}
     last = max((step for step, entry in enumerate(steps, start=1) if entry["requests"]), default=0)
@@ -319,12 +328,12 @@ def _changed(name: str, source: Path) -> CheckpointError:
 # --- The folder ------------------------------------------------------------------------------------------------------
 
 
-def _write(model: Any, source: Path, target: Path, token: str, kept: Checkpoint | None) -> Path:
+def _write(model: Any, source: Path, place: OutputFolder, token: str, kept: Checkpoint | None) -> Path:
     """Writes the model, what lies beside it in `source`, and the record of what is kept: none for the base model.
 
     token: the one to be taken out of the tokenizer with the record, where there is one.
     """
-    with replace_folder(target, bytes_of(model.parameters())) as staging:
+    with place.filled(bytes_of(model.parameters())) as staging:
         save_model(model, staging)
         _copy_companions(source, staging)
         write_for_older_readers(staging)
@@ -333,13 +342,13 @@ def _write(model: Any, source: Path, target: Path, token: str, kept: Checkpoint 
         elif token:
             _forget_token(source, staging, token)
         check_written(staging, model)
-    return target
+    return place.path
 
 
 def _copy_companions(source: Path, staging: Path) -> None:
     """Everything beside the weights: tokenizer, chat templates, notes."""
     for entry in source.iterdir():
-        if entry.name == RECORD or (staging / entry.name).exists() or ".safetensors" in entry.name:
+        if entry.name in (RECORD, LIST) or (staging / entry.name).exists() or ".safetensors" in entry.name:
             continue
         if entry.is_dir():
             shutil.copytree(entry, staging / entry.name)
@@ -354,7 +363,7 @@ def _forget_token(source: Path, staging: Path, name: str) -> None:
     for path in (staging / file for file in TOKENIZER_FILES):
         if path.is_file():
             rules = json.loads(path.read_text(encoding="utf-8"))
-            pruned = _without(rules, name, keep_empty=path.name == "tokenizer.json")
+            pruned = _pruned(rules, name, keep_empty=path.name == "tokenizer.json")
             path.write_text(json.dumps(pruned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with_token, without = (AutoTokenizer.from_pretrained(folder) for folder in (source, staging))
     if len(without) != len(with_token) - 1 or name in without.get_vocab():
@@ -364,7 +373,7 @@ def _forget_token(source: Path, staging: Path, name: str) -> None:
         )
 
 
-def _without(value: Any, name: str, keep_empty: bool) -> Any:
+def _pruned(value: Any, name: str, keep_empty: bool) -> Any:
     """The value without any entry that is the token or describes it; containers that this empties go too, or are kept.
 
     Every version of transformers lists added tokens in other places and forms, so that all of a file is searched.
@@ -375,8 +384,8 @@ def _without(value: Any, name: str, keep_empty: bool) -> Any:
 
     if isinstance(value, dict):
         pairs = {key: item for key, item in value.items() if key != name and not names_it(item)}
-        pruned = {key: _without(item, name, keep_empty) for key, item in pairs.items()}
+        pruned = {key: _pruned(item, name, keep_empty) for key, item in pairs.items()}
         return {key: item for key, item in pruned.items() if keep_empty or item or not value[key]}
     if isinstance(value, list):
-        return [_without(item, name, keep_empty) for item in value if not names_it(item)]
+        return [_pruned(item, name, keep_empty) for item in value if not names_it(item)]
     return value

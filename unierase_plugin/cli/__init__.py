@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import UniEraseError
+from ..errors import StepAppliedError, UniEraseError
 from .audit import audit
 from .compare import compare
 from .console import tell
@@ -30,6 +30,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
             return super().invoke(ctx)
+        except StepAppliedError as done:  # a command that is repeated after a stop has reached what it was to reach
+            tell(escape(str(done)))
+            raise typer.Exit(0) from done
         except UniEraseError as error:
             tell(f"[bold red]Error:[/] {escape(str(error))}")
             raise typer.Exit(1) from error

@@ -32,7 +32,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto (sprea
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16; empty: float32 on a CPU, else the checkpoint's.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that this package wrote.")]
 
 
 def tell(text: str) -> None:

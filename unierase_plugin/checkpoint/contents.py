@@ -1,0 +1,189 @@
+"""Whose the files of an output folder are: those that this package wrote, as listed in the folder, and all others.
+
+Only what a run wrote, and nobody changed since, may go when a folder is replaced.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .record import RECORD
+
+#: The list of what was written, in every folder that this package writes: size, time and digest by name.
+LIST = ".unierase-files.json"
+#: Files that a message names at most.
+NAMED = 3
+#: Bytes that are hashed at a time.
+CHUNK = 1 << 20
+
+#: What may be in folders of versions that wrote no list: the files of a model and its tokenizer, and of the record.
+_MODEL = (
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
+)
+_RECORD = rf"{RECORD}/(manifest|report|report-\d+|digests)\.json|{RECORD}/edits\.safetensors|{RECORD}/ledger\.jsonl"
+#: By the file that tells the kind of such a folder, what may be in it.
+_UNLISTED = {
+    f"{RECORD}/manifest.json": f"{_MODEL}|{_RECORD}",
+    "finetune.json": rf"{_MODEL}|finetune\.json",
+    "adapter_config.json": rf"{_MODEL}|adapter_config\.json|adapter_model\.safetensors|README\.md",
+}
+#: The weights of the model itself, which its new version takes the place of.
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+
+
+def write_list(folder: Path, foreign: Collection[str] = ()) -> None:
+    """Lists the files of a folder that was just written, all but those that are `foreign`."""
+    names = [name for name in _names(folder) if name not in foreign and name != LIST]
+    files = {name: _described(folder / name) for name in names}
+    text = json.dumps({"written_by": "unierase-plugin", "files": files}, indent=1, ensure_ascii=False)
+    (folder / LIST).write_text(text + "\n", encoding="utf-8")
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises CheckpointError that names what is in a folder and was not written by this package, or changed since."""
+    unknown, changed = foreign_files(folder)
+    if not _is_ours(folder):
+        raise CheckpointError(
+            f"{str(folder)!r} is not replaced: nothing in it says that this package wrote it. It holds "
+            f"{_few(unknown)}. Choose another output folder, or move these files away first."
+        )
+    for names, what in ((unknown, "which this package did not write there"),
+                        (changed, "changed since this package wrote it")):  # fmt: skip
+        if names:
+            raise CheckpointError(
+                f"{str(folder)!r} is not replaced: it holds {_few(names)}, {what}. Move what you want to keep "
+                "elsewhere, delete the rest, or choose another output folder."
+            )
+
+
+def foreign_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Names, relative to the folder, of the files that this package did not write, and of those changed since it did.
+
+    Folders that earlier versions wrote have no list: there, what bears the name of a file that they wrote is theirs.
+    """
+    listed = _read_list(folder)
+    names = [name for name in _names(folder) if name != LIST or listed is None]
+    if listed is None:
+        pattern = _unlisted_names(folder)
+        return [name for name in names if not re.fullmatch(pattern, name)], []
+    changed = [name for name in names if name in listed and not _is_as_listed(folder / name, listed[name])]
+    return [name for name in names if name not in listed], changed
+
+
+def carry_over(folder: Path, staging: Path) -> list[str]:
+    """Takes what others put into `folder` along to `staging`, its new version; returns what stays foreign there.
+
+    Files are linked where the file system can. What the new version has of its own under the same name is left alone.
+    """
+    unknown, changed = foreign_files(folder)
+    kept = []
+    for name in (*unknown, *changed):
+        source, target = folder / name, staging / name
+        if os.path.lexists(target):
+            if name in unknown and target.is_file() and source.is_file() and filecmp.cmp(source, target, shallow=False):
+                kept.append(name)
+        elif not _WEIGHTS.fullmatch(name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(source, target)
+            kept.append(name)
+    return kept
+
+
+def _is_ours(folder: Path) -> bool:
+    return _read_list(folder) is not None or bool(_unlisted_names(folder))
+
+
+def _unlisted_names(folder: Path) -> str:
+    """A pattern of the names that a version without a list wrote into such a folder; "" for what is none of them."""
+    for mark, pattern in _UNLISTED.items():
+        if (folder / mark).is_file() and _is_mark(folder, mark):
+            return pattern
+    return ""
+
+
+def _is_mark(folder: Path, mark: str) -> bool:
+    found = _read_json(folder / mark)
+    if mark == "adapter_config.json":
+        # Other tools write such a file too; the page beside it is ours.
+        try:
+            return (folder / "README.md").read_text(encoding="utf-8").startswith("# An unlearning edit as a PEFT")
+        except (OSError, ValueError):
+            return False
+    wanted = {"schema", "method"} if mark.startswith(RECORD) else {"hparams", "fingerprint_before"}
+    return isinstance(found, dict) and wanted <= found.keys()
+
+
+def _read_list(folder: Path) -> dict[str, Any] | None:
+    found = _read_json(folder / LIST)
+    if not isinstance(found, dict) or found.get("written_by") != "unierase-plugin":
+        return None
+    files = found.get("files")
+    return files if isinstance(files, dict) else None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Of every file below the folder, with slashes; a link counts as a file, wherever it leads."""
+    for place, folders, files in os.walk(folder, onerror=_raise):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        for name in sorted((*files, *links)):
+            yield (Path(place) / name).relative_to(folder).as_posix()
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _described(path: Path) -> dict[str, Any]:
+    found = path.stat()
+    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": _sha256(path)}
+
+
+def _is_as_listed(path: Path, entry: Any) -> bool:
+    """By size and time where these agree, else by content: copying a folder changes its times."""
+    if path.is_symlink() or not path.is_file() or not isinstance(entry, dict):
+        return False
+    found = path.stat()
+    if found.st_size != entry.get("size"):
+        return False
+    return found.st_mtime_ns == entry.get("mtime_ns") or _sha256(path) == entry.get("sha256")
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.is_symlink():
+        os.symlink(os.readlink(source), target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(repr(name) for name in names[:NAMED]) + more

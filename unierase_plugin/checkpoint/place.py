@@ -1,0 +1,151 @@
+"""Where an output folder may be written: who else writes there, what is in the way, and what would be lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..inputs import absolute_path
+from ..locks import folder_lock
+from ..readers import spec_path
+from ..store import clear_leftovers, replace_folder
+from .contents import carry_over, refuse_foreign, write_list
+from .integrity import is_edited
+from .record import MANIFEST, RECORD
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that no other run writes to until the `with` block of `output_folder` ends."""
+
+    path: Path
+    overwrite: bool
+    #: What the run reads, by what it is called in a message.
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+    #: Whether it is replaced by a new version of itself, which keeps what others put there.
+    in_place: bool = False
+
+    def check(self) -> None:
+        """Raises CheckpointError where the folder cannot be written, or something would be lost that no run wrote."""
+        self.check_ground()
+        target = self.path
+        if not target.is_dir() or not any(target.iterdir()):
+            return
+        if not self.overwrite:
+            raise CheckpointError(
+                f"The output folder {str(target)!r} is not empty. Choose another, or pass --overwrite "
+                "(overwrite=True) to replace it."
+            )
+        self._refuse_precious()
+        if not self.in_place:
+            refuse_foreign(target)
+
+    def check_ground(self) -> None:
+        """The part of the check that does not ask what the folder holds."""
+        target = self.path
+        if target.exists() and not target.is_dir():
+            raise CheckpointError(
+                f"{str(target)!r} is a file. Give the name of a folder, which is made where there is none."
+            )
+        for place in (target, *target.parents):
+            if place.name == RECORD and (place / MANIFEST).is_file():
+                raise CheckpointError(f"{str(target)!r} lies in the record of an edit. Choose another output folder.")
+        if target.is_dir() and os.path.ismount(target):
+            raise CheckpointError(
+                f"{str(target)!r} is a mount point, which cannot be replaced as a whole. Give a folder in it, such as "
+                f"{str(target / 'model')!r}."
+            )
+        ground = next(parent for parent in target.parents if parent.exists())
+        if not os.access(ground, os.W_OK | os.X_OK):
+            raise CheckpointError(f"{str(ground)!r} cannot be written to. Choose an output folder elsewhere.")
+
+    @contextmanager
+    def filled(self, needed: int) -> Iterator[Path]:
+        """Gives an empty folder to fill, which becomes the output folder at the end of the block, or nothing changes.
+
+        Checks once more before the two are exchanged. `needed` is the size of what is to be written, in bytes.
+        """
+        with replace_folder(self.path, needed, self.check) as staging:
+            yield staging
+            foreign = carry_over(self.path, staging) if self.in_place else ()
+            write_list(staging, foreign)
+
+    def _refuse_precious(self) -> None:
+        for place in (Path(os.path.expanduser("~")), Path.cwd()):
+            if holds(self.path, place):
+                raise CheckpointError(
+                    f"{str(self.path)!r} is not replaced, since {str(place)!r} lies in it. Choose another output "
+                    "folder."
+                )
+        for what, place in self.inputs.items():
+            if holds(self.path, place):
+                raise CheckpointError(
+                    f"{str(self.path)!r} is not replaced, since it holds {what} that this run reads: {str(place)!r}. "
+                    "Choose another output folder."
+                )
+
+
+@contextmanager
+def output_folder(
+    folder: str | Path,
+    overwrite: bool = False,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    going_on: str | os.PathLike[str] | None = None,
+) -> Iterator[OutputFolder]:
+    """Holds the folder for this run alone while the `with` block lasts, and checks that it may be written.
+
+    inputs    what the run reads, by what it is called in a message: folders, files and SPECs; what is none is left out
+    going_on  a folder that the run may replace by its own new version, where it has a record: without one there would
+              be no way back
+
+    Raises CheckpointError where another run holds it, where it is a file, a mount point, or holds something and
+    `overwrite` is not set; and where it holds what would be lost: files that this package did not write, an input of
+    the run, the home or the working folder.
+    """
+    target = absolute_path(folder, CheckpointError)
+    if not target.name:
+        raise CheckpointError(f"{str(target)!r} is no folder for a model. Choose another output folder.")
+    OutputFolder(target, overwrite).check_ground()
+    with folder_lock(target):
+        # First, since a run that was killed while it exchanged the two left the folder under another name.
+        clear_leftovers(target)
+        in_place = going_on is not None and _same(target, Path(going_on)) and is_edited(target)
+        read = {what: place for what, spec in (inputs or {}).items() if (place := spec_path(spec)) is not None}
+        if in_place:
+            read = {what: place for what, place in read.items() if not _same(target, place)}
+        claimed = OutputFolder(target, overwrite, read, in_place)
+        claimed.check()
+        yield claimed
+
+
+def held(folder: str | Path | OutputFolder, overwrite: bool = False) -> AbstractContextManager[OutputFolder]:
+    """The folder held for a `with` block: as it is where it is held already, else by `output_folder`."""
+    return nullcontext(folder) if isinstance(folder, OutputFolder) else output_folder(folder, overwrite)
+
+
+def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
+    """The folder as an absolute path, where a checkpoint may be written to it now. Raises like `output_folder`."""
+    with output_folder(folder, overwrite) as claimed:
+        return claimed.path
+
+
+def holds(folder: Path, place: Path) -> bool:
+    """Whether `place` is the folder or lies in it, whatever links and spellings lead there."""
+    if not folder.exists():
+        return False
+    named = os.path.abspath(os.path.expanduser(place))
+    found = (Path(named), Path(os.path.realpath(named)))
+    return any(_same(folder, each) for path in found for each in (path, *path.parents))
+
+
+def _same(left: Path, right: Path) -> bool:
+    try:
+        return os.path.samefile(left, os.path.expanduser(right))
+    except (OSError, ValueError):
+        return False
