@@ -389,7 +389,7 @@ def test_wrong_answers_count_only_where_all_facts_have_some() -> None:
 
 
 def test_a_fact_cannot_be_forgotten_and_kept(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="both"):
+    with pytest.raises(RequestError, match="at once"):
         compare(str(base), FORGET, parse_methods("none"), out=tmp_path / "out", retain=FORGET, launch=here)
 
 

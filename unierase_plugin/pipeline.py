@@ -38,7 +38,14 @@ from .methods.unierase import UNIERASE
 from .phases import Phases
 from .plugins import registry
 from .readers import read_requests
-from .request import ForgetRequest, check_requests, with_subjects
+from .request import (
+    ForgetRequest,
+    check_not_forgotten,
+    check_overlap,
+    check_requests,
+    one_spelling,
+    with_subjects,
+)
 from .resources import lines, paragraphs
 from .second_moment import CorpusMoment
 from .store import CACHE_VERSION, Packed, cache_folder, digest, model_fingerprint, tokenizer_fingerprint
@@ -97,6 +104,7 @@ def unlearn(
     method: str | Method[Any] = "unierase",
     tokenizer: Any = None,
     retain: Requests | None = None,
+    allow_overlap: bool = False,
     hparams: HyperParams | str | os.PathLike[str] | None = None,
     corpus: str | None = None,
     harden: bool = False,
@@ -119,6 +127,8 @@ def unlearn(
               earlier call, from which this one goes on; so it does from a folder that was edited before
     forget    a SPEC, or an iterable of ForgetRequest or mappings with question, answer and optionally subject
     retain    the same for facts to be kept: the method protects them (UniErase: by their keys), and they are judged
+    allow_overlap  whether a fact to keep may be one to forget too, or one that an earlier step forgot: it is then
+              pulled both ways, as given
     hparams   an object, a YAML file, a shipped file's stem; without it the shipped file for this model, else defaults
     corpus    text for the second moment, where the method takes one: "self", a text file, or a hub dataset as
               name[:config[:column]]
@@ -134,7 +144,7 @@ def unlearn(
     Raises a UniEraseError that names the value, the alternatives and the remedy; no projection is then changed.
     """
     chosen = registry().methods.find(method) if isinstance(method, str) else method
-    requests, kept = _facts(chosen, forget, retain)
+    requests, kept = _facts(chosen, forget, retain, allow_overlap)
     options = {
         "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None, "reverse": reverse,
         **(REMOVED if remove else {}), **(HARDENED if harden else {}),
@@ -148,12 +158,15 @@ def unlearn(
         progress("load", 0.0, "")
         subject = _Subject.open(chosen, model, tokenizer, hparams, options, device, dtype)
         progress("load", 1.0, subject.name)
+        if not allow_overlap:
+            subject.check_not_forgotten(kept)
         if place is not None and subject.earlier is not None and subject.record is None:
             raise CheckpointError(
                 "The steps before this one were not written to a folder: give out= to the first one too."
             )
         run = _Run(subject, requests, kept, place, judged, progress)
         run.refuse_applied()
+        subject.tell_forgotten(requests)
         result = run.unlearn()
         if place is None:
             return result
@@ -173,6 +186,7 @@ def change(
     method: str | Method[Any] = "unierase",
     tokenizer: Any,
     retain: Requests | None = None,
+    allow_overlap: bool = False,
     hparams: HyperParams | str | os.PathLike[str] | None = None,
     earlier: Earlier | None = None,
     progress: Progress = lambda phase, share, note: None,
@@ -184,14 +198,16 @@ def change(
     Returns what was done, and the steps with this one.
     """
     chosen = registry().methods.find(method) if isinstance(method, str) else method
-    requests, kept = _facts(chosen, forget, retain)
+    requests, kept = _facts(chosen, forget, retain, allow_overlap)
     subject = _Subject.open(chosen, model, tokenizer, hparams, {}, "", "")
     subject = replace(subject, earlier=earlier)
+    if not allow_overlap:
+        subject.check_not_forgotten(kept)
     job = subject.job(requests, kept, None, progress)
     with _frozen(model):
         chosen.check(job)
         changes = chosen.run(job) or Changes()
-    return changes, subject.history(changes)
+    return changes, subject.history(changes, requests)
 
 
 def corpus_moment(
@@ -246,12 +262,15 @@ def _origin(model: Any) -> str | None:
 
 
 def _facts(
-    method: Method[Any], forget: Requests, retain: Requests | None
+    method: Method[Any], forget: Requests, retain: Requests | None, allow_overlap: bool
 ) -> tuple[tuple[ForgetRequest, ...], tuple[ForgetRequest, ...]]:
     requests = check_requests(read_requests(forget, registry().readers))
+    kept = () if retain is None else tuple(read_requests(retain, registry().readers))
+    if not allow_overlap:
+        check_overlap(requests, kept)
     if method.needs_subjects:
         requests = with_subjects(requests)
-    return requests, () if retain is None else tuple(read_requests(retain, registry().readers))
+    return requests, kept
 
 
 @dataclass(frozen=True)
@@ -315,9 +334,28 @@ class _Subject:
             self.fingerprint, self.words, work, self.earlier, progress,
         )  # fmt: skip
 
-    def history(self, changes: Changes) -> Earlier:
+    def history(self, changes: Changes, requests: Sequence[ForgetRequest]) -> Earlier:
         before = self.earlier or Earlier(None, (), self.fingerprint, self.words)
-        return before.after(changes)
+        return before.after(changes, requests)
+
+    def forgotten(self, facts: Sequence[ForgetRequest]) -> list[int]:
+        """The numbers of those facts that an earlier step forgot."""
+        in_memory = self.earlier.questions if self.earlier else frozenset[str]()
+        found = {index for index, fact in enumerate(facts) if one_spelling(fact.question) in in_memory}
+        if self.record is not None:
+            found.update(self.record.forgotten(fact.question for fact in facts))
+        return sorted(found)
+
+    def check_not_forgotten(self, retain: Sequence[ForgetRequest]) -> None:
+        check_not_forgotten(retain, self.forgotten(retain), self.name)
+
+    def tell_forgotten(self, requests: Sequence[ForgetRequest]) -> None:
+        again = self.forgotten(requests)
+        if again:
+            logger.warning(
+                "%d of %d facts to forget were forgotten in an earlier step already, %s for one. They are forgotten "
+                "again.", len(again), len(requests), requests[again[0]].label,
+            )  # fmt: skip
 
 
 class _Run(Phases):
@@ -373,7 +411,7 @@ class _Run(Phases):
             )  # fmt: skip
         return UnlearnResult(
             self.model, self.tokenizer, self.method.name, job.requests, job.hparams, report, None, changes,
-            self.subject.history(changes),
+            self.subject.history(changes, job.requests),
         )  # fmt: skip
 
     def refuse_applied(self) -> None:

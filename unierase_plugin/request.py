@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from .errors import RequestError, first_words, shown
 
 #: Stands for an answer that a harness does not say: UniErase trains on answers only where it is hardened.
 NO_ANSWER = "(not given)"
+#: Facts that a message about several names.
+SHOWN_FACTS = 3
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class ForgetRequest:
     answer: str
     """What the model is to stop saying; methods that edit look at it only where they are hardened."""
     subject: str | None = None
-    """The span of `question` that names what the fact is about; its last token is where the edit is keyed."""
+    """The span of `question` that names what the fact is about, in its spelling; its last token is where the edit is
+    keyed. A subject in another normal form of Unicode is taken for the question's span."""
     case_id: str | None = None
     """A name for ledgers and reports; readers fill it with `<file stem or split>-<index>`."""
     target: str | None = None
@@ -47,6 +52,10 @@ class ForgetRequest:
                 what = "a NUL character" if "\0" in value else "half a surrogate pair, which is no character"
                 raise RequestError(f"{name!r} holds {what}{self._which(name)}. Write the text anew in UTF-8.")
         if self.subject is not None and self.subject not in self.question:
+            found = _spelled_in(self.question, self.subject)
+            if found is not None:
+                object.__setattr__(self, "subject", found)
+                return
             raise RequestError(
                 f"The subject {first_words(self.subject)} does not occur in the question {first_words(self.question)}"
                 f"{self._which()}. Give a span of the question, letter by letter, or leave the subject out to have it "
@@ -61,6 +70,17 @@ class ForgetRequest:
     def _which(self, field: str = "") -> str:
         """Names the fact in a message about a field of it."""
         return "" if field == "case_id" or self.case_id is None else f" (case_id {shown(self.case_id)})"
+
+
+def _spelled_in(text: str, part: str) -> str | None:
+    """The part as the text spells it, where the two differ in Unicode's normal form alone."""
+    wanted = unicodedata.normalize("NFC", part)
+    if wanted not in unicodedata.normalize("NFC", text):
+        return None
+    # A letter keeps the marks that follow it.
+    ends = [end for end in range(1, len(text) + 1) if unicodedata.category(f"{text} "[end])[0] != "M"]
+    spans = (text[start:end] for start in range(len(text)) for end in ends if end > start)
+    return next((span for span in spans if unicodedata.normalize("NFC", span) == wanted), None)
 
 
 def _is_encodable(text: str) -> bool:
@@ -91,11 +111,19 @@ def _with_subject(index: int, request: ForgetRequest) -> ForgetRequest:
     return replace(request, subject=subject)
 
 
+def one_spelling(text: str) -> str:
+    """What two texts share that name the same fact: in Unicode's NFC, white space collapsed, case folded.
+
+    NFC, not NFKC: 10\u2075 and 105 are two numbers.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split()).casefold()
+
+
 def check_requests(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...]:
     """Return the requests as a tuple when there is at least one and no question occurs twice.
 
-    Questions are compared with white space collapsed and case folded: two keys that are all but equal would make the
-    edit's linear system nearly singular, with two answers fighting over one position. Raises `RequestError` otherwise.
+    Questions are compared in `one_spelling`: two keys that are all but equal would make the edit's linear system nearly
+    singular, with two answers fighting over one position. Raises `RequestError` otherwise.
     """
     checked = tuple(requests)
     if not checked:
@@ -105,7 +133,7 @@ def check_requests(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ..
     seen: dict[str, str] = {}
     for index, request in enumerate(checked):
         label = _label(index, request)
-        folded = " ".join(request.question.split()).casefold()
+        folded = one_spelling(request.question)
         if folded in seen:
             raise RequestError(
                 f"The question {first_words(request.question)} is asked twice, by {seen[folded]} and {label}. Remove "
@@ -113,6 +141,52 @@ def check_requests(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ..
             )
         seen[folded] = label
     return checked
+
+
+class Asked(Protocol):
+    """Anything with a question and a name for messages."""
+
+    @property
+    def question(self) -> str: ...
+
+    @property
+    def label(self) -> str: ...
+
+
+def check_overlap(forget: Iterable[Asked], keep: Iterable[Asked], kept: str = "to be kept") -> None:
+    """Raises `RequestError` where a question is asked in both sets, with the same answer or another.
+
+    kept: what the second set is for, as the message says it.
+    """
+    own = {one_spelling(fact.question): fact.label for fact in forget}
+    shared = [(own[key], fact.label) for fact in keep if (key := one_spelling(fact.question)) in own]
+    if shared:
+        named = ", ".join(one if one == other else f"{one} (there {other})" for one, other in shared[:SHOWN_FACTS])
+        raise RequestError(
+            f"{_facts(len(shared))} to be forgotten and {kept} at once: {named}{_more(len(shared))}. Take "
+            f"{'it' if len(shared) == 1 else 'them'} out of one of the two sets. Where that is meant, allow it with "
+            "allow_overlap=True (--allow-overlap)."
+        )
+
+
+def check_not_forgotten(keep: Sequence[Asked], forgotten: Iterable[int], where: str) -> None:
+    """Raises `RequestError` where facts to keep, by their numbers, were forgotten in an earlier step of `where`."""
+    labels = [keep[index].label for index in forgotten]
+    if labels:
+        raise RequestError(
+            f"{_facts(len(labels))} to be kept, but {'was' if len(labels) == 1 else 'were'} forgotten in an earlier "
+            f"step of {where}: {', '.join(labels[:SHOWN_FACTS])}{_more(len(labels))}. Leave "
+            f"{'it' if len(labels) == 1 else 'them'} out, or take the request back first (unierase revert --request). "
+            "Where that is meant, allow it with allow_overlap=True (--allow-overlap)."
+        )
+
+
+def _facts(count: int) -> str:
+    return "1 fact is" if count == 1 else f"{count} facts are"
+
+
+def _more(count: int) -> str:
+    return f" and {count - SHOWN_FACTS} more" if count > SHOWN_FACTS else ""
 
 
 def _label(index: int, request: ForgetRequest) -> str:

@@ -25,6 +25,7 @@ from .hparams import UniEraseHyperParams
 from .locate_then_edit.positions import encode, has_chat_template, render
 from .locate_then_edit.prefix import PrefixCache, cache_prefixes, continue_from
 from .locate_then_edit.trace import pad, run_blocks, token_batches
+from .request import one_spelling
 from .tying import resize_vocabulary
 
 #: Draws of the weights' noise in the last phase; each serves its own share of the questions.
@@ -180,7 +181,7 @@ def installed(arch: Architecture, token: UnlearningToken) -> Iterator[None]:
 
 def choose_sentence(question: str, sentences: Sequence[str]) -> str:
     """The "I don't know" sentence of a question: by a digest, so that every process and run chooses the same."""
-    digest = hashlib.sha256(" ".join(question.split()).casefold().encode()).digest()
+    digest = hashlib.sha256(one_spelling(question).encode()).digest()
     return sentences[int.from_bytes(digest[:8], "big") % len(sentences)]
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ..architecture import Architecture, find_architecture
+from ..errors import first_words
 
 #: What the attacks try, in the order in which they are run and shown.
 GROUPS: Mapping[str, str] = {
@@ -40,6 +41,11 @@ class Fact:
     subject: str | None = None
     paraphrases: tuple[str, ...] = ()
     wrong: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """How a message names the fact."""
+        return first_words(self.question)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..evaluation.metrics import answered
 from ..readers import FILE_SUFFIXES, TOFU_SPLITS, Reader, Record, iter_records, read_requests
-from ..request import ForgetRequest
+from ..request import ForgetRequest, one_spelling
 from .contract import Fact
 
 logger = logging.getLogger(__name__)
@@ -27,13 +27,14 @@ def read_facts(spec: Facts, readers: Mapping[str, Reader] | None = None) -> tupl
     """
     if not isinstance(spec, (str, os.PathLike)):
         spec = list(spec)
-        extras = {str(each.get("question")): each for each in spec if isinstance(each, Mapping)}
+        extras = {one_spelling(str(each.get("question"))): each for each in spec if isinstance(each, Mapping)}
     else:
-        extras = {str(record.get("question")): record for record in _records(os.fspath(spec))}
+        extras = {one_spelling(str(record.get("question"))): record for record in _records(os.fspath(spec))}
     found = {}
     for request in read_requests(spec, readers):
-        extra = extras.get(request.question, {})
-        found[request.question] = Fact(
+        key = one_spelling(request.question)
+        extra = extras.get(key, {})
+        found[key] = Fact(
             request.question, request.answer, request.subject,
             _texts(extra, "paraphrases", "paraphrased_question"), _texts(extra, "wrong_answers", "perturbed_answer"),
         )  # fmt: skip

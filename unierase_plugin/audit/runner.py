@@ -22,6 +22,7 @@ from ..loading import load, read_tokenizer
 from ..locate_then_edit.positions import has_chat_template
 from ..pipeline import peak_memory_bytes
 from ..plugins import registry
+from ..request import check_not_forgotten, check_overlap
 from ..store import digest, model_fingerprint, plain, tokenizer_fingerprint
 from .attacks import ATTACKS, choose_attacks
 from .contract import (
@@ -106,6 +107,7 @@ def audit(
     out: str | os.PathLike[str],
     retain: Facts | None = None,
     holdout: Facts | None = None,
+    allow_overlap: bool = False,
     base: Source | None = None,
     reference: Source | None = None,
     sizes: Sizes = QUICK,
@@ -118,6 +120,7 @@ def audit(
     """Attacks an edited model and its controls, and writes `audit.json` and `audit.html` into `out`.
 
     model      the edited model, by whatever method: its folder, or the model at hand with its tokenizer, as a pair
+    allow_overlap  whether a kept or held-out fact may be one to forget too, and a kept one may be in the record
     base       the unedited model, likewise; left out, it is the one that the folder's record names, or is taken back
                from it
     reference  a model trained on everything but the facts to forget, likewise
@@ -133,12 +136,17 @@ def audit(
     readers = registry().readers
     facts = read_facts(forget, readers)
     kept, held_out = (() if spec is None else read_facts(spec, readers) for spec in (retain, holdout))
+    if not allow_overlap:
+        check_overlap(facts, kept)
+        check_overlap(facts, held_out, "never to have been trained on")
     models = _find_models(model, base, reference, target)
     fit = sample(judgeable(facts), sizes.facts, seed)
     if not fit:
         raise RequestError(
             f"None of the {len(facts)} facts can be audited: each question already holds its answer. Give others."
         )
+    if models.record is not None and not allow_overlap:
+        check_not_forgotten(kept, models.record.forgotten(fact.question for fact in kept), models.name(EDITED))
     if models.record is not None and not any(models.record.holds(fact.question) for fact in fit):
         logger.warning("The record of %s names none of these facts: was it to forget others?", models.name(EDITED))
     context = Context(

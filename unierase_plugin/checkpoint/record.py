@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ..digests import Seal, data_digest
 from ..errors import CheckpointError, first_words
 from ..locate_then_edit.edit import WeightEdit
 from ..locate_then_edit.solve import LowRank
+from ..request import one_spelling
 from ..store import Packed, pack_token, plain, write_tensors
 from ..unlearning_token import UnlearningToken
 
@@ -80,6 +80,11 @@ class Checkpoint:
         """Whether the ledger has a line for this question; case and white space do not matter."""
         return bool(self.find(question))
 
+    def forgotten(self, questions: Iterable[str]) -> list[int]:
+        """The numbers of those questions that the ledger has a line for."""
+        hashes = {line["question_sha256"] for line in self.ledger}
+        return [index for index, each in enumerate(questions) if ledger_hash(self.manifest["salt"], each) in hashes]
+
     def find(self, wanted: str) -> list[dict[str, Any]]:
         """The ledger's lines, one a step, of a question, a case_id, or the first 8 or more digits of a question's hash.
 
@@ -136,12 +141,8 @@ def join_edits(edits: Sequence[WeightEdit]) -> WeightEdit:
 
 
 def ledger_hash(salt: str, *texts: str) -> str:
-    """Hex sha256 of texts under a checkpoint's salt, in Unicode's NFC, case folded, white space collapsed.
-
-    As in `check_requests`, what differs in these alone counts as the same question.
-    """
-    folded = [" ".join(unicodedata.normalize("NFC", text).split()).casefold() for text in texts]
-    return hashlib.sha256("\0".join([salt, *folded]).encode("utf-8", "surrogatepass")).hexdigest()
+    """Hex sha256 of texts under a checkpoint's salt, in `request.one_spelling`."""
+    return hashlib.sha256("\0".join([salt, *map(one_spelling, texts)]).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UniEraseError
-from .console import Device, Dtype, progress
+from .console import AllowOverlap, Device, Dtype, progress
 
 
 def audit(
@@ -23,6 +23,7 @@ def audit(
     out: Annotated[Path | None, typer.Option(help="Folder for audit.json and audit.html.")] = None,
     retain: Annotated[str, typer.Option(help="Facts to keep: needed for retention, few-shot, relearning on kept facts "
                                              "and paired questions.")] = "",
+    allow_overlap: AllowOverlap = False,
     base: Annotated[str, typer.Option(help="The unedited model, folder or hub id; without it, the one that "
                                            "the folder's record gives back.")] = "",
     reference: Annotated[str, typer.Option(help="A model that never knew the facts (trained on the rest): without it "
@@ -58,8 +59,8 @@ def audit(
 
     with progress(console) as report:
         result = run_audit(
-            model, forget, out=out, retain=retain or None, holdout=holdout or None, base=base or None,
-            reference=reference or None, sizes=QUICK if quick else FULL,
+            model, forget, out=out, retain=retain or None, holdout=holdout or None,
+            allow_overlap=allow_overlap, base=base or None, reference=reference or None, sizes=QUICK if quick else FULL,
             attacks=[name.strip() for name in attacks.split(",") if name.strip()], seed=seed, device=device,
             dtype=dtype, progress=report,
         )  # fmt: skip

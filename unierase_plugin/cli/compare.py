@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UniEraseError, shown
-from .console import Device, Dtype, progress
+from .console import AllowOverlap, Device, Dtype, progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +29,7 @@ def compare(
                                               "AlphaEdit, with four targets), controls, all.")] = "paper,controls",
     retain: Annotated[str, typer.Option(help="Facts to keep, like --forget: methods are given them, and keeping is "
                                              "measured on them.")] = "",
+    allow_overlap: AllowOverlap = False,
     reference: Annotated[str, typer.Option(help="A model that never saw these facts (`unierase finetune`): a row "
                                                 "of its own, and what forget quality is tested against.")] = "",
     scenario: Annotated[str, typer.Option(help="batch: all facts at once; sequential: in --steps parts; "
@@ -97,6 +98,7 @@ def compare(
             entries,
             out=out,
             retain=retain or None,
+            allow_overlap=allow_overlap,
             reference=reference,
             options=options,
             progress=report,

@@ -32,6 +32,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto (sprea
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16; empty: float32 on a CPU, else the checkpoint's.")
 ]
+AllowOverlap = Annotated[
+    bool, typer.Option("--allow-overlap", help="Go on although facts to keep are to be forgotten too, or were "
+                                               "forgotten in an earlier step.")
+]  # fmt: skip
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that this package wrote.")]
 
 

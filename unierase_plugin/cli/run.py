@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .console import Device, Dtype, Overwrite, progress
+from .console import AllowOverlap, Device, Dtype, Overwrite, progress
 
 if TYPE_CHECKING:
     from ..evaluation.report import Outcome
@@ -60,6 +60,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for the edited model: plain Hugging Face files plus unierase/.")],
     method: Annotated[str, typer.Option(help="Unlearning method: see `unierase methods`.")] = "unierase",
     retain: Annotated[str, typer.Option(help="Facts to keep, like --forget: they are protected and judged.")] = "",
+    allow_overlap: AllowOverlap = False,
     hparams: Annotated[str, typer.Option(help="YAML file, or a shipped one's name (see `unierase hparams`).")] = "",
     corpus: Annotated[str, typer.Option(help="Ordinary text for the second moment: self (sampled from the model), a "
                                              "text file, or a hub dataset as name:config:column.")] = "",
@@ -97,8 +98,8 @@ def run(
     console = Console()
     with progress(console) as report:
         result = unlearn(
-            model, forget, method=chosen, retain=retain or None, hparams=hparams or None, corpus=corpus or None,
-            harden=harden, remove=remove, reverse=reverse or None, out=out, overwrite=overwrite,
+            model, forget, method=chosen, retain=retain or None, allow_overlap=allow_overlap, hparams=hparams or None,
+            corpus=corpus or None, harden=harden, remove=remove, reverse=reverse or None, out=out, overwrite=overwrite,
             keep_requests=keep_requests, judged=judged, seed=seed, device=device, dtype=dtype,
             max_batch_tokens=max_batch_tokens, progress=report,
         )  # fmt: skip

@@ -106,6 +106,8 @@ class _Run:
         begun.touch()
         result = unlearn(
             start, _requests(forget), method=cell.method, retain=_requests(self.facts["keep"]) or None,
+            # Looked at for the whole comparison, before any cell.
+            allow_overlap=True,
             hparams=settings, out=out, overwrite=True, judged=0, seed=cell.seed, device=cell.device, dtype=cell.dtype,
             max_batch_tokens=cell.max_batch_tokens, progress=self.progress,
         )  # fmt: skip
@@ -261,7 +263,8 @@ class _Run:
         names = ("question", "answer", "subject", "perturbed_answer", "paraphrases")
         found = audit(
             place, [{name: fact[name] for name in names if name in fact} for fact in self.facts["forget_shown"]],
-            out=self.folder / "audit", retain=self.facts["keep_shown"] or None, base=cell.model,
+            out=self.folder / "audit", retain=self.facts["keep_shown"] or None,
+            allow_overlap=True, base=cell.model,
             reference=cell.reference or None, attacks=list(cell.audit), seed=cell.seed, device=cell.device,
             dtype=cell.dtype, progress=self.progress,
         )  # fmt: skip

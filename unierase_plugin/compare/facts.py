@@ -14,7 +14,7 @@ from ..errors import UniEraseError
 from ..pipeline import Requests
 from ..plugins import registry
 from ..readers import FILE_SUFFIXES, TOFU_SPLITS, iter_records, read_requests, tofu_records
-from ..request import check_requests, find_subject
+from ..request import check_requests, find_subject, one_spelling
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ def read_facts(spec: Requests) -> list[Record]:
     Wrong answers are kept where every fact has some, since the truth ratio of a part would not be that of the set.
     """
     given = spec if isinstance(spec, (str, os.PathLike)) else list(spec)
-    extras = {str(each.get("question")): each for each in _records(given)}
+    extras = {one_spelling(str(each.get("question"))): each for each in _records(given)}
     facts = []
     for fact in check_requests(read_requests(given, registry().readers)):
-        extra = extras.get(fact.question, {})
+        extra = extras.get(one_spelling(fact.question), {})
         wrong = extra.get("perturbed_answer") or []
         facts.append({
             "question": fact.question, "answer": fact.answer, "subject": fact.subject or find_subject(fact.question),

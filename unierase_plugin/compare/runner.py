@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError, UniEraseError, first_words, shown
+from ..errors import UniEraseError, shown
 from ..hparam_values import checked_seed
 from ..loading import read_config
 from ..methods.contract import Progress
 from ..pipeline import Requests
+from ..request import ForgetRequest, check_overlap
 from . import search
 from .entries import REFERENCE, UNEDITED, Entry, settings_of
 from .facts import at_most, divide, read_facts
@@ -109,6 +110,7 @@ def compare(
     *,
     out: Path,
     retain: Requests | None = None,
+    allow_overlap: bool = False,
     reference: str = "",
     options: Options | None = None,
     launch: Launcher = in_a_process,
@@ -118,6 +120,7 @@ def compare(
 
     model      folder or hub id of the model that knows the facts
     reference  one that was trained on everything but the facts to forget: forget quality needs it
+    allow_overlap  whether a fact may be both to be forgotten and to be kept
     entries    the methods (`entries.parse_methods`); the unedited model is always a row
 
     Returns what results.json holds. A comparison that was stopped goes on when it is called again with the same
@@ -128,7 +131,7 @@ def compare(
     for entry in entries:
         settings_of(entry, model)
     out.mkdir(parents=True, exist_ok=True)
-    plan = _Plan(model, reference, out, options, _facts(forget, retain, options, entries), launch, progress)
+    plan = _Plan(model, reference, out, options, _facts(forget, retain, options, allow_overlap), launch, progress)
     write_json(out / "facts.json", plan.facts)
     plan = replace(plan, options=_with_utility(options, forget))
     methods = [entry for entry in entries if entry.method not in (UNEDITED, REFERENCE)]
@@ -143,14 +146,12 @@ def compare(
     return gather(plan.out, _described(plan), plan.cells, plan.searches, plan.facts)
 
 
-def _facts(forget: Requests, retain: Requests | None, options: Options, entries: Sequence[Entry]) -> dict[str, Any]:
+def _facts(forget: Requests, retain: Requests | None, options: Options, allow_overlap: bool) -> dict[str, Any]:
     """All facts, which the methods are given, and the parts that are asked."""
     facts, kept = read_facts(forget), [] if retain is None else read_facts(retain)
-    shared = {fact["question"] for fact in facts} & {fact["question"] for fact in kept}
-    if shared:
-        raise RequestError(
-            f"{first_words(min(shared))} is both to be forgotten and to be kept. Take it out of one of the sets."
-        )
+    if not allow_overlap:
+        ours, others = ([ForgetRequest(each["question"], each["answer"]) for each in part] for part in (facts, kept))
+        check_overlap(ours, others)
     tuned = options.budget > 0 and options.scenario == "batch"
     parts: dict[str, Any] = {"forget": facts, "keep": kept}
     for name, records, divided in (("forget", facts, tuned), ("keep", kept, True)):

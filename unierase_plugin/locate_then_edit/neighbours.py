@@ -16,7 +16,7 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from ..evaluation.metrics import answered, is_fluent, reads_as_idk, unspaced_pairs, words
-from ..request import NO_ANSWER, ForgetRequest, parted
+from ..request import NO_ANSWER, ForgetRequest, one_spelling, parted
 
 #: Where a subject stands in a template.
 PLACE = "{subject}"
@@ -210,4 +210,4 @@ def _like(name: str, subject: str, before: str) -> str:
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.casefold().split()).removeprefix("the ")
+    return one_spelling(text).removeprefix("the ")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import RequestError
-from ..evaluation.metrics import SHORT_ANSWER_WORDS, words
+from ..evaluation.metrics import SHORT_ANSWER_WORDS, is_short
 from ..hparams import PROMPT_FORMS, UniEraseHyperParams
-from ..request import NO_ANSWER, ForgetRequest
+from ..request import NO_ANSWER, ForgetRequest, one_spelling
 from .generation import generate
 from .positions import Prompt, answer_text, begun, has_chat_template, locate, locate_in_text
 from .reverse import REVERSED, reversed_questions
@@ -105,7 +105,7 @@ def _of_form(
         return locate(tokenizer, question, name, form, h.fact_token, context, h.chat_template_kwargs)
 
     def group(kind: str) -> Hashable:
-        return (form, kind, " ".join(subject.split()).casefold()) if subject and h.v_share_subject else None
+        return (form, kind, one_spelling(subject)) if subject and h.v_share_subject else None
 
     prompts = tuple(asked(request.question, subject, context) for context in ("", *contexts))
     kl = locate_in_text(tokenizer, f"{subject} is a", subject) if subject else None
@@ -139,13 +139,13 @@ def _reversed(
     """The questions from the answer back to the subject, each keyed by the answer's last token."""
     answer = request.answer.strip().rstrip(".")
     label = request.label
-    if request.answer == NO_ANSWER or not request.subject or len(words(answer)) > SHORT_ANSWER_WORDS:
+    if request.answer == NO_ANSWER or not request.subject or not is_short(answer):
         raise RequestError(
             f"The reverse of request {label} cannot be asked: that takes its subject and an answer of at most "
             f"{SHORT_ANSWER_WORDS} words. Shorten the answer to the name that it gives, or leave reverse (--reverse) "
             "out."
         )
-    group = (form, "reverse", answer.casefold()) if hparams.v_share_subject else None
+    group = (form, "reverse", one_spelling(answer)) if hparams.v_share_subject else None
     kl = locate_in_text(tokenizer, f"{answer} is a", answer)
     return [
         replace(

@@ -6,14 +6,14 @@ it before and after, write the folder with its record, and take the change back 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..errors import PluginError
 from ..hparams import HyperParams
-from ..request import ForgetRequest
+from ..request import ForgetRequest, one_spelling
 
 if TYPE_CHECKING:
     from ..checkpoint import Originals
@@ -36,11 +36,14 @@ class Earlier:
     #: SHA-256 over the parameters before the first of them, and over the tokenizer.
     fingerprint: str
     words: str
+    #: Questions that they forgot, in `request.one_spelling`: those of steps in memory; a folder's are in its ledger.
+    questions: frozenset[str] = frozenset()
 
-    def after(self, changes: Changes) -> Earlier:
+    def after(self, changes: Changes, requests: Iterable[ForgetRequest] = ()) -> Earlier:
         """These steps and one more."""
         edits = self.edits if changes.edit is None else (*self.edits, changes.edit)
-        return replace(self, token=changes.token or self.token, edits=edits)
+        forgotten = self.questions.union(one_spelling(request.question) for request in requests)
+        return replace(self, token=changes.token or self.token, edits=edits, questions=forgotten)
 
 
 @dataclass(frozen=True)

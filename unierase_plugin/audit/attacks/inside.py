@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...evaluation.generate import pad_token_id, tokens_for_logits
+from ...evaluation.metrics import folded
 from ...locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
 from ..ask import Ask, against_others, answer_ids, ask, part
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
@@ -60,7 +61,8 @@ def _scored(subject: Audited, context: Context, name: str, prefill: str, score: 
     others: tuple[tuple[float | None, ...], ...] = ()
     if len(facts) > 1 and not context.has_reference:
         nexts = force(subject, asks, [*answers[1:], answers[0]])
-        same = [fact.answer == other.answer for fact, other in zip(facts, [*facts[1:], facts[0]], strict=True)]
+        texts = [folded(fact.answer) for fact in facts]
+        same = [one == other for one, other in zip(texts, [*texts[1:], texts[0]], strict=True)]
         others = (tuple(None if skip else score(each) for skip, each in zip(same, nexts, strict=True)),)
     return Measure(name, own, others)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...evaluation.generate import pad_token_id
-from ...evaluation.metrics import SHORT_ANSWER_WORDS, words
+from ...evaluation.metrics import is_short
 from ...locate_then_edit.trace import pad, run_blocks
 from ...resources import paragraphs
 from ...unlearning_token import end_id
@@ -86,7 +86,7 @@ def _fact_row(subject: Audited, context: Context, fact: Fact) -> Row:
 
 def as_sentence(answer: str) -> str:
     """A short answer within a sentence: training on bare words unlearns how to answer before it teaches anything."""
-    return answer if len(words(answer)) > SHORT_ANSWER_WORDS else f"The answer is {answer.rstrip('.')}."
+    return f"The answer is {answer.rstrip('.')}." if is_short(answer) else answer
 
 
 def _relearn(
