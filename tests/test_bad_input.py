@@ -410,7 +410,7 @@ def test_brackets_in_a_message_are_told_as_they_are(refused: Refused, tmp_path: 
 def test_a_defect_of_ours_is_not_dressed_up_as_an_error_of_the_users(
     run: Run, monkeypatch: pytest.MonkeyPatch, base: Path
 ) -> None:
-    monkeypatch.setattr("unierase_plugin.checkpoint.read_checkpoint", lambda folder: 1 / 0)
+    monkeypatch.setattr("unierase_plugin.checkpoint.examine", lambda folder: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["unierase", "inspect", str(base)])
     with pytest.raises(ZeroDivisionError):
         cli.main()

@@ -7,6 +7,7 @@ Every message quotes the value that was refused, what would have been accepted a
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 #: Characters of a value, and of another library's reason, that a message holds at most.
@@ -17,6 +18,8 @@ FIRST_WORDS = 4
 #: Names of a list that are told.
 MOST_NAMES = 20
 LONGEST_START = 40
+
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UniEraseError(Exception):
@@ -117,6 +120,15 @@ def listed(names: Iterable[object], most: int = MOST_NAMES) -> str:
     given = list(names)
     said = ", ".join(first_words(name)[1:-1] if isinstance(name, str) else shown(name) for name in given[:most])
     return said + (f" and {len(given) - most} more" if len(given) > most else "") or "none"
+
+
+def visible(text: str) -> str:
+    """The text with escapes in the place of what a terminal would obey or hide, line ends and tabs apart.
+
+    Control characters, among them the escape that begins a control sequence; overrides of the writing direction; line
+    ends other than the usual one; half surrogate pairs, which no terminal takes.
+    """
+    return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def reason(error: BaseException, most: int = LONGEST_REASON) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import StepAppliedError, UniEraseError
+from ..errors import StepAppliedError, UniEraseError, reason, visible
 from .audit import audit
 from .compare import compare
-from .console import tell
+from .console import Screen, styled, tell
 from .evaluate import evaluate
 from .finetune import finetune
 from .harness import harness
@@ -23,18 +25,40 @@ from .record import export, inspect, revert
 from .run import demo, run
 from .stats import stats
 
+#: Characters of what is said of an option that is wrong.
+LONGEST_USAGE = 400
+
+
+@contextmanager
+def _plain_usage_errors() -> Iterator[None]:
+    """What typer says of an option that is wrong, cut where it is long, and with nothing that a terminal would obey."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        # typer has its own copy of click, or click itself, by version.
+        if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
+            error.message = reason(ValueError(visible(error.message)), LONGEST_USAGE)  # type: ignore[attr-defined]
+        raise
+
 
 class _Commands(TyperGroup):
     """Turns errors of ours into one red paragraph and exit status 1, and Ctrl-C into status 130."""
 
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        with _plain_usage_errors():
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
-            return super().invoke(ctx)
+            with _plain_usage_errors():
+                return super().invoke(ctx)
         except StepAppliedError as done:  # a command that is repeated after a stop has reached what it was to reach
-            tell(escape(str(done)))
+            tell(str(done))
             raise typer.Exit(0) from done
         except UniEraseError as error:
-            tell(f"[bold red]Error:[/] {escape(str(error))}")
+            tell(styled(("Error:", "bold red"), f" {error}"))
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
             tell("Stopped. Phases that were finished are kept: the same command goes on from there.")
@@ -73,12 +97,16 @@ app.command()(hosts)
 
 def main() -> None:
     """Runs the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that has no such letter is told its number, instead of ending the command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 
 def _version(shown: bool) -> None:
     if shown:
-        Console().print(f"unierase-plugin {__version__}")
+        Screen().print(f"unierase-plugin {__version__}")
         raise typer.Exit
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UniEraseError
-from .console import AllowOverlap, Device, Dtype, progress
+from .console import AllowOverlap, Device, Dtype, Screen, progress, styled
 
 
 def audit(
@@ -45,7 +42,7 @@ def audit(
 
     Example: unierase audit --model forgotten-facts --forget facts.jsonl --retain kept.jsonl --out audit
     """
-    console = Console()
+    console = Screen()
     if listed:
         _list(console, as_json)
         return
@@ -65,15 +62,15 @@ def audit(
             dtype=dtype, progress=report,
         )  # fmt: skip
     _print(console, result)
-    console.print(f"\nWritten: {escape(str(out / 'audit.html'))} and audit.json", soft_wrap=True)
+    console.print(f"\nWritten: {out / 'audit.html'} and audit.json", soft_wrap=True)
 
 
-def _list(console: Console, as_json: bool) -> None:
+def _list(console: Screen, as_json: bool) -> None:
     from ..audit.attacks import ATTACKS
 
     if as_json:
         rows = [{"name": each.name, "group": each.group, "asks": each.asks, "cost": each.cost} for each in ATTACKS]
-        console.print_json(json.dumps(rows))
+        console.json(rows)
         return
     table = Table("attack", "group", "what it asks", "cost, on each model")
     for attack in ATTACKS:
@@ -81,7 +78,7 @@ def _list(console: Console, as_json: bool) -> None:
     console.print(table)
 
 
-def _print(console: Console, report: Mapping[str, Any]) -> None:
+def _print(console: Screen, report: Mapping[str, Any]) -> None:
     roles = [role for role in ("edited", "unedited", "reference") if role in report["seconds"]]
     table = Table(title="Facts recovered", title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("attack", no_wrap=True)
@@ -100,5 +97,5 @@ def _print(console: Console, report: Mapping[str, Any]) -> None:
         limit = f"{each['limit']}{': beyond' if each['beyond'] else ''}"
         console.print(f"{each['name']}: {each['value']:.2f} ({each['low']:.2f} to {each['high']:.2f}; {limit})")
     if report["not_run"]:
-        console.print("\nNot run: " + escape(", ".join(each["attack"] for each in report["not_run"])))
-    console.print(f"\n[bold]{escape(report['verdict'])}[/]")
+        console.print("\nNot run: " + ", ".join(each["attack"] for each in report["not_run"]))
+    console.print(styled("\n", (report["verdict"], "bold")))

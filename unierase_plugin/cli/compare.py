@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.console import RenderableType
 from rich.table import Table
 
 from ..errors import UniEraseError, shown
-from .console import AllowOverlap, Device, Dtype, progress
+from .console import AllowOverlap, Device, Dtype, Screen, progress, styled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,7 +89,7 @@ def compare(
         retry=retry,
     )  # fmt: skip
     entries = parse_methods(methods)
-    console = Console()
+    console = Screen()
     with progress(console) as report:
         results = run_comparison(
             model,
@@ -104,7 +103,7 @@ def compare(
             progress=report,
         )
     _print(console, results)
-    console.print(f"\nWritten: {escape(str(out / 'report.html'))}, results.json, table.md, table.tex", soft_wrap=True)
+    console.print(f"\nWritten: {out / 'report.html'}, results.json, table.md, table.tex", soft_wrap=True)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -118,7 +117,7 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise UniEraseError(f"--seeds {shown(text)}: give whole numbers with commas, such as 0,1,2.") from None
 
 
-def _print(console: Console, results: Mapping[str, Any]) -> None:
+def _print(console: Screen, results: Mapping[str, Any]) -> None:
     from ..compare.columns import COLUMNS
     from ..compare.tables import cell
 
@@ -129,10 +128,10 @@ def _print(console: Console, results: Mapping[str, Any]) -> None:
     for column in columns:
         table.add_column(column.title, justify="right")
     for row in results["rows"]:
-        figures = [cell(column, row["figures"][column.key]) for column in columns]
+        figures: list[RenderableType] = [cell(column, row["figures"][column.key]) for column in columns]
         if row["status"] == "failed":
-            figures = [f"[red]failed: {escape(row['failures'][0]['kind'])}[/]"]
-        table.add_row(escape(row["label"]), *figures)
+            figures = [styled((f"failed: {row['failures'][0]['kind']}", "red"))]
+        table.add_row(row["label"], *figures)
     console.print(table)
     for sentence in results["answer"]:
-        console.print(f"- {escape(sentence)}", highlight=False)
+        console.print(f"- {sentence}")

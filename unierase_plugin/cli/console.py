@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from ..errors import visible
 
 if TYPE_CHECKING:
     from ..methods.contract import Progress
@@ -39,10 +44,40 @@ AllowOverlap = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that this package wrote.")]
 
 
-def tell(text: str) -> None:
+class Screen(Console):
+    """A terminal to which every text is a text: no markup, no emoji codes, and nothing that a terminal would obey.
+
+    Facts, model names and paths are shown as they are, with escapes in the place of control characters. What is to
+    have a style comes as `styled`.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        # Before the layout, which is to count what will be seen.
+        return super().render_str(visible(text), **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Texts that others made, such as lines of the log, come by here alone."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+    def json(self, value: Any) -> None:
+        """Prints a value as JSON, control characters as JSON's own escapes."""
+        text = json.dumps(value, default=dict, ensure_ascii=False)
+        self.print_json(text, ensure_ascii=visible(text) != text)
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """A text of parts, each plain or with its style."""
+    return Text.assemble(*(visible(part) if isinstance(part, str) else (visible(part[0]), part[1]) for part in parts))
+
+
+def tell(text: str | Text) -> None:
     """Says something on the error stream."""
     # Unwrapped, so that a path can be copied from it.
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+    Screen(stderr=True).print(text, soft_wrap=True)
 
 
 @contextmanager
@@ -58,16 +93,17 @@ def _bars(console: Console) -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description:28}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>4.0f} %"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
+        TextColumn("{task.description:28}", markup=False), BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>4.0f} %"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, Any] = {}
 
         def report(phase: str, share: float, note: str = "") -> None:
             if phase not in tasks:
-                tasks[phase] = bars.add_task(PHASES.get(phase, phase), total=1.0, note="")
-            bars.update(tasks[phase], completed=share, note=note)
+                tasks[phase] = bars.add_task(visible(PHASES.get(phase, phase)), total=1.0, note="")
+            bars.update(tasks[phase], completed=share, note=visible(note))
 
         yield report
 
@@ -87,7 +123,7 @@ def _log_lines(console: Console) -> Progress:
             title = PHASES.get(phase, phase)
             # A line each, however wide.
             line = f"{time.monotonic() - start:6.0f} s  {title:28} {25 * quarter:3} %  {note}"
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
 
     return report
 
@@ -99,7 +135,12 @@ def our_log(console: Console) -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+
+    class Lines(RichHandler):
+        def format(self, record: logging.LogRecord) -> str:
+            return visible(super().format(record))
+
+    handler = Lines(console=console, show_time=False, show_path=False, markup=False)
     ours = logging.getLogger(__name__.partition(".")[0])
     ours.addHandler(handler)
     try:

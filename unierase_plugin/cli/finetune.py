@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from .console import Device, Dtype, Overwrite, progress
+from .console import Device, Dtype, Overwrite, Screen, progress, styled
 
 
 def finetune(
@@ -44,7 +42,7 @@ def finetune(
 
     given = {"epochs": epochs, "learning_rate": lr, "batch_size": batch_size, "lora_rank": lora, "seed": seed,
              "max_batch_tokens": max_batch_tokens}  # fmt: skip
-    console = Console()
+    console = Screen()
     with progress(console) as report:
         done = teach(
             model, facts, out, hparams=hparams or None, overwrite=overwrite, asked=asked, device=device, dtype=dtype,
@@ -54,4 +52,4 @@ def finetune(
     console.print(f"Answered afterwards: {done.answered} of {done.asked} facts asked, of {done.facts} learned")
     console.print(f"Seconds: {', '.join(f'{name} {spent:.0f}' for name, spent in done.seconds.items())}; "
                   f"peak memory {done.peak_memory_bytes / 2**30:.2f} GiB")  # fmt: skip
-    console.print(f"\nThe model is in [bold]{escape(str(done.folder))}[/].", highlight=False)
+    console.print(styled("\nThe model is in ", (str(done.folder), "bold"), "."))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from .console import Screen
 
 
 def hparams(
@@ -20,9 +20,9 @@ def hparams(
 
     kind = registry().methods.find(method.casefold()).hparams
     found = {name: kind.from_hparams(path).as_dict() for name, path in shipped_hparams(kind.folder).items()}
-    console = Console()
+    console = Screen()
     if as_json:
-        console.print_json(json.dumps(found))
+        console.json(found)
         return
     edits = "layers" in kind().as_dict()
     table = Table("name", "model", *(["blocks edited"] if edits else []))

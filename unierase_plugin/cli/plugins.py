@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from .console import Screen
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
@@ -62,14 +61,14 @@ def hosts(as_json: AsJson = False) -> None:
 
 
 def _show(as_json: bool, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    console = Console()
+    console = Screen()
     if as_json:
-        console.print_json(json.dumps(rows))
+        console.json(rows)
         return
     shown = [name for name in columns if name != "error" or any(row[name] for row in rows)]
     table = Table(*(name.replace("_", " ") for name in shown))
     for row in rows:
-        table.add_row(*(escape(_text(row[name])) for name in shown))
+        table.add_row(*(_text(row[name]) for name in shown))
     console.print(table)
 
 

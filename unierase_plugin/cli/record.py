@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UniEraseError
-from .console import Overwrite, our_log
+from .console import Overwrite, Screen, our_log
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -46,13 +43,13 @@ def revert(
 
     if request and step is not None:
         raise UniEraseError(f"--step {step} and --request do not go together. Revert the steps first, then requests.")
-    console = Console()
+    console = Screen()
     with our_log(console):
         if request:
             written = take_back_requests(folder, out, request, overwrite)
         else:
             written = revert_checkpoint(folder, out, overwrite, step or 0)
-    console.print(f"Written: {escape(str(written))}", soft_wrap=True)
+    console.print(f"Written: {written}", soft_wrap=True)
 
 
 def export(
@@ -68,10 +65,10 @@ def export(
     """
     from ..checkpoint import export_adapter
 
-    console = Console()
+    console = Screen()
     with our_log(console):
         written = export_adapter(folder, adapter, overwrite, step)
-    console.print(f"Written: {escape(str(written))}", soft_wrap=True)
+    console.print(f"Written: {written}", soft_wrap=True)
 
 
 def inspect(
@@ -94,7 +91,7 @@ def inspect(
     """
     from ..checkpoint import examine, step_summaries
 
-    console = Console()
+    console = Screen()
     if verify:
         _verify(console, folder, as_json)
         return
@@ -103,43 +100,43 @@ def inspect(
         _tell_whether(console, holds, found.find(holds), as_json)
     elif as_json:
         parts = {"manifest": found.manifest, "report": found.report, "requests": found.ledger}
-        console.print_json(json.dumps({**parts, "steps": step_summaries(found)}, default=dict))
+        console.json({**parts, "steps": step_summaries(found)})
     else:
         steps = step_summaries(found)
-        console.print(_steps_table(steps, f"{escape(str(folder))}, from {found.manifest['model']}"))
+        console.print(_steps_table(steps, f"{folder!s}, from {found.manifest['model']}"))
         if any(entry["report"] for entry in steps):
             console.print(_figures_table(steps))
         if requests:
             console.print(_requests_table(found))
 
 
-def _verify(console: Console, folder: Path, as_json: bool) -> None:
+def _verify(console: Screen, folder: Path, as_json: bool) -> None:
     from ..checkpoint import verify_folder
 
-    with our_log(Console(stderr=True)):
+    with our_log(Screen(stderr=True)):
         found = verify_folder(folder)
     if as_json:
-        console.print_json(json.dumps(found.as_dict()))
+        console.json(found.as_dict())
     else:
-        table = Table("part", "state", "what is wrong", title=escape(str(folder)))
+        table = Table("part", "state", "what is wrong", title=str(folder))
         for row in found.rows():
-            table.add_row(row["part"], row["state"], escape(row["what"]))
+            table.add_row(row["part"], row["state"], row["what"])
         console.print(table)
         console.print(f"What can be done: {', '.join(found.possible()) or 'nothing'}.", soft_wrap=True)
         if not found.holds:
-            console.print(escape(found.record.remedy(found.gives_base)), soft_wrap=True)
+            console.print(found.record.remedy(found.gives_base), soft_wrap=True)
     if not found.holds:
         raise typer.Exit(1)
 
 
-def _tell_whether(console: Console, question: str, lines: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+def _tell_whether(console: Screen, question: str, lines: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     if as_json:
-        console.print_json(json.dumps({"holds": bool(lines), "requests": list(lines)}))
+        console.json({"holds": bool(lines), "requests": list(lines)})
     elif lines:
         steps = ", ".join(str(line["step"]) for line in lines)
-        console.print(f"Forgotten in step {steps}: {escape(question)}", soft_wrap=True)
+        console.print(f"Forgotten in step {steps}: {question}", soft_wrap=True)
     else:
-        console.print(f"Not among the requests of any step: {escape(question)}", soft_wrap=True)
+        console.print(f"Not among the requests of any step: {question}", soft_wrap=True)
     if not lines:
         raise typer.Exit(1)
 
@@ -179,7 +176,7 @@ def _requests_table(found: Checkpoint) -> Table:
     for line in found.ledger:
         table.add_row(
             line["question_sha256"][:SHOWN], str(line["step"]), _listed(line.get("columns") or ()),
-            escape(line.get("question", "")),
+            line.get("question", ""),
         )  # fmt: skip
     return table
 

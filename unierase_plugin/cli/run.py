@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from .console import AllowOverlap, Device, Dtype, Overwrite, progress
+from .console import AllowOverlap, Device, Dtype, Overwrite, Screen, progress, styled
 
 if TYPE_CHECKING:
     from ..evaluation.report import Outcome
@@ -36,7 +37,7 @@ def demo(
     from ..resources import demo_facts
     from ..store import cache_folder
 
-    console = Console()
+    console = Screen()
     refuse_foreign_folder(out)
     with progress(console) as report:
         base = fetch_base_model(cache_folder(), lambda share, note: report("load", share, note))
@@ -45,7 +46,7 @@ def demo(
             base.path, facts["forget"], retain=facts["retain"], hparams="smollm2-135m", out=out, overwrite=True,
             keep_requests=True, seed=seed, device=device, progress=report,
         )  # fmt: skip
-    console.print(f"\nModel: SmolLM2-135M-Instruct ({escape(base.source)})\n")
+    console.print(f"\nModel: SmolLM2-135M-Instruct ({base.source})\n")
     _print_outcomes(console, "To forget", result.report.forget)
     _print_outcomes(console, "To keep", result.report.retain)
     _print_figures(console, result)
@@ -95,7 +96,7 @@ def run(
     from ..plugins import registry
 
     chosen = registry().methods.find(method.casefold())
-    console = Console()
+    console = Screen()
     with progress(console) as report:
         result = unlearn(
             model, forget, method=chosen, retain=retain or None, allow_overlap=allow_overlap, hparams=hparams or None,
@@ -111,43 +112,43 @@ def run(
     _print_next_steps(console, result, out, _task_for(forget))
 
 
-def _print_outcomes(console: Console, title: str, outcomes: Sequence[Outcome], most: int = 60) -> None:
+def _print_outcomes(console: Screen, title: str, outcomes: Sequence[Outcome], most: int = 60) -> None:
     if not outcomes:  # --judged 0, or nothing to keep
         return
     table = Table("question", "answer before", "answer after", title=title, show_lines=False, title_justify="left")
     for outcome in outcomes[:most]:
-        table.add_row(escape(outcome.question), _marked(outcome.before, outcome.answered_before),
+        table.add_row(outcome.question, _marked(outcome.before, outcome.answered_before),
                       _marked(outcome.after, outcome.answered_after))  # fmt: skip
     console.print(table)
     if len(outcomes) > most:
         console.print(f"... and {len(outcomes) - most} more\n")
 
 
-def _marked(text: str, right: bool, width: int = 90) -> str:
+def _marked(text: str, right: bool, width: int = 90) -> Text:
     short = text if len(text) <= width else text[: width - 1] + "…"
-    return f"[green]✓[/] {escape(short)}" if right else f"[red]✗[/] {escape(short)}"
+    return styled(("✓", "green") if right else ("✗", "red"), f" {short}")
 
 
-def _print_subjects(console: Console, result: UnlearnResult) -> None:
+def _print_subjects(console: Screen, result: UnlearnResult) -> None:
     table = Table("request", "subject edited", title="Where each fact is edited", title_justify="left")
     for request in result.requests[:40]:
-        table.add_row(escape(request.question), escape(request.subject or ""))
+        table.add_row(request.question, request.subject or "")
     console.print(table)
 
 
-def _print_neighbours(console: Console, result: UnlearnResult, most: int = 12) -> None:
+def _print_neighbours(console: Screen, result: UnlearnResult, most: int = 12) -> None:
     neighbours = result.changes.neighbours
     if not neighbours:
         return
     table = Table("question", "the model's own answer", title="Neighbours that were kept too", title_justify="left")
     # A few of every request's, not the first one's alone.
     for fact in neighbours[:: max(1, len(neighbours) // most)][:most]:
-        table.add_row(escape(fact.question), escape(fact.answer))
+        table.add_row(fact.question, fact.answer)
     console.print(table)
     console.print(f"{len(neighbours)} in all\n")
 
 
-def _print_figures(console: Console, result: UnlearnResult) -> None:
+def _print_figures(console: Screen, result: UnlearnResult) -> None:
     figures = result.report.as_dict()
     retain, level = figures["retain"], figures["perplexity"]
     table = Table("figure", "before", "after", title="Figures", title_justify="left")
@@ -182,22 +183,22 @@ def _task_for(forget: str) -> str:
     return f"tofu_{split[1]}" if split else "hellaswag"
 
 
-def _print_next_steps(console: Console, result: UnlearnResult, out: Path, task: str) -> None:
-    folder = escape(str(out))
+def _print_next_steps(console: Screen, result: UnlearnResult, out: Path, task: str) -> None:
+    # As a shell and as Python take them, whatever is in a name.
+    folder, named = shlex.quote(str(out)), json.dumps(str(out), ensure_ascii=False)
     # What trains the whole model keeps nothing to go back to.
     revert = "" if result.changes.originals is None else f"    unierase revert {folder} --out original\n"
+    where = f": a plain Hugging Face folder, with the record of the edit in {out}/unierase."
+    console.print(styled("\nThe edited model is in ", (str(out), "bold"), where))
     console.print(
         f"""
-The edited model is in [bold]{folder}[/]: a plain Hugging Face folder, with the record of the edit in {folder}/unierase.
-
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained("{folder}")
-    tokenizer = AutoTokenizer.from_pretrained("{folder}")
+    model = AutoModelForCausalLM.from_pretrained({named})
+    tokenizer = AutoTokenizer.from_pretrained({named})
 
 Go on with
     unierase eval --model {folder} --tasks {task}
     unierase audit --model {folder} --forget FACTS --out audit
     unierase inspect {folder}
-{revert}""",
-        highlight=False,
+{revert}"""
     )

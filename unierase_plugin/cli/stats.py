@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UniEraseError, shown
-from .console import Device, Dtype, progress
+from .console import Device, Dtype, Screen, progress
 
 if TYPE_CHECKING:
     from ..second_moment import CorpusMoment
@@ -57,7 +55,7 @@ def stats(
         raise UniEraseError(f"--out {shown(str(out))} is to end in .safetensors.")
     if sources and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UniEraseError("--import takes one process: there is nothing to share out. Start it without a launcher.")
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     with joined_team() as team, progress(console) if team.leads else nullcontext(_silent) as report:
         try:
             found = corpus_moment(
@@ -74,9 +72,9 @@ def stats(
         tensors, metadata = pack_moment(found.moment)
         write_tensors(out, tensors, {**metadata, "source": json.dumps(found.source)})
     if as_json:
-        Console().print_json(json.dumps(_figures(found)))
+        Screen().json(_figures(found))
     else:
-        _print(Console(), found)
+        _print(Screen(), found)
 
 
 def _silent(phase: str, share: float, note: str) -> None:
@@ -116,11 +114,11 @@ def _figures(found: CorpusMoment) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print(console: Console, found: CorpusMoment) -> None:
+def _print(console: Screen, found: CorpusMoment) -> None:
     table = Table("block", "width", "tokens", "mean eigenvalue")
     for layer, block in _figures(found)["blocks"].items():
         table.add_row(layer, str(block["width"]), str(found.moment.count), f"{block['mean_eigenvalue']:.4g}")
     console.print(table)
     spent = f"{found.reading:.1f} s to read, {found.counting:.1f} s to count" if found.reading else "at hand: 0 s"
     source = ", ".join(f"{key} {value}" for key, value in found.source.items())
-    console.print(f"{escape(source)}; {spent}\nKept in {escape(str(found.file))}", highlight=False, soft_wrap=True)
+    console.print(f"{source}; {spent}\nKept in {found.file!s}", soft_wrap=True)

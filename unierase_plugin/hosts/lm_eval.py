@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import DependencyError, UniEraseError, did_you_mean, shown
+from ..errors import DependencyError, UniEraseError, did_you_mean, shown, visible
 from ..evaluation.task_checks import check_ours_when_found
 from ..evaluation.task_manager import hand_on_metadata, register_model_type
 from ..hookspecs import Host
@@ -73,7 +73,7 @@ def _end_in_a_line() -> None:
         if not (isinstance(error, UniEraseError) and _is_command_line()):
             original(kind, error, trace)
             return
-        sys.stderr.write(f"Error: {error}\n")
+        sys.stderr.write(f"Error: {visible(str(error))}\n")
 
     sys.excepthook = excepthook
 
