@@ -446,7 +446,7 @@ def test_a_fact_beyond_the_context_is_refused() -> None:
     [
         ("npo_gd", {"beta": 0.0}, "beta = 0.0 must be greater than 0"),
         ("ga_gd", {"batch_size": 0}, "batch_size = 0 must be greater than 0"),
-        ("ga_gd", {"retain_weight": -1.0}, "retain_weight = -1.0 must be at least 0"),
+        ("ga_gd", {"retain_weight": -1.0}, "retain_weight = -1.0 must not be negative"),
         ("ga_gd", {"prompt_forms": ("chatty",)}, "must name some of: chat, plain"),
         ("rmu", {"gradient_checkpointing": True}, "rmu runs a part of the model only"),
     ],

@@ -909,7 +909,10 @@ def test_blocks_are_chosen_by_depth() -> None:
         ({"removal_layers": (3, 1)}, r"removal_layers = \[3, 1\] must be ascending"),
         ({"removal_passes": -1}, "removal_passes = -1 must not be negative"),
         ({"removal_teacher_probability": 0}, "removal_teacher_probability = 0.0 must be greater than 0"),
-        ({"removal_teacher_probability": 1}, "removal_teacher_probability = 1.0 must be less than 1"),
+        (
+            {"removal_teacher_probability": 1},
+            "probability = 1.0 must be greater than 0 and less than 1",
+        ),
         ({"removal_output_ridge": 0}, "removal_output_ridge = 0.0 must be greater than 0"),
         ({"removal_decline_weight": -1}, "removal_decline_weight = -1.0 must not be negative"),
         ({"removal_kept_tokens": -1}, "removal_kept_tokens = -1 must not be negative"),

@@ -24,6 +24,7 @@ from .methods.terms import TERMS
 from .methods.training import check_trainable, train
 from .pipeline import Requests, choose_hparams, peak_memory_bytes
 from .plugins import registry
+from .ranges import Range
 from .readers import read_requests
 from .request import ForgetRequest
 from .store import CACHE_VERSION, digest, model_fingerprint, plain, tokenizer_fingerprint
@@ -69,6 +70,7 @@ def finetune(
 
     A run that was killed goes on from its last checkpoint. Raises a UniEraseError that names value and remedy.
     """
+    Range(0).check("asked", asked)
     requests = tuple(read_requests(facts, registry().readers))
     inputs = {"the model": model, "the facts": facts, "the hyper-parameters": hparams}
     with files.output_folder(Path(out), overwrite, inputs=inputs) as place:

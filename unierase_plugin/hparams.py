@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 from .errors import HyperParamsError, did_you_mean, shown
 from .hparam_values import checked_seed, coerced
 from .inputs import YAML_BYTES, checked_path, parse_yaml, read_text
+from .ranges import Range, positive, weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,6 +29,10 @@ SOLVERS = ("ridge", "null_space", "exact")
 PROMPT_FORMS = ("chat", "plain", "bare")
 #: What can be done beyond the paper's method against attacks (docs/hardening.md); each can be had alone.
 HARDENINGS = ("forms", "paraphrases", "unlikely_answer", "second_refusal", "answer_span")
+#: A block's number, or -1 for one that is chosen by the model's depth.
+LAYERS = Range(-1, 1e6)
+#: Tokens of a text put before a prompt, and how many of one length, at most.
+CONTEXTS_MOST = 1000
 #: What `--harden` sets: the ways that earned it, by the tables there, and the longer way in more steps that they need.
 HARDENED: Mapping[str, Any] = {
     "harden": ("unlikely_answer", "second_refusal"), "clamp_norm_factor": 3.0, "v_lr": 0.2, "v_num_grad_steps": 60,
@@ -46,17 +51,32 @@ class HyperParams:
 
     #: Folder under `hparams/` where this package ships files for the class; empty for none.
     folder: ClassVar[str] = ""
+    #: Ranges of numbers by name, beside those of the classes that this one derives from.
+    ranges: ClassVar[Mapping[str, Range]] = {}
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for spec in dataclasses.fields(self):
             value = coerced(spec.name, getattr(self, spec.name), hints[spec.name])
             object.__setattr__(self, spec.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raises HyperParamsError for a value out of its range; called once the types are right."""
         checked_seed(getattr(self, "seed", 0))
+        for name, allowed in self.all_ranges().items():
+            allowed.check(name, getattr(self, name))
         self.validate()
 
+    @classmethod
+    def all_ranges(cls) -> dict[str, Range]:
+        """Ranges of this class' settings; what a class says goes before what it derives from says."""
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        named = [vars(each).get("ranges", {}) for each in reversed(cls.__mro__)]
+        return {name: allowed for ranges in named for name, allowed in ranges.items() if name in known}
+
     def validate(self) -> None:
-        """Raises HyperParamsError for a value out of its range; called once the types are right."""
+        """Raises HyperParamsError for what ranges of single numbers do not tell."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -156,6 +176,14 @@ class RemovalSettings(HyperParams):
     #: Rank that a block's whole change is cut to; 0 keeps all of it.
     removal_rank: int = 128
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "removal_passes": weight(1000), "removal_decline_passes": weight(1000),
+        "removal_teacher_probability": Range(0, 1, above=True, below=True), "removal_retain_weight": weight(),
+        "removal_text_weight": weight(), "removal_words_weight": weight(), "removal_ridge": positive(1e6),
+        "removal_output_ridge": positive(1e6), "removal_keep_weight": weight(), "removal_decline_weight": weight(),
+        "removal_kept_tokens": weight(1e9), "removal_rank": weight(1e6),
+    }  # fmt: skip
+
     def validate(self) -> None:
         super().validate()
         for name in ("removal_layers", "removal_teacher_layers"):
@@ -164,18 +192,6 @@ class RemovalSettings(HyperParams):
                 raise HyperParamsError(
                     f"{name} = {shown(list(layers))} must be ascending block numbers from 0, each once."
                 )
-        for name in ("removal_teacher_probability", "removal_ridge", "removal_output_ridge"):
-            if not getattr(self, name) > 0:
-                raise HyperParamsError(f"{name} = {getattr(self, name)} must be greater than 0.")
-        if self.removal_teacher_probability >= 1:
-            raise HyperParamsError(
-                f"removal_teacher_probability = {self.removal_teacher_probability} must be less than 1."
-            )
-        for name in ("removal_passes", "removal_decline_passes", "removal_retain_weight", "removal_text_weight",
-                     "removal_words_weight", "removal_keep_weight", "removal_decline_weight", "removal_kept_tokens",
-                     "removal_rank"):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise HyperParamsError(f"{name} = {getattr(self, name)} must not be negative.")
 
 
 @dataclass(frozen=True)
@@ -301,6 +317,20 @@ class EngineSettings(HyperParams):
     #: Whether what the model knows of the facts is removed; what it says instead is then learned in the same passes.
     remove: bool = False
 
+    #: Far beyond what anyone has used, and short of what gives an edit that does nothing, NaN, or a run without an end.
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "v_num_grad_steps": positive(1e5), "v_lr": positive(100), "v_weight_decay": weight(1e6),
+        "kl_factor": weight(1e6), "clamp_norm_factor": Range(1e-3, 1e3), "v_continuation_weight": weight(1e6),
+        "v_stop_loss": weight(1e6), "v_unlikely_weight": weight(1e6), "mom2_n_samples": positive(1e8),
+        "mom2_max_length": positive(1e7), "mom2_update_weight": Range(1e-9, 1e12), "retain_update_weight": weight(),
+        "retain_key_weight": weight(), "retain_neighbours": weight(1e4),
+        "nullspace_threshold": Range(0, 1, above=True, below=True), "L2": Range(1e-12, 1e12),
+        "token_num_steps": positive(1e6), "token_num_sentences": positive(1e6), "token_lr": positive(100),
+        "token_batch_size": positive(1e6), "token_guard_margin": weight(1e3), "token_guard_weight": weight(1e6),
+        "token_noise": weight(1e3), "max_batch_tokens": weight(2**40), "batch_size": positive(1e9),
+        "max_length": positive(1e7),
+    }  # fmt: skip
+
     def validate(self) -> None:
         super().validate()
         _validate(self)
@@ -372,24 +402,14 @@ def _validate(hparams: EngineSettings) -> None:
             f"{did_you_mean(strange[0], HARDENINGS)}"
         )
     pairs = hparams.context_template_length_params
-    if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+    if any(len(pair) != 2 or min(pair) < 1 or max(pair) > CONTEXTS_MOST for pair in pairs):
         raise HyperParamsError(
             f"context_template_length_params = {shown([list(pair) for pair in pairs])} must hold pairs [length, how "
-            "many], both from 1, or nothing."
+            f"many], both from 1 to {CONTEXTS_MOST}, or nothing."
         )
     if any(layer < 0 for layer in hparams.layers) or list(hparams.layers) != sorted(set(hparams.layers)):
         raise HyperParamsError(
             f"layers = {shown(list(hparams.layers))} must be ascending block numbers from 0, each once."
         )
-    for name in ("v_num_grad_steps", "v_lr", "clamp_norm_factor", "mom2_n_samples", "mom2_max_length",
-                 "mom2_update_weight", "nullspace_threshold", "L2", "token_num_steps", "token_lr", "token_batch_size",
-                 "token_num_sentences", "batch_size", "max_length"):  # fmt: skip
-        if not getattr(hparams, name) > 0:
-            raise HyperParamsError(f"{name} = {getattr(hparams, name)} must be greater than 0.")
-    for name in ("v_weight_decay", "kl_factor", "v_continuation_weight", "v_stop_loss", "v_unlikely_weight",
-                 "retain_update_weight", "retain_key_weight", "retain_neighbours", "token_guard_margin",
-                 "token_guard_weight", "token_noise", "max_batch_tokens"):  # fmt: skip
-        if getattr(hparams, name) < 0:
-            raise HyperParamsError(f"{name} = {getattr(hparams, name)} must not be negative.")
     if not hparams.unlearning_token.strip():
         raise HyperParamsError("unlearning_token must not be empty.")

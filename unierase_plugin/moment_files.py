@@ -62,10 +62,11 @@ def check_likeness(given: SecondMoment, own: SecondMoment, files: Mapping[int, s
     """
     for layer, moment in given.moments.items():
         likeness, least = diagonal_likeness(moment, own.moments[layer]), LEAST_LIKENESS / math.sqrt(len(moment))
-        if likeness < least:
+        if not likeness >= least:  # NaN where all neurons of one of the two are alike
+            shown = "in no way" if math.isnan(likeness) else f"by {likeness:.2f}"
             raise EditError(
                 f"The statistics in {files[layer]!r} are not of block {layer} of this model: their diagonal correlates "
-                f"with that of its own keys by {likeness:.2f}, and less than {least:.2f} is another model's or "
+                f"with that of its own keys {shown}, and less than {least:.2f} is another model's or "
                 "block's. Give the files of this very model, or leave --import out to compute them."
             )
 
@@ -150,7 +151,10 @@ def _check(moment: Tensor, name: str, arch: Architecture, layer: int) -> None:
         )
     if not torch.isfinite(moment).all():
         raise EditError(f"The second moment in {name!r} holds NaN or infinity: it overflowed where it was computed.")
-    if float((moment - moment.T).abs().max()) > 1e-3 * float(moment.abs().max()) or float(moment.diagonal().min()) < 0:
+    largest, diagonal = float(moment.abs().max()), moment.diagonal()
+    if not largest > 0:
+        raise EditError(f"The second moment in {name!r} is all zeros: no text was read where it was computed.")
+    if float((moment - moment.T).abs().max()) > 1e-3 * largest or float(diagonal.min()) < 0 or not diagonal.any():
         raise EditError(f"The matrix in {name!r} is no second moment: it is not symmetric with a positive diagonal.")
 
 

@@ -37,6 +37,7 @@ from .methods.contract import Changes, Earlier, Job, Method, Progress
 from .methods.unierase import UNIERASE
 from .phases import Phases
 from .plugins import registry
+from .ranges import Range
 from .readers import read_requests
 from .request import (
     ForgetRequest,
@@ -144,6 +145,8 @@ def unlearn(
     Raises a UniEraseError that names the value, the alternatives and the remedy; no projection is then changed.
     """
     chosen = registry().methods.find(method) if isinstance(method, str) else method
+    for name, value in (("judged", judged), ("max_batch_tokens", max_batch_tokens)):
+        Range(0).check(name, value)
     requests, kept = _facts(chosen, forget, retain, allow_overlap)
     options = {
         "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None, "reverse": reverse,
@@ -396,6 +399,10 @@ class _Run(Phases):
                 with self.timed("evaluate"):
                     key = model_fingerprint(self.model) if self.work else ""
                     after, perplexity_after = self._measured("after", key)
+                if not math.isfinite(perplexity_after):
+                    logger.warning(
+                        "The edited model gives NaN or infinity on ordinary text: the edit damaged it. Take it back."
+                    )
                 outcomes = self._judged(before, after)
             except BaseException:
                 if changes.undo is not None:

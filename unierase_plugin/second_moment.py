@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,13 @@ from .locate_then_edit.statistics import (
     begin_sums,
     mean_moments,
     second_moments,
+    unusable,
 )
 from .moment_files import check_likeness, read_moments
 from .store import Packed, Store, digest, pack_moment, pack_sums, unpack_moment, unpack_sums
 from .team import Team
+
+logger = logging.getLogger(__name__)
 
 #: Part of the key: raised when what is computed changes.
 VERSION = "3"
@@ -86,8 +90,15 @@ class Corpus:
     def kept(self) -> CorpusMoment | None:
         """The moments from the cache, where they are at hand."""
         key = self.key()
-        found = self.cache.get(FINISHED, key)
-        return None if found is None else self._result(key, found)
+        packed = self.cache.get(FINISHED, key)
+        if packed is None:
+            return None
+        found = self._result(key, packed)
+        why = unusable(found.moment)
+        if why:
+            logger.warning("Computing again: %s in %s.", why, found.file)
+            return None
+        return found
 
     def check(self) -> None:
         """Raises for whatever is wrong with the corpus, by reading one text; not where the moments are at hand."""

@@ -56,7 +56,8 @@ def without_columns(update: LowRank, keys: Tensor, gone: Sequence[int]) -> LowRa
     up, down, inputs = update.up.double(), update.down.double(), keys.double()
     stay, leave = _others(gone, up.shape[1]), list(gone)
     share = down @ inputs
-    if float((share - share.T).norm()) > ASYMMETRY * float(share.norm()):
+    # NaN, in a damaged record, is no symmetry.
+    if share.shape[0] != share.shape[1] or not float((share - share.T).norm()) <= ASYMMETRY * float(share.norm()):
         raise _not_joint()
     share = (share + share.T) / 2
     # I - D_J K_J is definite for every joint solve; rounding can hide that where a key is all but interpolated.

@@ -182,7 +182,7 @@ class _Run:
         """A try that keeps too little is read at equal retention: a long step is not worse for having gone too far."""
         cell, facts = self.cell, self.facts
         kept = self._retention(self.stages[VALIDATION]["keep"])
-        if cell.bisections and facts["keep_validation"] and kept < cell.target:
+        if cell.bisections and facts["keep_validation"] and not kept >= cell.target:
             self.stages.once("matched", partial(self._matched, place, facts["forget_validation"], [], kept))
 
     def _open(self, place: str) -> tuple[Any, Judge]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,7 +96,9 @@ def choose(outcomes: Sequence[Mapping[str, Any] | None], target: float) -> int |
 
     outcomes: `left` and `retention` of each try, as it is or mixed back; None for one that failed.
     """
-    worked = [(index, each) for index, each in enumerate(outcomes) if each is not None]
+    # NaN compares with nothing, so that a try without a figure could come out on top.
+    known = [None if each is None or math.isnan(each["retention"] + each["left"]) else each for each in outcomes]
+    worked = [(index, each) for index, each in enumerate(known) if each is not None]
     if not worked:
         return None
     enough = [(index, each) for index, each in worked if each["retention"] >= target]

@@ -36,7 +36,7 @@ class EasyEditHyperParams(UniEraseHyperParams):
             value = coerced(name, value, get_type_hints(UniEraseHyperParams)[name])
         object.__setattr__(self, name, value)
         if name in known:
-            self.validate()
+            self.check()
 
     def __delattr__(self, name: str) -> None:
         object.__delattr__(self, name)

@@ -175,4 +175,10 @@ def _add(arch: Architecture, layer: int, update: LowRank) -> None:
     if not torch.isfinite(delta).all():
         raise EditError(f"The update of block {layer} holds NaN or infinity; nothing was changed.")
     delta = delta.T if stores_input_first(projection) else delta
-    weight.copy_((weight.float() + delta.to(weight.device)).to(weight.dtype))
+    changed = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+    if not torch.isfinite(changed).all():
+        raise EditError(
+            f"The edited weight of block {layer} is too large for {str(weight.dtype).removeprefix('torch.')}; nothing "
+            "was changed. Load the model in bfloat16 or float32."
+        )
+    weight.copy_(changed)

@@ -179,9 +179,14 @@ def protected_directions(second_moment: Tensor, threshold: float) -> Tensor:
     moment = second_moment.double().cpu()
     if not torch.isfinite(moment).all():
         raise EditError("The second moment C holds NaN or infinity. Check the corpus and the model's weights.")
-    limit = threshold * _largest_eigenvalue(moment)
+    largest = _largest_eigenvalue(moment)
+    if not largest > 0:
+        raise EditError("The second moment C is zero. Check the corpus and the model's weights.")
+    if not 0 < threshold <= 1:
+        raise EditError(f"nullspace_threshold = {threshold} is a share: it must be greater than 0 and at most 1.")
+    limit = threshold * largest
     vectors = torch.from_numpy(eigh(moment.numpy(), driver="evr", subset_by_value=(limit, math.inf))[1])
-    if limit <= 0 or vectors.shape[1] == len(moment):
+    if vectors.shape[1] == len(moment):
         raise EditError(f"No eigenvalue of C lies under {threshold} of its largest: raise nullspace_threshold.")
     return vectors.contiguous()
 

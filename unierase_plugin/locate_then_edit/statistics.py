@@ -222,7 +222,10 @@ def _add_products(total: Tensor, keys: Tensor) -> None:
 
 
 def mean_moments(sums: MomentSums, dtype: torch.dtype, skip_first: int = 0) -> SecondMoment:
-    """The sums over their count, whole and on the CPU, in `dtype`. Raises EditError for NaN, infinity and no token."""
+    """The sums over their count, whole and on the CPU, in `dtype`.
+
+    Raises EditError for NaN, infinity, keys that are all zero, and no token.
+    """
     if not sums.count:
         raise EditError(f"The corpus holds no text longer than the {skip_first} tokens that are left out.")
     moments = {}
@@ -234,4 +237,18 @@ def mean_moments(sums: MomentSums, dtype: torch.dtype, skip_first: int = 0) -> S
                 "Load it in float32 or bfloat16."
             )
         moments[layer] = upper + upper.triu(1).T
-    return SecondMoment(moments, sums.count)
+    found = SecondMoment(moments, sums.count)
+    why = unusable(found)
+    if why:
+        raise EditError(f"{why}: there is nothing in the model's MLP to edit there. Check the model's weights.")
+    return found
+
+
+def unusable(found: SecondMoment) -> str:
+    """Why no edit can be computed from the moments, as their diagonals tell; empty where nothing speaks against it."""
+    for layer, moment in found.moments.items():
+        diagonal = moment.diagonal()
+        # Put so that NaN is refused as well.
+        if not (bool((diagonal >= 0).all()) and 0 < float(diagonal.double().sum()) < float("inf")):
+            return f"The second moment of block {layer} is zero, negative or NaN on its diagonal"
+    return ""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import HyperParamsError, shown
 from ..hparams import PROMPT_FORMS, HyperParams
+from ..ranges import Range, positive
 from ..request import find_subject
 from .contract import Changes, Job, Method
 
@@ -39,12 +41,12 @@ class PromptGuardHyperParams(NoneHyperParams):
     #: Tokens of the guard at most, since every prompt carries it.
     guard_tokens: int = 1024
 
+    ranges: ClassVar[Mapping[str, Range]] = {"guard_tokens": positive(1e6)}
+
     def validate(self) -> None:
         super().validate()
         if "{facts}" not in self.instruction:
             raise HyperParamsError(f"instruction = {shown(self.instruction)} must say where the {{facts}} go.")
-        if self.guard_tokens < 1:
-            raise HyperParamsError(f"guard_tokens = {self.guard_tokens} must be greater than 0.")
 
 
 def guarded_template(tokenizer: Any, guard: str) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import HyperParamsError, RequestError, TrainingError, shown
-from ..hparams import PROMPT_FORMS, HyperParams
+from ..hparams import LAYERS, PROMPT_FORMS, HyperParams
 from ..inputs import checked_path, read_text
+from ..ranges import Range, positive, weight
 from .contract import Changes, Job, Method
 
 if TYPE_CHECKING:
@@ -64,17 +65,18 @@ class LUNARHyperParams(HyperParams):
     max_batch_tokens: int = 0
     seed: int = 0
 
+    #: A step has no upper end: training that diverges ends with an error.
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "layer": LAYERS, "coefficient": positive(1e6), "learning_rate": positive(), "decay": positive(10),
+        "epochs": positive(1e5), "batch_size": positive(1e9), "weight_decay": weight(1e3), "n_reference": positive(1e6),
+        "max_batch_tokens": weight(2**40),
+    }  # fmt: skip
+
     def validate(self) -> None:
         if not self.prompt_forms or set(self.prompt_forms) - set(PROMPT_FORMS):
             raise HyperParamsError(
                 f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
             )
-        for name in ("coefficient", "learning_rate", "decay", "epochs", "batch_size", "n_reference"):
-            if not getattr(self, name) > 0:
-                raise HyperParamsError(f"{name} = {getattr(self, name)} must be greater than 0.")
-        for name in ("weight_decay", "max_batch_tokens"):
-            if getattr(self, name) < 0:
-                raise HyperParamsError(f"{name} = {getattr(self, name)} must not be negative.")
 
 
 def reference_prompts(hparams: LUNARHyperParams) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import HyperParamsError, shown
 from ..hparams import PROMPT_FORMS, RemovalSettings
+from ..ranges import Range, weight
 from .contract import Changes, Job, Method
 
 
@@ -31,15 +33,16 @@ class RemovalHyperParams(RemovalSettings):
     rewrite_module_tmp: str = ""
     layer_module_tmp: str = ""
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "retain_neighbours": weight(1e4), "max_batch_tokens": weight(2**40),
+    }  # fmt: skip
+
     def validate(self) -> None:
         super().validate()
         if not self.prompt_forms or set(self.prompt_forms) - set(PROMPT_FORMS):
             raise HyperParamsError(
                 f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
             )
-        for name in ("retain_neighbours", "max_batch_tokens"):
-            if getattr(self, name) < 0:
-                raise HyperParamsError(f"{name} = {getattr(self, name)} must not be negative.")
 
 
 # A removal computes with torch, which listing the methods is not to wait for.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import HyperParamsError, shown
-from ..hparams import PROMPT_FORMS, HyperParams
+from ..hparams import LAYERS, PROMPT_FORMS, HyperParams
+from ..ranges import Range, positive, weight
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,20 @@ class TrainingHyperParams(HyperParams):
     max_batch_tokens: int = 0
     seed: int = 0
 
+    #: A step or a gradient's norm has no upper end: training that diverges ends with an error.
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "forget_weight": positive(1e9), "retain_weight": weight(1e9), "learning_rate": positive(),
+        "epochs": positive(1e5), "batch_size": positive(1e9), "warmup_epochs": weight(1e5), "weight_decay": weight(1e3),
+        "max_grad_norm": positive(), "lora_rank": weight(1e6), "lora_alpha": positive(1e6),
+        "lora_dropout": Range(0, 1, below=True), "max_batch_tokens": weight(2**40),
+    }  # fmt: skip
+
     def validate(self) -> None:
         unknown = [form for form in self.prompt_forms if form not in PROMPT_FORMS]
         if unknown or not self.prompt_forms:
             raise HyperParamsError(
                 f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
             )
-        self._require("greater than 0", lambda v: v > 0, "forget_weight", "learning_rate", "epochs", "batch_size",
-                      "max_grad_norm", "lora_alpha", "beta", "strength", "steering")  # fmt: skip
-        self._require("at least 0", lambda v: v >= 0, "retain_weight", "warmup_epochs", "weight_decay", "lora_rank",
-                      "lora_dropout", "max_batch_tokens", "margin")  # fmt: skip
-
-    def _require(self, words: str, holds: Any, *names: str) -> None:
-        """Of those named, the ones that this class has."""
-        for name in names:
-            if hasattr(self, name) and not holds(getattr(self, name)):
-                raise HyperParamsError(f"{name} = {getattr(self, name)} must be {words}.")
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ class PreferenceHyperParams(TrainingHyperParams):
 
     #: How fast the pull on a fact fades as its likelihood moves: 0 would never let go of it.
     beta: float = 0.1
+
+    ranges: ClassVar[Mapping[str, Range]] = {"beta": positive(1e6)}
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class SimNPOHyperParams(PreferenceHyperParams):
     #: gamma: what the mean log-likelihood has to fall below, in units of 1/beta.
     margin: float = 0.0
 
+    ranges: ClassVar[Mapping[str, Range]] = {"margin": weight(1e6)}
+
 
 @dataclass(frozen=True)
 class UNDIALHyperParams(TrainingHyperParams):
@@ -158,6 +162,8 @@ class UNDIALHyperParams(TrainingHyperParams):
     epochs: float = 10.0
     #: How far the memorised token's logit is lowered in what the model is to imitate.
     strength: float = 10.0
+
+    ranges: ClassVar[Mapping[str, Range]] = {"strength": positive(1e6)}
 
 
 @dataclass(frozen=True)
@@ -174,3 +180,5 @@ class RMUHyperParams(TrainingHyperParams):
     layer: int = -1
     #: c: length of the vector that the forget set's states are steered to.
     steering: float = 6.5
+
+    ranges: ClassVar[Mapping[str, Range]] = {"layer": LAYERS, "steering": positive(1e9)}

@@ -8,6 +8,7 @@ of all steps that lower the loss as much to first order, this one changes what i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -179,6 +180,7 @@ def direction(gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
 def linear_rate(loss: float, gradient: Mapping[int, Tensor], directions: Mapping[int, Tensor]) -> float:
     """L / sum over layers of tr(D G^T): the step at which the loss would be zero were it linear; 0 without gradient."""
     slope = sum(float((directions[layer].double() * each.double()).sum()) for layer, each in gradient.items())
+    _check_finite(slope)
     return loss / slope if slope > 0 else 0.0
 
 
@@ -188,6 +190,7 @@ def chosen_fraction(measure: Callable[[float], float]) -> float:
     measure gives the loss at a step; at 0 that of now.
     """
     before, fraction = measure(0.0), 1.0
+    _check_finite(before)
     lowest = measure(fraction)
     if lowest < before:
         while fraction < MOST and (further := measure(2 * fraction)) < lowest:
@@ -198,6 +201,15 @@ def chosen_fraction(measure: Callable[[float], float]) -> float:
         if measure(fraction) < before:
             return fraction
     return 0.0
+
+
+def _check_finite(value: float) -> None:
+    """A comparison with NaN is false either way, and would pass for a step that does not help."""
+    if not math.isfinite(value):
+        raise EditError(
+            f"A pass of the removal gives {value} for its loss or gradient. Load the model in float32 or bfloat16, "
+            "or raise removal_ridge."
+        )
 
 
 def take_pass(

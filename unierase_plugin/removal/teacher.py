@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import Architecture, Weighted, stores_input_first
+from ..errors import EditError
 from ..locate_then_edit.edit import restored
 from ..locate_then_edit.products import fast_linear_maps
 from ..locate_then_edit.trace import pad, run_batches, run_blocks
@@ -126,7 +127,13 @@ def calibrated(
     for number in range(STRENGTHS):
         heard = said(few, strength)
         found = [mean_probability(each, sequences[row], positions[row]) for row, each in zip(few, heard, strict=True)]
-        tried[strength] = math.log(max(sum(found) / len(found), 1e-9) / probability)
+        mean = sum(found) / len(found)
+        if not math.isfinite(mean):
+            raise EditError(
+                f"The removal's teacher gives {mean} for the probability of the answers. Load the model in float32 or "
+                "bfloat16."
+            )
+        tried[strength] = math.log(max(mean, 1e-9) / probability)
         progress((number + 1) / (STRENGTHS + 1))
         if abs(tried[strength]) < NEAR_ENOUGH:
             break
