@@ -28,6 +28,7 @@ from .ranges import Range
 from .readers import read_requests
 from .request import ForgetRequest
 from .store import CACHE_VERSION, digest, model_fingerprint, plain, tokenizer_fingerprint
+from .stored import round_to_stored
 
 #: Tokens generated beyond the longest answer asked for, and at most.
 ANSWER_ROOM, ANSWER_MOST = 8, 128
@@ -84,6 +85,7 @@ def finetune(
         loaded.requires_grad_(False)
         changes = train(job, TERMS["learn"], None)
         loaded.eval()
+        round_to_stored(loaded)
         done = _judged(job, requests[:asked], changes, folder)
         progress("save", 0.0, str(folder))
         notes = {"model": job.name, "hparams": settings.as_dict(), "fingerprint_before": job.fingerprint, **vars(done)}

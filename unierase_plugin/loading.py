@@ -13,6 +13,7 @@ import torch
 from .adapters import adapter_base, merged
 from .errors import ArchitectureError, UniEraseError, did_you_mean, reason, shown
 from .inputs import checked_path
+from .stored import round_to_stored, set_stored_dtype
 from .tying import is_tied, says_tied, settle_config
 from .weight_files import stored_weights
 
@@ -38,7 +39,7 @@ def choose_device(name: str = "") -> str:
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype | str:
-    """The dtype as named; else that of the checkpoint on a GPU, and float32 on a CPU, where bfloat16 is far slower."""
+    """The dtype to work in, as named; else the checkpoint's on a GPU, and float32 on a CPU, where others are slower."""
     if not name:
         return torch.float32 if device == "cpu" else "auto"
     if name not in DTYPES:
@@ -51,7 +52,8 @@ def choose_dtype(name: str, device: str) -> torch.dtype | str:
 def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or hub id; device "auto" spreads the model over all GPUs (needs accelerate).
 
-    A PEFT adapter is opened as its base model with the adapter merged into the weights.
+    A PEFT adapter is opened as its base model with the adapter merged into the weights. What is worked on in float32
+    without being asked for remembers the checkpoint's dtype (`stored`).
 
     Raises ArchitectureError for what is no causal language model in plain weights, UniEraseError for what is not there.
     """
@@ -77,6 +79,8 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
         ) from error
     refuse_drawn(name, loaded, found)
     _tell_differences(name, config, loaded, found)
+    if not dtype and kind is torch.float32:
+        set_stored_dtype(loaded, _half(name))
     loaded.eval()
     return (loaded if spread else loaded.to(place)), tokenizer
 
@@ -125,6 +129,7 @@ def _load_merged(name: str, base: str, device: str, dtype: str) -> tuple[Any, An
             "PEFT's merge_and_unload(), save the result with its tokenizer, and give that folder."
         ) from error
     settle_config(whole)
+    round_to_stored(whole)
     logger.warning(
         "The adapter %s is merged into its base model %s. The merged model is what is edited and written, and what a "
         "revert gives back.", name, base,
@@ -145,6 +150,12 @@ def open_weights(name: str, dtype: torch.dtype | str, **options: Any) -> tuple[A
         opened = AutoModelForCausalLM.from_pretrained(name, tie_word_embeddings=False, **options)
     model, found = opened
     return model, found
+
+
+def _half(name: str) -> torch.dtype | None:
+    """bfloat16 or float16 where the files hold nothing else: a mixed checkpoint is in float32 without loss."""
+    kinds = {stored.dtype for stored in stored_weights(name).values()} - {None}
+    return kinds.pop() if len(kinds) == 1 and kinds <= {torch.bfloat16, torch.float16} else None
 
 
 def _lost_its_head(name: str, model: Any) -> bool:

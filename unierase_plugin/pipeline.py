@@ -50,6 +50,7 @@ from .request import (
 from .resources import lines, paragraphs
 from .second_moment import CorpusMoment
 from .store import CACHE_VERSION, Packed, cache_folder, digest, model_fingerprint, tokenizer_fingerprint
+from .stored import as_stored, round_to_stored, stored_dtype
 from .team import Team
 from .unlearning_token import UnlearningToken
 
@@ -288,6 +289,8 @@ class _Subject:
     seed: int
     max_tokens: int
     fingerprint: str
+    #: Of the weights as they would be written (`stored`).
+    saved_fingerprint: str
     words: str
     record: files.Checkpoint | None
     earlier: Earlier | None
@@ -311,7 +314,7 @@ class _Subject:
             settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
             _check_places(settings)
             record = _earlier_record(name, method)
-            model, tokenizer = load(name, device or getattr(settings, "device", ""), dtype or _dtype_of(record))
+            model, tokenizer = load(name, device or getattr(settings, "device", ""), dtype)
             earlier = _steps_of(record)
         else:
             _check_loaded(model, tokenizer, device or dtype)
@@ -320,11 +323,13 @@ class _Subject:
         settings = method.settle(model, settings)
         _tell_form(name, tokenizer, settings)
         fingerprint = model_fingerprint(model)
-        _check_unchanged(fingerprint, record, name)
+        with as_stored(model):
+            saved = fingerprint if stored_dtype(model) is None else model_fingerprint(model)
+        _check_unchanged(saved, record, name)
         room = options.get("max_batch_tokens") or getattr(settings, "max_batch_tokens", 0)
         return cls(
             method, model, tokenizer, name, settings, getattr(settings, "seed", 0) if seed is None else seed,
-            room or fitting_tokens(model), fingerprint, tokenizer_fingerprint(tokenizer),
+            room or fitting_tokens(model), fingerprint, saved, tokenizer_fingerprint(tokenizer),
             record, earlier,
         )  # fmt: skip
 
@@ -393,6 +398,7 @@ class _Run(Phases):
                 before, perplexity_before = self._measured("before", "model")
             start = time.perf_counter()
             changes = self.method.run(job) or Changes()
+            round_to_stored(self.model)
             spent = changes.seconds or {self.method.name: time.perf_counter() - start}
             self.model.eval()
             try:
@@ -454,12 +460,14 @@ class _Run(Phases):
             # A seed belongs into the record also where the method's settings have none.
             hparams=job.hparams if "seed" in settings else {**settings, "seed": job.seed},
             manifest_extra={
-                "method": self.method.name, "model": job.name, "model_fingerprint_before": job.fingerprint,
+                "method": self.method.name, "model": job.name,
+                "model_fingerprint_before": self.subject.saved_fingerprint,
+                "working_fingerprint_before": job.fingerprint,
                 "tokenizer_fingerprint_before": self.subject.words,
                 "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             },
             report=result.report.as_dict(), keep_requests=keep_requests, earlier=self.subject.record,
-            step_inputs=self._step_inputs(job.fingerprint),
+            step_inputs=self._step_inputs(self.subject.saved_fingerprint),
         )  # fmt: skip
         files.discard_work(folder)
         job.progress("save", 1.0, str(folder))
@@ -601,7 +609,10 @@ def _steps_of(record: files.Checkpoint | None) -> Earlier | None:
         return None
     first = record.manifest
     return Earlier(
-        record.token, record.edits, first["model_fingerprint_before"], first.get("tokenizer_fingerprint_before", "")
+        record.token,
+        record.edits,
+        first.get("working_fingerprint_before") or first["model_fingerprint_before"],
+        first.get("tokenizer_fingerprint_before", ""),
     )
 
 

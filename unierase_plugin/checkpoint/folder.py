@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -20,6 +21,7 @@ from ..locate_then_edit.targets import forms_of
 from ..older_readers import write_for_older_readers
 from ..request import ForgetRequest
 from ..store import digest, model_fingerprint, plain
+from ..stored import as_stored, stored_dtype
 from ..tying import is_tied, settled_config
 from ..unlearning_token import UnlearningToken
 from .place import OutputFolder, held
@@ -57,15 +59,19 @@ def save_checkpoint(
     missing = [name for name in REQUIRED_EXTRA if name not in manifest_extra]
     if missing:
         raise CheckpointError(f"manifest_extra lacks {', '.join(missing)}; it needs {', '.join(REQUIRED_EXTRA)}.")
-    kept = _merge_originals(originals, earlier)
+    kept = _merge_originals(_stored(originals, stored_dtype(model)), earlier)
     edits = (*(earlier.edits if earlier else ()), *([edit] if edit else ()))
-    manifest = _manifest(model, tokenizer, token, kept, requests, hparams, manifest_extra, edit, earlier, step_inputs)
+    with as_stored(model):
+        manifest = _manifest(
+            model, tokenizer, token, kept, requests, hparams, manifest_extra, edit, earlier, step_inputs
+        )
+        size = bytes_of(model.parameters())
     forms = forms_of(tokenizer, hparams) if hasattr(hparams, "prompt_forms") else ()
     added = _ledger(requests, len(manifest["steps"]), manifest["salt"], forms, edit, keep_requests)
     lines = [*(earlier.ledger if earlier else ()), *added]
     checkpoint = Checkpoint(manifest, token, edits, kept, lines, report, earlier.reports if earlier else {})
-    needed = bytes_of(model.parameters()) + bytes_of(pack_checkpoint(checkpoint)[0].values())
-    with held(folder, overwrite) as place, place.filled(needed) as staging:
+    needed = size + bytes_of(pack_checkpoint(checkpoint)[0].values())
+    with held(folder, overwrite) as place, as_stored(model), place.filled(needed) as staging:
         save_model(model, staging)
         tokenizer.save_pretrained(staging)
         write_for_older_readers(staging)
@@ -77,6 +83,23 @@ def save_checkpoint(
 def step_id(salt: str, inputs: Sequence[Any]) -> str:
     """What tells a step from any other: a digest of what it was made of, salted as the ledger's hashes are."""
     return digest(salt, list(inputs))
+
+
+def _stored(originals: Originals | None, dtype: torch.dtype | None) -> Originals | None:
+    """What was taken from weights that are worked on in float32, in the dtype that they came in: without loss."""
+    if originals is None or dtype is None:
+        return originals
+
+    def cast(row: Tensor | None) -> Tensor | None:
+        return None if row is None else row.to(dtype)
+
+    return replace(
+        originals,
+        projections={layer: weight.to(dtype) for layer, weight in originals.projections.items()},
+        input_row=cast(originals.input_row),
+        output_row=cast(originals.output_row),
+        output_bias=cast(originals.output_bias),
+    )
 
 
 def _merge_originals(new: Originals | None, earlier: Checkpoint | None) -> Originals | None:
@@ -114,6 +137,7 @@ def _manifest(
         "model": str(before["model"]),
         "model_fingerprint_before": before["model_fingerprint_before"],
         "tokenizer_fingerprint_before": before.get("tokenizer_fingerprint_before"),
+        "working_fingerprint_before": before.get("working_fingerprint_before"),
         "model_fingerprint_after": after,
         "hparams": settings,
         "seed": settings.get("seed"),
@@ -180,7 +204,7 @@ def save_plain(
     folder: str | Path | OutputFolder, model: Any, tokenizer: Any, notes: Mapping[str, str], overwrite: bool = False
 ) -> Path:
     """Writes a model folder without a record, and `notes` as text files by name; whole or not at all."""
-    with held(folder, overwrite) as place, place.filled(bytes_of(model.parameters())) as staging:
+    with held(folder, overwrite) as place, as_stored(model), place.filled(bytes_of(model.parameters())) as staging:
         save_model(model, staging)
         tokenizer.save_pretrained(staging)
         write_for_older_readers(staging)

@@ -35,7 +35,11 @@ PHASES = {
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto (spread over all GPUs); empty chooses.")]
 Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16 or float16; empty: float32 on a CPU, else the checkpoint's.")
+    str,
+    typer.Option(
+        help="float32, bfloat16 or float16, to work in and to write; empty: the checkpoint's, but work on a CPU is in "
+        "float32."
+    ),
 ]
 AllowOverlap = Annotated[
     bool, typer.Option("--allow-overlap", help="Go on although facts to keep are to be forgotten too, or were "
