@@ -9,6 +9,7 @@ one clears away.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -213,6 +214,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text as UTF-8, whole or not at all (`whole_file`)."""
     write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON (`plain`), whole or not at all (`whole_file`). What is no finite number becomes null."""
+    write_text(path, json.dumps(plain(value), ensure_ascii=False, indent=1) + "\n")
 
 
 def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -447,6 +453,49 @@ def clear_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, where there is one. A kill leaves it whole, or under a name that `clear_strays` knows."""
+    aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    _discard(aside)
+    with suppress(OSError):
+        os.rename(folder, aside)
+        _discard(aside)
+
+
+def _discard(path: Path) -> None:
+    """Removes a file or folder as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def clear_strays(folder: Path) -> None:
+    """Removes what processes that are gone left half written in `folder`; to be called before anything is written.
+
+    As in `clear_leftovers`, this process' own number is an earlier life's.
+    """
+    for stray, pid in _leftovers(folder, "", "writing"):
+        if pid == os.getpid() or not _is_running(pid):
+            _discard(stray)
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder as an absolute path, made where there is none. Raises CheckpointError where it is a file, and
+    WriteError where it cannot be made."""
+    target = folder.expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(
+            f"{str(target)!r} is a file. Give the name of a folder, which is made where there is none."
+        )
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(target, 0, error) from error
+    return target
+
+
 def _leftovers(parent: Path, name: str, purpose: str) -> list[tuple[Path, int]]:
     """Hidden entries `.<name>.<purpose>-<pid>` with their process; any name where `name` is empty."""
     pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}\.{purpose}-(\d+)(?:-\d+)?")
@@ -511,6 +560,11 @@ def check_room(path: Path, needed: int) -> None:
             f"{str(path)!r} needs about {_size(needed)}, and {_size(free)} are free in {str(place)!r}. Free some room, "
             "or choose another place. Nothing was done yet."
         )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it says that a disk, or one's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def _free(path: Path) -> tuple[Path, int]:

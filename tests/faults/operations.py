@@ -97,6 +97,8 @@ class Operations:
                 self._happens("open", [path])
         elif event in _EVENTS:
             paths = [args[place] for place in _EVENTS[event]]
+            if any(isinstance(path, int) for path in paths):  # an open file, whose opening was counted
+                return
             # A path relative to an open folder, as shutil.rmtree gives it, cannot be told, and is never elsewhere.
             if not paths or any(self._inside(path) or not os.path.isabs(os.fspath(path)) for path in paths):
                 self._happens(event, paths)

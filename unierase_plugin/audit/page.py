@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..store import write_text
+
 Report = Mapping[str, Any]
 
 #: What stands before the attacks in a verdict.
@@ -50,7 +52,7 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--faint); } svg .axis { s
 
 def write_page(path: Path, report: Report) -> None:
     """Writes the page of a report as audit.json holds it."""
-    path.write_text(page(report), encoding="utf-8")
+    write_text(path, page(report))
 
 
 def page(report: Report) -> str:

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..store import write_text
 from .columns import Column, shown
 from .tables import ARROWS, filled
 
@@ -20,7 +21,7 @@ Results = Mapping[str, Any]
 
 def write_page(path: Path, results: Results) -> None:
     """Writes the page of a comparison as results.json holds it."""
-    path.write_text(page(results), encoding="utf-8")
+    write_text(path, page(results))
 
 
 def page(results: Results) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..store import write_bytes
 from .words import Row, frontier, value
 
 logger = logging.getLogger(__name__)
@@ -49,8 +51,10 @@ def _figure(width: float, height: float, panels: int) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=160)
+    for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 160})):
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=suffix[1:], **options)
+        write_bytes(path.with_suffix(suffix), drawn.getvalue())
 
 
 def _tradeoff(rows: Sequence[Row], path: Path) -> None:

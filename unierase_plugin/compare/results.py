@@ -9,11 +9,12 @@ from typing import Any
 
 from .. import __version__
 from ..plugins import registry
+from ..store import plain, write_json, write_text
 from .columns import COLUMNS
 from .entries import REFERENCE, UNEDITED, Entry
 from .page import write_page
 from .plots import draw
-from .stages import FAILED, Cell, Stages, read_json, write_json
+from .stages import FAILED, Cell, Stages, read_json
 from .tables import markdown, tex
 from .words import answer
 
@@ -46,10 +47,10 @@ def gather(
         "answers": _answers(found),
     }  # fmt: skip
     results["answer"] = answer(results)
+    results = plain(results)
     write_json(out / "results.json", results)
-    results = read_json(out / "results.json")
-    (out / "table.md").write_text(markdown(results), encoding="utf-8")
-    (out / "table.tex").write_text(tex(results), encoding="utf-8")
+    write_text(out / "table.md", markdown(results))
+    write_text(out / "table.tex", tex(results))
     draw(results, out)
     write_page(out / "report.html", results)
     return results

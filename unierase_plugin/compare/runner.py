@@ -16,16 +16,18 @@ from typing import Any
 from ..errors import UniEraseError, shown
 from ..hparam_values import checked_seed
 from ..loading import read_config
+from ..locks import folder_lock
 from ..methods.contract import Progress
 from ..pipeline import Requests
 from ..request import ForgetRequest, check_overlap
+from ..store import clear_strays, make_folder, write_json
 from . import search
 from .entries import REFERENCE, UNEDITED, Entry, settings_of
 from .facts import at_most, divide, read_facts
 from .figures import left, retention
 from .launch import Launcher, in_a_process
 from .results import gather
-from .stages import FAILED, JOB, Cell, Stages, read_json, write_json
+from .stages import FAILED, JOB, Cell, Stages, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -124,26 +126,29 @@ def compare(
     entries    the methods (`entries.parse_methods`); the unedited model is always a row
 
     Returns what results.json holds. A comparison that was stopped goes on when it is called again with the same
-    arguments; a method that fails is a row that says so. Raises UniEraseError for what cannot be started at all.
+    arguments; a method that fails is a row that says so. Raises UniEraseError for what cannot be started at all, also
+    where another process compares into `out`.
     """
     options = options or Options()
     options.check()
     for entry in entries:
         settings_of(entry, model)
-    out.mkdir(parents=True, exist_ok=True)
-    plan = _Plan(model, reference, out, options, _facts(forget, retain, options, allow_overlap), launch, progress)
-    write_json(out / "facts.json", plan.facts)
-    plan = replace(plan, options=_with_utility(options, forget))
-    methods = [entry for entry in entries if entry.method not in (UNEDITED, REFERENCE)]
-    plan.expected = 1 + bool(reference) + len(methods) * (len(options.seeds) + options.budget)
-    ratios = _control(plan, REFERENCE, "", "") if reference else None
-    before = _control(plan, UNEDITED, "", _raw(ratios))
-    if read_json(before / FAILED):
-        raise UniEraseError(f"The unedited model cannot be measured: {read_json(before / FAILED)['error']}")
-    _write_before(before)
-    for entry in methods:
-        _method(plan, entry, before, _raw(ratios))
-    return gather(plan.out, _described(plan), plan.cells, plan.searches, plan.facts)
+    with folder_lock(out.expanduser().resolve()):
+        make_folder(out)
+        clear_strays(out)
+        plan = _Plan(model, reference, out, options, _facts(forget, retain, options, allow_overlap), launch, progress)
+        write_json(out / "facts.json", plan.facts)
+        plan = replace(plan, options=_with_utility(options, forget))
+        methods = [entry for entry in entries if entry.method not in (UNEDITED, REFERENCE)]
+        plan.expected = 1 + bool(reference) + len(methods) * (len(options.seeds) + options.budget)
+        ratios = _control(plan, REFERENCE, "", "") if reference else None
+        before = _control(plan, UNEDITED, "", _raw(ratios))
+        if read_json(before / FAILED):
+            raise UniEraseError(f"The unedited model cannot be measured: {read_json(before / FAILED)['error']}")
+        _write_before(before)
+        for entry in methods:
+            _method(plan, entry, before, _raw(ratios))
+        return gather(plan.out, _described(plan), plan.cells, plan.searches, plan.facts)
 
 
 def _facts(forget: Requests, retain: Requests | None, options: Options, allow_overlap: bool) -> dict[str, Any]:
@@ -257,9 +262,13 @@ def _run(plan: _Plan, cell: Cell) -> Path:
     name = re.sub(r"[^\w.-]+", "-", cell.label)[:60]
     folder = plan.out / "cells" / f"{name}-{kind}-{cell.key(known)}"
     plan.done += 1
-    if (folder / "done.json").exists() or ((folder / FAILED).exists() and not plan.options.retry):
+    make_folder(folder)
+    clear_strays(folder)
+    # Without the unedited model's figures there is nothing to go on with.
+    retry = plan.options.retry or cell.method == UNEDITED
+    if Stages(folder).are_done or (read_json(folder / FAILED) is not None and not retry):
+        shutil.rmtree(folder / "cache", ignore_errors=True)
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / JOB, dataclasses.asdict(cell))
     title = f"[{min(plan.done, plan.expected)}/{plan.expected}] {cell.label}"
     cache = plan.out / "cache" if plan.options.shared_cache or cell.is_try else folder / "cache"

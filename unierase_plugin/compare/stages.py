@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..store import digest, plain
+from ..store import digest, plain, write_json
+from .entries import REFERENCE
+
+logger = logging.getLogger(__name__)
 
 #: Version of the stages' files; another one is another cell.
 STAGES_VERSION = 1
 
 JOB, FAILED, LOG = "job.json", "failed.json", "log.txt"
+#: Name of the stage that says that a cell is done, and of a stage's digest within it.
+DONE, DIGEST = "done", "sha256"
+#: Bytes of each file of a model that its stage keeps a digest of, beside its size.
+BEGINNING = 1 << 20
+#: What a cell's process says in the place of a phase where the disk is full or not to be written.
+CANNOT_WRITE = "cannot write"
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,9 @@ class Cell:
         fields = asdict(self)
         for name in ("facts", "before", "ratios", "keep_model"):
             fields.pop(name)
+        # Measured without them, since the reference had failed; with them it is another cell.
+        if self.reference and not self.ratios and not self.is_try and self.method != REFERENCE:
+            fields["without"] = "ratios"
         return digest([STAGES_VERSION], plain(fields), [facts])[:12]
 
 
@@ -68,26 +81,58 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Whole under its name, or not there. What is no finite number becomes null."""
-    partial = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    partial.write_text(json.dumps(plain(value), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def contents(folder: Path) -> dict[str, list[Any]]:
+    """What tells a folder that is whole: of every file in it the size, and the SHA-256 of its beginning."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, _beginning(path)] for path in files}
+
+
+def _beginning(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(BEGINNING)).hexdigest()
 
 
 class Stages:
-    """The finished stages in a cell's folder."""
+    """The finished stages in a cell's folder. Each is kept with its digest: what is not what was written is absent."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        #: Names of the stages that were asked for, in order.
+        self.names: list[str] = []
 
     def __getitem__(self, name: str) -> Any:
-        return read_json(self.folder / f"{name}.json")
-
-    def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What the stage gave, computed where it is not there yet."""
-        found = self[name]
-        if found is None:
-            write_json(self.folder / f"{name}.json", compute())
-            found = self[name]
+        path = self.folder / f"{name}.json"
+        found = read_json(path)
+        if not isinstance(found, dict):
+            return None
+        # Earlier versions wrote none.
+        stated = found.pop(DIGEST, None)
+        if stated is not None and stated != digest(found):
+            logger.warning("Computing again what %s does not hold any more as it was written.", path)
+            return None
         return found
+
+    def __setitem__(self, name: str, value: Mapping[str, Any]) -> None:
+        found = plain(value)
+        write_json(self.folder / f"{name}.json", {**found, DIGEST: digest(found)})
+
+    def once(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> Any:
+        """What the stage gave, computed where it is not there yet."""
+        self.names.append(name)
+        if self[name] is None:
+            self[name] = compute()
+        return self[name]
+
+    def finish(self, label: str) -> None:
+        """Marks the cell as done, with the stages that it then has."""
+        self[DONE] = {"label": label, "stages": list(dict.fromkeys(self.names))}
+
+    @property
+    def are_done(self) -> bool:
+        """Whether the cell is marked as done, and every stage that it had then is still there."""
+        done = self[DONE]
+        if done is None:
+            return False
+        # Earlier versions did not say which.
+        names = done.get("stages") or [path.stem for path in self.folder.glob("*.json")]
+        return all(self[name] is not None for name in names)
