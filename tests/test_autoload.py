@@ -167,6 +167,17 @@ def test_a_failure_of_ours_is_a_warning_and_the_host_works(autoload: ModuleType,
         assert importlib.import_module("hosttwo").ready
 
 
+@pytest.mark.parametrize("failure", ["raise ValueError('no')", "raise SystemExit(3)", "1 / 0"])
+@pytest.mark.filterwarnings("error")
+def test_a_failure_of_ours_does_not_end_the_host_where_warnings_are_errors(
+    failure: str, autoload: ModuleType, places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(places, {"ours_for_two.py": f"def register():\n    {failure}\n"})
+    autoload.install()
+    assert importlib.import_module("hosttwo").ready
+    assert "could not make itself known to hosttwo" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["0", "false", "Off"])
 def test_switched_off_nothing_waits(
     value: str, autoload: ModuleType, places: Path, monkeypatch: pytest.MonkeyPatch

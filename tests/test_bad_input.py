@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -376,11 +377,15 @@ def test_the_demo_does_not_replace_what_it_did_not_write(run: Run, tmp_path: Pat
 # --- the way an error is told ----------------------------------------------------------------------------------------
 
 
-def test_stopping_by_hand_says_how_to_go_on(
-    run: Run, base: Path, forget: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "wanted"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_stopping_by_hand_or_by_a_signal_says_how_to_go_on(
+    name: str, wanted: int, run: Run, base: Path, forget: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
+        signal.raise_signal(getattr(signal, name))
+        raise AssertionError("not stopped")
+
+    before = signal.getsignal(getattr(signal, name))
 
     arguments = (
         "run",
@@ -396,7 +401,9 @@ def test_stopping_by_hand_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(erasure, "optimise_values", interrupted)
         status, said = run(*arguments)
-    assert status == 130
+    assert status == wanted
+    assert signal.getsignal(getattr(signal, name)) == before
+    assert not (tmp_path / "out").exists()
     assert "Stopped. Phases that were finished are kept: the same command goes on from there." in said
     assert "Traceback" not in said
     assert run(*arguments)[0] == 0

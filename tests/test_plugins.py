@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -139,6 +140,14 @@ def test_pluggy_is_imported_when_a_plugin_asks_for_its_marker() -> None:
 BROKEN = {
     "fails when imported": ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
     "ends the program": ("raise SystemError('no')", "SystemError: no"),
+    "exits when imported": (
+        "import sys\nprint('noise')\nsys.exit(3)",
+        "called for the end of the program (SystemExit: 3)",
+    ),
+    "exits in silence": ("raise SystemExit", "called for the end of the program (SystemExit: )"),
+    "interrupts when imported": ("raise KeyboardInterrupt", "called for the end of the program (KeyboardInterrupt: )"),
+    "is cancelled when imported": ("import asyncio\nraise asyncio.CancelledError", "the program (CancelledError: )"),
+    "exits in a hook": (GOOD.replace('register("{name}_length", len)', "exit()"), "of the program (SystemExit: None)"),
     "has no hook": ("x = 1", "has none of the hooks register_methods"),
     "has an unknown hook": ("@hookimpl\ndef register_method(register): pass", "unknown hook 'register_method'"),
     "takes something else": ("@hookimpl\ndef register_methods(methods): pass", "Argument(s) {'methods'}"),
@@ -169,6 +178,69 @@ def test_a_broken_plugin_is_named_and_the_rest_works(
     for catalogue in (found.methods, found.readers, found.metrics, found.hosts):
         assert not [name for name in catalogue if name.startswith("broken")]
         assert len([name for name in catalogue if name.startswith(("aleph", "zeta"))]) == 2
+
+
+ENDS = """
+import sys
+def end(*arguments):
+    {how}
+@hookimpl
+def register_methods(register):
+    register(Method("{name}", "a title", "a paper", HyperParams, end, check=end, settle=end))
+@hookimpl
+def register_request_readers(register):
+    register("{name}_facts", end)
+@hookimpl
+def register_metrics(register):
+    register("{name}_length", end)
+@hookimpl
+def register_hosts(register):
+    register(Host("{name}_host", "a title", "json", end))
+"""
+CALLS: dict[str, Callable[[module.Registry], Any]] = {
+    "method": lambda found: found.methods.find("rude").run(None),  # type: ignore[arg-type]
+    "method's check": lambda found: found.methods.find("rude").check(None),  # type: ignore[arg-type]
+    "method's settings": lambda found: found.methods.find("rude").settle(None, None),
+    "reader": lambda found: read_requests("rude_facts:x", found.readers),
+    "metric": lambda found: found.metrics["rude_length"]("x"),
+    "host": lambda found: found.hosts["rude_host"].register(),
+}
+
+
+@pytest.mark.parametrize("how", ["sys.exit(0)", "raise KeyboardInterrupt", "exit()"])
+@pytest.mark.parametrize("part", CALLS)
+def test_nothing_of_a_plugin_ends_the_program(part: str, how: str, install: Install) -> None:
+    install("rude", ENDS.replace("{how}", how))
+    with pytest.raises(PluginError, match=r"of the plugin 'rude' \(rude-package 1.2\) called for the end"):
+        CALLS[part](load_registry())
+
+
+@pytest.mark.parametrize("part", CALLS)
+def test_ctrl_c_ends_a_plugin_as_it_ends_all_else(part: str, install: Install) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    install("rude", ENDS.replace("{how}", "import signal\n    signal.raise_signal(signal.SIGINT)"))
+    with pytest.raises(KeyboardInterrupt):
+        CALLS[part](load_registry())
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_while_plugins_are_found_is_no_fault_of_theirs(install: Install) -> None:
+    install(
+        "slow", "import signal\nsignal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))\nsignal.raise_signal(2)"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        load_registry()
+
+
+@pytest.mark.parametrize(
+    "body", ["print('noise')\n" + GOOD, GOOD.replace("register(method", "print('noise'); register(method")]
+)
+@pytest.mark.parametrize("command", ["plugins", "methods", "hosts"])
+def test_what_a_plugin_prints_is_not_in_what_a_command_prints(command: str, body: str, install: Install) -> None:
+    install("loud", body)
+    done = CliRunner().invoke(cli.app, [command, "--json"])
+    assert any("loud" in str(each) for each in json.loads(done.stdout))
+    assert "noise" in done.stderr
 
 
 def test_a_name_that_two_plugins_claim_belongs_to_neither(install: Install, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,6 +20,7 @@ from pluggy import PluginManager
 
 from . import __version__, hookspecs
 from .errors import PluginError, did_you_mean, shown
+from .foreign import guarded, guarded_parts, kept_in, quiet
 from .hookspecs import PROJECT, Host, Metric
 from .methods.contract import Method
 from .readers import Reader
@@ -153,7 +154,9 @@ def _load(point: EntryPoint) -> tuple[Plugin, _Entries]:
     package, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
     described = Plugin(point.name, version, (), package, point.value)
     try:
-        return _register(point.load(), described)
+        with kept_in("Its code"), quiet():
+            found, entries = _register(point.load(), described)
+        return found, {hook: _guarded(hook, named, found) for hook, named in entries.items()}
     except Exception as error:  # another package's code may raise anything
         reason = f"{type(error).__name__}: {error}"
     logger.warning(
@@ -161,6 +164,16 @@ def _load(point: EntryPoint) -> tuple[Plugin, _Entries]:
         described, reason, RESTRICTION,
     )  # fmt: skip
     return replace(described, error=reason), {hook: [] for hook in _KINDS}
+
+
+def _guarded(hook: str, entries: list[tuple[str, Any]], owner: Plugin) -> list[tuple[str, Any]]:
+    """What a plugin registered, so that none of its functions ends the program."""
+    what = f"The {_KINDS[hook]} {{name!r}} of the plugin {owner}"
+    parts = {"register_methods": ("run", "check", "settle"), "register_hosts": ("register",)}.get(hook)
+    return [
+        (name, guarded_parts(thing, parts, what.format(name=name)) if parts else guarded(thing, what.format(name=name)))
+        for name, thing in entries
+    ]
 
 
 def _register(plugin: Any, described: Plugin) -> tuple[Plugin, _Entries]:

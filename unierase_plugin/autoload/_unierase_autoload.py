@@ -61,11 +61,14 @@ class HostFinder:
 
         try:
             importlib.import_module(ours).register()
-        except Exception as error:  # whatever it is, it is not the host's fault
+        except (Exception, SystemExit) as error:  # whatever it is, it is not the host's fault
             import warnings
 
-            warnings.warn(
+            said = (
                 f"unierase-plugin could not make itself known to {name.split('.')[0]}, which works without it: "
-                f"{type(error).__name__}: {error} Set UNIERASE_AUTOLOAD=0 to have it not try.",
-                stacklevel=2,
+                f"{type(error).__name__}: {error} Set UNIERASE_AUTOLOAD=0 to have it not try."
             )
+            try:
+                warnings.warn(said, stacklevel=2)
+            except Warning:  # warnings are errors (python -W error); the host is to work all the same
+                sys.stderr.write(said + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +23,7 @@ from .lists import hparams, tasks_path
 from .plugins import hosts, methods, plugins
 from .record import export, inspect, revert
 from .run import demo, run
+from .signals import ended_by_signals, status_of
 from .stats import stats
 
 #: Characters of what is said of an option that is wrong.
@@ -44,7 +45,10 @@ def _plain_usage_errors() -> Iterator[None]:
 
 
 class _Commands(TyperGroup):
-    """Turns errors of ours into one red paragraph and exit status 1, and Ctrl-C into status 130."""
+    """Turns errors of ours into one red paragraph and exit status 1, and signals into a line and theirs.
+
+    Ctrl-C gives 130, SIGTERM 143, SIGHUP 129.
+    """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         with _plain_usage_errors():
@@ -52,7 +56,7 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
-            with _plain_usage_errors():
+            with ended_by_signals(), _plain_usage_errors():
                 return super().invoke(ctx)
         except StepAppliedError as done:  # a command that is repeated after a stop has reached what it was to reach
             tell(str(done))
@@ -60,9 +64,10 @@ class _Commands(TyperGroup):
         except UniEraseError as error:
             tell(styled(("Error:", "bold red"), f" {error}"))
             raise typer.Exit(1) from error
-        except KeyboardInterrupt:
-            tell("Stopped. Phases that were finished are kept: the same command goes on from there.")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            with suppress(OSError):  # a terminal that hung up takes no line
+                tell("Stopped. Phases that were finished are kept: the same command goes on from there.")
+            raise typer.Exit(status_of(stop)) from None
 
 
 app = typer.Typer(
