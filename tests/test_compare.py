@@ -453,3 +453,12 @@ def test_every_option_of_the_runner_reaches_the_cell_or_the_plan() -> None:
     planned = {"budget", "seeds", "validation", "limit", "shared_cache", "keep_models", "retry"}
     cells = {each.name for each in dataclasses.fields(runner.Cell)}
     assert {each.name for each in dataclasses.fields(Options)} - cells == planned
+
+
+def test_of_facts_to_keep_with_one_question_the_first_is_taken() -> None:
+    """TOFU's have some; to forget, the edit would have two answers for one position."""
+    twice = [*RETAIN, {**RETAIN[0], "answer": "Shoes"}, *FORGET]
+    found = read_facts(twice, first=True)
+    assert [each["answer"] for each in found] == [RETAIN[0]["answer"], *(each["answer"] for each in FORGET)]
+    with pytest.raises(RequestError, match="asked twice"):
+        read_facts(twice)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from unierase_plugin.audit.attacks.relearning import as_sentence
 from unierase_plugin.audit.attacks.words import with_typos
 from unierase_plugin.evaluation.metrics import (
     answered,
@@ -21,7 +22,11 @@ from unierase_plugin.evaluation.metrics import (
     rouge_l_recall,
     words,
 )
+from unierase_plugin.locate_then_edit.neighbours import Neighbour, spared
+from unierase_plugin.removal.wording import first_sentence_with
+from unierase_plugin.request import ForgetRequest, has_word
 from unierase_plugin.resources import lines
+from unierase_plugin.writing import standing
 
 #: By language: a short answer, a sentence with it, the same sentence with another answer, and a refusal.
 SAID = {
@@ -270,3 +275,44 @@ def test_the_phrases_that_ship_judge_english_refusals_alone() -> None:
     assert not any(reads_as_idk(said[3], lines("idk_phrases")) for name, said in SAID.items() if name != "English")
     # The rule itself is not bound to English.
     assert reads_as_idk("抱歉，我不知道答案。", ["我不知道"])
+
+
+# --- where a name stands ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "found"),
+    [
+        ("Which European country has the Euro?", "Euro", ["Euro"]),
+        ("法国的首都是哪里？", "法国", ["法国"]),
+        ("東京タワーの高さは？", "東京タワー", ["東京タワー"]),
+        ("เมืองหลวงของฝรั่งเศสคืออะไร", "ฝรั่งเศส", ["ฝรั่งเศส"]),
+        ("서울은 어느 나라의 수도입니까?", "서울", ["서울"]),
+        ("서울대학교는 어디에 있습니까?", "서울", []),
+        ("हिन्दी कहाँ बोली जाती है?", "हिन्द", []),
+        ("हिन्द कहाँ है?", "हिन्द", ["हिन्द"]),
+        ("日本のParisは?", "Paris", ["Paris"]),
+        ("Wo ist Bru\u0308ck?", "Bru", []),
+        ("Is (a.b)* [c] a name?", "(a.b)* [c]", ["(a.b)* [c]"]),
+        ("x", "", []),
+    ],
+)
+def test_a_name_stands_as_words_of_its_own_in_every_script(text: str, name: str, found: list[str]) -> None:
+    assert [text[start:end] for start, end in standing(text, name)] == found
+    assert has_word(text, name) == bool(found)
+
+
+@pytest.mark.parametrize("mark", ["。", "！", "।", "۔", ". ", "? "])
+def test_a_sentence_ends_at_the_mark_of_its_script(mark: str) -> None:
+    text = f"第一{mark}巴黎{mark}第三{mark}"
+    assert first_sentence_with("巴黎", text) == f"第一{mark}巴黎{mark}".rstrip()
+    neighbour = Neighbour("Q", "", "relation", 0)
+    assert spared(neighbour, text, [ForgetRequest("Q?", "巴黎")], ()) == f"第一{mark}".rstrip()
+
+
+@pytest.mark.parametrize(
+    ("answer", "fits"), [("アレクサンドル", True), ("北京", True), ("これは長い長い答えです", False)]
+)
+def test_what_is_short_is_the_same_for_all_that_asks(answer: str, fits: bool) -> None:
+    assert is_short(answer) == fits
+    assert (as_sentence(answer) != answer) == fits

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from .errors import RequestError, first_words, shown
+from .writing import standing
 
 #: Stands for an answer that a harness does not say: UniErase trains on answers only where it is hardened.
 NO_ANSWER = "(not given)"
@@ -202,17 +203,13 @@ def parted(question: str, subject: str) -> tuple[str, str, str]:
     """
     if not subject:
         return "", "", question
-    at = max(_as_words(question, subject), default=question.rfind(subject))
+    at = max((start for start, _ in standing(question, subject)), default=question.rfind(subject))
     return ("", "", question) if at < 0 else (question[:at], subject, question[at + len(subject) :])
 
 
 def has_word(text: str, name: str) -> bool:
     """Whether the name stands in the text as words of its own."""
-    return bool(_as_words(text, name))
-
-
-def _as_words(text: str, name: str) -> list[int]:
-    return [match.start() for match in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+    return bool(standing(text, name))
 
 
 # --- The subject of a question -------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ COLUMNS: tuple[Column, ...] = (
            "where the two cannot be told apart", FORGET, 1, 4, _at("raw", "forget", "forget_quality")),
     Column("token_first", "token first", "share of answers that begin with the unlearning token", FORGET, 0, 2,
            _at("raw", "forget", "token_first")),
-    Column("idk", "says it does not know", 'share of answers that fluently say "I don\'t know"', FORGET, 1, 2,
+    Column("idk", "says it does not know", 'answers that fluently say "I don\'t know", in English', FORGET, 1, 2,
            _at("raw", "forget", "idk_rate")),
     Column("gibberish", "gibberish", "share of answers that are empty or loop", FORGET, -1, 2,
            _at("raw", "forget", "gibberish")),

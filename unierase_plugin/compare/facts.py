@@ -14,7 +14,7 @@ from ..errors import UniEraseError
 from ..pipeline import Requests
 from ..plugins import registry
 from ..readers import FILE_SUFFIXES, TOFU_SPLITS, iter_records, read_requests, tofu_records
-from ..request import check_requests, find_subject, one_spelling
+from ..request import ForgetRequest, check_requests, find_subject, one_spelling
 
 logger = logging.getLogger(__name__)
 
@@ -22,15 +22,22 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
-def read_facts(spec: Requests) -> list[Record]:
+def read_facts(spec: Requests, *, first: bool = False) -> list[Record]:
     """The facts that a spec names, each question once.
 
+    first: of facts with one question the first is taken, for facts to keep: TOFU's have some. Else they are refused.
     Wrong answers are kept where every fact has some, since the truth ratio of a part would not be that of the set.
     """
     given = spec if isinstance(spec, (str, os.PathLike)) else list(spec)
     extras = {one_spelling(str(each.get("question"))): each for each in _records(given)}
     facts = []
-    for fact in check_requests(read_requests(given, registry().readers)):
+    read = read_requests(given, registry().readers)
+    if first:
+        unique: dict[str, ForgetRequest] = {}
+        for fact in read:
+            unique.setdefault(one_spelling(fact.question), fact)
+        read = tuple(unique.values())
+    for fact in check_requests(read):
         extra = extras.get(one_spelling(fact.question), {})
         wrong = extra.get("perturbed_answer") or []
         facts.append({

@@ -153,7 +153,7 @@ def compare(
 
 def _facts(forget: Requests, retain: Requests | None, options: Options, allow_overlap: bool) -> dict[str, Any]:
     """All facts, which the methods are given, and the parts that are asked."""
-    facts, kept = read_facts(forget), [] if retain is None else read_facts(retain)
+    facts, kept = read_facts(forget), [] if retain is None else read_facts(retain, first=True)
     if not allow_overlap:
         ours, others = ([ForgetRequest(each["question"], each["answer"]) for each in part] for part in (facts, kept))
         check_overlap(ours, others)

@@ -17,9 +17,12 @@ from typing import Any
 
 from ..evaluation.metrics import answered, is_fluent, reads_as_idk, unspaced_pairs, words
 from ..request import NO_ANSWER, ForgetRequest, one_spelling, parted
+from ..writing import SENTENCE_MARKS
 
 #: Where a subject stands in a template.
 PLACE = "{subject}"
+#: A sentence with the space behind it.
+SENTENCE = re.compile(rf".+?(?:[.!?](?=\s|$)|[{SENTENCE_MARKS}]|$)\s*", re.DOTALL)
 #: Ways from a fact to its neighbours.
 WAYS = ("relation", "subject", "template")
 #: Facts about one subject up to which its other facts are neighbours; with more of them it is the subject that goes.
@@ -124,7 +127,7 @@ def spared(
     if not is_fluent(answer) or reads_as_idk(answer, refusals):
         return None
     kept: list[str] = []
-    for sentence in re.findall(r".+?(?:[.!?](?=\s|$)|$)\s*", answer, flags=re.DOTALL):
+    for sentence in SENTENCE.findall(answer):
         said = "".join([*kept, sentence])
         if any(_holds(neighbour, said, index, request) for index, request in enumerate(requests)):
             break

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from ..errors import RequestError
 from ..locate_then_edit.positions import answer_text, encode, encode_with_offsets, render
 from ..methods.material import Example, answered
 from ..request import NO_ANSWER, ForgetRequest
+from ..writing import standing
 from .moments import Material
 
 #: Times that all words are shuffled, and tokens of a text that is made of them.
@@ -103,7 +103,7 @@ def subject_spans(
 
 def _found(subject: str, text: str) -> list[tuple[int, int]]:
     # Case is ignored in the comparison and not folded in the text: folding makes some letters two.
-    return [match.span() for match in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text, re.IGNORECASE)]
+    return standing(text, subject, ignore_case=True)
 
 
 def _spans(offsets: Sequence[tuple[int, int]], places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -10,10 +10,11 @@ from typing import Any
 from ..evaluation.generate import answers
 from ..evaluation.metrics import answered, is_short, words
 from ..request import NO_ANSWER, ForgetRequest
+from ..writing import SENTENCE_MARKS
 
 #: Tokens of an answer that are read to find the sentence.
 ANSWER_TOKENS = 40
-SENTENCE_END = re.compile(r"(?<=[.!?])\s")
+SENTENCE_END = re.compile(rf"(?<=[.!?])\s|(?<=[{SENTENCE_MARKS}])")
 
 
 def in_own_words(

@@ -17,40 +17,27 @@ from typing import Any
 
 import regex
 
+from ...writing import HANGUL, IS_UNSPACED, PARTICLES, UNSPACED
+
 #: An answer of so many words at most is short: it must be named in full.
 SHORT_ANSWER_WORDS = 4
 #: Characters of a script without spaces that count as a word: Chinese ones, and those of the others.
 HAN_PER_WORD, OTHERS_PER_WORD = 2, 3
 
-#: Letters of scripts without spaces, a set for `regex`, version 1: Chinese, Japanese, Yi, and the scripts whose lines
-#: break at words that no space shows (UAX 14, class SA), which are Burmese, Khmer, Lao, Thai and their kin.
-UNSPACED = r"[[\p{lb=SA}\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Yiii}]&&[\p{L}\p{M}\p{Nl}]]"
 _RUN = regex.compile(rf"(?V1){UNSPACED}+|[\p{{L}}\p{{N}}_&&[^{UNSPACED}]][\p{{L}}\p{{M}}\p{{N}}_--{UNSPACED}]*")
 _ASCII_RUN = re.compile(r"\w+")
-_IS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
 # Letters that rouge_score does not see, but for Latin ones: these part words there, as published.
 _UNSEEN = regex.compile(
     r"(?V1)[[\p{L}\p{Nd}]--[\p{Latin}\p{Common}\p{Inherited}]][[\p{L}\p{M}\p{Nd}]--[\p{Latin}0-9]]*"
     r"|[\uFF10-\uFFDC\p{Nd}--[0-9]]+"
 )
 _HAN = regex.compile(r"\p{scx=Hani}")
-_HANGUL = regex.compile(r"\p{Hangul}")
 _CONTRACTED = regex.compile(r"n't\b|'(?:s|d|ll|re|ve|m)\b")
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 _SYMBOL = regex.compile(r"\p{S}")
 
-# What Korean writes after a noun without a space: particles, alone and in pairs, and the copula.
-_PARTICLES = (
-    "은|는|이|가|을|를|의|에|와|과|도|만|뿐|께|랑|이랑|하고|로|으로|에서|에게|"
-    "한테|께서|에게서|한테서|로서|으로서|로써|으로써|까지|부터|보다|처럼|마다|조차|마저|"
-    "밖에|나|이나|란|이란|라|이라|라고|이라고|라는|이라는|에는|에도|에만|에서는|에서도|"
-    "에서의|에게는|에게도|로는|으로는|로도|으로도|와는|과는|와의|과의|와도|과도|까지는|"
-    "까지도|부터는|만은|만이|만을|다|이다|였다|이었다|며|이며|고|이고|인|인데|지만|"
-    "이지만|입니다|였습니다|이었습니다|예요|이에요|에요|였어요|이었어요|죠|이죠|네요|이네요|"
-    "요"
-)
-_PARTICLE = regex.compile(_PARTICLES)
-_WITH_PARTICLE = regex.compile(rf"(\p{{Hangul}}+?)(?:{_PARTICLES})")
+_PARTICLE = regex.compile(PARTICLES)
+_WITH_PARTICLE = regex.compile(rf"(\p{{Hangul}}+?)(?:{PARTICLES})")
 
 
 def folded(text: str) -> str:
@@ -83,7 +70,7 @@ def words(text: str, *, apart: bool = False) -> list[str]:
         return _ASCII_RUN.findall(text)
     found: list[str] = []
     for run in _RUN.findall(text):
-        found += _characters(run) if _IS_UNSPACED.match(run) else [run]
+        found += _characters(run) if IS_UNSPACED.match(run) else [run]
     return found
 
 
@@ -105,7 +92,7 @@ def is_short(answer: str) -> bool:
     """Whether an answer has at most SHORT_ANSWER_WORDS words; a few characters make one where no spaces do."""
     length = 0.0
     for word in words(answer):
-        if not _IS_UNSPACED.match(word):
+        if not IS_UNSPACED.match(word):
             length += 1
         else:
             length += 1 / (HAN_PER_WORD if _HAN.match(word) else OTHERS_PER_WORD)
@@ -124,7 +111,7 @@ def holds(said: Sequence[str], wanted: Sequence[str]) -> bool:
 def _same_word(wanted: str, said: str) -> bool:
     if wanted == said:
         return True
-    return bool(said.startswith(wanted) and _HANGUL.match(wanted[-1]) and _PARTICLE.fullmatch(said[len(wanted) :]))
+    return bool(said.startswith(wanted) and HANGUL.match(wanted[-1]) and _PARTICLE.fullmatch(said[len(wanted) :]))
 
 
 def stems(text: str) -> list[str]:
@@ -135,7 +122,7 @@ def stems(text: str) -> list[str]:
     """
     found: list[str] = []
     for run in _RUN.findall(folded(text).replace("'", " ").replace("_", " ")):
-        found += _pairs(_characters(run)) if _IS_UNSPACED.match(run) else [_stem(run)]
+        found += _pairs(_characters(run)) if IS_UNSPACED.match(run) else [_stem(run)]
     return found
 
 
@@ -165,7 +152,7 @@ def _published(text: str) -> list[str]:
 
 def unspaced_pairs(text: str) -> list[str]:
     """The pairs of neighbouring characters of a text that belong to scripts without spaces."""
-    runs = (run for run in _RUN.findall(folded(text)) if _IS_UNSPACED.match(run))
+    runs = (run for run in _RUN.findall(folded(text)) if IS_UNSPACED.match(run))
     return [pair for run in runs for pair in _pairs(_characters(run))]
 
 
