@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -341,7 +342,8 @@ def test_inspect_verify_says_what_holds(steps: Path, folder: Path) -> None:
     found = told(folder, 0)
     assert found["holds"]
     assert {row["part"]: row["state"] for row in found["parts"]} == dict.fromkeys(
-        ("manifest.json", "ledger.jsonl", "edits.safetensors", "reports", "digests.json", "weights"), "holds"
+        ("manifest.json", "ledger.jsonl", "edits.safetensors", "reports", "digests.json", "weights", "other files"),
+        "holds",
     )
     assert found["possible"] == ["revert", "revert --step 1", "revert --request", "export", "run"]
     assert told(steps / "one", 0)["possible"] == ["revert", "revert --request", "export", "run"]
@@ -378,10 +380,28 @@ def test_inspect_verify_checks_the_weights(folder: Path, weight: str, possible: 
     assert told(folder, 1)["possible"] == ["export"]
 
 
+def test_inspect_verify_names_other_files_that_changed_and_revert_warns_of_them(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, times = folder / "tokenizer.json", (folder / "tokenizer.json").stat()
+    text = path.read_text()
+    path.write_text(text.replace('"a"', '"ж"', 1))  # as many bytes, or not: both are told
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    found = told(folder, 1)
+    assert [row for row in found["parts"] if row["state"] != "holds"] == [
+        {"part": "other files", "state": "changed", "what": "tokenizer.json"}
+    ]
+    revert_checkpoint(folder, tmp_path / "one", step=1)
+    assert "tokenizer.json" in caplog.text
+    (folder / "NOTES.md").write_text("mine")
+    path.write_text(text)
+    assert told(folder, 0)["holds"]
+
+
 def test_inspect_verify_of_an_earlier_version_is_not_verified(folder: Path) -> None:
     found = told(without_digests(folder), 0)
     states = {row["part"]: row["state"] for row in found["parts"]}
-    assert states.pop("weights") == "holds"
+    assert states.pop("weights") == states.pop("other files") == "holds"
     assert set(states.values()) == {"not verified"}
     assert not verify_folder(folder).record.verified
 

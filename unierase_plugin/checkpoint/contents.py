@@ -81,6 +81,18 @@ def foreign_files(folder: Path) -> tuple[list[str], list[str]]:
     return [name for name in names if name not in listed], changed
 
 
+def changed_contents(folder: Path) -> list[str] | None:
+    """Names of the files that this package wrote and that hold something else now, or are gone, whatever their times.
+
+    Weights and record are left out, which have digests of their own. None for a folder without a list.
+    """
+    listed = _read_list(folder)
+    if listed is None:
+        return None
+    names = [name for name in sorted(listed) if not _WEIGHTS.fullmatch(name) and not re.fullmatch(_RECORD, name)]
+    return [name for name in names if not _is_as_listed(folder / name, listed[name], by_time=False)]
+
+
 def carry_over(folder: Path, staging: Path) -> list[str]:
     """Takes what others put into `folder` along to `staging`, its new version; returns what stays foreign there.
 
@@ -156,14 +168,14 @@ def _described(path: Path) -> dict[str, Any]:
     return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": _sha256(path)}
 
 
-def _is_as_listed(path: Path, entry: Any) -> bool:
+def _is_as_listed(path: Path, entry: Any, by_time: bool = True) -> bool:
     """By size and time where these agree, else by content: copying a folder changes its times."""
     if path.is_symlink() or not path.is_file() or not isinstance(entry, dict):
         return False
     found = path.stat()
     if found.st_size != entry.get("size"):
         return False
-    return found.st_mtime_ns == entry.get("mtime_ns") or _sha256(path) == entry.get("sha256")
+    return (by_time and found.st_mtime_ns == entry.get("mtime_ns")) or _sha256(path) == entry.get("sha256")
 
 
 def _sha256(path: Path) -> str:

@@ -20,7 +20,7 @@ from ..locate_then_edit.edit import WeightEdit, apply_edit
 from ..older_readers import write_for_older_readers
 from ..store import model_fingerprint
 from ..tying import resize_vocabulary
-from .contents import LIST
+from .contents import LIST, changed_contents
 from .damage import misfits
 from .downdate import edit_without
 from .folder import bytes_of, save_model
@@ -347,6 +347,9 @@ def _write(model: Any, source: Path, place: OutputFolder, token: str, kept: Chec
 
 def _copy_companions(source: Path, staging: Path) -> None:
     """Everything beside the weights: tokenizer, chat templates, notes."""
+    changed = changed_contents(source)
+    if changed:
+        logger.warning("Files in %s were changed since, and are taken as they are: %s.", source, ", ".join(changed))
     for entry in source.iterdir():
         if entry.name in (RECORD, LIST) or (staging / entry.name).exists() or ".safetensors" in entry.name:
             continue

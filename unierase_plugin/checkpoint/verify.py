@@ -8,12 +8,13 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..store import model_fingerprint
+from .contents import changed_contents
 from .damage import misfits
 from .integrity import Examined, examine
 from .record import DIGESTS, EDITS, LEDGER, MANIFEST, REPORT
 from .revert import load_saved, restore_base
 
-HOLDS, DAMAGED, NOT_VERIFIED, UNKNOWN = "holds", "damaged", "not verified", "unknown"
+HOLDS, DAMAGED, CHANGED, NOT_VERIFIED, UNKNOWN = "holds", "damaged", "changed", "not verified", "unknown"
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,16 @@ class Verification:
     why: str
     #: Whether `unierase revert` gives the base model.
     gives_base: bool
+    #: Configuration, tokenizer and the like that are not what was written; None where no list tells.
+    changed: tuple[str, ...] | None = None
 
     @property
     def holds(self) -> bool:
         """Whether no damage was found."""
-        return not self.record.damage and self.weights == HOLDS
+        return not self.record.damage and self.weights == HOLDS and not self.changed
 
     def rows(self) -> list[dict[str, str]]:
-        """part, state and what is wrong, for each file of the record and for the weights."""
+        """part, state and what is wrong, for each file of the record, the weights, and all other files together."""
         found = []
         for name in (MANIFEST, LEDGER, EDITS, "reports", DIGESTS):
             damage = [each for each in self.record.damage if _group(each.file) == name]
@@ -41,7 +44,9 @@ class Verification:
                 state = DAMAGED if damage else HOLDS if self.record.verified else NOT_VERIFIED
                 what = "; ".join(f"{each.place} {each.what}".strip() for each in damage)
                 found.append({"part": name, "state": state, "what": what})
-        return [*found, {"part": "weights", "state": self.weights, "what": self.why}]
+        found.append({"part": "weights", "state": self.weights, "what": self.why})
+        state = NOT_VERIFIED if self.changed is None else CHANGED if self.changed else HOLDS
+        return [*found, {"part": "other files", "state": state, "what": ", ".join(self.changed or ())}]
 
     def possible(self) -> list[str]:
         """Commands that still do what they should, by name."""
@@ -64,20 +69,23 @@ class Verification:
 
 
 def verify_folder(folder: str | Path) -> Verification:
-    """Reads all of an output folder: the record, and the model's weights by their fingerprint.
+    """Reads all of an output folder: the record, the model's weights by their fingerprint, and all other files.
 
     Where either does not hold, the base model is put together in memory, to see whether that still can be done. Raises
     CheckpointError where the folder is no output folder of this package.
     """
     found = examine(folder)
+    names = changed_contents(found.folder)
+    changed = None if names is None else tuple(names)
     try:
         model = load_saved(found.folder)
     except CheckpointError as error:
-        return Verification(found, DAMAGED, str(error), False)
+        return Verification(found, DAMAGED, str(error), False, changed)
     weights, why = _weights(model, found)
-    if weights == HOLDS and not found.damage:
-        return Verification(found, weights, why, found.way_back is not None)
-    return Verification(found, weights, why, found.way_back is not None and restore_base(model, found.way_back))
+    gives_base = found.way_back is not None
+    if found.way_back is not None and (weights != HOLDS or found.damage):
+        gives_base = restore_base(model, found.way_back)
+    return Verification(found, weights, why, gives_base, changed)
 
 
 def _weights(model: Any, found: Examined) -> tuple[str, str]:
