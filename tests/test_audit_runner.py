@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -25,8 +27,9 @@ from unierase_plugin.audit.contract import GROUPS
 from unierase_plugin.audit.page import page
 from unierase_plugin.audit.runner import audit
 from unierase_plugin.cli import app
-from unierase_plugin.errors import CheckpointError, RequestError, UniEraseError
+from unierase_plugin.errors import CheckpointError, RequestError, UniEraseError, WriteError
 from unierase_plugin.loading import load
+from unierase_plugin.locks import folder_lock
 from unierase_plugin.store import model_fingerprint
 
 WORDS = ("removed", "suppressed", "not forgotten", "model damaged")
@@ -223,6 +226,68 @@ def test_a_damaged_result_is_computed_again(folder: Path, tmp_path: Path, runs: 
     audited(folder, tmp_path / "out", attacks=("prefill",))
     assert runs["edited: prefill"] == 2
     assert runs["edited: plain"] == 1
+
+
+def test_a_changed_result_is_computed_again(folder: Path, tmp_path: Path, runs: Counter[str]) -> None:
+    audited(folder, tmp_path / "out", attacks=("prefill",))
+    part = tmp_path / "out" / "results" / "edited.prefill.json"
+    text = part.read_text(encoding="utf-8")
+    part.write_text(re.sub(r"0\.0", "1.0", text, count=1), encoding="utf-8")
+    assert part.read_text(encoding="utf-8") != text
+    audited(folder, tmp_path / "out", attacks=("prefill",))
+    assert runs["edited: prefill"] == 2
+    assert runs["edited: plain"] == 1
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short", "removed in part"])
+def test_an_unedited_model_that_is_not_whole_is_taken_back_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    out = tmp_path / "out"
+
+    def stop(phase: str, share: float, note: str) -> None:
+        if phase == "unedited: plain" and damage != "removed in part":
+            raise KeyboardInterrupt
+
+    def stop_removing(place: Any, *args: Any, **options: Any) -> None:
+        (Path(place) / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "write_page", lambda *_: patch.setattr("shutil.rmtree", stop_removing))
+        with pytest.raises(KeyboardInterrupt):
+            audited(folder, out, attacks=("plain",), progress=stop)
+    if damage != "removed in part":
+        [weights] = out.glob(f"{runner.REBUILT}-*/model.safetensors")
+        weights.unlink() if damage == "gone" else weights.write_bytes(weights.read_bytes()[:-8])
+    assert audited(folder, out, attacks=("plain",))["verdict"]
+    assert sorted(path.name for path in out.iterdir()) == ["audit.html", "audit.json", "results"]
+
+
+def test_one_audit_at_a_time_writes_into_a_folder(folder: Path, tmp_path: Path) -> None:
+    with folder_lock(tmp_path / "out"), pytest.raises(CheckpointError, match="is being written by"):
+        audited(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["edited.plain.json", "audit.json", "audit.html"])
+def test_a_full_disk_leaves_no_half_of_a_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real, out = Path.write_bytes, tmp_path / "out"
+
+    def full(path: Path, data: bytes) -> int:
+        if name in path.name:
+            real(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(WriteError, match=r"No space left.*Free some room"):
+            audited(folder, out, attacks=("plain",))
+    assert not [path.name for path in out.rglob("*") if name in path.name]
+    audited(folder, out, attacks=("plain",))
+    assert sorted(path.name for path in out.iterdir()) == ["audit.html", "audit.json", "results"]
 
 
 # --- models at hand --------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,16 +13,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, examine, is_edited, revert_checkpoint
-from ..errors import CheckpointError, RequestError, UniEraseError, reason, shown
+from ..checkpoint import Checkpoint, examine, is_edited, is_whole, revert_checkpoint
+from ..errors import CheckpointError, RequestError, UniEraseError, WriteError, reason, shown
 from ..hparam_values import checked_seed
 from ..inputs import absolute_path
 from ..loading import load, read_tokenizer
 from ..locate_then_edit.positions import has_chat_template
+from ..locks import folder_lock
 from ..pipeline import peak_memory_bytes
 from ..plugins import registry
 from ..request import check_not_forgotten, check_overlap
-from ..store import digest, model_fingerprint, plain, tokenizer_fingerprint
+from ..store import (
+    clear_strays,
+    digest,
+    make_folder,
+    model_fingerprint,
+    plain,
+    remove_folder,
+    tokenizer_fingerprint,
+    write_json,
+)
 from .attacks import ATTACKS, choose_attacks
 from .contract import (
     EDITED,
@@ -52,6 +61,8 @@ PARTS = "results"
 #: And the unedited model, where it is taken back, until the audit is done; its fingerprint follows, since a folder that
 #: a stopped audit left may be of another model.
 REBUILT = "unedited"
+#: Digits of the fingerprint in its name.
+FINGERPRINT = 12
 #: In this order, so that what is compared with a control finds it there.
 ROLES = (REFERENCE, UNEDITED, EDITED)
 #: Examples of each attack that the page shows.
@@ -132,39 +143,43 @@ def audit(
     """
     checked_seed(seed)
     target = _output_folder(Path(out), model)
-    chosen = choose_attacks(attacks)
-    readers = registry().readers
-    facts = read_facts(forget, readers)
-    kept, held_out = (() if spec is None else read_facts(spec, readers) for spec in (retain, holdout))
-    if not allow_overlap:
-        check_overlap(facts, kept)
-        check_overlap(facts, held_out, "never to have been trained on")
-    models = _find_models(model, base, reference, target)
-    fit = sample(judgeable(facts), sizes.facts, seed)
-    if not fit:
-        raise RequestError(
-            f"None of the {len(facts)} facts can be audited: each question already holds its answer. Give others."
-        )
-    if models.record is not None and not allow_overlap:
-        check_not_forgotten(kept, models.record.forgotten(fact.question for fact in kept), models.name(EDITED))
-    if models.record is not None and not any(models.record.holds(fact.question) for fact in fit):
-        logger.warning("The record of %s names none of these facts: was it to forget others?", models.name(EDITED))
-    context = Context(
-        fit, sample(judgeable(kept), sizes.kept, seed), sizes, seed, sample(held_out, sizes.facts, seed),
-        has_reference=reference is not None,
-    )  # fmt: skip
-    run = _settled(context, chosen, models)
-    # Before the first attack: a folder that cannot be taken back is to be known now, not after half of the work.
-    _take_back(models)
-    for role in ROLES:
-        if models.source(role) is not None:
-            _attack(run, models, role, target, device, dtype, progress)
-    report = _report(run, models, facts, kept)
-    (target / "audit.json").write_text(json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_page(target / "audit.html", plain(report))
-    if models.rebuilt is not None:
-        shutil.rmtree(models.rebuilt, ignore_errors=True)
-    return report
+    with folder_lock(target):
+        make_folder(target / PARTS)
+        for folder in (target, target / PARTS):
+            clear_strays(folder)
+        chosen = choose_attacks(attacks)
+        readers = registry().readers
+        facts = read_facts(forget, readers)
+        kept, held_out = (() if spec is None else read_facts(spec, readers) for spec in (retain, holdout))
+        if not allow_overlap:
+            check_overlap(facts, kept)
+            check_overlap(facts, held_out, "never to have been trained on")
+        models = _find_models(model, base, reference, target)
+        fit = sample(judgeable(facts), sizes.facts, seed)
+        if not fit:
+            raise RequestError(
+                f"None of the {len(facts)} facts can be audited: each question already holds its answer. Give others."
+            )
+        if models.record is not None and not allow_overlap:
+            check_not_forgotten(kept, models.record.forgotten(fact.question for fact in kept), models.name(EDITED))
+        if models.record is not None and not any(models.record.holds(fact.question) for fact in fit):
+            logger.warning("The record of %s names none of these facts: was it to forget others?", models.name(EDITED))
+        context = Context(
+            fit, sample(judgeable(kept), sizes.kept, seed), sizes, seed, sample(held_out, sizes.facts, seed),
+            has_reference=reference is not None,
+        )  # fmt: skip
+        run = _settled(context, chosen, models)
+        # Before the first attack: a folder that cannot be taken back is to be known now, not after half of the work.
+        _take_back(models)
+        for role in ROLES:
+            if models.source(role) is not None:
+                _attack(run, models, role, target, device, dtype, progress)
+        report = _report(run, models, facts, kept)
+        write_json(target / "audit.json", report)
+        write_page(target / "audit.html", plain(report))
+        for rebuilt in target.glob(f"{REBUILT}-{'[0-9a-f]' * FINGERPRINT}"):
+            remove_folder(rebuilt)
+        return report
 
 
 def _output_folder(out: Path, model: Source) -> Path:
@@ -175,7 +190,6 @@ def _output_folder(out: Path, model: Source) -> Path:
         raise CheckpointError(
             f"{str(out)!r} is the model's own folder. Choose another --out, such as {out.name}-audit."
         )
-    (out / PARTS).mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -220,17 +234,20 @@ def _find_models(model: Source, base: Source | None, reference: Source | None, t
             f"{name!r} has no record of its edit, so that the unedited model is not known. Name it: --base DIR_OR_ID."
         )
     if record.originals is not None:
-        rebuilt = target / f"{REBUILT}-{record.manifest['model_fingerprint_before'][:12]}"
+        rebuilt = target / f"{REBUILT}-{record.manifest['model_fingerprint_before'][:FINGERPRINT]}"
         return _Models(model, rebuilt, reference, record, f"taken back to the bit from {name}", rebuilt)
     return _Models(model, str(record.manifest["model"]), reference, record, f"named in the record of {name}")
 
 
 def _take_back(models: _Models) -> None:
-    """Writes the unedited model where the record is to give it, unless an audit that was stopped left it there."""
-    if models.rebuilt is None or models.rebuilt.is_dir():
+    """Writes the unedited model where the record is to give it, unless an audit that was stopped left it whole."""
+    if models.rebuilt is None or is_whole(models.rebuilt):
         return
+    remove_folder(models.rebuilt)
     try:
         revert_checkpoint(models.name(EDITED), models.rebuilt)
+    except WriteError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{error} For the audit: --base DIR_OR_ID names the unedited model.") from error
 
@@ -295,10 +312,9 @@ def _kept_or_run(
         return kept
     start = time.monotonic()
     result = replace(attack.run(subject, context), seconds=round(time.monotonic() - start, 2))
-    partial = path.with_suffix(f".writing-{os.getpid()}")
-    partial.write_text(json.dumps({"key": key, "result": plain(result)}, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
-    return _from_plain(plain(result))
+    found = plain(result)
+    write_json(path, {"key": key, "sha256": digest(found), "result": found})
+    return _from_plain(found)
 
 
 def _forward(progress: Progress, phase: str, share: float) -> None:
@@ -313,10 +329,13 @@ def _read_part(path: Path, key: str) -> AttackResult | None:
     """A result kept by an earlier call with the same key; what cannot be read counts as absent."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
+        # Earlier versions wrote no digest.
+        if kept.get("sha256", digest(kept["result"])) != digest(kept["result"]):
+            raise ValueError("it is not what was written")
         return _from_plain(kept["result"]) if kept["key"] == key else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("Running again what %s cannot give back: %s", path, error)
         return None
 

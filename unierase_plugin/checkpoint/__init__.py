@@ -12,6 +12,7 @@ Steps are counted from 1: step k is what the k-th run of sequential unlearning a
 docs/checkpoints.md says what can be done with it.
 """
 
+from .contents import is_whole
 from .export import export_adapter
 from .folder import save_checkpoint, save_plain, step_id
 from .integrity import Examined, examine, is_edited, read_checkpoint
@@ -45,6 +46,7 @@ __all__ = [
     "examine",
     "export_adapter",
     "is_edited",
+    "is_whole",
     "join_edits",
     "ledger_hash",
     "output_folder",

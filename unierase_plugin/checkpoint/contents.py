@@ -93,6 +93,12 @@ def changed_contents(folder: Path) -> list[str] | None:
     return [name for name in names if not _is_as_listed(folder / name, listed[name], by_time=False)]
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a folder that this package wrote still holds every file of its list as it was written."""
+    listed = _read_list(folder)
+    return listed is not None and all(_is_as_listed(folder / name, entry) for name, entry in listed.items())
+
+
 def carry_over(folder: Path, staging: Path) -> list[str]:
     """Takes what others put into `folder` along to `staging`, its new version; returns what stays foreign there.
 
