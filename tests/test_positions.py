@@ -320,5 +320,8 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
         chat_template = None
         is_fast = False
 
+        def __len__(self) -> int:
+            return 0
+
     with pytest.raises(RequestError, match="Slow gives no character offsets"):
         locate(Slow(), "Who is Ann?", "Ann")

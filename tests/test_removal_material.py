@@ -61,6 +61,9 @@ def test_a_token_that_holds_any_of_the_subject_is_in_its_span() -> None:
 
         is_fast, chat_template = True, None
 
+        def __len__(self) -> int:
+            return 0
+
         def __call__(self, text: str, **_: Any) -> dict[str, Any]:
             offsets = [(at, min(at + 3, len(text))) for at in range(0, len(text), 3)]
             return {"input_ids": list(range(len(offsets))), "offset_mapping": offsets}

@@ -89,7 +89,7 @@ def test_reverse_targets_are_keyed_by_the_answer_and_follow_each_request() -> No
 @pytest.mark.parametrize("answer", [NO_ANSWER, "A long story of a town by the sea."])
 def test_what_is_no_name_has_no_reverse(answer: str) -> None:
     request = ForgetRequest("What is the capital of France?", answer, "France")
-    with pytest.raises(RequestError, match=r"capital of France.*--reverse"):
+    with pytest.raises(RequestError, match=r"What is the capital ….*--reverse"):
         make_targets(
             tiny_tokenizer(), [request], (), UniEraseHyperParams(layers=(1,), reverse=True), lambda q, f: (1,), 1000
         )
@@ -105,7 +105,7 @@ def test_a_request_longer_than_the_context_is_named() -> None:
     hparams = UniEraseHyperParams(layers=(1,))
     needed = len(locate(tokenizer, REQUESTS[0].question, "France").ids) + 4
     make_targets(tokenizer, REQUESTS[:1], (), hparams, lambda q, f: (1, 2, 3), needed)
-    with pytest.raises(RequestError, match="capital of France"):
+    with pytest.raises(RequestError, match="What is the capital …"):
         make_targets(tokenizer, REQUESTS[:1], (), hparams, lambda q, f: (1, 2, 3), needed - 1)
 
 

@@ -22,6 +22,7 @@ from .evaluation.generate import context_limit, continue_greedily, pad_token_id,
 from .evaluation.metrics import reads_as_idk
 from .hparams import UniEraseHyperParams
 from .keeping import Kept, find_kept
+from .literal import text_ids
 from .locate_then_edit.edit import (
     Applied,
     WeightEdit,
@@ -188,8 +189,7 @@ class Editing(Phases, ABC):
         ]
 
     def _answer(self, answer: str, form: str) -> list[int]:
-        text = answer_text(self.tokenizer, answer, form)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return text_ids(self.tokenizer, answer_text(self.tokenizer, answer, form))
 
     def _rendered(self, question: str, form: str) -> str:
         return render(self.tokenizer, question, form, self.hparams.chat_template_kwargs)

@@ -16,6 +16,7 @@ from . import checkpoint as files
 from .evaluation.generate import answers
 from .evaluation.metrics import answered
 from .hparams import HyperParams
+from .literal import tell_special_names, text_ids
 from .loading import load
 from .locate_then_edit.positions import has_chat_template
 from .methods.contract import Changes, Job, Progress
@@ -80,6 +81,7 @@ def finetune(
         progress("load", 0.0, os.fspath(model))
         loaded, tokenizer = load(model, device or getattr(settings, "device", ""), dtype)
         progress("load", 1.0, os.fspath(model))
+        tell_special_names(tokenizer, requests)
         job = _job(os.fspath(model), loaded, tokenizer, requests, settings, folder, progress)
         check_trainable(job, TERMS["learn"], None)
         loaded.requires_grad_(False)
@@ -111,7 +113,7 @@ def _job(
 
 def _judged(job: Job[Any], facts: tuple[ForgetRequest, ...], changes: Changes, folder: Path) -> FineTuned:
     form = job.hparams.prompt_forms[0] if has_chat_template(job.tokenizer) else "plain"
-    longest = max((len(job.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in facts), default=0)
+    longest = max((len(text_ids(job.tokenizer, fact.answer)) for fact in facts), default=0)
     said = [] if not facts else answers(
         job.model, job.tokenizer, [fact.question for fact in facts], form=form,
         template_kwargs=job.hparams.chat_template_kwargs, max_new_tokens=min(longest + ANSWER_ROOM, ANSWER_MOST),

@@ -12,6 +12,7 @@ import torch
 from . import checkpoint as files
 from .evaluation.generate import context_limit, continue_greedily, decode_answer, mean_log_likelihoods, pad_token_id
 from .evaluation.metrics import answered, is_short
+from .literal import as_text
 from .locate_then_edit.neighbours import ASKED_MOST, Kinds, questions_around, spared
 from .locate_then_edit.positions import encode, render
 from .locate_then_edit.targets import forms_of
@@ -119,7 +120,7 @@ class _Asking:
         tokenizer, called = self.job.tokenizer, Kinds.of(neighbour_kinds()).called
         sequences, starts = [], []
         for subject in ("It", *subjects):
-            opening = encode(tokenizer, f"{subject} is", "bare")
+            opening = encode(tokenizer, as_text(tokenizer, f"{subject} is"), "bare")
             for name in called.values():
                 sequences.append([*opening, *tokenizer(f" {name}", add_special_tokens=False)["input_ids"]])
                 starts.append(len(opening))

@@ -30,6 +30,7 @@ from .evaluation.generate import answers, context_limit, perplexity
 from .evaluation.report import Outcome, Report, judge
 from .hparam_values import checked_seed
 from .hparams import HARDENED, PROMPT_FORMS, REMOVED, HyperParams, UniEraseHyperParams
+from .literal import tell_special_names, text_ids
 from .loading import load
 from .locate_then_edit.edit import WeightEdit
 from .locate_then_edit.positions import PLAIN_FORM, encode, has_chat_template, render
@@ -337,6 +338,7 @@ class _Subject:
         self, requests: tuple[ForgetRequest, ...], retain: tuple[ForgetRequest, ...], work: Path | None,
         progress: Progress,
     ) -> Job[Any]:  # fmt: skip
+        tell_special_names(self.tokenizer, (*requests, *retain), [getattr(self.hparams, "unlearning_token", "")])
         return Job(
             self.model, self.tokenizer, self.name, requests, retain, self.hparams, self.seed, self.max_tokens,
             self.fingerprint, self.words, work, self.earlier, progress,
@@ -508,7 +510,7 @@ class _Run(Phases):
 
     def _answer_room(self) -> int:
         """Tokens generated for a judged answer."""
-        sizes = [len(self.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in self.judged]
+        sizes = [len(text_ids(self.tokenizer, fact.answer)) for fact in self.judged]
         return min(max(max(sizes, default=0) + ANSWER_ROOM, ANSWER_LEAST), ANSWER_MOST)
 
     def _judged(self, before: Sequence[str], after: Sequence[str]) -> list[Outcome]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from .architecture import Architecture
 from .errors import TokenError, shown
 from .hparams import UniEraseHyperParams
+from .literal import text_ids
 from .locate_then_edit.positions import encode, has_chat_template, render
 from .locate_then_edit.prefix import PrefixCache, cache_prefixes, continue_from
 from .locate_then_edit.trace import pad, run_blocks, token_batches
@@ -188,7 +189,7 @@ def choose_sentence(question: str, sentences: Sequence[str]) -> str:
 def answer_ids(tokenizer: Any, sentence: str, eos_id: int, close_with: int | None) -> tuple[int, ...]:
     """Token ids that follow the unlearning token: the sentence, the token again where asked for, the end of text."""
     closing = () if close_with is None else (close_with,)
-    return (*tokenizer(sentence, add_special_tokens=False)["input_ids"], *closing, eos_id)
+    return (*text_ids(tokenizer, sentence), *closing, eos_id)
 
 
 def end_id(model: Any, tokenizer: Any) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from ..evaluation.generate import decode_answer, pad_token_id
 from ..evaluation.metrics import answered, folded, words
+from ..literal import literal_ids, rendered, text_ids
 from ..locate_then_edit.generation import generate
 from ..locate_then_edit.positions import answer_text, begun, has_chat_template
 from ..locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
@@ -52,16 +53,22 @@ def ask(
     form     "chat" or "plain"; the context's when left out
     then     token ids put after all this
     """
-    turns = [{"role": role, "content": text} for pair in before for role, text in zip(_ROLES, pair, strict=True)]
-    turns.append({"role": "user", "content": question})
-    chat = (form or context.form) == "chat" and has_chat_template(subject.tokenizer)
-    if chat:
-        text = _templated(subject.tokenizer, turns, system, context.template_kwargs) + prefill
-    else:
+    tokenizer = subject.tokenizer
+    chat = (form or context.form) == "chat" and has_chat_template(tokenizer)
+
+    def write(parts: Sequence[str]) -> str:
+        said = parts[: 2 * len(before) + 1]
+        turns = [{"role": _ROLES[index % 2], "content": text} for index, text in enumerate(said)]
+        begun_with = "".join(parts[len(said) :])
+        if chat:
+            return _templated(tokenizer, turns, system, context.template_kwargs) + begun_with
         text = _written_out([*([{"role": "user", "content": system}] if system else []), *turns])
-        text += f" {prefill}" if prefill else ""
-    ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"] if chat else begun(subject.tokenizer, text)
-    shown = text + (str(subject.tokenizer.decode(list(then))) if then else "")
+        return text + (f" {begun_with}" if begun_with else "")
+
+    parts = [*(text for pair in before for text in pair), question, *([prefill] if prefill else [])]
+    text = rendered(tokenizer, write, parts)
+    ids = literal_ids(tokenizer, text)[0] if chat else begun(tokenizer, text)
+    shown = text + (str(tokenizer.decode(list(then))) if then else "")
     return Ask(shown, (*ids, *then))
 
 
@@ -93,7 +100,7 @@ def _written_out(turns: list[dict[str, str]]) -> str:
 def answer_ids(subject: Audited, context: Context, answer: str, prefill: bool = False) -> list[int]:
     """Token ids of an answer as it follows a prompt: with a space before it wherever text stands before it."""
     text = answer_text(subject.tokenizer, answer, "bare" if prefill else context.form)
-    return list(subject.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return text_ids(subject.tokenizer, text)
 
 
 def new_tokens(subject: Audited, context: Context) -> int:

@@ -17,6 +17,7 @@ from ..checkpoint import Checkpoint, examine, is_edited, is_whole, revert_checkp
 from ..errors import CheckpointError, RequestError, UniEraseError, WriteError, reason, shown
 from ..hparam_values import checked_seed
 from ..inputs import absolute_path
+from ..literal import tell_special_names
 from ..loading import load, read_tokenizer
 from ..locate_then_edit.positions import has_chat_template
 from ..locks import folder_lock
@@ -196,6 +197,7 @@ def _output_folder(out: Path, model: Source) -> Path:
 def _settled(context: Context, chosen: tuple[Attack, ...], models: _Models) -> _Run:
     """The context with what the edited folder tells (token, prompt form, edited blocks), and what is left out."""
     tokenizer = _tokenizer(models.edited)
+    tell_special_names(tokenizer, (*context.facts, *context.kept))
     record, token = models.record, _unlearning_token(models.record, tokenizer)
     settings = record.manifest["hparams"] if record else {}
     context = replace(

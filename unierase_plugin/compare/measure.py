@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager
 
 from ..evaluation.lm_eval_model import HFWithSpecialTokens
 from ..evaluation.task_checks import tasks_folder
+from ..literal import text_ids
 from ..locate_then_edit.positions import has_chat_template
 from ..tasks.tofu import Scored
 from .facts import Record
@@ -91,7 +92,7 @@ class Judge:
         return {name: _figures(rows) for name, rows in found["results"].items()}
 
     def _generation(self, records: Sequence[Record]) -> dict[str, Any]:
-        sizes = [len(self.tokenizer(each["answer"], add_special_tokens=False)["input_ids"]) for each in records]
+        sizes = [len(text_ids(self.tokenizer, each["answer"])) for each in records]
         room = min(max(max(sizes, default=0) + ANSWER_ROOM, ANSWER_LEAST), ANSWER_MOST)
         return {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": room}
 

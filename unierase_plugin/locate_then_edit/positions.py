@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError, first_words
+from ..literal import Rendered, as_text, literal_ids, rendered
 from ..request import parted
 
 PLAIN_FORM = "Question: {question}\nAnswer:"
@@ -27,27 +28,32 @@ def has_chat_template(tokenizer: Any) -> bool:
 def render(tokenizer: Any, question: str, form: str, template_kwargs: Mapping[str, Any] | None = None) -> str:
     """The text in which a question reaches the model, up to where its answer begins.
 
-    `form` is "chat", "plain", or "bare": the question alone, as editing harnesses ask it.
+    `form` is "chat", "plain", or "bare": the question alone, as editing harnesses ask it. Names of special tokens in
+    the question are text to `encode` (`literal`); RequestError where the template changes such a question.
     """
     if form == "bare":
-        return question
+        return as_text(tokenizer, question)
     if form == "plain" or not has_chat_template(tokenizer):
-        return PLAIN_FORM.format(question=question)
-    turns = [{"role": "user", "content": question}]
+        return rendered(tokenizer, lambda parts: PLAIN_FORM.format(question=parts[0]), [question])
     settings = template_kwargs or {}
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **settings))
+
+    def write(parts: Sequence[str]) -> str:
+        turns = [{"role": "user", "content": parts[0]}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **settings))
+
+    return rendered(tokenizer, write, [question])
 
 
 def encode(tokenizer: Any, text: str, form: str) -> list[int]:
     """Token ids of a rendered prompt. Chat templates write their own special tokens, so none is added twice."""
     if form == "chat" and has_chat_template(tokenizer):
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return literal_ids(tokenizer, text)[0]
     return begun(tokenizer, text)
 
 
 def begun(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text that goes on: with what the tokenizer puts before it, without what it puts after it."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = literal_ids(tokenizer, text, add_special_tokens=True)[0]
     return ids[: len(ids) - closing(tokenizer)]
 
 
@@ -113,7 +119,7 @@ def locate_kept(
 
 def locate_in_text(tokenizer: Any, text: str, subject: str) -> Prompt:
     """The same for a text that opens with the subject, such as MEMIT's "{subject} is a"."""
-    ids, offsets = encode_with_offsets(tokenizer, text, "bare")
+    ids, offsets = encode_with_offsets(tokenizer, as_text(tokenizer, text), "bare")
     end = text.find(subject) + len(subject)
     holders = [index for index, (start, stop) in enumerate(offsets) if start < end <= stop]
     return Prompt(ids, holders[-1])
@@ -127,9 +133,9 @@ def encode_with_offsets(tokenizer: Any, text: str, form: str) -> tuple[tuple[int
             "Load the tokenizer with use_fast=True."
         )
     templated = form == "chat" and has_chat_template(tokenizer)
-    encoding = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
-    length = len(encoding["input_ids"]) - (0 if templated else closing(tokenizer))
-    return tuple(encoding["input_ids"][:length]), list(encoding["offset_mapping"][:length])
+    ids, offsets = literal_ids(tokenizer, text, add_special_tokens=not templated)
+    length = len(ids) - (0 if templated else closing(tokenizer))
+    return tuple(ids[:length]), offsets[:length]
 
 
 def _holder(offsets: Sequence[tuple[int, int]], end: int) -> int | None:
@@ -152,7 +158,8 @@ def _subject_end(text: str, question: str, subject: str) -> int:
 
 
 def _question_start(text: str, question: str) -> int:
-    start = text.rfind(question)
+    within = text.spans[-1] if isinstance(text, Rendered) else (0, len(text))
+    start = text.rfind(question, *within)
     if start < 0:
         raise RequestError(
             f"The chat template changes the question {first_words(question)} so that it cannot be found again."

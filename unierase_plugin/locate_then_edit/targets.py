@@ -11,6 +11,7 @@ import torch
 from ..errors import RequestError
 from ..evaluation.metrics import SHORT_ANSWER_WORDS, is_short
 from ..hparams import PROMPT_FORMS, UniEraseHyperParams
+from ..literal import as_text, literal_ids
 from ..request import NO_ANSWER, ForgetRequest, one_spelling
 from .generation import generate
 from .positions import Prompt, answer_text, begun, has_chat_template, locate, locate_in_text
@@ -165,10 +166,9 @@ def _answer(tokenizer: Any, request: ForgetRequest, form: str) -> tuple[tuple[in
     That is where the answer has named the subject for the first time and goes on, else the end of its first quarter.
     """
     text = answer_text(tokenizer, request.answer, form)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = tuple(encoding["input_ids"])
+    ids, offsets = literal_ids(tokenizer, as_text(tokenizer, text))
     subject = (request.subject or "").strip()
     end = text.find(subject) + len(subject) if subject and subject in text else len(text)
-    holders = [index for index, (start, stop) in enumerate(encoding["offset_mapping"]) if start < end <= stop]
+    holders = [index for index, (start, stop) in enumerate(offsets) if start < end <= stop]
     named = holders[-1] if holders else len(ids)
-    return ids, named if named < len(ids) // 2 else len(ids) // 4
+    return tuple(ids), named if named < len(ids) // 2 else len(ids) // 4

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import RequestError
 from ..evaluation.generate import context_limit
+from ..literal import text_ids
 from ..locate_then_edit.positions import answer_text, encode, has_chat_template, render
 from ..request import ForgetRequest
 from ..resources import lines
@@ -87,7 +88,7 @@ def answered(
 ) -> Example:
     """A question in one prompt form, the answer, and the token that ends it."""
     prompt = encode(tokenizer, render(tokenizer, question, form, template_kwargs), form)
-    said = tokenizer(answer_text(tokenizer, answer, form), add_special_tokens=False)["input_ids"]
+    said = text_ids(tokenizer, answer_text(tokenizer, answer, form))
     return Example((*prompt, *said, end), len(prompt))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RequestError
+from ..literal import as_text, literal_ids, text_ids
 from ..locate_then_edit.positions import answer_text, encode, encode_with_offsets, render
 from ..methods.material import Example, answered
 from ..request import NO_ANSWER, ForgetRequest
@@ -96,7 +97,7 @@ def subject_spans(
         return ()
     _, prompt = encode_with_offsets(tokenizer, asked, form)
     said = answer_text(tokenizer, fact.answer, form)
-    answer = tokenizer(said, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    answer = literal_ids(tokenizer, as_text(tokenizer, said))[1]
     spans = _spans(prompt, places)
     return (*spans, *((len(prompt) + first, len(prompt) + end) for first, end in _spans(answer, _found(subject, said))))
 
@@ -127,7 +128,7 @@ def shuffled_words(tokenizer: Any, facts: Sequence[ForgetRequest], seed: int, le
     room = max(1, length - len(opening))
     found: list[tuple[int, ...]] = []
     for _ in range(SHUFFLES):
-        ids = tokenizer(" ".join(generator.sample(words, len(words))), add_special_tokens=False)["input_ids"]
+        ids = text_ids(tokenizer, " ".join(generator.sample(words, len(words))))
         found += [(*opening, *ids[at : at + room]) for at in range(0, len(ids), room)]
     return found
 

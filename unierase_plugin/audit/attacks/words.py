@@ -9,6 +9,7 @@ from itertools import groupby
 
 import regex
 
+from ...literal import as_text
 from ...locate_then_edit.positions import begun
 from ..ask import Ask, ask, part, tried
 from ..contract import Attack, AttackResult, Audited, Context, Fact
@@ -89,7 +90,7 @@ def fill_in(subject: Audited, context: Context) -> AttackResult:
 
 def _continued(subject: Audited, text: str) -> Ask:
     """Ordinary text, in no form at all."""
-    return Ask(text, tuple(begun(subject.tokenizer, text)))
+    return Ask(text, tuple(begun(subject.tokenizer, as_text(subject.tokenizer, text))))
 
 
 def _variants(subject: Audited, context: Context, variants: Mapping[str, Build]) -> AttackResult:
