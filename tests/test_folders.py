@@ -14,19 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small import FORGET, FORGET_MORE, FORGET_OTHERS, HPARAMS, save_base, shrink
 from typer.testing import CliRunner
 
 from unierase_plugin import pipeline, unlearn
+from unierase_plugin.audit.runner import audit
 from unierase_plugin.checkpoint import export_adapter, read_checkpoint, revert_checkpoint, take_back_requests
 from unierase_plugin.checkpoint import place as place_module
 from unierase_plugin.checkpoint.contents import LIST
 from unierase_plugin.cli import app
+from unierase_plugin.cli.stats import stats
+from unierase_plugin.compare.entries import parse_methods
+from unierase_plugin.compare.runner import compare
 from unierase_plugin.demo import refuse_foreign_folder
-from unierase_plugin.errors import CheckpointError, StepAppliedError
+from unierase_plugin.errors import CheckpointError, StepAppliedError, UniEraseError
 from unierase_plugin.finetune import finetune
+from unierase_plugin.locate_then_edit.statistics import SecondMoment
 from unierase_plugin.locks import folder_lock
 from unierase_plugin.resources import demo_facts
+from unierase_plugin.store import pack_moment, write_tensors
 
 #: A command as a function of the world and its output folder, with overwrite set.
 Command = Callable[["World", Path], Any]
@@ -180,6 +187,17 @@ def test_a_folder_with_an_input_of_the_run_is_not_replaced(what: str, listed: bo
     refused(command, world, world.out, f"holds {what} that this run reads: '{inside}")
 
 
+def test_the_base_of_an_adapter_is_an_input_too(world: World) -> None:
+    COMMANDS["finetune"](world, world.out)
+    adapter = world.root / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(world.out)}))
+    refused(
+        lambda w, out: unlearn(adapter, FORGET, hparams=HPARAMS, out=out, overwrite=True), world, world.out,
+        "holds the base of the model that this run reads",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -283,8 +301,10 @@ def test_weights_are_not_carried_into_the_next_version(world: World) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
+from unierase_plugin.locate_then_edit.statistics import SecondMoment
 from unierase_plugin.locks import folder_lock
 from unierase_plugin.resources import demo_facts
+from unierase_plugin.store import pack_moment, write_tensors
 with folder_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -362,8 +382,10 @@ RACER = """
 import sys
 from pathlib import Path
 from unierase_plugin.errors import CheckpointError
+from unierase_plugin.locate_then_edit.statistics import SecondMoment
 from unierase_plugin.locks import folder_lock
 from unierase_plugin.resources import demo_facts
+from unierase_plugin.store import pack_moment, write_tensors
 root = Path(sys.argv[1])
 counted = 0
 for _ in range(300):
@@ -499,6 +521,40 @@ def test_the_id_of_a_step_is_salted(world: World) -> None:
         unlearn(world.base, FORGET, hparams=HPARAMS, out=out, judged=0)
         ids.append(read_checkpoint(out).manifest["steps"][0]["id"])
     assert ids[0] != ids[1]
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+RESULTS: dict[str, tuple[Command, str]] = {
+    "audit": (lambda w, out: audit(w.edited, FORGET, out=out), "audit.json"),
+    "compare": (lambda w, out: compare(str(w.base), FORGET, parse_methods("none"), out=out), "facts.json"),
+    "stats": (lambda w, out: stats(str(w.base), out=out / "moments.safetensors"), "moments.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_take_the_place_of_earlier_results_alone(name: str, world: World) -> None:
+    command, file = RESULTS[name]
+    world.out.mkdir()
+    (world.out / file).write_text(json.dumps(FORGET))
+    refused(command, world, world.out, file, "hoose another" if name != "stats" else "Name another")
+
+
+@pytest.mark.parametrize("name", ["audit", "compare"])
+def test_results_are_added_by_one_process_at_a_time(name: str, world: World) -> None:
+    with Holder(world.out) as other:
+        before = tree(world.root)
+        with pytest.raises(CheckpointError, match=rf"process {other.pid} on \S+, since"):
+            RESULTS[name][0](world, world.out)
+        assert tree(world.root) == before
+
+
+def test_statistics_are_not_written_over_what_is_imported(world: World) -> None:
+    file = world.root / "moments.safetensors"
+    moment = SecondMoment({1: torch.ones(2, 2)}, 5)
+    write_tensors(file, *pack_moment(moment))
+    with pytest.raises(UniEraseError, match="is the file that is imported"):
+        stats(str(world.base), sources=[file], out=file)
 
 
 # --- the demo --------------------------------------------------------------------------------------------------------

@@ -274,6 +274,19 @@ def read_tensors(path: Path) -> Packed:
     return found.tensors, found.metadata
 
 
+def refuse_other(path: Path, record: str, what: str) -> None:
+    """Raises CheckpointError where there is something else at `path` than a file of such a record, before it goes."""
+    if not os.path.lexists(path):
+        return
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            found = (file.metadata() or {}).get("record")
+    except (SafetensorError, OSError, ValueError, RuntimeError):
+        found = None
+    if found != record:
+        raise CheckpointError(f"{str(path)!r} is there, holds no {what}, and is not replaced. Name another file.")
+
+
 class Store:
     """A folder of results by kind and key: `<root>/<kind>/<key>.safetensors`.
 

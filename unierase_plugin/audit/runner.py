@@ -20,10 +20,10 @@ from ..inputs import absolute_path
 from ..literal import tell_special_names
 from ..loading import load, read_tokenizer
 from ..locate_then_edit.positions import has_chat_template
-from ..locks import folder_lock
 from ..pipeline import peak_memory_bytes
 from ..plugins import registry
 from ..request import check_not_forgotten, check_overlap
+from ..results_folder import results_folder
 from ..store import (
     clear_strays,
     digest,
@@ -144,7 +144,7 @@ def audit(
     """
     checked_seed(seed)
     target = _output_folder(Path(out), model)
-    with folder_lock(target):
+    with results_folder(target, ("audit.json", "audit.html"), _began):
         make_folder(target / PARTS)
         for folder in (target, target / PARTS):
             clear_strays(folder)
@@ -181,6 +181,15 @@ def audit(
         for rebuilt in target.glob(f"{REBUILT}-{'[0-9a-f]' * FINGERPRINT}"):
             remove_folder(rebuilt)
         return report
+
+
+def _began(out: Path) -> bool:
+    """Whether an audit was begun in the folder."""
+    try:
+        found = json.loads((out / "audit.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return any(True for role in ROLES for _ in (out / PARTS).glob(f"{role}.*.json"))
+    return isinstance(found, dict) and {"schema", "verdict"} <= found.keys()
 
 
 def _output_folder(out: Path, model: Source) -> Path:

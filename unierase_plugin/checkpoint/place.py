@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -116,12 +117,26 @@ def output_folder(
         # First, since a run that was killed while it exchanged the two left the folder under another name.
         clear_leftovers(target)
         in_place = going_on is not None and _same(target, Path(going_on)) and is_edited(target)
-        read = {what: place for what, spec in (inputs or {}).items() if (place := spec_path(spec)) is not None}
+        read = _read(inputs or {})
         if in_place:
             read = {what: place for what, place in read.items() if not _same(target, place)}
         claimed = OutputFolder(target, overwrite, read, in_place)
         claimed.check()
         yield claimed
+
+
+def _read(inputs: Mapping[str, Any]) -> dict[str, Path]:
+    """What there is of the inputs, and what is read with them: the model that an adapter is for."""
+    found = {what: place for what, spec in inputs.items() if (place := spec_path(spec)) is not None}
+    bases = {f"the base of {what}": _base_of(place) for what, place in found.items()}
+    return {**found, **{what: place for what, place in bases.items() if place is not None}}
+
+
+def _base_of(adapter: Path) -> Path | None:
+    try:
+        return spec_path(json.loads((adapter / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def held(folder: str | Path | OutputFolder, overwrite: bool = False) -> AbstractContextManager[OutputFolder]:

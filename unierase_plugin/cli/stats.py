@@ -44,7 +44,7 @@ def stats(
     goes on where it was. `accelerate launch -m unierase_plugin stats ...`, or torchrun, shares the work out.
     """
     from ..pipeline import choose_hparams, corpus_moment
-    from ..store import pack_moment, write_tensors
+    from ..store import pack_moment, refuse_other, write_tensors
     from ..team import joined_team
 
     changes: dict[str, Any] = {
@@ -53,6 +53,10 @@ def stats(
     settings = choose_hparams(hparams or None, model).replace(**{key: each for key, each in changes.items() if each})
     if out is not None and out.suffix != ".safetensors":
         raise UniEraseError(f"--out {shown(str(out))} is to end in .safetensors.")
+    if out is not None:
+        refuse_other(out, "SecondMoment", "statistics")
+        if any(source.exists() and out.exists() and source.samefile(out) for source in sources or ()):
+            raise UniEraseError(f"--out {shown(str(out))} is the file that is imported. Name another file.")
     if sources and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UniEraseError("--import takes one process: there is nothing to share out. Start it without a launcher.")
     console = Screen(stderr=True)

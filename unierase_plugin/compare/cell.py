@@ -24,6 +24,7 @@ import torch
 
 from ..errors import EditError, UniEraseError, WriteError
 from ..loading import load
+from ..locks import folder_lock
 from ..methods.contract import Progress
 from ..pipeline import peak_memory_bytes, unlearn
 from ..store import is_full, remove_folder, write_json, write_text
@@ -36,6 +37,8 @@ from .stages import CANNOT_WRITE, FAILED, JOB, Cell, Stages, contents, read_json
 
 #: Questions of one batch of lm-eval where none is given.
 CPU_ROWS, GPU_ROWS = 8, 32
+#: Seconds that a cell waits for one that was started before it in the same folder.
+PATIENCE = 120.0
 #: Parts of the facts' file: what is reported, and what is chosen by.
 SHOWN, VALIDATION = "shown", "validation"
 
@@ -368,7 +371,9 @@ def main(folder: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     start = time.monotonic()
     try:
-        run_cell(Path(folder), _told)
+        # One that was started before may still be on its way out, when who started it was killed.
+        with folder_lock(Path(folder), PATIENCE):
+            run_cell(Path(folder), _told)
     except WriteError as error:
         _told(CANNOT_WRITE, 0.0, str(error))
         raise SystemExit(1) from None

@@ -16,10 +16,10 @@ from typing import Any
 from ..errors import UniEraseError, shown
 from ..hparam_values import checked_seed
 from ..loading import read_config
-from ..locks import folder_lock
 from ..methods.contract import Progress
 from ..pipeline import Requests
 from ..request import ForgetRequest, check_overlap
+from ..results_folder import results_folder
 from ..store import clear_strays, make_folder, write_json
 from . import search
 from .entries import REFERENCE, UNEDITED, Entry, settings_of
@@ -31,6 +31,8 @@ from .stages import FAILED, JOB, Cell, Stages, read_json
 
 logger = logging.getLogger(__name__)
 
+#: What a comparison writes into its folder under names that other files may have.
+WRITTEN = ("facts.json", "results.json", "table.md", "table.tex", "report.html")
 SCENARIOS = ("batch", "sequential", "precise")
 
 
@@ -133,7 +135,7 @@ def compare(
     options.check()
     for entry in entries:
         settings_of(entry, model)
-    with folder_lock(out.expanduser().resolve()):
+    with results_folder(out, WRITTEN, _began):
         make_folder(out)
         clear_strays(out)
         plan = _Plan(model, reference, out, options, _facts(forget, retain, options, allow_overlap), launch, progress)
@@ -149,6 +151,12 @@ def compare(
         for entry in methods:
             _method(plan, entry, before, _raw(ratios))
         return gather(plan.out, _described(plan), plan.cells, plan.searches, plan.facts)
+
+
+def _began(out: Path) -> bool:
+    """Whether a comparison was begun in the folder."""
+    facts = read_json(out / "facts.json")
+    return isinstance(facts, dict) and "forget_shown" in facts
 
 
 def _facts(forget: Requests, retain: Requests | None, options: Options, allow_overlap: bool) -> dict[str, Any]:
