@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from unierase_plugin import unlearn
 from unierase_plugin.architecture import find_architecture
+from unierase_plugin.audit import verdict
+from unierase_plugin.audit.contract import EDITED, REFERENCE, AttackResult
 from unierase_plugin.checkpoint.downdate import without_columns
 from unierase_plugin.cli import app
 from unierase_plugin.compare.search import choose
@@ -189,6 +191,13 @@ COMPARED: list[tuple[str, Callable[[], Any]]] = [
 def test_nan_is_an_error_where_a_comparison_would_let_it_pass(name: str) -> None:
     with pytest.raises((EditError, CheckpointError)):
         dict(COMPARED)[name]()
+
+
+def test_an_audit_does_not_take_nan_for_a_model_without_damage_or_trace() -> None:
+    for bound in ({"least": 0.5}, {"most": 0.5}):
+        assert [each.beyond for each in verdict._damage("kept", [NAN, 1.0], "", **bound)] == [True]
+    areas = {role: AttackResult(figures={"auc": {"loss": area}}) for role, area in ((EDITED, NAN), (REFERENCE, 0.5))}
+    assert verdict._telling(areas) == ["loss"]
 
 
 def test_a_try_without_a_figure_is_never_chosen() -> None:

@@ -165,7 +165,8 @@ def _damage(
         return []
     low, high = wilson(sum(values), len(values))
     mean = sum(values) / len(values)
-    return [Damage(name, mean, low, high, len(values), limit, high < least or low > most)]
+    beyond = high < least or low > most or math.isnan(mean)  # no comparison with NaN holds
+    return [Damage(name, mean, low, high, len(values), limit, beyond)]
 
 
 def _perplexity(before: Sequence[Value], after: Sequence[Value]) -> list[Damage]:
@@ -284,7 +285,8 @@ def _telling(membership: Mapping[str, AttackResult]) -> list[str]:
     if EDITED not in membership or REFERENCE not in membership:
         return []
     own, theirs = (membership[role].figures["auc"] for role in (EDITED, REFERENCE))
-    return [name for name, area in own.items() if name in theirs and abs(area - theirs[name]) > MOST_AUC_DISTANCE]
+    # NaN on either side tells nothing, and so does not clear the model.
+    return [name for name, area in own.items() if name in theirs and not abs(area - theirs[name]) <= MOST_AUC_DISTANCE]
 
 
 def _counted(finding: Finding) -> str:
