@@ -358,6 +358,27 @@ def test_a_lock_of_a_dead_process_is_no_obstacle(world: World) -> None:
     assert sorted(path.name for path in world.root.iterdir()) == ["base", "cache", "edited", "out"]
 
 
+@pytest.mark.parametrize("another", [True, False])
+def test_a_lock_file_that_is_deleted_is_missed_before_the_folder_is_replaced(another: bool, world: World) -> None:
+    """Only where another run has come in between."""
+    run(world, world.out)
+    before = tree(world.out)
+    holders: list[Holder] = []
+
+    def late(phase: str, share: float, note: str) -> None:
+        if phase == "save" and share == 0:
+            (world.root / ".out.lock").unlink()
+            holders.extend([Holder(world.out)] if another else [])
+
+    try:
+        with pytest.raises(CheckpointError, match="by another run: process") if another else nullcontext():
+            unlearn(world.base, FORGET_MORE, hparams=HPARAMS, out=world.out, overwrite=True, judged=0, progress=late)
+    finally:
+        for holder in holders:
+            holder.__exit__()
+    assert (tree(world.out) == before) == another
+
+
 def test_a_refused_run_leaves_no_folder_behind(world: World) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint"):
         revert_checkpoint(world.base, world.root / "new" / "deep" / "out")

@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ _HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK, errno.EDEADLK}
 
 
 @contextmanager
-def folder_lock(folder: Path, patience: float = 0.0) -> Iterator[None]:
+def folder_lock(folder: Path, patience: float = 0.0) -> Iterator[Callable[[], None]]:
     """Holds the lock of `folder`, which need not exist, for the `with` block; its parents are made where missing.
 
     patience  seconds to wait for another process
+
+    Gives a function that raises CheckpointError where another has the lock after all: somebody deleted the file of it.
 
     Raises CheckpointError with the other's process number and start where it is held, also by this very process, and
     where the lock file cannot be made. A file system that has no locks gives a warning, and no protection.
@@ -46,8 +48,13 @@ def folder_lock(folder: Path, patience: float = 0.0) -> Iterator[None]:
     owner = os.getpid()
     descriptor: int | None = None
     try:
-        descriptor = _held(path, folder, time.monotonic() + patience)
-        yield
+        descriptor = held = _held(path, folder, time.monotonic() + patience)
+
+        def check() -> None:
+            if held is not None and path.exists() and not _is_at(held, path):
+                raise _taken(path, folder)
+
+        yield check
     finally:
         if os.getpid() == owner:  # a forked child leaves its parent's lock alone
             if descriptor is not None:

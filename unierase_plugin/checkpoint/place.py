@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +30,12 @@ class OutputFolder:
     inputs: Mapping[str, Path] = field(default_factory=dict)
     #: Whether it is replaced by a new version of itself, which keeps what others put there.
     in_place: bool = False
+    #: Raises where another run holds it after all.
+    check_lock: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def check(self) -> None:
         """Raises CheckpointError where the folder cannot be written, or something would be lost that no run wrote."""
+        self.check_lock()
         self.check_ground()
         target = self.path
         if not target.is_dir() or not any(target.iterdir()):
@@ -113,14 +116,14 @@ def output_folder(
     if not target.name:
         raise CheckpointError(f"{str(target)!r} is no folder for a model. Choose another output folder.")
     OutputFolder(target, overwrite).check_ground()
-    with folder_lock(target):
+    with folder_lock(target) as check_lock:
         # First, since a run that was killed while it exchanged the two left the folder under another name.
         clear_leftovers(target)
         in_place = going_on is not None and _same(target, Path(going_on)) and is_edited(target)
         read = _read(inputs or {})
         if in_place:
             read = {what: place for what, place in read.items() if not _same(target, place)}
-        claimed = OutputFolder(target, overwrite, read, in_place)
+        claimed = OutputFolder(target, overwrite, read, in_place, check_lock)
         claimed.check()
         yield claimed
 
