@@ -12,9 +12,12 @@ import io
 import json
 import mmap
 import os
+import resource
 import shutil
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,11 @@ from safetensors import SafetensorError
 #: Status of a process that was killed here, as a shell reports SIGKILL.
 KILLED = 137
 #: kill: the process ends before the operation. tear: it ends half way through what the operation writes. full: from the
-#: operation on nothing more can be written. stop: SIGTERM before the operation.
-FAULTS = ("kill", "tear", "full", "stop")
+#: operation on nothing more can be written. stop: SIGTERM before the operation. limit: no file may be larger than `at`
+#: bytes, which writers in other languages than Python meet too. pause: it waits until a process beside it has ended.
+FAULTS = ("kill", "tear", "full", "stop", "limit", "pause")
+#: Seconds of a pause at most.
+PATIENCE = 120
 #: Operations that write something, so that they can be torn.
 WRITING = ("open", "save")
 #: Operations that a full disk refuses. A file of no length can still be made, so that `open` fails at its first write.
@@ -38,16 +44,24 @@ _EVENTS = {
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
+def ended_beside(log: Path) -> Path:
+    """The file that says that a process beside the one with this log has ended."""
+    return log.with_suffix(".ended")
+
+
 class Operations:
     """Installed once in a process that is about to run a command; it cannot be taken out again."""
 
     def __init__(self, root: Path, kind: str, at: int, log: Path) -> None:
         self.root, self.kind, self.at = str(root), kind, at
+        self.others_ended = ended_beside(log)
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.count = mmap.mmap(-1, 8)
         self.active, self.torn = True, False
 
     def install(self) -> None:
+        if self.kind == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.at, self.at))
         real_open, real_sync, real_save = io.open, os.fsync, safetensors.torch.serialize_file
 
         def opened(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
@@ -114,14 +128,19 @@ class Operations:
         self.active = False
         try:
             told = [os.path.relpath(os.path.realpath(os.fsdecode(path)), self.root) for path in paths]
-            os.write(self.log, (json.dumps({"at": number, "operation": name, "paths": told}) + "\n").encode())
+            with suppress(OSError):
+                os.write(self.log, (json.dumps({"at": number, "operation": name, "paths": told}) + "\n").encode())
         finally:
             self.active = True
-        if number == self.at:
+        if number == self.at and self.kind != "limit":
             if self.kind == "kill":
                 os._exit(KILLED)
             if self.kind == "stop":
                 os.kill(os.getpid(), signal.SIGTERM)
+            if self.kind == "pause":
+                end = time.monotonic() + PATIENCE
+                while not self.others_ended.exists() and time.monotonic() < end:
+                    time.sleep(0.01)
             if self.kind == "tear":
                 self.torn = True
                 if name not in WRITING:

@@ -42,8 +42,8 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
 def test_a_kill_loses_nothing(trials: Trials, scenario: Scenario) -> None:
     case = trials.case(scenario)
     points = {*swaps(case), *spread(case.points("kill"), 3)}
-    tried = [trials.kill(case, "kill", at) for at in sorted(points)]
-    tried += [trials.kill(case, "tear", at) for at in case.points("tear")[-1:]]
+    tried = [trials.fault(case, "kill", at) for at in sorted(points)]
+    tried += [trials.fault(case, "tear", at) for at in case.points("tear")[-1:]]
     assert lost(tried) == []
 
 
@@ -52,4 +52,4 @@ def test_a_kill_loses_nothing(trials: Trials, scenario: Scenario) -> None:
 @pytest.mark.parametrize("scenario", each_of(SCENARIOS))
 def test_a_kill_at_any_operation_loses_nothing(trials: Trials, scenario: Scenario, kind: str) -> None:
     case = trials.case(scenario)
-    assert lost(trials.kill(case, kind, at) for at in case.points(kind)) == []
+    assert lost(trials.fault(case, kind, at) for at in case.points(kind)) == []

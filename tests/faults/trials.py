@@ -114,16 +114,37 @@ class Trials:
             raise RuntimeError(f"{scenario.name} leaves {left}")
         return Case(scenario, template, before, after, found, ended)
 
-    def kill(self, case: Case, kind: str, at: int) -> Trial:
-        """Ends the command at operation `at` and gives it again."""
+    def fault(self, case: Case, kind: str, at: int) -> Trial:
+        """Lets the command meet the fault at operation `at` (limit: files of so many bytes) and gives it again."""
         scenario, problems = case.scenario, []
         with copied(case.template, self.scratch / "work") as work:
             [ended] = self.zygote.run(Try(work, scenario.words, kind, at))
-            if ended.status != KILLED and not scenario.again:
-                problems.append(f"it ended with {ended.status} instead of being killed: {ended.last()}")
+            if kind in KILLS:
+                if ended.status != KILLED and not scenario.again:
+                    problems.append(f"it ended with {ended.status} instead of being killed: {ended.last()}")
+            else:
+                problems += self.refused(case, ended, work, kind)
             problems += self.mixtures(case, work)
             problems += self.goes_on(case, work)
-        return Trial(scenario.name, kind, at, case.operation(at), tuple(problems))
+        what = case.operation(at) if kind != "limit" else f"files of up to {at} bytes"
+        return Trial(scenario.name, kind, at, what, tuple(problems))
+
+    def refused(self, case: Case, ended: Ended, work: Path, kind: str) -> Iterator[str]:
+        """What is not as it should be where a command was told of the fault: one line, nothing half written."""
+        if ended.crashed:
+            yield f"a traceback: {ended.last()}"
+        elif ended.status is None:
+            yield "it did not end"
+        elif ended.status == 0:
+            # What only speeds later runs up may be left out.
+            changed = [name for name in case.scenario.outputs if state(work / name) != case.after[name]]
+            if changed and not case.scenario.again:
+                yield f"it ended as if all was well, but {', '.join(changed)} is not what it should be"
+        elif kind != "stop" and "Error:" not in ended.output:
+            yield f"it ended with {ended.status} and no word of why: {ended.last()}"
+        left = [name for name in names(work) if "writing-" in name or "replaced-" in name]
+        if left and ended.status is not None:
+            yield f"left behind by a process that could still clear up: {', '.join(left[:4])}"
 
     def mixtures(self, case: Case, work: Path) -> Iterator[str]:
         """Outputs that are neither as before nor as after."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from operations import ended_beside
 from safetensors import SafetensorError, safe_open
 from small import FORGET, FORGET_MORE, FORGET_OTHERS, RETAIN, SHORT, save_base
 
@@ -82,6 +83,7 @@ class Zygote:
         for place, each in enumerate(tries):
             log, output = self.scratch / f"operations-{place}", self.scratch / f"output-{place}"
             log.unlink(missing_ok=True)
+            ended_beside(log).unlink(missing_ok=True)
             jobs.append({
                 "arguments": list(each.arguments), "folder": str(each.folder), "fault": each.fault, "at": each.at,
                 "environment": {"UNIERASE_CACHE": str(each.folder / "cache")}, "log": str(log), "output": str(output),

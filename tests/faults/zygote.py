@@ -32,7 +32,7 @@ import audited
 import pytest
 import small
 import torch
-from operations import Operations
+from operations import Operations, ended_beside
 
 torch.set_num_threads(1)
 
@@ -155,6 +155,8 @@ def serve(request: dict[str, Any]) -> list[int | None]:
             if done:
                 waiting.discard(pid)
                 found[running[pid]] = os.waitstatus_to_exitcode(status)
+                for job in request["jobs"]:
+                    ended_beside(Path(job["log"])).touch()
         time.sleep(0.002)
     for pid in running:
         # And what it has started: a machine that goes down takes all of them.
