@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scenarios import ONE, TWO
 from trials import Trial, Trials
-from worlds import State, Try, copied, differing, state
+from worlds import Ended, State, Try, copied, differing, state
 
 Damage = Callable[[bytes], bytes]
 
@@ -34,8 +34,11 @@ class Read:
 
     status: int | None
     found: State
-    said: str
+    #: What a reader that writes nothing shows.
+    shown: str
     crashed: bool
+    #: Whether it says that something is damaged.
+    warned: bool
 
 
 def damages(data: bytes, name: str, count: int) -> Iterator[tuple[str, bytes]]:
@@ -59,7 +62,12 @@ def damages(data: bytes, name: str, count: int) -> Iterator[tuple[str, bytes]]:
 def read(trials: Trials, work: Path, reader: str) -> Read:
     words, out = READERS[reader]
     [ended] = trials.zygote.run(Try(work, words))
-    return Read(ended.status, state(work / out) if out else None, "" if out else ended.output, ended.crashed)
+    return _as_read(ended, work / out if out else None)
+
+
+def _as_read(ended: Ended, out: Path | None) -> Read:
+    shown = ended.output if out is None else ""
+    return Read(ended.status, out and state(out), shown, ended.crashed, "damaged" in ended.output)
 
 
 def record_trials(trials: Trials, count: int, readers: Sequence[str] = tuple(READERS)) -> Iterator[Trial]:
@@ -97,8 +105,8 @@ def cache_trials(trials: Trials, count: int) -> Iterator[Trial]:
             with copied(template, trials.scratch / "work") as work:
                 (work / name).write_bytes(bytes_after)
                 [ended] = trials.zygote.run(Try(work, words))
-                found = Read(ended.status, state(work / "again"), "", ended.crashed)
-                problems = tuple(_wrong(found, Read(0, wanted, "", False)))
+                found = _as_read(ended, work / "again")
+                problems = tuple(_wrong(found, Read(0, wanted, "", False, False)))
                 kind = str(Path(name).parent.name)
                 yield Trial("run", "damaged cache", 0, f"{kind}, {what}", problems)
 
@@ -108,7 +116,10 @@ def _wrong(found: Read, clean: Read) -> Iterator[str]:
         yield "a traceback"
     elif found.status is None:
         yield "it did not end"
-    elif found.status == 0 and (found.found, found.said) != (clean.found, clean.said):
-        changed = differing(found.found, clean.found) or ["what it says"]
-        weights = " (weights)" if any(name.endswith(".safetensors") for name in changed) else ""
-        yield f"another result{weights} in silence: {', '.join(changed[:4])} differ"
+    elif found.status == 0:
+        changed = differing(found.found, clean.found)
+        weights = [name for name in changed if name.endswith(".safetensors") or name == "."]
+        if weights:
+            yield f"other weights: {', '.join(weights)}"
+        elif (changed or found.shown != clean.shown) and not found.warned:
+            yield f"another result in silence: {', '.join(changed[:4]) or 'what it says'}"
