@@ -57,7 +57,7 @@ class Operations:
         self.others_ended = ended_beside(log)
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.count = mmap.mmap(-1, 8)
-        self.active, self.torn = True, False
+        self.active, self.torn, self.write = True, False, os.write
 
     def install(self) -> None:
         if self.kind == "limit":
@@ -66,11 +66,15 @@ class Operations:
 
         def opened(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
             found = real_open(file, mode, *args, **options)
-            if self.torn or (self._is_full() and self._inside(file)):
-                if set(mode) & set("wax+"):
-                    return _Short(found, self)
-                self.torn = False
-            return found
+            short = self.torn or (self._is_full() and self._inside(file))
+            return _Short(found, self) if short and set(mode) & set("wax+") else found
+
+        def written(descriptor: int, data: Any) -> int:
+            if (self.torn or self._is_full()) and self._inside(_path(descriptor)):
+                self.write(descriptor, data[: len(data) // 2])
+                self.tear()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.write(descriptor, data)
 
         def synced(descriptor: int) -> None:
             self._happens("fsync", [f"/proc/self/fd/{descriptor}"])
@@ -91,7 +95,7 @@ class Operations:
                 self.active = True
 
         io.open = builtins.open = opened  # type: ignore[assignment]
-        os.fsync = synced
+        os.fsync, os.write = synced, written
         safetensors.torch.serialize_file = saved
         # A copy by the kernel goes past what is wrapped here.
         shutil._USE_CP_SENDFILE = False  # type: ignore[attr-defined]
@@ -110,9 +114,7 @@ class Operations:
             if writes and self._inside(path):
                 self._happens("open", [path])
         elif event in _EVENTS:
-            paths = [args[place] for place in _EVENTS[event]]
-            if any(isinstance(path, int) for path in paths):  # an open file, whose opening was counted
-                return
+            paths = [_path(args[place]) for place in _EVENTS[event]]
             # A path relative to an open folder, as shutil.rmtree gives it, cannot be told, and is never elsewhere.
             if not paths or any(self._inside(path) or not os.path.isabs(os.fspath(path)) for path in paths):
                 self._happens(event, paths)
@@ -120,7 +122,9 @@ class Operations:
     def _inside(self, path: Any) -> bool:
         if isinstance(path, int):
             return False
-        return os.path.abspath(os.fsdecode(path)).startswith(self.root)
+        path = os.fsdecode(path)
+        whole = os.path.realpath(path) if path.startswith("/proc/self/fd/") else os.path.abspath(path)
+        return whole.startswith(self.root)
 
     def _happens(self, name: str, paths: list[Any]) -> None:
         number = int.from_bytes(self.count[:8], "little") + 1
@@ -129,7 +133,7 @@ class Operations:
         try:
             told = [os.path.relpath(os.path.realpath(os.fsdecode(path)), self.root) for path in paths]
             with suppress(OSError):
-                os.write(self.log, (json.dumps({"at": number, "operation": name, "paths": told}) + "\n").encode())
+                self.write(self.log, (json.dumps({"at": number, "operation": name, "paths": told}) + "\n").encode())
         finally:
             self.active = True
         if number == self.at and self.kind != "limit":
@@ -150,6 +154,11 @@ class Operations:
 
     def _is_full(self) -> bool:
         return self.kind == "full" and int.from_bytes(self.count[:8], "little") >= self.at
+
+
+def _path(named: Any) -> Any:
+    """Of a descriptor too."""
+    return f"/proc/self/fd/{named}" if isinstance(named, int) else named
 
 
 class _Short:

@@ -184,8 +184,8 @@ class Trials:
 
 def spread(points: Sequence[int], count: int) -> list[int]:
     """`count` of the points, the first and the last among them, evenly."""
-    if len(points) <= count:
-        return list(points)
+    if len(points) <= count or count < 2:
+        return list(points[: max(count, 1)])
     return sorted({points[round(at * (len(points) - 1) / (count - 1))] for at in range(count)})
 
 

@@ -24,8 +24,9 @@ HERE = Path(__file__).parent
 #: Seconds after which a command counts as stuck; a tiny one takes two or three on a core of its own.
 LIMIT = 300
 #: Keys and files that differ between two runs of the same: times, and what a stopped run says of itself.
-TIMES = {"created", "seconds", "phases", "reading", "counting", "peak_memory_bytes", "memory", "interrupted", "perf"}
+TIMES = {"created", "seconds", "phases", "reading", "counting", "peak_memory_bytes", "memory", "interrupted", "retry"}
 UNLIKE = re.compile(r"\.lock$|^log\.txt$|\.begun$")
+DIGESTS = ("digests.json", ".unierase-files.json")
 #: What a run that was stopped leaves, and the next one clears away.
 LEFTOVER = re.compile(r"^\..+\.(writing|replaced)-\d+|\.work$|^\..+\.(writing|replaced)\b|\.writing-\d+$")
 
@@ -93,7 +94,8 @@ class Zygote:
         for status, job in zip(found, jobs, strict=True):
             lines = Path(job["log"]).read_text().splitlines() if os.path.exists(job["log"]) else []
             said = Path(job["output"]).read_text(errors="replace") if os.path.exists(job["output"]) else ""
-            ended.append(Ended(status, said, tuple(map(json.loads, lines))))
+            # A limit of sizes may cut the last one.
+            ended.append(Ended(status, said, tuple(json.loads(line) for line in lines if line.endswith("}"))))
         return ended
 
     def warm(self, folder: Path, arguments: Sequence[str]) -> None:
@@ -160,8 +162,8 @@ def content(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return _tensors(file)
-        if file.name == "digests.json":
-            # Of files that hold times, so that its values differ as they do; what reads a record checks them.
+        if file.name in DIGESTS:
+            # Of files that hold times, so that the values differ as those do; the package itself checks them.
             return sorted(_keys(json.loads(file.read_text(encoding="utf-8"))))
         if file.suffix == ".json":
             return _timeless(json.loads(file.read_text(encoding="utf-8")))
@@ -172,6 +174,7 @@ def content(file: Path) -> Any:
             if file.suffix == ".html" and not text.rstrip().endswith("</html>"):
                 return "damaged: not all of the page"
             # Times are among the figures.
+            text = text.replace("It was interrupted, so that its time is too short.", "")
             return hashlib.sha256(re.sub(r"[\d.,:<]+(e-?\d+)?", "#", text).encode()).hexdigest()
     except (ValueError, OSError, SafetensorError) as error:
         return f"damaged: {error}"
