@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint as files
+from .chat_templates import check_chat_template
 from .evaluation.generate import answers
 from .evaluation.metrics import answered
 from .hparams import HyperParams
@@ -81,6 +82,7 @@ def finetune(
         progress("load", 0.0, os.fspath(model))
         loaded, tokenizer = load(model, device or getattr(settings, "device", ""), dtype)
         progress("load", 1.0, os.fspath(model))
+        check_chat_template(tokenizer, settings.as_dict().get("chat_template_kwargs"))
         tell_special_names(tokenizer, requests)
         job = _job(os.fspath(model), loaded, tokenizer, requests, settings, folder, progress)
         check_trainable(job, TERMS["learn"], None)

@@ -10,6 +10,8 @@ from .errors import HyperParamsError, shown
 
 #: The largest seed that every library takes that draws with it; numpy's is the least.
 MOST_SEED = 2**32 - 1
+#: What a chat template is given in any case.
+TEMPLATE_OWN = ("self", "conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message")
 
 
 def checked_seed(seed: int) -> int:
@@ -62,6 +64,16 @@ def _bounded(name: str, value: int) -> int:
     if abs(value) >= 2**63:
         raise HyperParamsError(f"Hyper-parameter {name} = {shown(value)} has more than 63 bits. Give a smaller one.")
     return value
+
+
+def checked_template_arguments(given: Mapping[str, Any]) -> None:
+    """HyperParamsError for an argument of a chat template that this package, or transformers, gives it."""
+    clash = [name for name in given if name in TEMPLATE_OWN]
+    if clash:
+        raise HyperParamsError(
+            f"chat_template_kwargs has {clash[0]!r}, which is given to every chat template already. Leave it out: "
+            "chat_template_kwargs is for what the template alone knows, such as enable_thinking."
+        )
 
 
 def _checked_argument(name: str, value: Any) -> Any:

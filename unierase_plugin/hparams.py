@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from .errors import HyperParamsError, did_you_mean, shown
-from .hparam_values import checked_seed, coerced
+from .hparam_values import checked_seed, checked_template_arguments, coerced
 from .inputs import YAML_BYTES, checked_path, parse_yaml, read_text
 from .ranges import Range, positive, weight
 
@@ -64,6 +64,7 @@ class HyperParams:
     def check(self) -> None:
         """Raises HyperParamsError for a value out of its range; called once the types are right."""
         checked_seed(getattr(self, "seed", 0))
+        checked_template_arguments(getattr(self, "chat_template_kwargs", {}))
         for name, allowed in self.all_ranges().items():
             allowed.check(name, getattr(self, name))
         self.validate()

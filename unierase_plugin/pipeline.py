@@ -23,6 +23,7 @@ import torch
 
 from . import checkpoint as files
 from .architecture import refuse_unfit
+from .chat_templates import check_chat_template
 from .corpus import check_corpus_file
 from .erasure import corpus_of
 from .errors import CheckpointError, EditError, HyperParamsError, RequestError, StepAppliedError, UniEraseError
@@ -323,6 +324,7 @@ class _Subject:
             settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
         settings = method.settle(model, settings)
         _tell_form(name, tokenizer, settings)
+        check_chat_template(tokenizer, getattr(settings, "chat_template_kwargs", None))
         fingerprint = model_fingerprint(model)
         with as_stored(model):
             saved = fingerprint if stored_dtype(model) is None else model_fingerprint(model)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Architecture
+from .chat_templates import templated
 from .errors import TokenError, shown
 from .hparams import UniEraseHyperParams
 from .literal import text_ids
@@ -197,9 +198,8 @@ def end_id(model: Any, tokenizer: Any) -> int:
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
     if has_chat_template(tokenizer):
-        turn = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=False
-        )
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        turn = templated(tokenizer, turns, add_generation_prompt=False)
         tail = tokenizer(turn[turn.rfind("b") + 1 :], add_special_tokens=False)["input_ids"]
         for index in tail:
             if index in ends or index == tokenizer.eos_token_id:

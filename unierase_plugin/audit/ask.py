@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..chat_templates import refusal
 from ..evaluation.generate import decode_answer, pad_token_id
 from ..evaluation.metrics import answered, folded, words
 from ..literal import literal_ids, rendered, text_ids
@@ -83,9 +84,9 @@ def _templated(tokenizer: Any, turns: list[dict[str, str]], system: str, setting
         text = tokenizer.apply_chat_template(
             [*first, *turns], tokenize=False, add_generation_prompt=True, **dict(settings)
         )
-    except TemplateError:  # Gemma's, for one, knows no system turn
+    except TemplateError as error:  # Gemma's, for one, knows no system turn
         if not system:
-            raise
+            raise refusal(tokenizer, error) from error
         merged = [{**turns[0], "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]]
         return _templated(tokenizer, merged, "", settings)
     return str(text)

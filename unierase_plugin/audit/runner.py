@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..chat_templates import check_chat_template
 from ..checkpoint import Checkpoint, examine, is_edited, is_whole, revert_checkpoint
 from ..errors import CheckpointError, RequestError, UniEraseError, WriteError, reason, shown
 from ..hparam_values import checked_seed
@@ -218,6 +219,7 @@ def _settled(context: Context, chosen: tuple[Attack, ...], models: _Models) -> _
     missing.update({attack.name: attack.unfit(context) for attack in chosen if attack.unfit(context)})
     needing = [] if token else [attack.name for attack in ATTACKS if attack.needs_token]
     inapplicable = dict.fromkeys(needing, "the model has no unlearning token")
+    check_chat_template(tokenizer, context.template_kwargs)
     return _Run(context, chosen, {name: why for name, why in missing.items() if name not in needing}, inapplicable)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..chat_templates import templated
 from ..errors import UniEraseError, reason, shown
 from ..locate_then_edit.positions import begun, has_chat_template
 
@@ -80,7 +81,7 @@ def end_of_turn(tokenizer: Any) -> str:
             "--apply_chat_template out (with `unierase eval`: --apply_chat_template false) to ask in plain text."
         )
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False))
+    text = templated(tokenizer, turns, add_generation_prompt=False)
     if MARK not in text:
         raise UniEraseError("The chat template leaves the assistant's answer out, so no answer can be scored in it.")
     return text.rpartition(MARK)[2]

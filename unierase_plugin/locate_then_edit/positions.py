@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..chat_templates import templated
 from ..errors import RequestError, first_words
 from ..literal import Rendered, as_text, literal_ids, rendered
 from ..request import parted
@@ -29,17 +30,15 @@ def render(tokenizer: Any, question: str, form: str, template_kwargs: Mapping[st
     """The text in which a question reaches the model, up to where its answer begins.
 
     `form` is "chat", "plain", or "bare": the question alone, as editing harnesses ask it. Names of special tokens in
-    the question are text to `encode` (`literal`); RequestError where the template changes such a question.
+    the question are text to `encode` (`literal`). UniEraseError where the template raises, or changes such a question.
     """
     if form == "bare":
         return as_text(tokenizer, question)
     if form == "plain" or not has_chat_template(tokenizer):
         return rendered(tokenizer, lambda parts: PLAIN_FORM.format(question=parts[0]), [question])
-    settings = template_kwargs or {}
 
     def write(parts: Sequence[str]) -> str:
-        turns = [{"role": "user", "content": parts[0]}]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **settings))
+        return templated(tokenizer, [{"role": "user", "content": parts[0]}], template_kwargs)
 
     return rendered(tokenizer, write, [question])
 
