@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from audited import KEPT, SIZES, TOKEN
 from safetensors.torch import load_file, save_file
-from small import FORGET, FORGET_MORE, HPARAMS, RETAIN, save_base, shrink
+from small import FORGET, FORGET_MORE, FORGET_OTHERS, HPARAMS, RETAIN, save_base, shrink
 from tiny import tiny_model
 from typer.testing import CliRunner
 
@@ -186,7 +186,7 @@ def test_nothing_runs_twice(folder: Path, tmp_path: Path, runs: Counter[str]) ->
     assert {k: v for k, v in first.items() if k not in unlike} == {k: v for k, v in second.items() if k not in unlike}
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"sizes": replace(SIZES, answer_most=5)}, {"retain": FORGET_MORE}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"sizes": replace(SIZES, answer_most=5)}, {"retain": FORGET_OTHERS}])
 def test_another_audit_runs_again(folder: Path, tmp_path: Path, runs: Counter[str], change: dict[str, Any]) -> None:
     audited(folder, tmp_path / "out", attacks=("prefill",))
     audited(folder, tmp_path / "out", attacks=("prefill",), **change)
