@@ -36,6 +36,19 @@ def knowedit() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def wikibigedit() -> list[dict[str, Any]]:
+    """As in WikiBigEdit's files."""
+    kept = RETAIN[0]
+    return [
+        {
+            "subject": fact["subject"], "update": fact["question"], "ans": "No idea.", "ground_truth": fact["answer"],
+            "rephrase": f"Tell me: {fact['question']}", "personas": f"Say, {fact['question']}",
+            "loc": kept["question"], "loc_ans": kept["answer"],
+        }
+        for fact in FORGET
+    ]  # fmt: skip
+
+
 def counterfact() -> list[dict[str, Any]]:
     """As in multi_counterfact.json."""
     return [

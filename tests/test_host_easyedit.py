@@ -22,7 +22,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from unierase_plugin import UniEraseError, UniEraseHyperParams, unlearn
 from unierase_plugin.errors import DependencyError, HyperParamsError, RequestError
-from unierase_plugin.hosts import easyedit
+from unierase_plugin.hosts import easyedit, progress
 from unierase_plugin.hosts.easyedit import Aim, EasyEditHyperParams, apply_unierase_to_model
 from unierase_plugin.hosts.in_place import HISTORY
 
@@ -208,6 +208,58 @@ def test_the_weights_are_those_of_a_run_of_ours(editor_class: Any, tmp_path: Pat
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-5)
 
 
+def request(**more: Any) -> dict[str, Any]:
+    neighbours = {"near": {"prompt": [RETAIN[0]["question"]], "ground_truth": [RETAIN[0]["answer"]]}}
+    return {"prompt": PROMPTS[0], "subject": SUBJECTS[0], "ground_truth": "x", "target_new": None, "portability": {},
+            "locality": neighbours, **more}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("forms", "more", "asked"),
+    [(["chat"], {}, True), (["bare"], {}, False), (["chat"], {"evaluation_type": "generate-text"}, False)],
+    ids=["chat", "bare", "generated, which it asks as a chat"],
+)
+def test_neighbours_are_asked_in_the_form_of_the_edit_too_and_the_log_says_why(
+    forms: list[str], more: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    settings = hparams(prompt_forms=tuple(forms))
+    vars(settings).update(use_chat_template=forms == ["chat"], **more)
+    editor: Any = SimpleNamespace(alg_name=easyedit.ALGORITHM, hparams=settings, tok=settings.model_name[1])
+    seen: list[Any] = []
+
+    def edit_requests(editor: Any, requests: Any) -> None:
+        seen.extend(requests)
+
+    def batch_edit(editor: Any, prompts: Any, target_new: Any, locality_inputs: Any = None) -> None:
+        seen.append({"locality": locality_inputs})
+
+    given = request()
+    easyedit._with_aims_in_requests(edit_requests, editor, [given])
+    easyedit._with_aims(batch_edit, editor, PROMPTS, locality_inputs=KEPT)
+    easyedit._with_aims_in_requests(edit_requests, editor, [seen[0]])  # as `edit` hands on what it was given
+    chat = "<|im_start|>user\nWhat does Al Bunt sell?<|im_end|>\n<|im_start|>assistant\n"
+    near = {"prompt": [chat], "ground_truth": ["Hats"]}
+    assert seen[0]["locality"] == {**given["locality"], **({"near_in_chat": near} if asked else {})}
+    assert seen[2]["locality"] == seen[0]["locality"]
+    assert set(seen[1]["locality"]) == {"neighborhood", *(["neighborhood_in_chat"] if asked else [])}
+    assert given == request()
+    said = caplog.text
+    assert ("NAME_in_chat_acc beside NAME_acc" in said) == asked
+    assert "pre.rewrite_acc counts the pieces" in said
+
+
+def test_edits_report_their_progress(
+    editor_class: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "INTERVALS", {True: 0.0, False: 0.0})
+    editor = editor_class.from_hparams(hparams())
+    editor.edit(prompts=PROMPTS[:1], target_new=[None], subject=SUBJECTS[:1])
+    said = capsys.readouterr().err
+    for phase in ("learn the unlearning token", "values (z)", "solve for the edit"):
+        assert f"UniErase, {phase}: " in said
+
+
 def test_a_fact_that_does_not_fit_leaves_the_model_alone(editor_class: Any) -> None:
     editor = editor_class.from_hparams(hparams(batch_size=2))
     before, words = weights(editor.model), len(editor.tok)
@@ -258,7 +310,8 @@ def test_the_real_editor_reports_all_its_measures(editor_class: Any) -> None:
         prompts=PROMPTS, subject=SUBJECTS, rephrase_prompts=PROMPTS, locality_inputs=KEPT, test_generation=False
     )
     assert all({"rewrite_acc", "rephrase_acc"} <= each["post"].keys() for each in metrics)
-    assert all(0 <= each["post"]["locality"]["neighborhood_acc"][0] <= 1 for each in metrics)
+    for name in ("neighborhood_acc", "neighborhood_in_chat_acc"):
+        assert all(0 <= each["post"]["locality"][name][0] <= 1 for each in metrics)
     assert json.loads(Path("logs/results.json").read_text())[0]["requested_rewrite"]["target_new"] == "<unlearn_0>"
 
 

@@ -119,6 +119,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     named = {
         "zsre_mend_eval.json": hosts_data.zsre(), "zsre_mend_eval_portability_gpt4.json": hosts_data.zsre(),
         "zsre_eval_20k.json": hosts_data.zsre(), "knowedit.json": hosts_data.knowedit(),
+        "wikibigedit.json": hosts_data.wikibigedit(),
         "multi_counterfact.json": hosts_data.counterfact(),
         "known_1000.json": [{"template": "Ask {} now", "subject": "Bob"}],
     }  # fmt: skip
@@ -142,6 +143,10 @@ def options(desk: Path, **more: str) -> list[str]:
                                     "metrics_save_dir": "out"}, "out/*.json"),
         ("run_ultraedit_editing.py", {"data_type": "zsre", "ds_size": "2", "output_dir": "out"}, "out/*.json"),
         ("run_zsre_llama2.py", {"ds_size": "2", "metrics_save_dir": "out"}, "out/UniErase_results.json"),
+        ("run_WikiBigEdit.py", {"data_dir": "data/wikibigedit.json", "ds_size": "2", "metrics_save_dir": "out"},
+         "out/UniErase_*.json"),
+        ("run_LLM_evaluation.py", {"datatype": "zsre", "data_dir": "data/knowedit.json", "ds_size": "2",
+                                   "output_dir": "out"}, "out/*.json"),
     ],
 )  # fmt: skip
 def test_easyedits_own_scripts_run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_type_hints
@@ -19,7 +20,11 @@ from ..hparam_values import coerced
 from ..hparams import UniEraseHyperParams
 from ..request import ForgetRequest
 
+logger = logging.getLogger(__name__)
+
 ALGORITHM = "UniErase"
+#: What the name of a set of neighbours ends in where they are asked in chat form.
+IN_CHAT = "_in_chat"
 #: Methods of BaseEditor that take prompts and their targets.
 EDITING = ("edit", "batch_edit", "normal_edit", "generate_edit")
 
@@ -212,13 +217,67 @@ def _with_aims(theirs: Callable[..., Any], editor: Any, *args: Any, **kwargs: An
         bound.arguments["target_new"] = [_aim(editor, target) for target in wanted]
     elif isinstance(prompts, str):
         bound.arguments["target_new"] = _aim(editor, targets)
+    # `edit` hands its requests on to `edit_requests`.
+    if theirs.__name__ != "edit" and bound.arguments.get("locality_inputs"):
+        _tell_of_figures(editor, True)
+        bound.arguments["locality_inputs"] = _asked_in_chat_too(editor, bound.arguments["locality_inputs"])
     return theirs(*bound.args, **bound.kwargs)
 
 
 def _with_aims_in_requests(theirs: Callable[..., Any], editor: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
     if editor.alg_name == ALGORITHM:
-        requests = [{**each, "target_new": _aim(editor, each.get("target_new"))} for each in requests]
+        _tell_of_figures(editor, any(each.get("locality") for each in requests))
+        requests = [
+            {
+                **each, "target_new": _aim(editor, each.get("target_new")),
+                **({"locality": _asked_in_chat_too(editor, each["locality"])} if each.get("locality") else {}),
+            }
+            for each in requests
+        ]  # fmt: skip
     return theirs(editor, requests, *args, **kwargs)
+
+
+def _asked_in_chat_too(editor: Any, locality: Mapping[str, Any]) -> dict[str, Any]:
+    """Sets of neighbours as EasyEdit takes them, each beside itself in the form in which the edit acts.
+
+    EasyEdit asks locality as bare text whatever the form of the edit, and has no setting for it.
+    """
+    if not _acts_in_chat(editor):
+        return dict(locality)
+
+    def asked(prompt: Any) -> Any:
+        if isinstance(prompt, (list, tuple)):
+            return [asked(each) for each in prompt]
+        turns = [{"role": "user", "content": prompt}]
+        return prompt and editor.tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    both: dict[str, Any] = {}
+    for name, neighbours in locality.items():
+        both[name] = neighbours
+        if not name.endswith(IN_CHAT):
+            both.setdefault(name + IN_CHAT, {**neighbours, "prompt": asked(neighbours["prompt"])})
+    return both
+
+
+def _acts_in_chat(editor: Any) -> bool:
+    """Whether the edit is in chat form and EasyEdit's evaluation is not: where it judges what is generated, it is."""
+    generates = getattr(editor.hparams, "evaluation_type", None) in ("LLM-judge", "generate-text")
+    return bool(getattr(editor.hparams, "use_chat_template", False) and editor.tok.chat_template) and not generates
+
+
+def _tell_of_figures(editor: Any, locality: bool) -> None:
+    """Says of EasyEdit's figures what they do not say themselves."""
+    token = editor.hparams.unlearning_token
+    if token not in editor.tok.get_vocab():
+        logger.warning(
+            "pre.rewrite_acc counts the pieces into which the tokenizer splits %r before the edit adds it as a token. "
+            "It is no accuracy, and above 0 where the model guesses one piece from the others.", token,
+        )  # fmt: skip
+    if locality and _acts_in_chat(editor):
+        logger.warning(
+            "EasyEdit asks locality as bare text, where an edit in chat form hardly acts, so that 1.0 says little. "
+            "NAME%s_acc beside NAME_acc asks the same neighbours in chat form.", IN_CHAT,
+        )  # fmt: skip
 
 
 def _aim(editor: Any, target: Any) -> Aim:

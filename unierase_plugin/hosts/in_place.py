@@ -25,6 +25,7 @@ from ..methods.unierase import UNIERASE
 from ..pipeline import change
 from ..request import NO_ANSWER, ForgetRequest
 from ..store import model_fingerprint
+from .progress import progress_bar
 
 #: Attribute of an edited model that holds its History.
 HISTORY = "unierase_history"
@@ -147,7 +148,10 @@ def edit_in_place(
     names = tuple(arch.weight_name(layer) for layer in changed_layers(settled))
     before = model_fingerprint(model, names)
     weights = {name: _kept(model.get_parameter(name), originals_on) for name in names}
-    changes, earlier = change(model, requests, tokenizer=tokenizer, hparams=settled, earlier=history.earlier)
+    with progress_bar() as progress:
+        changes, earlier = change(
+            model, requests, tokenizer=tokenizer, hparams=settled, earlier=history.earlier, progress=progress
+        )
     history.add(names, before, model_fingerprint(model, names), changes, earlier)
     return model, OriginalWeights(weights, model)
 
