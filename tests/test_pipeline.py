@@ -606,7 +606,9 @@ def test_a_full_disk_at_the_end_costs_no_work(
     earlier = (out / "unierase" / "manifest.json").read_text()
     with monkeypatch.context() as patch:
         if when == "before writing":
-            patch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
+            # There was room when the run began, and once the model was there.
+            free = iter((10**12, 10**12))
+            patch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=next(free, 1000)))
         else:
             patch.setattr(folder_module, "save_model", raising(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(CheckpointError, match=r"could not be written .* Free some room"):

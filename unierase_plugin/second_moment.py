@@ -31,7 +31,7 @@ from .locate_then_edit.statistics import (
     unusable,
 )
 from .moment_files import check_likeness, read_moments
-from .store import Packed, Store, digest, pack_moment, pack_sums, unpack_moment, unpack_sums
+from .store import Packed, Store, check_room, digest, pack_moment, pack_sums, unpack_moment, unpack_sums
 from .team import Team
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,15 @@ class Corpus:
             logger.warning("Computing again: %s in %s.", why, found.file)
             return None
         return found
+
+    def check_room(self, out: Path | None) -> None:
+        """Raises WriteError where the disk does not hold the sums of the pass with the moments, and a copy in `out`."""
+        if self.kept() is None:
+            arch = self._architecture()
+            size = sum(arch.mlp_width(layer) ** 2 for layer in self.hparams.layers)
+            check_room(self.cache.path(FINISHED, self.key()), size * (torch.float64.itemsize + self.dtype.itemsize))
+            if out is not None:
+                check_room(out, size * self.dtype.itemsize)
 
     def check(self) -> None:
         """Raises for whatever is wrong with the corpus, by reading one text; not where the moments are at hand."""

@@ -424,7 +424,7 @@ def replace_folder(folder: Path, needed: int, check: Callable[[], None] = lambda
         if shutil.disk_usage(staging).free < needed:
             raise OSError("the disk has too little room")
         yield staging
-        _sync_tree(staging)
+        sync_tree(staging)
         check()
         _swap_in(staging, folder)
     except (OSError, SafetensorError) as error:
@@ -463,7 +463,7 @@ def clear_leftovers(folder: Path) -> None:
             if purpose == "replaced" and not folder.exists():
                 os.rename(leftover, folder)
             else:
-                shutil.rmtree(leftover, ignore_errors=True)
+                _discard(leftover)
 
 
 def remove_folder(folder: Path) -> None:
@@ -539,7 +539,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Has the system write down a folder with all its files, before it takes its name."""
     entries = sorted(folder.rglob("*"))
     for file in (entry for entry in entries if entry.is_file()):
         _sync(file)

@@ -18,7 +18,8 @@ from ..errors import CheckpointError, first_words
 from ..loading import open_weights
 from ..locate_then_edit.edit import WeightEdit, apply_edit
 from ..older_readers import write_for_older_readers
-from ..store import model_fingerprint
+from ..room import weights_size
+from ..store import check_room, model_fingerprint
 from ..tying import resize_vocabulary
 from .contents import LIST, changed_contents
 from .damage import misfits
@@ -49,6 +50,7 @@ def revert_checkpoint(folder: str | Path, out: str | Path, overwrite: bool = Fal
     written for.
     """
     with output_folder(out, overwrite, inputs={"the edited model": Path(folder)}, going_on=folder) as place:
+        check_room(place.path, weights_size(folder))
         return _reverted(examine(folder), place, step)
 
 
@@ -77,6 +79,7 @@ def take_back_requests(folder: str | Path, out: str | Path, requests: Sequence[s
     CheckpointError for what the ledger does not hold, and like `revert_checkpoint`.
     """
     with output_folder(out, overwrite, inputs={"the edited model": Path(folder)}, going_on=folder) as place:
+        check_room(place.path, weights_size(folder))
         return _without(examine(folder), place, requests)
 
 

@@ -64,6 +64,13 @@ class _Commands(TyperGroup):
         except UniEraseError as error:
             tell(styled(("Error:", "bold red"), f" {error}"))
             raise typer.Exit(1) from error
+        except OSError as error:
+            from ..store import is_full
+
+            if not is_full(error):
+                raise
+            tell(styled(("Error:", "bold red"), f" {error}. Free some room; the same command goes on from there."))
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
             with suppress(OSError):  # a terminal that hung up takes no line
                 tell("Stopped. Phases that were finished are kept: the same command goes on from there.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from contextlib import nullcontext
@@ -44,7 +43,7 @@ def stats(
     goes on where it was. `accelerate launch -m unierase_plugin stats ...`, or torchrun, shares the work out.
     """
     from ..pipeline import choose_hparams, corpus_moment
-    from ..store import pack_moment, refuse_other, write_tensors
+    from ..store import refuse_other
     from ..team import joined_team
 
     changes: dict[str, Any] = {
@@ -63,7 +62,7 @@ def stats(
     with joined_team() as team, progress(console) if team.leads else nullcontext(_silent) as report:
         try:
             found = corpus_moment(
-                model, hparams=settings, corpus=corpus or None, sources=sources or (), seed=seed,
+                model, hparams=settings, corpus=corpus or None, sources=sources or (), out=out, seed=seed,
                 device=_own_device(device, team), dtype=dtype, team=team, progress=report,
             )  # fmt: skip
         except UniEraseError:
@@ -72,9 +71,6 @@ def stats(
             raise typer.Exit(1) from None  # the first process says it for all
     if not team.leads:
         return
-    if out is not None:
-        tensors, metadata = pack_moment(found.moment)
-        write_tensors(out, tensors, {**metadata, "source": json.dumps(found.source)})
     if as_json:
         Screen().json(_figures(found))
     else:

@@ -20,7 +20,8 @@ from ..methods.contract import Progress
 from ..pipeline import Requests
 from ..request import ForgetRequest, check_overlap
 from ..results_folder import results_folder
-from ..store import clear_strays, make_folder, write_json
+from ..room import weights_size
+from ..store import check_room, clear_strays, make_folder, write_json
 from . import search
 from .entries import REFERENCE, UNEDITED, Entry, settings_of
 from .facts import at_most, divide, read_facts
@@ -143,6 +144,7 @@ def compare(
         plan = replace(plan, options=_with_utility(options, forget))
         methods = [entry for entry in entries if entry.method not in (UNEDITED, REFERENCE)]
         plan.expected = 1 + bool(reference) + len(methods) * (len(options.seeds) + options.budget)
+        _check_room(plan, len(methods), len(methods) * (len(options.seeds) + options.budget))
         ratios = _control(plan, REFERENCE, "", "") if reference else None
         before = _control(plan, UNEDITED, "", _raw(ratios))
         if read_json(before / FAILED):
@@ -157,6 +159,15 @@ def _began(out: Path) -> bool:
     """Whether a comparison was begun in the folder."""
     facts = read_json(out / "facts.json")
     return isinstance(facts, dict) and "forget_shown" in facts
+
+
+def _check_room(plan: _Plan, methods: int, cells: int) -> None:
+    """Raises WriteError where the disk does not hold the models that will be there at once."""
+    # A step is made on the one before, which goes only then.
+    at_once = min(methods, 2 if plan.options.scenario == "sequential" else 1)
+    if plan.options.keep_models and plan.options.scenario != "precise":
+        at_once = max(at_once, cells - len(list(plan.out.glob("cells/*/model*"))))
+    check_room(plan.out / "cells", at_once * weights_size(plan.model, plan.options.dtype))
 
 
 def _facts(forget: Requests, retain: Requests | None, options: Options, allow_overlap: bool) -> dict[str, Any]:
