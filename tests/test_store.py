@@ -293,6 +293,15 @@ def test_leftovers_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Pa
     assert sorted(os.listdir(kind)) == [f".b.safetensors.writing-{os.getppid()}-1", "k.safetensors"]
 
 
+def test_what_a_killed_writer_of_a_file_left_goes_with_the_next_and_nothing_else(tmp_path: Path) -> None:
+    """Beside a file of the user's choice lie files of others."""
+    others = [".b.txt.writing-999999999-1", f".a.txt.writing-{os.getppid()}-1", "a.txt.writing-999999999-1"]
+    for name in (".a.txt.writing-999999999-1", *others):
+        (tmp_path / name).touch()
+    write_text(tmp_path / "a.txt", "whole")
+    assert sorted(os.listdir(tmp_path)) == sorted(["a.txt", *others])
+
+
 @pytest.mark.parametrize("key", ["", "../x", "a/b", ".hidden", "a b"])
 def test_a_key_is_a_file_name(tmp_path: Path, key: str) -> None:
     with pytest.raises(CheckpointError, match="file name"):

@@ -174,7 +174,8 @@ def plain(value: Any, *, strict: bool = False) -> Any:
 def whole_file(path: Path, needed: int = 0) -> Iterator[Path]:
     """Gives a name beside `path` to write to; what is there takes the place of `path` at the end of the `with` block.
 
-    The file is synced before, so that under its name it is whole or not there. `needed`: its size in bytes, for the
+    The file is synced before, so that under its name it is whole or not there. What a writer of this file that was
+    killed left beside it goes. `needed`: its size in bytes, for the
     message. Raises WriteError, with the old file as it was, where the disk is full or the folder cannot be written.
     """
     partial = path.with_name(f".{path.name}.writing-{os.getpid()}-{threading.get_ident()}")
@@ -184,6 +185,7 @@ def whole_file(path: Path, needed: int = 0) -> Iterator[Path]:
         _sync(partial)
         os.replace(partial, path)
         _sync_folder(path.parent)
+        _clear_strays(path.parent, path.name)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -330,9 +332,7 @@ class Store:
         except CheckpointError as error:
             logger.warning("Not kept for later runs: %s", error)
             return
-        for leftover, pid in _leftovers(path.parent, "", "writing"):
-            if not _is_running(pid):
-                leftover.unlink(missing_ok=True)
+        _clear_strays(path.parent)
 
 
 # --- Dataclasses as files --------------------------------------------------------------------------------------------
@@ -507,6 +507,14 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise _cannot_write(target, 0, error) from error
     return target
+
+
+def _clear_strays(folder: Path, name: str = "") -> None:
+    """Removes what writers of the file `name` (of any, where empty) that are gone have left unfinished in a folder."""
+    for stray, pid in _leftovers(folder, name, "writing"):
+        if not _is_running(pid):
+            with suppress(OSError):
+                stray.unlink(missing_ok=True)
 
 
 def _leftovers(parent: Path, name: str, purpose: str) -> list[tuple[Path, int]]:

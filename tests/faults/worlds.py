@@ -23,8 +23,11 @@ from small import FORGET, FORGET_MORE, FORGET_OTHERS, RETAIN, SHORT, save_base
 HERE = Path(__file__).parent
 #: Seconds after which a command counts as stuck; a tiny one takes two or three on a core of its own.
 LIMIT = 300
-#: Keys and files that differ between two runs of the same: times, and what a stopped run says of itself.
-TIMES = {"created", "seconds", "phases", "reading", "counting", "peak_memory_bytes", "memory", "interrupted", "retry"}
+#: Keys that differ between two runs of the same: times, what a stopped run says of itself, digests of what holds those.
+TIMES = {
+    "created", "seconds", "phases", "reading", "counting", "peak_memory_bytes", "memory", "interrupted", "retry",
+    "sha256", "files",
+}  # fmt: skip
 UNLIKE = re.compile(r"\.lock$|^log\.txt$|\.begun$")
 DIGESTS = ("digests.json", ".unierase-files.json")
 #: What a run that was stopped leaves, and the next one clears away.
