@@ -7,7 +7,7 @@ to the hidden size that has an expansion beside it. Two tokens sent through the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +96,7 @@ def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp
     if rewrite_module_tmp:
         names = tuple(_fill(model, rewrite_module_tmp, index) for index in range(len(blocks)))
     else:
-        names = tuple(
-            f"{name}.{_output_projection(name, block, hidden_size)}"
-            for name, block in zip(block_names, blocks, strict=True)
-        )
+        names = _projection_names(model, dict(zip(block_names, blocks, strict=True)), hidden_size)
     projections = tuple(model.get_submodule(name) for name in names)
     for name, projection in zip(names, projections, strict=True):
         _check_weight(name, projection, hidden_size)
@@ -189,6 +186,17 @@ def _linear_maps(block: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
         if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
             rows, columns = weight.shape
             yield (name, module, rows, columns) if stores_input_first(module) else (name, module, columns, rows)
+
+
+def _projection_names(model: Any, blocks: Mapping[str, nn.Module], hidden_size: int) -> tuple[str, ...]:
+    from .served import refuse_recurrent
+
+    try:
+        return tuple(f"{name}.{_output_projection(name, block, hidden_size)}" for name, block in blocks.items())
+    except ArchitectureError:
+        # What a recurrent block holds can look like several MLPs, or like none.
+        refuse_recurrent(model)
+        raise
 
 
 def _output_projection(block_name: str, block: nn.Module, hidden_size: int) -> str:

@@ -44,6 +44,7 @@ from .removal.job import check_removal, removal_of, settle_removal
 from .request import find_subject
 from .resources import lines, paragraphs
 from .second_moment import Corpus, CorpusMoment
+from .served import check_served
 from .store import (
     CACHE_VERSION,
     Packed,
@@ -521,6 +522,7 @@ def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperPara
             f"layers = {shown(list(layers))}: the last block cannot be edited, since no attention follows that could "
             f"carry the edit from the fact to the answer. Choose from 0 to {len(arch.blocks) - 2}."
         )
+    check_served(arch)
     settled = hparams.replace(layers=layers)
     return settle_removal(arch, settled) if hparams.remove else settled
 

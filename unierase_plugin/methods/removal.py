@@ -63,8 +63,11 @@ def _check(job: Job[RemovalHyperParams]) -> None:
 def _settle(model: Any, hparams: RemovalHyperParams) -> RemovalHyperParams:
     from ..architecture import find_architecture
     from ..removal.job import settle_removal
+    from ..served import check_served
 
-    return settle_removal(find_architecture(model, hparams.rewrite_module_tmp, hparams.layer_module_tmp), hparams)
+    arch = find_architecture(model, hparams.rewrite_module_tmp, hparams.layer_module_tmp)
+    check_served(arch)
+    return settle_removal(arch, hparams)
 
 
 REMOVAL: Method[RemovalHyperParams] = Method(
