@@ -49,6 +49,13 @@ def wikibigedit() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def trivia_qa() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """As in trivia_qa_train.json and trivia_qa_test.json, which the script of sanitization reads."""
+    forget = [{**fact, "ground_truth": fact["answer"], "target_new": "I don't know."} for fact in FORGET]
+    keep = [{**fact, "ground_truth": fact["answer"], "target_new": fact["answer"]} for fact in RETAIN]
+    return {"train": {"K_F": forget, "K_R": keep}, "test": {"success": forget, "locality": keep}}
+
+
 def counterfact() -> list[dict[str, Any]]:
     """As in multi_counterfact.json."""
     return [

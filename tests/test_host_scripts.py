@@ -51,6 +51,21 @@ print(json.dumps([TABLE[sys.argv[1]][1].__module__, SETTINGS[sys.argv[1]].__name
 """
 
 
+WAYS = """
+import sys, json
+class MEMITHyperParams: pass
+def apply_memit(): pass
+class Experiment:
+    def batch(self): return "a batch"
+    def single(self): return "one by one"
+    def run(self, method):
+        return {"ROME": self.single, "MEMIT": self.batch}[method](), method in ["ROME", "MEMIT"], method in ["FT"]
+SETTINGS = {"MEMIT": MEMITHyperParams}
+FUNCTIONS = {"MEMIT": apply_memit}
+print(json.dumps([*Experiment().run(sys.argv[1]), list(FUNCTIONS)]))
+"""
+
+
 @pytest.fixture(autouse=True)
 def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -78,6 +93,11 @@ def test_tables_get_an_entry_and_others_do_not(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == [
         "unierase_plugin.hosts.rome_family", "UniEraseHyperParams", 1, ["--help", "-x"],
     ]  # fmt: skip
+
+
+def test_where_a_script_goes_several_ways_ours_goes_memits_and_never_calls_its_function(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["harness", str(script(tmp_path, WAYS)), "UniErase"])
+    assert json.loads(done.stdout) == ["a batch", True, False, ["MEMIT"]]
 
 
 def test_an_option_that_is_none_of_the_methods_keeps_its_choices(tmp_path: Path) -> None:
@@ -163,6 +183,19 @@ def test_easyedits_own_scripts_run(
     assert len(metrics) == 2
     assert all("rewrite_acc" in each["post"] for each in metrics)
     assert path.read_bytes() == source
+
+
+def test_easyedits_sanitization_runs(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    easyedit_or_skip()
+    monkeypatch.setattr("nltk.word_tokenize", str.split)
+    for part, records in hosts_data.trivia_qa().items():
+        (desk / "data" / f"trivia_qa_{part}.json").write_text(json.dumps(records), encoding="utf-8")
+    path = Path(os.environ["UNIERASE_EASYEDIT_DIR"]) / "examples" / "run_santinization_llama2.py"
+    with hosts_data.cuda_is_cpu():
+        run_script(path, options(desk))
+    assert "'success': " in capsys.readouterr().out
 
 
 @pytest.fixture

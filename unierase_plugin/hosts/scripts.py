@@ -17,6 +17,8 @@ from typing import Any
 from ..errors import UniEraseError, reason, shown
 
 METHOD = "UniErase"
+#: Where a script goes different ways for different methods, ours goes this one's: a batch of facts with their subjects.
+LIKE = "MEMIT"
 #: Names that the changed program finds our things under.
 HPARAMS, APPLY = "_unierase_hparams", "_apply_unierase"
 #: Where there is an option's `choices`, it is the method's if it holds one of these.
@@ -90,7 +92,18 @@ class _Adder(ast.NodeTransformer):
             node.keys.append(ast.Constant(METHOD))
             node.values.append(loaded[0] if len(loaded) == 1 else ast.Tuple(loaded, ast.Load()))
             self.added += 1
-        return node
+        elif _is_table_of_ways(node):
+            node.keys.append(ast.Constant(METHOD))
+            node.values.append(node.values[[_text(key) for key in node.keys].index(LIKE)])
+        return self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        """`METHOD in ["ROME", "MEMIT"]`, by which a script treats some methods alike."""
+        listed = node.comparators[0]
+        named = listed.elts if isinstance(listed, (ast.List, ast.Tuple, ast.Set)) else []
+        if isinstance(node.ops[0], (ast.In, ast.NotIn)) and LIKE in map(_text, named):
+            named.append(ast.Constant(METHOD))
+        return self.generic_visit(node)
 
     def visit_keyword(self, node: ast.keyword) -> ast.AST:
         if node.arg == "choices" and isinstance(node.value, (ast.List, ast.Tuple)):
@@ -116,6 +129,13 @@ def _kind(key: ast.expr | None, value: ast.expr) -> str:
         return "settings"
     pair = isinstance(value, ast.Tuple) and len(value.elts) == 2 and _is_settings(value.elts[0])
     return "pair" if _text(key) and pair else "other"
+
+
+def _is_table_of_ways(node: ast.Dict) -> bool:
+    """Whether a table says by a method's name which method of the script's own object edits."""
+    own = [isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == "self"
+           for each in node.values]  # fmt: skip
+    return all(own) and LIKE in map(_text, node.keys)
 
 
 def _text(node: ast.expr | None) -> str:
