@@ -50,6 +50,11 @@ def test_a_fact_is_told_by_its_first_words(text: str) -> None:
     assert len(kept.split()) <= 4
 
 
+def test_what_is_written_without_spaces_is_cut_too() -> None:
+    assert first_words("フランスの首都はどこですか。パリです。") == "'フランスの首都はどこですか …'"
+    assert first_words("Столица Франции") == "'Столица Франции'"
+
+
 @pytest.mark.parametrize("value", [["a", SECRET], {"a": SECRET}, (SECRET,)])
 def test_what_is_no_text_is_told_by_its_type(value: Any) -> None:
     assert first_words(value) == f"a {type(value).__name__}"

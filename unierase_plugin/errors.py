@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable
 
 #: Characters of a value, and of another library's reason, that a message holds at most.
@@ -108,8 +109,11 @@ def first_words(text: object) -> str:
         return f"a {type(text).__name__}"
     words = text.split(maxsplit=FIRST_WORDS)
     start = " ".join(words[:FIRST_WORDS])
-    whole = len(words) <= FIRST_WORDS and len(start) <= LONGEST_START
-    return repr(text if whole and text == start else start[:LONGEST_START] + ("" if whole else " …"))
+    # Where no spaces part the words, one letter says as much as three.
+    wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in start)
+    most = LONGEST_START // 3 if wide else LONGEST_START
+    whole = len(words) <= FIRST_WORDS and len(start) <= most
+    return repr(text if whole and text == start else start[:most] + ("" if whole else " …"))
 
 
 def listed(names: Iterable[object], most: int = MOST_NAMES) -> str:
