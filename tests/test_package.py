@@ -22,6 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         "errors",
+        "inputs hparam_values ranges writing tying wrapping chat_templates literal",
         "request hparams base_model evaluation.metrics",
         "readers architecture",
         "locate_then_edit.positions locate_then_edit.trace locate_then_edit.solve",
