@@ -177,7 +177,7 @@ def content(file: Path) -> Any:
             if file.suffix == ".html" and not text.rstrip().endswith("</html>"):
                 return "damaged: not all of the page"
             # Times are among the figures.
-            text = text.replace("It was interrupted, so that its time is too short.", "")
+            text = text.replace("<p>It was interrupted, so that its time is too short.</p>", "")
             return hashlib.sha256(re.sub(r"[\d.,:<]+(e-?\d+)?", "#", text).encode()).hexdigest()
     except (ValueError, OSError, SafetensorError) as error:
         return f"damaged: {error}"
