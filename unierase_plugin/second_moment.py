@@ -133,6 +133,8 @@ class Corpus:
         team, key = team or Team(), self.key()
         kept = team.agreed(self.kept)
         if kept is not None:
+            # Of a pass that was killed after it had kept them.
+            self._discard(key)
             return kept
         start = time.perf_counter()
         ids, noted = team.agreed(lambda: self._read(key))
