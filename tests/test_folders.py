@@ -265,6 +265,7 @@ IN_PLACE: dict[str, Command] = {
     **{name: command for name, command in COMMANDS.items() if name.startswith("revert")},
 }
 OTHERS = ({"question": "Who built Krandor Gate?", "answer": "Ulla Vren", "subject": "Krandor Gate"},)
+KEPT = ({"question": "Who painted Solmar Bridge?", "answer": "Ida Ness", "subject": "Solmar Bridge"},)
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -511,7 +512,7 @@ def test_a_step_that_was_stopped_at_its_end_is_applied_once(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": 7}, {"forget": OTHERS}, {"hparams": HPARAMS.replace(v_lr=0.3)}, {"retain": OTHERS}]
+    "changes", [{"seed": 7}, {"forget": OTHERS}, {"hparams": HPARAMS.replace(v_lr=0.3)}, {"retain": KEPT}]
 )
 def test_another_step_is_not_taken_for_the_one_before(changes: dict[str, Any], world: World) -> None:
     step(world)

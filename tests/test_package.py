@@ -21,9 +21,9 @@ AT_START = {"_unierase_autoload.py", "unierase_autoload.pth", "unierase_autoload
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "errors",
-        "inputs hparam_values ranges writing tying wrapping chat_templates literal",
-        "request hparams base_model evaluation.metrics",
+        "errors phase_names",
+        "inputs hparam_values ranges writing tying wrapping recurrent chat_templates literal",
+        "request hparams evaluation.metrics",
         "readers architecture",
         "locate_then_edit.positions locate_then_edit.trace locate_then_edit.solve",
         "locate_then_edit.prefix",

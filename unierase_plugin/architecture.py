@@ -189,7 +189,7 @@ def _linear_maps(block: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
 
 
 def _projection_names(model: Any, blocks: Mapping[str, nn.Module], hidden_size: int) -> tuple[str, ...]:
-    from .served import refuse_recurrent
+    from .recurrent import refuse_recurrent
 
     try:
         return tuple(f"{name}.{_output_projection(name, block, hidden_size)}" for name, block in blocks.items())

@@ -6,8 +6,6 @@ go on from the keys and values of earlier tokens: a model that lacks one of thes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +15,8 @@ from .architecture import Architecture
 from .errors import ArchitectureError, reason
 from .locate_then_edit.prefix import cache_prefixes, continue_from
 from .locate_then_edit.trace import TokenBatch, pad, run_blocks
+from .recurrent import ROWS, evaluating, refuse_recurrent
 
-#: What is tried: two rows of three tokens, of which the last goes on from the others.
-ROWS = ((1, 2, 3), (3, 1, 2))
 #: How far logits of two ways may lie apart, in standard deviations of all logits: in float32, and in coarser types.
 EXACT, COARSE = 0.01, 0.3
 
@@ -50,50 +47,6 @@ def check_served(arch: Architecture) -> None:
                     f"{type(model).__name__} gives other logits when a pass {way}, so that an edit cannot be computed. "
                     "UniErase edits decoder-only models of like attention blocks."
                 )
-
-
-@torch.no_grad()
-def refuse_recurrent(model: Any) -> None:
-    """ArchitectureError for a model that keeps of earlier tokens anything but their keys and values."""
-    kind = type(model).__name__
-    with evaluating(model):
-        ids = torch.tensor(ROWS, device=model.get_input_embeddings().weight.device)
-        try:
-            out = model(ids, use_cache=True)
-        except Exception as error:  # whatever a model's own code raises
-            raise ArchitectureError(
-                f"{kind} cannot keep the keys and values of earlier tokens, which an edit's passes go on from: "
-                f"{type(error).__name__}: {reason(error)}. UniErase edits decoder-only models of attention blocks."
-            ) from error
-    cache = getattr(out, "past_key_values", None)
-    layers = getattr(cache, "layers", None)
-    states = [name for name in ("cache_params", "state") if getattr(out, name, None) is not None]
-    if states:
-        what = f"a state ({states[0]})"
-    elif cache is None:
-        what = "nothing"
-    elif not layers:
-        what = f"a {type(cache).__name__}"
-    else:
-        others = [type(layer).__name__ for layer in layers if not isinstance(getattr(layer, "keys", None), Tensor)]
-        if not others:
-            return
-        what = f"in {len(others)} of {len(layers)} blocks a state ({others[0]})"
-    raise ArchitectureError(
-        f"{kind} is no model of attention blocks alone (recurrent, or a mixture): of earlier tokens it keeps {what}, "
-        "not the keys and values that an edit's passes go on from. UniErase edits decoder-only models of attention "
-        "blocks."
-    )
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _check_parts(arch: Architecture) -> None:

@@ -15,23 +15,10 @@ from rich.segment import Segment
 from rich.text import Text
 
 from ..errors import visible
+from ..phase_names import PHASES
 
 if TYPE_CHECKING:
     from ..methods.contract import Progress
-
-PHASES = {
-    "load": "load the model",
-    "before": "answers before",
-    "reference": "the model before training",
-    "train": "training",
-    "removal": "remove what is known",
-    "token": "learn the unlearning token",
-    "statistics": "statistics of ordinary text",
-    "values": "values (z)",
-    "edit": "solve for the edit",
-    "after": "answers after",
-    "save": "write the folder",
-}
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto (spread over all GPUs); empty chooses.")]
 Dtype = Annotated[

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from ..cli.console import PHASES
 from ..methods.contract import Progress
+from ..phase_names import PHASES
 
 #: Seconds between two lines, on a terminal and in a file.
 INTERVALS = {True: 0.5, False: 30.0}
