@@ -2,7 +2,7 @@
 """What is lost when a command is killed, stopped, out of disk, not alone, or given damaged files.
 
     python tests/benchmarks/faults.py --out results                       # everything: hours on one core
-    python tests/benchmarks/faults.py --points 6 --commands run,revert --kinds killed,damaged
+    python tests/benchmarks/faults.py --points 6 --commands "run;revert" --kinds killed,damaged
 
 Every trial is a command of the package on a tiny random model (tests/faults). After it, what was there before must be
 whole, and the same command again must end like an undisturbed run; damaged files must be refused, told of, or make no
