@@ -25,6 +25,7 @@ from unierase_plugin.compare.runner import Options, compare
 from unierase_plugin.errors import WriteError
 from unierase_plugin.finetune import finetune
 from unierase_plugin.loading import load
+from unierase_plugin.methods.removal import RemovalHyperParams
 from unierase_plugin.pipeline import corpus_moment
 from unierase_plugin.room import model_size, weights_size
 
@@ -63,6 +64,9 @@ def test_an_edit_keeps_the_weights_as_they_were(folder: Path) -> None:
     model, _ = load(str(folder / "base"), "cpu")
     edited = sum(model.model.layers[layer].mlp.down_proj.weight.nbytes for layer in HPARAMS.layers)
     assert model_size(model, HPARAMS) == WEIGHTS + edited
+    for removing in (HPARAMS.replace(remove=True), RemovalHyperParams()):
+        assert model_size(model, removing.replace(removal_layers=HPARAMS.layers)) == WEIGHTS + edited
+        assert model_size(model, removing.replace(removal_layers=())) == WEIGHTS
 
 
 def commands(root: Path, out: Path) -> dict[str, Callable[[], Any]]:

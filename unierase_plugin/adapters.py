@@ -12,6 +12,8 @@ from .errors import ArchitectureError, DependencyError, UniEraseError
 from .inputs import checked_path, parse_json, read_text
 
 CONFIG = "adapter_config.json"
+#: How the page begins that an exported edit has beside it.
+PAGE = "# An unlearning edit as a PEFT"
 #: Files that hold a whole model's weights.
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 #: Largest difference that merging may make to a logit, in standard deviations of the logits: rounding stays far below.
@@ -36,11 +38,24 @@ def adapter_base(name: str) -> str:
             "them: without the files that begin with adapter_, the weights are edited; in a folder of its own, the "
             "adapter is merged into its base model."
         )
+    if is_exported_edit(folder):
+        raise ArchitectureError(
+            f"{name!r} is an edit that `unierase export` wrote as an adapter, without its record. Give the edited "
+            "folder that it was exported from, or its base model."
+        )
     described = parse_json(read_text(found, UniEraseError), str(found), UniEraseError)
     base = described.get("base_model_name_or_path") if isinstance(described, dict) else None
     if not base:
         raise UniEraseError(f"The adapter {name!r} names no base model. Set base_model_name_or_path in its {CONFIG}.")
     return str(base)
+
+
+def is_exported_edit(folder: Path) -> bool:
+    """Whether a folder holds an adapter that this package exported: the page beside it tells."""
+    try:
+        return (folder / "README.md").read_text(encoding="utf-8").startswith(PAGE)
+    except (OSError, ValueError):
+        return False
 
 
 def _config_file(name: str) -> Path | None:

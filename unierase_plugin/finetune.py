@@ -6,6 +6,7 @@ It is the training that the fine-tuning baselines have, with the likelihood of t
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from .request import ForgetRequest
 from .room import weights_size
 from .store import CACHE_VERSION, check_room, digest, model_fingerprint, plain, tokenizer_fingerprint
 from .stored import round_to_stored
+
+logger = logging.getLogger(__name__)
 
 #: Tokens generated beyond the longest answer asked for, and at most.
 ANSWER_ROOM, ANSWER_MOST = 8, 128
@@ -80,6 +83,11 @@ def finetune(
     with files.output_folder(Path(out), overwrite, inputs=inputs) as place:
         folder = place.path
         settings = choose_hparams(hparams, os.fspath(model), FineTuneHyperParams).replace(**(options or {}))
+        if files.is_edited(model):
+            logger.warning(
+                "%s has the record of an edit, and what is trained from it has none: keep the folder, since revert, "
+                "export and a further step go on from there alone.", os.fspath(model),
+            )  # fmt: skip
         check_room(folder, weights_size(model, dtype))
         progress("load", 0.0, os.fspath(model))
         loaded, tokenizer = load(model, device or getattr(settings, "device", ""), dtype)

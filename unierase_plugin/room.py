@@ -53,7 +53,10 @@ def model_size(model: Any, hparams: Any = None) -> int:
     edited = []
     if hasattr(hparams, "rewrite_module_tmp"):
         arch = find_architecture(model, hparams.rewrite_module_tmp, hparams.layer_module_tmp)
-        edited = [arch.projections[layer].weight for layer in hparams.layers if 0 <= layer < len(arch.projections)]
+        # A removal has blocks of its own, and changes those instead.
+        removes = getattr(hparams, "remove", not hasattr(hparams, "layers"))
+        layers = hparams.removal_layers if removes else hparams.layers
+        edited = [arch.projections[layer].weight for layer in layers if 0 <= layer < len(arch.projections)]
     return sum(_size(weight, stored_dtype(model)) for weight in (*model.parameters(), *edited))
 
 

@@ -106,7 +106,8 @@ def add_to_tokenizer(tokenizer: Any, name: str) -> int:
         free = next(n for n in (f"<unlearn_{k}>" for k in range(1, len(vocabulary) + 2)) if n not in vocabulary)
         raise TokenError(
             f"The vocabulary already holds {shown(name)} (id {vocabulary[name]}). Choose another unlearning_token, "
-            f"such as {free!r}."
+            f"such as {free!r}: it is a setting, a line of the file that --hparams names. If that token is an earlier "
+            "edit's, start from the folder that has its record."
         )
     from tokenizers import AddedToken
 

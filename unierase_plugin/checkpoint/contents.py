@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..adapters import is_exported_edit
 from ..errors import CheckpointError
 from .record import RECORD
 
@@ -133,11 +134,7 @@ def _unlisted_names(folder: Path) -> str:
 def _is_mark(folder: Path, mark: str) -> bool:
     found = _read_json(folder / mark)
     if mark == "adapter_config.json":
-        # Other tools write such a file too; the page beside it is ours.
-        try:
-            return (folder / "README.md").read_text(encoding="utf-8").startswith("# An unlearning edit as a PEFT")
-        except (OSError, ValueError):
-            return False
+        return is_exported_edit(folder)  # other tools write such a file too
     wanted = {"schema", "method"} if mark.startswith(RECORD) else {"hparams", "fingerprint_before"}
     return isinstance(found, dict) and wanted <= found.keys()
 

@@ -120,6 +120,12 @@ class Examined:
         """What can still be done, in a few sentences; gives_base: whether the way back holds, where that was tried."""
         base = f"the base model {self.base!r}" if self.base else "the base model"
         if not (self.gives_base() if gives_base is None else gives_base):
+            if not self.damage and self.way_back is not None:
+                return (
+                    "The record holds, but the weights beside it are not those of the edit, so that the edit cannot be "
+                    f"taken back from them: put the model's files back from a copy, or fetch {base} again and run the "
+                    "same command on it again."
+                )
             kept = self.way_back is not None or any(each.part in ("everything", "originals") for each in self.damage)
             lost = "What the edit took the place of is damaged too, or cannot be read" if kept else "It has no way back"
             return (

@@ -40,12 +40,12 @@ class OutputFolder:
         target = self.path
         if not target.is_dir() or not any(target.iterdir()):
             return
+        self._refuse_precious()  # first, since --overwrite would not help there
         if not self.overwrite:
             raise CheckpointError(
                 f"The output folder {str(target)!r} is not empty. Choose another, or pass --overwrite "
                 "(overwrite=True) to replace it."
             )
-        self._refuse_precious()
         if not self.in_place:
             refuse_foreign(target)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import tempfile
 import time
@@ -118,7 +119,9 @@ class _Training(Phases):
 
     def _fit(self, network: Any, reference: Reference) -> list[dict[str, float]]:
         h = self.job.hparams
-        warmup = round(h.warmup_epochs * self.material.epoch / self.batch)
+        # A run that is all warm-up would make its first step, and perhaps its only one, at a learning rate of 0.
+        steps = math.ceil(len(self.material.pairs) / self.batch)
+        warmup = min(round(h.warmup_epochs * self.material.epoch / self.batch), steps - 1)
         with ExitStack() as stack:
             work = self.job.work
             place = work / "training" if work else Path(stack.enter_context(tempfile.TemporaryDirectory()))
