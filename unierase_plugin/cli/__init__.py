@@ -39,8 +39,9 @@ def _plain_usage_errors() -> Iterator[None]:
         raise
     except Exception as error:
         # typer has its own copy of click, or click itself, by version.
-        if hasattr(error, "format_message") and getattr(error, "message", ""):
-            error.message = reason(ValueError(visible(error.message)), LONGEST_USAGE)  # type: ignore[attr-defined]
+        said = getattr(error, "message", None)
+        if hasattr(error, "format_message") and isinstance(said, str) and said:
+            error.message = reason(ValueError(visible(said)), LONGEST_USAGE)  # type: ignore[attr-defined]
         raise
 
 
