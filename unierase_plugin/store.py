@@ -175,8 +175,8 @@ def whole_file(path: Path, needed: int = 0) -> Iterator[Path]:
     """Gives a name beside `path` to write to; what is there takes the place of `path` at the end of the `with` block.
 
     The file is synced before, so that under its name it is whole or not there. What a writer of this file that was
-    killed left beside it goes. `needed`: its size in bytes, for the
-    message. Raises WriteError, with the old file as it was, where the disk is full or the folder cannot be written.
+    killed left beside it goes. `needed`: its size in bytes, for the message. Raises WriteError, with the old file as it
+    was, where the disk is full or the folder cannot be written.
     """
     partial = path.with_name(f".{path.name}.writing-{os.getpid()}-{threading.get_ident()}")
     try:
@@ -185,7 +185,7 @@ def whole_file(path: Path, needed: int = 0) -> Iterator[Path]:
         _sync(partial)
         os.replace(partial, path)
         _sync_folder(path.parent)
-        _clear_strays(path.parent, path.name)
+        clear_strays(path.parent, path.name, busy=True)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -332,7 +332,7 @@ class Store:
         except CheckpointError as error:
             logger.warning("Not kept for later runs: %s", error)
             return
-        _clear_strays(path.parent)
+        clear_strays(path.parent, busy=True)
 
 
 # --- Dataclasses as files --------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ def clear_leftovers(folder: Path) -> None:
     folder = Path(folder).expanduser().resolve()
     for purpose in ("replaced", "writing"):
         for leftover, pid in _leftovers(folder.parent, folder.name, purpose):
-            if pid != os.getpid() and _is_running(pid):
+            if not _is_gone(pid):
                 continue
             if purpose == "replaced" and not folder.exists():
                 os.rename(leftover, folder)
@@ -484,13 +484,14 @@ def _discard(path: Path) -> None:
             path.unlink()
 
 
-def clear_strays(folder: Path) -> None:
-    """Removes what processes that are gone left half written in `folder`; to be called before anything is written.
+def clear_strays(folder: Path, name: str = "", *, busy: bool = False) -> None:
+    """Removes what processes that are gone left half written in `folder`: of the entry `name`, of any where empty.
 
-    As in `clear_leftovers`, this process' own number is an earlier life's.
+    busy: whether this process may be writing there, in another thread. Else its own number is an earlier life's, as in
+    `clear_leftovers`.
     """
-    for stray, pid in _leftovers(folder, "", "writing"):
-        if pid == os.getpid() or not _is_running(pid):
+    for stray, pid in _leftovers(folder, name, "writing"):
+        if _is_gone(pid, busy):
             _discard(stray)
 
 
@@ -509,14 +510,6 @@ def make_folder(folder: Path) -> Path:
     return target
 
 
-def _clear_strays(folder: Path, name: str = "") -> None:
-    """Removes what writers of the file `name` (of any, where empty) that are gone have left unfinished in a folder."""
-    for stray, pid in _leftovers(folder, name, "writing"):
-        if not _is_running(pid):
-            with suppress(OSError):
-                stray.unlink(missing_ok=True)
-
-
 def _leftovers(parent: Path, name: str, purpose: str) -> list[tuple[Path, int]]:
     """Hidden entries `.<name>.<purpose>-<pid>` with their process; any name where `name` is empty."""
     pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}\.{purpose}-(\d+)(?:-\d+)?")
@@ -524,6 +517,11 @@ def _leftovers(parent: Path, name: str, purpose: str) -> list[tuple[Path, int]]:
         matches = [(entry, pattern.fullmatch(entry.name)) for entry in parent.iterdir()]
         return [(entry, int(match[1])) for entry, match in matches if match]
     return []
+
+
+def _is_gone(pid: int, busy: bool = False) -> bool:
+    """Whether a leftover's process has ended; with this one's number it has too, unless this one is `busy` there."""
+    return not _is_running(pid) or (pid == os.getpid() and not busy)
 
 
 def _is_running(pid: int) -> bool:
