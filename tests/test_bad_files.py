@@ -7,15 +7,19 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+import typer
 from small import FORGET, SHORT, save_base, shrink
 
 from unierase_plugin import UniEraseHyperParams, pipeline
-from unierase_plugin.cli import main
+from unierase_plugin.audit.runner import audit
+from unierase_plugin.checkpoint import check_output_folder
+from unierase_plugin.cli import PLACES, app, main
 from unierase_plugin.errors import HyperParamsError, RequestError, UniEraseError
 from unierase_plugin.evaluation.reference import read_reference
+from unierase_plugin.finetune import finetune
 from unierase_plugin.hparam_values import coerced
 from unierase_plugin.readers import read_requests
 from unierase_plugin.request import ForgetRequest
@@ -218,6 +222,47 @@ def test_a_path_that_no_file_system_takes(refused: Refused, tmp_path: Path, opti
     os.symlink("loop", tmp_path / "loop")
     message = refused(**{option: tmp_path / name if name == "loop" else name})
     assert says.casefold() in message.casefold()
+
+
+#: Every parameter of a command that names a place, as it is given on the command line.
+EMPTY = {
+    (name, parameter.name): next((each for each in parameter.opts if each.startswith("-")), "")
+    for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+    for parameter in command.params
+    if parameter.name in PLACES
+}
+
+
+@pytest.mark.parametrize(("command", "option"), [(command, option) for (command, _), option in EMPTY.items()])
+def test_an_empty_name_is_no_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, option: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["unierase", command, *([f"{option}="] if option else [""])])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert f"{option} is given an empty text, which names nothing." in said
+
+
+def test_every_path_of_a_command_is_a_place() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    hints = {name: get_type_hints(command.callback) for name, command in commands.items()}
+    paths = {(name, each) for name, found in hints.items() for each, hint in found.items() if "Path" in str(hint)}
+    assert paths
+    assert paths <= EMPTY.keys()
+
+
+@pytest.mark.parametrize("call", [
+    lambda facts: finetune("model", facts, ""),
+    lambda facts: audit("model", facts, out=""),
+    lambda facts: pipeline.unlearn("model", facts, out=""),
+    lambda _: check_output_folder(""),
+], ids=["finetune", "audit", "unlearn", "folder"])  # fmt: skip
+def test_an_empty_name_is_no_place_for_a_program_either(tmp_path: Path, call: Callable[[str], Any]) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    with pytest.raises(UniEraseError, match="is empty"):
+        call(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("what", ["file", "below a file", "long name", "no home", "HOME is empty"])

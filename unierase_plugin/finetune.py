@@ -80,7 +80,7 @@ def finetune(
     Range(0).check("asked", asked)
     requests = tuple(read_requests(facts, registry().readers))
     inputs = {"the model": model, "the facts": facts, "the hyper-parameters": hparams}
-    with files.output_folder(Path(out), overwrite, inputs=inputs) as place:
+    with files.output_folder(out, overwrite, inputs=inputs) as place:
         folder = place.path
         settings = choose_hparams(hparams, os.fspath(model), FineTuneHyperParams).replace(**(options or {}))
         if files.is_edited(model):

@@ -28,10 +28,13 @@ _SPACE = re.compile(r"\s*")
 def checked_path(path: str | os.PathLike[str], kind: Refusal = UniEraseError, what: str = "path") -> Path:
     """The path with `~` put in, where the file system can have such a name and lets it be looked at.
 
-    Whether there is anything is not asked. Raises `kind` for a name that is too long or not UTF-8, a loop of symbolic
-    links, the home of an unknown user, and a folder that may not be looked into.
+    Whether there is anything is not asked. Raises `kind` for a name that is empty, which would be read as the working
+    folder, too long or not UTF-8, a loop of symbolic links, the home of an unknown user, and a folder that may not be
+    looked into.
     """
     text = os.fspath(path)
+    if not text:
+        raise kind(f"The {what} is empty. Give its name; '.' is the working folder.")
     try:
         if "\0" in text:
             raise ValueError("it holds a NUL character")

@@ -279,7 +279,7 @@ def _claimed(
         return
     before = model.folder if isinstance(model, UnlearnResult) else model
     going_on = before if isinstance(before, (str, os.PathLike)) else None
-    with files.output_folder(Path(out), overwrite, inputs=inputs, going_on=going_on) as place:
+    with files.output_folder(out, overwrite, inputs=inputs, going_on=going_on) as place:
         yield place
 
 

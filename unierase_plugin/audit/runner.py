@@ -144,7 +144,7 @@ def audit(
     Raises a UniEraseError that names the value and the remedy.
     """
     checked_seed(seed)
-    target = _output_folder(Path(out), model)
+    target = _output_folder(out, model)
     with results_folder(target, ("audit.json", "audit.html"), _began):
         make_folder(target / PARTS)
         for folder in (target, target / PARTS):
@@ -193,7 +193,7 @@ def _began(out: Path) -> bool:
     return isinstance(found, dict) and {"schema", "verdict"} <= found.keys()
 
 
-def _output_folder(out: Path, model: Source) -> Path:
+def _output_folder(out: str | os.PathLike[str], model: Source) -> Path:
     out = absolute_path(out, CheckpointError)
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{str(out)!r} is a file. Give the name of a folder, which is made where there is none.")

@@ -96,7 +96,7 @@ class OutputFolder:
 
 @contextmanager
 def output_folder(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     overwrite: bool = False,
     *,
     inputs: Mapping[str, Any] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
 from ..errors import StepAppliedError, UniEraseError, reason, visible
@@ -28,6 +29,11 @@ from .stats import stats
 
 #: Characters of what is said of an option that is wrong.
 LONGEST_USAGE = 400
+#: Parameters of the commands that name a file, a folder, a model or a SPEC.
+PLACES = {
+    "adapter", "base", "corpus", "facts", "folder", "forget", "holdout", "hparams", "model", "out", "reference",
+    "retain", "script", "sources",
+}  # fmt: skip
 
 
 @contextmanager
@@ -43,6 +49,23 @@ def _plain_usage_errors() -> Iterator[None]:
         if hasattr(error, "format_message") and isinstance(said, str) and said:
             error.message = reason(ValueError(visible(said)), LONGEST_USAGE)  # type: ignore[attr-defined]
         raise
+
+
+class _Command(TyperCommand):
+    """Refuses an empty name, as a variable of a shell that is not set gives one.
+
+    As a path it would mean the working folder, and of some options that they were left out.
+    """
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        given, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in self.params:
+            value = given.get(parameter.name)
+            if parameter.name in PLACES and (value == "" or (isinstance(value, list) and "" in value)):
+                named = next((each for each in parameter.opts if each.startswith("-")), parameter.name.upper())
+                option = "." if parameter.required else ", or leave the option out."
+                raise UniEraseError(f"{named} is given an empty text, which names nothing. Give a name{option}")
+        return super().parse_args(ctx, args)
 
 
 class _Commands(TyperGroup):
@@ -86,26 +109,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.command()(demo)
-app.command()(run)
-app.command()(finetune)
-app.command()(stats)
-app.command()(revert)
-app.command()(export)
-app.command()(inspect)
-app.command()(audit)
-app.command()(compare)
-app.command()(hparams)
+command = functools.partial(app.command, cls=_Command)
+
+command()(demo)
+command()(run)
+command()(finetune)
+command()(stats)
+command()(revert)
+command()(export)
+command()(inspect)
+command()(audit)
+command()(compare)
+command()(hparams)
 # lm-eval reads its own options, --help among them.
-app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
+command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                                       "help_option_names": []})(evaluate)  # fmt: skip
 # What follows the script's name is the script's own.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
+command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                               "allow_interspersed_args": False})(harness)  # fmt: skip
-app.command("tasks-path")(tasks_path)
-app.command()(methods)
-app.command()(plugins)
-app.command()(hosts)
+command("tasks-path")(tasks_path)
+command()(methods)
+command()(plugins)
+command()(hosts)
 
 
 def main() -> None:
