@@ -83,6 +83,20 @@ def test_a_fact_to_forget_and_to_keep_is_refused_before_a_model_is_opened(
     assert len(message) < 400
 
 
+@pytest.mark.parametrize("twins", TWINS.values(), ids=list(TWINS))
+def test_a_fact_held_out_is_not_kept(twins: tuple[dict[str, str], dict[str, str]], tmp_path: Path) -> None:
+    kept, held_out = twins
+
+    def call(allow: bool) -> None:
+        audit(NOWHERE, FORGET_MORE, out=tmp_path / "out", retain=[*RETAIN, kept], holdout=[held_out],
+              allow_overlap=allow)  # fmt: skip
+
+    with pytest.raises(RequestError, match=r"1 fact is to be kept and never to have been trained on at once.*--allow-"):
+        call(False)
+    with pytest.raises(UniEraseError, match="no-such-model"):
+        call(True)
+
+
 def test_an_overlap_is_counted_and_the_first_facts_are_named() -> None:
     facts = [{"question": f"Who is number {index}?", "answer": "Ann", "case_id": f"mine-{index}"} for index in range(9)]
     kept = [{**fact, "case_id": f"kept-{index}"} for index, fact in enumerate(facts)]
@@ -145,10 +159,12 @@ def test_a_fact_to_keep_that_an_earlier_step_forgot_is_refused(base: Path, tmp_p
     second(True)
 
 
-def test_an_audit_does_not_take_forgotten_facts_for_kept_ones(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("option", "what"), [("retain", "to be kept"), ("holdout", "never to have been trained on")])
+def test_an_audit_does_not_take_forgotten_facts_for_others(base: Path, tmp_path: Path, option: str, what: str) -> None:
     unlearn(base, [*FORGET, *FORGET_MORE], hparams=HPARAMS, out=tmp_path / "edited", judged=0)
-    with pytest.raises(RequestError, match="2 facts are to be kept, but were forgotten"):
-        audit(tmp_path / "edited", FORGET_MORE, out=tmp_path / "audit", retain=[*RETAIN, *FORGET])
+    others: dict[str, Any] = {option: [*RETAIN, *FORGET]}
+    with pytest.raises(RequestError, match=f"2 facts are {what}, but were forgotten"):
+        audit(tmp_path / "edited", FORGET_MORE, out=tmp_path / "audit", **others)
 
 
 def test_a_fact_that_is_forgotten_again_is_told(base: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -154,28 +154,35 @@ class Asked(Protocol):
     def label(self) -> str: ...
 
 
-def check_overlap(forget: Iterable[Asked], keep: Iterable[Asked], kept: str = "to be kept") -> None:
+#: What a set of facts is for, as messages say it.
+TO_FORGET, TO_KEEP, HELD_OUT = "to be forgotten", "to be kept", "never to have been trained on"
+
+
+def check_overlap(one: Iterable[Asked], other: Iterable[Asked], first: str = TO_FORGET, second: str = TO_KEEP) -> None:
     """Raises `RequestError` where a question is asked in both sets, with the same answer or another.
 
-    kept: what the second set is for, as the message says it.
+    first, second: what the sets are for.
     """
-    own = {one_spelling(fact.question): fact.label for fact in forget}
-    shared = [(own[key], fact.label) for fact in keep if (key := one_spelling(fact.question)) in own]
+    own = {one_spelling(fact.question): fact.label for fact in one}
+    shared = [(own[key], fact.label) for fact in other if (key := one_spelling(fact.question)) in own]
     if shared:
-        named = ", ".join(one if one == other else f"{one} (there {other})" for one, other in shared[:SHOWN_FACTS])
+        named = ", ".join(here if here == there else f"{here} (there {there})" for here, there in shared[:SHOWN_FACTS])
         raise RequestError(
-            f"{_facts(len(shared))} to be forgotten and {kept} at once: {named}{_more(len(shared))}. Take "
+            f"{_facts(len(shared))} {first} and {second} at once: {named}{_more(len(shared))}. Take "
             f"{'it' if len(shared) == 1 else 'them'} out of one of the two sets. Where that is meant, allow it with "
             "allow_overlap=True (--allow-overlap)."
         )
 
 
-def check_not_forgotten(keep: Sequence[Asked], forgotten: Iterable[int], where: str) -> None:
-    """Raises `RequestError` where facts to keep, by their numbers, were forgotten in an earlier step of `where`."""
-    labels = [keep[index].label for index in forgotten]
+def check_not_forgotten(facts: Sequence[Asked], forgotten: Iterable[int], where: str, kept: str = TO_KEEP) -> None:
+    """Raises `RequestError` where facts, by their numbers, were forgotten in an earlier step of `where`.
+
+    kept: what the facts are for.
+    """
+    labels = [facts[index].label for index in forgotten]
     if labels:
         raise RequestError(
-            f"{_facts(len(labels))} to be kept, but {'was' if len(labels) == 1 else 'were'} forgotten in an earlier "
+            f"{_facts(len(labels))} {kept}, but {'was' if len(labels) == 1 else 'were'} forgotten in an earlier "
             f"step of {where}: {', '.join(labels[:SHOWN_FACTS])}{_more(len(labels))}. Leave "
             f"{'it' if len(labels) == 1 else 'them'} out, or take the request back first (unierase revert --request). "
             "Where that is meant, allow it with allow_overlap=True (--allow-overlap)."

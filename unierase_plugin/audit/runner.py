@@ -23,7 +23,7 @@ from ..loading import load, read_tokenizer
 from ..locate_then_edit.positions import has_chat_template
 from ..pipeline import peak_memory_bytes
 from ..plugins import registry
-from ..request import check_not_forgotten, check_overlap
+from ..request import HELD_OUT, TO_KEEP, check_not_forgotten, check_overlap
 from ..results_folder import results_folder
 from ..store import (
     clear_strays,
@@ -133,7 +133,7 @@ def audit(
     """Attacks an edited model and its controls, and writes `audit.json` and `audit.html` into `out`.
 
     model      the edited model, by whatever method: its folder, or the model at hand with its tokenizer, as a pair
-    allow_overlap  whether a kept or held-out fact may be one to forget too, and a kept one may be in the record
+    allow_overlap  whether a fact may be in two of the three sets, and a kept or held-out one in the record
     base       the unedited model, likewise; left out, it is the one that the folder's record names, or is taken back
                from it
     reference  a model trained on everything but the facts to forget, likewise
@@ -155,7 +155,8 @@ def audit(
         kept, held_out = (() if spec is None else read_facts(spec, readers) for spec in (retain, holdout))
         if not allow_overlap:
             check_overlap(facts, kept)
-            check_overlap(facts, held_out, "never to have been trained on")
+            check_overlap(facts, held_out, second=HELD_OUT)
+            check_overlap(kept, held_out, TO_KEEP, HELD_OUT)
         models = _find_models(model, base, reference, target)
         fit = sample(judgeable(facts), sizes.facts, seed)
         if not fit:
@@ -163,7 +164,9 @@ def audit(
                 f"None of the {len(facts)} facts can be audited: each question already holds its answer. Give others."
             )
         if models.record is not None and not allow_overlap:
-            check_not_forgotten(kept, models.record.forgotten(fact.question for fact in kept), models.name(EDITED))
+            for each, what in ((kept, TO_KEEP), (held_out, HELD_OUT)):
+                forgotten = models.record.forgotten(fact.question for fact in each)
+                check_not_forgotten(each, forgotten, models.name(EDITED), what)
         if models.record is not None and not any(models.record.holds(fact.question) for fact in fit):
             logger.warning("The record of %s names none of these facts: was it to forget others?", models.name(EDITED))
         context = Context(
