@@ -257,6 +257,36 @@ def test_a_model_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
     assert "Give a folder with config.json and safetensors weights, or the id of a model on the hub" in message
 
 
+#: Commands that are given the folder of a model, with what else they need.
+GIVEN_A_MODEL = {
+    "run": ("--model", "{}", "--forget", "{facts}", "--out", "out"),
+    "finetune": ("--model", "{}", "--facts", "{facts}", "--out", "out"),
+    "stats": ("--model", "{}",),
+    "audit": ("--model", "{}", "--forget", "{facts}", "--out", "out"),
+    "audit, base": ("--model", "models/gamma", "--base", "{}", "--forget", "{facts}", "--out", "out"),
+    "compare": ("--model", "{}", "--forget", "{facts}", "--methods", "memit", "--out", "out"),
+    "eval": ("--model", "{}", "--tasks", "unierase_demo"),
+    "inspect": ("{}",),
+    "revert": ("{}", "--out", "out"),
+    "export": ("{}", "--adapter", "out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", GIVEN_A_MODEL)
+def test_a_model_that_is_not_there_is_told_with_the_folder_and_the_nearest_name(
+    run: Run, base: Path, forget: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, tmp_path / "models" / "gamma")
+    arguments = [part.format("models/gama", facts=forget) for part in GIVEN_A_MODEL[command]]
+    status, said = run(command.partition(",")[0], *arguments)
+    assert status == 1
+    # Commands that read a record say the whole path.
+    assert re.search(rf"There is no folder ('models/gama' in '{tmp_path}'|'{tmp_path}/models/gama')\.", said), said
+    assert "Did you mean 'gamma'?" in said
+
+
 def test_a_folder_without_weights(refused: Refused, tmp_path: Path) -> None:
     AutoConfig.for_model("llama", num_hidden_layers=2, hidden_size=32).save_pretrained(tmp_path / "bare")
     message = refused(model=tmp_path / "bare")

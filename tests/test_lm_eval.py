@@ -21,6 +21,7 @@ from unierase_plugin.evaluation.lm_eval_cli import run_lm_eval
 from unierase_plugin.evaluation.metrics import answered, reads_as_idk, rouge_l_recall
 from unierase_plugin.evaluation.task_checks import check_ours_when_found, tasks_folder
 from unierase_plugin.evaluation.task_manager import hand_on_metadata, register_model_type
+from unierase_plugin.hosts import lm_eval as host
 from unierase_plugin.resources import demo_facts, lines
 from unierase_plugin.unlearning_token import add_token
 
@@ -165,9 +166,15 @@ def test_every_task_is_named_in_the_help_and_the_docs() -> None:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_task_is_named_with_its_neighbour(folder: Path) -> None:
+def test_an_unknown_task_is_named_with_its_neighbour(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("__init__", "match_tasks"):  # put back what the host changes
+        monkeypatch.setattr(TaskManager, name, getattr(TaskManager, name))
+    host._hint_at_ours(TaskManager)
     error = run_fails(folder, tasks="unierase_demo_forgot")
     assert error.match("no task 'unierase_demo_forgot'. Did you mean 'unierase_demo_forget'?")
+    assert "Did you mean" not in caplog.text
 
 
 def test_a_model_that_is_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

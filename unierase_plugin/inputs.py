@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import UniEraseError, reason, shown
+from .errors import UniEraseError, did_you_mean, reason, shown
 
 #: Bytes of a YAML file, and values in it with its aliases put in, at most: settings take some thousand of either.
 YAML_BYTES = 1 << 20
@@ -55,6 +55,24 @@ def checked_path(path: str | os.PathLike[str], kind: Refusal = UniEraseError, wh
 def absolute_path(path: str | os.PathLike[str], kind: Refusal = UniEraseError) -> Path:
     """`checked_path` from the root of the file system, symbolic links followed."""
     return checked_path(path, kind).resolve()
+
+
+def no_folder(name: str | os.PathLike[str]) -> str:
+    """A sentence, with a space after it, that says where no folder of that name is, and what is; "" where it is one.
+
+    For messages about what may be a folder or the id of something on the hub, and is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return ""
+    if path.is_file():
+        return f"{shown(str(path))} is a file, not the folder that holds it. "
+    try:
+        near = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    except OSError:
+        near = []
+    where = "" if path.is_absolute() else f" in {shown(str(Path.cwd()))}"
+    return f"There is no folder {shown(str(path))}{where}.{did_you_mean(path.name, near)} "
 
 
 def read_text(path: Path, kind: Refusal, largest: int | None = None) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from .adapters import adapter_base, merged
 from .errors import ArchitectureError, UniEraseError, did_you_mean, reason, shown
-from .inputs import checked_path
+from .inputs import checked_path, no_folder
 from .stored import round_to_stored, set_stored_dtype
 from .tying import is_tied, says_tied, settle_config
 from .weight_files import stored_weights
@@ -94,8 +94,8 @@ def read_config(name: str) -> Any:
         return AutoConfig.from_pretrained(place)
     except Exception as error:  # the hub, the file system and the config each have their own errors
         raise UniEraseError(
-            f"The model {place!r} cannot be read ({_first_line(error)}). Give a folder with config.json and "
-            "safetensors weights, or the id of a model on the hub that this machine can reach."
+            f"The model {place!r} cannot be read. {no_folder(place)}Give a folder with config.json and safetensors "
+            f"weights, or the id of a model on the hub that this machine can reach ({_first_line(error)})."
         ) from error
 
 

@@ -17,7 +17,7 @@ from ..chat_templates import check_chat_template
 from ..checkpoint import Checkpoint, examine, is_edited, is_whole, revert_checkpoint
 from ..errors import CheckpointError, RequestError, UniEraseError, WriteError, reason, shown
 from ..hparam_values import checked_seed
-from ..inputs import absolute_path
+from ..inputs import absolute_path, no_folder
 from ..literal import tell_special_names
 from ..loading import load, read_tokenizer
 from ..locate_then_edit.positions import has_chat_template
@@ -232,7 +232,10 @@ def _tokenizer(source: Source) -> Any:
     try:
         return read_tokenizer(str(source))
     except Exception as error:  # the hub, the file system and the tokenizer each have their own errors
-        raise UniEraseError(f"No tokenizer can be loaded from {shown(str(source))}: {reason(error)}") from error
+        raise UniEraseError(
+            f"No tokenizer can be loaded from {shown(str(source))}. {no_folder(str(source))}Give the folder or hub id "
+            f"of a model with its tokenizer ({reason(error)})."
+        ) from error
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -246,8 +249,10 @@ def _find_models(model: Source, base: Source | None, reference: Source | None, t
     if base is not None:
         return _Models(model, base, reference, record, "given as --base")
     if record is None:
+        missing = "" if isinstance(model, tuple) else no_folder(model)
         raise UniEraseError(
-            f"{name!r} has no record of its edit, so that the unedited model is not known. Name it: --base DIR_OR_ID."
+            f"{missing}{name!r} has no record of its edit, so that the unedited model is not known. Name it: --base "
+            "DIR_OR_ID."
         )
     if record.originals is not None:
         rebuilt = target / f"{REBUILT}-{record.manifest['model_fingerprint_before'][:FINGERPRINT]}"

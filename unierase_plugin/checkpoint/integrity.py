@@ -17,7 +17,7 @@ from typing import Any
 
 from ..digests import data_digest
 from ..errors import CheckpointError
-from ..inputs import absolute_path, checked_path
+from ..inputs import absolute_path, checked_path, no_folder
 from ..store import TensorFile, clear_leftovers, open_tensors, unpack_token
 from ..unlearning_token import UnlearningToken
 from .damage import Damage, contradictions
@@ -175,10 +175,10 @@ def examine(folder: str | os.PathLike[str]) -> Examined:
     if not target.exists():
         clear_leftovers(target)  # a process killed between its two renames has left the folder under another name
     if not is_edited(target):
-        what = f"has no {RECORD}/{MANIFEST}" if target.is_dir() else "is no folder"
-        raise CheckpointError(
-            f"{str(target)!r} {what}, so it is no checkpoint of an edit. Give the output folder (--out) of a run."
+        missing = (
+            no_folder(target) or f"{str(target)!r} has no {RECORD}/{MANIFEST}, so it is no checkpoint of an edit. "
         )
+        raise CheckpointError(f"{missing}Give the output folder (--out) of a run.")
     return _Reading(target).result()
 
 

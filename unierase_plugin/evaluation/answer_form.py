@@ -11,6 +11,7 @@ from typing import Any
 
 from ..chat_templates import templated
 from ..errors import UniEraseError, reason, shown
+from ..inputs import no_folder
 from ..locate_then_edit.positions import begun, has_chat_template
 
 #: Stands for an answer where the end of a turn is looked up; in no template.
@@ -107,5 +108,6 @@ def named_tokenizer(settings: Mapping[str, Any]) -> Any:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
         raise UniEraseError(
             f"The tokenizer {shown(name)} cannot be loaded, and without it the answers' tokens cannot be counted. "
+            f"{no_folder(name)}"
             f'Give a folder or hub id that holds one: --metadata \'{{"tokenizer": "DIR"}}\' ({reason(error)}).'
         ) from error

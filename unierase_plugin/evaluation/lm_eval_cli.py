@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import typer
 
 from ..errors import DependencyError, UniEraseError, did_you_mean, reason, shown
+from ..inputs import no_folder
 from ..locate_then_edit.positions import has_chat_template
 from .task_checks import check_tasks, every_task_checked, our_tasks, tasks_folder
 from .task_manager import MODEL_TYPE, hand_on_metadata, is_model_type, register_model_type
@@ -192,8 +194,8 @@ def _tokenizer(model: str) -> Any:
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
         raise UniEraseError(
-            f"--model {shown(model)} is not one of lm-eval's model types, and no tokenizer can be loaded from there, "
-            f"as a folder or a hub id: {reason(error)}"
+            f"--model {shown(model)} is not one of lm-eval's model types, and no tokenizer can be loaded from there. "
+            f"{no_folder(model)}Give a folder or a hub id ({reason(error)})."
         ) from error
 
 
@@ -243,8 +245,10 @@ def _our_tasks_known(names: Sequence[str], ours: frozenset[str]) -> Iterator[Non
 
 
 def _refuse_unknown(names: Sequence[str], manager: Any) -> None:
+    # As lm-eval has it: what registers our tasks with lm-eval adds a hint of its own.
+    match = inspect.unwrap(type(manager).match_tasks)
     for name in names:
-        if not (manager.match_tasks([name]) or name.endswith(".yaml") or Path(name).is_dir()):
+        if not (match(manager, [name]) or name.endswith(".yaml") or Path(name).is_dir()):
             hint = did_you_mean(name, manager.all_tasks)
             raise UniEraseError(f"There is no task {shown(name)}.{hint} `unierase eval ls tasks` lists all.")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DependencyError, UniEraseError, did_you_mean, reason, shown
+from ..inputs import no_folder
 
 #: What Yuan et al. 2024 (arXiv 2410.08109) and open-unlearning use.
 SEMANTIC_MODELS = {
@@ -102,6 +103,7 @@ def _load(name: str, model: str) -> Any:
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
         raise UniEraseError(
-            f"The model {shown(model)} for {name} cannot be loaded: {reason(error)}. Give a folder that holds it: "
+            f"The model {shown(model)} for {name} cannot be loaded: {reason(error)}. {no_folder(model)}Give a folder "
+            "that holds it: "
             f'--metadata \'{{"semantic": {{"{name}": "DIR"}}}}\', or leave it out.'
         ) from error
