@@ -133,7 +133,15 @@ def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("layers: [1", "not valid YAML"), ("- 1", "one mapping"), ("", "one mapping")]
+    ("text", "message"),
+    [
+        ("layers: [1", "not valid YAML"),
+        ("- 1", "one mapping of hyper-parameters, not a list"),
+        ("", "not nothing"),
+        ("fast", "not a text"),
+        ("3", "not a whole number"),
+        ("0.5", "not a finite number"),
+    ],
 )
 def test_a_file_that_holds_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(HyperParamsError, match=message):
@@ -166,17 +174,22 @@ def test_values_take_the_declared_type(key: str, given: Any, wanted: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("key", "given"),
+    ("key", "given", "wanted"),
     [
-        ("v_lr", "fast"), ("v_lr", None), ("v_lr", True), ("v_lr", "nan"), ("v_weight_decay", float("inf")),
-        ("v_num_grad_steps", 2.5), ("v_num_grad_steps", False), ("v_num_grad_steps", float("inf")),
-        ("layers", 4), ("layers", "45"), ("layers", [4, "five"]), ("prompt_forms", "chat"),
-        ("context_template_length_params", [10, 2]), ("token_closes_answer", "true"), ("token_closes_answer", 1),
-        ("chat_template_kwargs", 3), ("solver", ["ridge"]), ("device", None),
+        ("v_lr", "fast", "a finite number"), ("v_lr", None, "a finite number"), ("v_lr", True, "a finite number"),
+        ("v_lr", "nan", "a finite number"), ("v_weight_decay", float("inf"), "a finite number"),
+        ("v_num_grad_steps", 2.5, "a whole number"), ("v_num_grad_steps", False, "a whole number"),
+        ("v_num_grad_steps", float("inf"), "a whole number"), ("layers", 4, "a list of whole numbers"),
+        ("layers", "45", "a list of whole numbers"), ("layers", [4, "five"], "a whole number"),
+        ("prompt_forms", "chat", "a list of texts"),
+        ("context_template_length_params", 3, "a list of lists of whole numbers"),
+        ("context_template_length_params", [10, 2], "a list of whole numbers"),
+        ("token_closes_answer", "true", "true or false"), ("token_closes_answer", 1, "true or false"),
+        ("chat_template_kwargs", 3, "a mapping"), ("solver", ["ridge"], "a text"), ("device", None, "a text"),
     ],
 )  # fmt: skip
-def test_a_value_of_another_type_is_refused_by_name(key: str, given: Any) -> None:
-    with pytest.raises(HyperParamsError, match=rf"Hyper-parameter {key} = .* is not of type"):
+def test_a_value_of_another_type_is_refused_by_name(key: str, given: Any, wanted: str) -> None:
+    with pytest.raises(HyperParamsError, match=rf"Hyper-parameter {key} = .* is not {wanted}\.$"):
         UniEraseHyperParams(**{key: given})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -23,6 +24,7 @@ from unierase_plugin.cli import app
 from unierase_plugin.compare.search import choose
 from unierase_plugin.errors import CheckpointError, EditError, HyperParamsError
 from unierase_plugin.finetune import finetune
+from unierase_plugin.hparam_values import in_words
 from unierase_plugin.hparams import HyperParams, UniEraseHyperParams
 from unierase_plugin.locate_then_edit.edit import WeightEdit, apply_edit
 from unierase_plugin.locate_then_edit.solve import LowRank, NullSpace
@@ -43,6 +45,9 @@ SETTINGS: dict[str, type[HyperParams]] = {
 } | {"FineTuneHyperParams": FineTuneHyperParams}
 
 
+WORDS = set(re.findall(r"\w+", "a list of lists, whole, finite number or numbers, text or texts, true, false, mapping"))
+
+
 def numeric(kind: type[HyperParams]) -> set[str]:
     """Its fields that are numbers; seeds are checked by the reader of values."""
     hints = get_type_hints(kind)
@@ -55,6 +60,14 @@ def numeric(kind: type[HyperParams]) -> set[str]:
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_every_number_of_every_method_has_a_range(name: str) -> None:
     assert set(SETTINGS[name].all_ranges()) == numeric(SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_every_type_of_a_setting_has_words_that_are_not_pythons(name: str) -> None:
+    hints = get_type_hints(SETTINGS[name])
+    for spec in dataclasses.fields(SETTINGS[name]):
+        words = in_words(hints[spec.name])
+        assert set(words.split()) <= WORDS, words
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
@@ -81,9 +94,9 @@ def test_a_number_out_of_its_range_is_refused_with_name_value_and_range(name: st
         ("v_lr: 1e30", r"v_lr = 1e\+30 must be greater than 0 and at most 100"),
         ("clamp_norm_factor: 1e-30", "clamp_norm_factor = 1e-30 must be from 0.001 to 1000"),
         ("mom2_n_samples: 1e12", "mom2_n_samples = 1000000000000 must be greater than 0 and at most 100000000"),
-        ("v_lr: .nan", "v_lr = nan is not of type float"),
-        ("mom2_n_samples: .inf", "mom2_n_samples = inf is not of type int"),
-        ("L2: -.inf", "L2 = -inf is not of type float"),
+        ("v_lr: .nan", "v_lr = nan is not a finite number"),
+        ("mom2_n_samples: .inf", "mom2_n_samples = inf is not a whole number"),
+        ("L2: -.inf", "L2 = -inf is not a finite number"),
         ("context_template_length_params: [[1000000000, 1]]", "both from 1 to 1000"),
     ],
 )

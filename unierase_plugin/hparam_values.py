@@ -56,8 +56,25 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
     except UnicodeEncodeError:
         raise HyperParamsError(f"Hyper-parameter {name} = {shown(value)} is not UTF-8 text.") from None
     except (TypeError, ValueError, OverflowError):
-        wanted = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
-        raise HyperParamsError(f"Hyper-parameter {name} = {shown(value)} is not of type {wanted}.") from None
+        raise HyperParamsError(f"Hyper-parameter {name} = {shown(value)} is not {in_words(hint)}.") from None
+
+
+#: Types as YAML knows them: one, and several.
+_WORDS = {
+    str: ("a text", "texts"), int: ("a whole number", "whole numbers"), float: ("a finite number", "finite numbers"),
+    bool: ("true or false", "true or false"), dict: ("a mapping", "mappings"), list: ("a list", "lists"),
+    tuple: ("a list", "lists"), type(None): ("nothing", "nothing"),
+}  # fmt: skip
+
+
+def in_words(hint: Any, several: bool = False) -> str:
+    """A type as a message names it to those who write YAML: tuple[int, ...] is a list of whole numbers."""
+    parts = get_args(hint)
+    kind = get_origin(hint) or hint
+    if kind not in _WORDS:
+        return " or ".join(in_words(each, several) for each in parts) or getattr(hint, "__name__", str(hint))
+    of = f" of {in_words(parts[0], several=True)}" if kind in (tuple, list) and parts else ""
+    return _WORDS[kind][several] + of
 
 
 def _bounded(name: str, value: int) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from .errors import HyperParamsError, did_you_mean, shown
-from .hparam_values import checked_seed, checked_template_arguments, coerced
+from .hparam_values import checked_seed, checked_template_arguments, coerced, in_words
 from .inputs import YAML_BYTES, checked_path, parse_yaml, read_text
 from .ranges import Range, positive, weight
 
@@ -382,7 +382,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Mapping[Any, int]]:
     """The settings, and the line of each."""
     values, lines = parse_yaml(read_text(path, HyperParamsError, YAML_BYTES), str(path), HyperParamsError)
     if not isinstance(values, dict):
-        raise HyperParamsError(f"{path} must hold one mapping of hyper-parameters, not {type(values).__name__}.")
+        raise HyperParamsError(f"{path} must hold one mapping of hyper-parameters, not {in_words(type(values))}.")
     return values, lines
 
 
