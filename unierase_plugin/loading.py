@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .adapters import adapter_base, merged
+from .adapters import adapter_base, check_tokenizer, first_base, merged, refuse_without_peft
 from .errors import ArchitectureError, UniEraseError, did_you_mean, reason, shown
 from .inputs import checked_path, no_folder
 from .stored import round_to_stored, set_stored_dtype
@@ -70,7 +70,7 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
     _refuse_config(name, config)
     spread = {"device_map": "auto"} if place == "auto" else {}
     try:
-        loaded, found = open_weights(name, kind, **spread)
+        loaded, found = open_weights(name, dtype=kind, **spread)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise UniEraseError(
@@ -89,7 +89,7 @@ def read_config(name: str) -> Any:
     """The config of a model, or of an adapter's base. Raises UniEraseError where there is none to be read."""
     from transformers import AutoConfig
 
-    place = adapter_base(name) or name
+    place = first_base(name) if adapter_base(name) else name
     try:
         return AutoConfig.from_pretrained(place)
     except Exception as error:  # the hub, the file system and the config each have their own errors
@@ -100,27 +100,41 @@ def read_config(name: str) -> Any:
 
 
 def read_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, or of an adapter: its own, else its base's. Raises what transformers raises."""
+    """The tokenizer of a model that can be edited, or of an adapter: its own, else its base's.
+
+    Raises ArchitectureError as `adapter_base` does, and what transformers raises.
+    """
     from transformers import AutoTokenizer
 
-    base = adapter_base(name)
+    adapter_base(name)
+    return AutoTokenizer.from_pretrained(tokenizer_place(name))
+
+
+def tokenizer_place(name: str) -> str:
+    """Where the tokenizer of a model lies, or of an adapter: beside it, else with its base."""
+    base = adapter_base(name, exported=True)
     if not base:
-        return AutoTokenizer.from_pretrained(name)
-    if Path(name).is_dir() and not Path(name, "tokenizer_config.json").is_file():
-        return read_tokenizer(base)
+        return name
+    if Path(name).is_dir():
+        return name if Path(name, "tokenizer_config.json").is_file() else tokenizer_place(base)
+    from transformers import AutoTokenizer
+
     try:
-        return AutoTokenizer.from_pretrained(name)
+        AutoTokenizer.from_pretrained(name)
     except Exception:  # an adapter on the hub need not have one
-        return read_tokenizer(base)
+        return tokenizer_place(base)
+    return name
 
 
 def _load_merged(name: str, base: str, device: str, dtype: str) -> tuple[Any, Any]:
+    refuse_without_peft(name)
     try:
         model, _ = load(base, device, dtype)
     except UniEraseError as error:
         raise UniEraseError(f"The adapter {name!r} goes on {base!r}, which is not to be had: {error}") from error
     try:
         whole, tokenizer = merged(name, model), read_tokenizer(name)
+        check_tokenizer(name, whole, tokenizer)
     except UniEraseError:
         raise
     except Exception as error:  # of PEFT or of torch, depending on what does not fit
@@ -128,7 +142,6 @@ def _load_merged(name: str, base: str, device: str, dtype: str) -> tuple[Any, An
             f"The adapter {name!r} cannot be merged into {base!r} ({_first_line(error)}). Merge it yourself with "
             "PEFT's merge_and_unload(), save the result with its tokenizer, and give that folder."
         ) from error
-    settle_config(whole)
     round_to_stored(whole)
     logger.warning(
         "The adapter %s is merged into its base model %s. The merged model is what is edited and written, and what a "
@@ -137,17 +150,20 @@ def _load_merged(name: str, base: str, device: str, dtype: str) -> tuple[Any, An
     return whole, tokenizer
 
 
-def open_weights(name: str, dtype: torch.dtype | str, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+def open_weights(name: str, kind: Any = None, *args: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
     """The model as its weights are, and what transformers says of the keys; raises what transformers raises.
+
+    kind   one of transformers' Auto classes; the one of causal language models where it is left out
 
     A head of its own stays one whatever the config says, and the model's config then says so too.
     """
     from transformers import AutoModelForCausalLM
 
-    options = {"dtype": dtype, "output_loading_info": True, **options}
-    opened: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+    kind = kind or AutoModelForCausalLM
+    opened: Any = kind.from_pretrained(name, *args, output_loading_info=True, **options)
     if _lost_its_head(name, opened[0]):
-        opened = AutoModelForCausalLM.from_pretrained(name, tie_word_embeddings=False, **options)
+        options["tie_word_embeddings"] = False
+        opened = kind.from_pretrained(name, *args, output_loading_info=True, **options)
     model, found = opened
     return model, found
 

@@ -34,6 +34,12 @@ def says_tied(config: Any) -> bool:
     return all(getattr(each, SETTING, False) for each in _parts(config))
 
 
+def has_head_unlike_config(model: Any) -> bool:
+    """Whether the head is a matrix of its own and the config says that it is the embedding."""
+    head = model.get_output_embeddings()
+    return says_tied(model.config) and head is not None and not head.weight.is_meta and not is_tied(model)
+
+
 def settle_config(model: Any) -> None:
     """Makes the config say what the weights say."""
     tied = is_tied(model)

@@ -231,7 +231,7 @@ def _no_originals(checkpoint: Checkpoint, source: Path) -> CheckpointError:
 def load_saved(source: Path) -> Any:
     """The model of an output folder in the dtype it was saved in. Raises CheckpointError where it cannot be loaded."""
     try:
-        return open_weights(str(source), "auto")[0].eval()
+        return open_weights(str(source), dtype="auto")[0].eval()
     except Exception as error:  # damaged weights surface as many types, depending on where the damage is
         raise CheckpointError(f"The model in {str(source)!r} cannot be loaded: {error}") from error
 

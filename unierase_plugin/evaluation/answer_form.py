@@ -12,6 +12,7 @@ from typing import Any
 from ..chat_templates import templated
 from ..errors import UniEraseError, reason, shown
 from ..inputs import no_folder
+from ..loading import tokenizer_place
 from ..locate_then_edit.positions import begun, has_chat_template
 
 #: Stands for an answer where the end of a turn is looked up; in no template.
@@ -103,7 +104,9 @@ def named_tokenizer(settings: Mapping[str, Any]) -> Any:
 
     options = {key: settings[key] for key in ("revision", "trust_remote_code", "subfolder") if settings.get(key)}
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
+        return AutoTokenizer.from_pretrained(tokenizer_place(name), **options)
+    except UniEraseError:
+        raise
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
         raise UniEraseError(

@@ -14,14 +14,18 @@ from typing import Any
 
 import typer
 
+from ..adapters import adapter_base, refuse_without_peft
 from ..errors import DependencyError, UniEraseError, did_you_mean, reason, shown
 from ..inputs import no_folder
+from ..loading import tokenizer_place
 from ..locate_then_edit.positions import has_chat_template
 from .task_checks import check_tasks, every_task_checked, our_tasks, tasks_folder
 from .task_manager import MODEL_TYPE, hand_on_metadata, is_model_type, register_model_type
 
 #: Our group of lm-eval's own tasks, which are asked as lm-eval asks them.
 GENERAL = "unlearning_utility"
+#: lm-eval's names for its own Hugging Face model type.
+HF = ("hf", "hf-auto", "huggingface")
 
 HELP = """\
 Usage: unierase eval --model DIR --tasks TASK[,TASK...] [lm-eval's options]
@@ -30,8 +34,8 @@ Runs lm-eval with this package's tasks beside its own. All of lm-eval's options 
 --limit 10, --batch_size 8, --output_path DIR, --log_samples, --device cuda, --include_path DIR, ...
 `lm_eval run --help` lists them.
 
-  --model DIR             A folder or hub id of a causal language model, or one of lm-eval's model types (hf, vllm,
-                          ...), which then takes lm-eval's own --model_args.
+  --model DIR             A folder or hub id of a causal language model or of a PEFT adapter, or one of lm-eval's model
+                          types (hf, vllm, ...), which then takes lm-eval's own --model_args.
   --tasks TASK            Of this package, beside every task of lm-eval:
                             tofu                  tofu_forget10 and tofu_utility: forget quality and model utility
                             tofu_forget, tofu_forget01, tofu_forget05, tofu_forget10
@@ -78,8 +82,10 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     if known.tasks and ours.issuperset(known.tasks):
         _check_metadata(known.metadata)
     if known.model is not None and not is_model_type(known.model):
+        if adapter_base(known.model, exported=True):
+            refuse_without_peft(known.model)
         arguments = [*rest, *_spelt_out(known, ours)]
-    with _our_tasks_known(known.tasks, ours), every_task_checked(), _command_line(arguments):
+    with _our_tasks_known(known.tasks, ours), every_task_checked(), _hf_is_whole(), _command_line(arguments):
         cli_evaluate()
 
 
@@ -190,7 +196,9 @@ def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(tokenizer_place(model))
+    except UniEraseError:
+        raise
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
         raise UniEraseError(
@@ -251,6 +259,30 @@ def _refuse_unknown(names: Sequence[str], manager: Any) -> None:
         if not (match(manager, [name]) or name.endswith(".yaml") or Path(name).is_dir()):
             hint = did_you_mean(name, manager.all_tasks)
             raise UniEraseError(f"There is no task {shown(name)}.{hint} `unierase eval ls tasks` lists all.")
+
+
+@contextmanager
+def _hf_is_whole() -> Iterator[None]:
+    """Within it lm-eval's model type `hf` opens models as `unierase_hf` does (`lm_eval_model.WholeHF`)."""
+    from lm_eval.api import registry
+
+    original = registry.get_model
+
+    def get_model(name: str) -> Any:
+        found = original(name)
+        if name not in HF:
+            return found
+        from lm_eval.models.huggingface import HFLM
+
+        from .lm_eval_model import WholeHF
+
+        return WholeHF if found is HFLM else found
+
+    registry.get_model = get_model
+    try:
+        yield
+    finally:
+        registry.get_model = original
 
 
 @contextmanager

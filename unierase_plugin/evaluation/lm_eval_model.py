@@ -9,6 +9,7 @@ lacks them. Importing this module registers the model type `unierase_hf`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +19,18 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from ..loading import refuse_drawn
+from ..adapters import adapter_base, check_tokenizer, first_base, merged
+from ..errors import UniEraseError, listed, shown
+from ..loading import open_weights, refuse_drawn, tokenizer_place
 from ..locate_then_edit.generation import ends_alone
 from ..locate_then_edit.positions import closing
 from ..locate_then_edit.trace import pad
+from ..tying import has_head_unlike_config, settle_config
 from .answer_form import Watched
 from .generate import decode_answer, pad_token_id
 from .task_manager import MODEL_TYPE
+
+logger = logging.getLogger(__name__)
 
 
 class TokenwiseAnswer(tuple):  # type: ignore[type-arg]
@@ -44,18 +50,59 @@ class TokenwiseAnswer(tuple):  # type: ignore[type-arg]
 
 @dataclass(frozen=True)
 class _Whole:
-    """One of transformers' Auto classes that refuses a checkpoint without all of its model's weights."""
+    """One of transformers' Auto classes that opens the model that was named: all of its weights, adapters merged."""
 
     kind: Any
 
     def from_pretrained(self, name: Any, *args: Any, **kwargs: Any) -> Any:
-        model, found = self.kind.from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        base = adapter_base(str(name), exported=True)
+        if base:
+            whole = merged(str(name), self.from_pretrained(base, *args, **kwargs))
+            logger.warning("The adapter %s is merged into its base model %s, and that is what is measured.", name, base)
+            return whole
+        model, found = open_weights(str(name), self.kind, *args, **kwargs)
         refuse_drawn(str(name), model, found)
+        if has_head_unlike_config(model):
+            # lm-eval ties what the config says is tied.
+            settle_config(model)
         return model
 
 
+class WholeHF(HFLM):  # type: ignore[misc]
+    """lm-eval's `hf`, but what it opens is whole: an adapter merged into its base, a head of its own kept.
+
+    Raises a UniEraseError for a checkpoint that lacks weights, and for an adapter that cannot be merged.
+    """
+
+    def _get_config(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
+        base = first_base(pretrained)
+        named = {key: kwargs.get(key) for key in ("revision", "subfolder") if kwargs.get(key) not in (None, "", "main")}
+        if base != pretrained and named:
+            raise UniEraseError(
+                f"{shown(pretrained)} is an adapter, and {listed(named)} would be looked for in its base model. "
+                "Download that one of the adapter into a folder, and give the folder."
+            )
+        super()._get_config(base, *args, **kwargs)
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(pretrained, str) and not tokenizer:
+            place = tokenizer_place(pretrained)
+            tokenizer = place if place != pretrained else tokenizer
+        super()._create_tokenizer(pretrained, tokenizer, *args, **kwargs)
+
+    def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
+        kind: Any = self.AUTO_MODEL_CLASS
+        self.AUTO_MODEL_CLASS: Any = _Whole(kind)
+        try:
+            super()._create_model(pretrained, *args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = kind
+        if first_base(pretrained) != pretrained:
+            check_tokenizer(pretrained, self.model, self.tokenizer)
+
+
 @register_model(MODEL_TYPE)
-class HFWithSpecialTokens(HFLM):  # type: ignore[misc]
+class HFWithSpecialTokens(WholeHF):
     """Decodes as `evaluation.generate.answers` does and tells tokens apart.
 
     All figures are those of lm-eval's `hf`, but for models that come with beams or penalties and tokenizers that put an
@@ -65,14 +112,6 @@ class HFWithSpecialTokens(HFLM):  # type: ignore[misc]
 
     #: Generations keep special tokens.
     shows_special_tokens = True
-
-    def _create_model(self, *args: Any, **kwargs: Any) -> None:
-        kind: Any = self.AUTO_MODEL_CLASS
-        self.AUTO_MODEL_CLASS: Any = _Whole(kind)
-        try:
-            super()._create_model(*args, **kwargs)
-        finally:
-            self.AUTO_MODEL_CLASS = kind
 
     @cached_property
     def _closing(self) -> int:
