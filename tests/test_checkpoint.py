@@ -389,7 +389,7 @@ def test_an_output_folder_must_be_free(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="There is no folder"):
         read_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"no unierase/manifest\.json"):
         read_checkpoint(tmp_path)
