@@ -18,7 +18,7 @@ from small import FORGET, PARAGRAPHS, SHORT, save_base, shrink
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, T5Config
 
-from unierase_plugin import cli, erasure
+from unierase_plugin import cli, erasure, loading
 from unierase_plugin.cli import main
 
 Run = Callable[..., tuple[int, str]]
@@ -336,6 +336,33 @@ def test_an_unknown_hyper_parameter_file(refused: Refused) -> None:
 )
 def test_blocks_out_of_range(refused: Refused, tmp_path: Path, layers: list[int], said: str) -> None:
     assert said in refused(hparams=hparams_file(tmp_path, layers=layers))
+
+
+@pytest.mark.parametrize("command", [
+    ("run", "--hparams", "{layers}"),
+    ("run", "--method", "memit", "--hparams", "{layers}"),
+    ("run", "--method", "rmu", "--hparams", "{layer}"),
+    ("run", "--method", "lunar", "--hparams", "{layer}"),
+    ("run", "--method", "removal", "--hparams", "{removal}"),
+    ("run", "--remove", "--hparams", "{teacher}"),
+    ("stats", "--layers", "1,9"),
+    ("compare", "--methods", "memit@layers=[1,9]"),
+], ids=lambda arguments: " ".join(arguments))  # fmt: skip
+def test_blocks_beyond_the_models_are_refused_before_it_is_loaded(
+    run: Run, base: Path, forget: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(loading, "open_weights", lambda *_, **__: pytest.fail("the model was loaded first"))
+    files = {
+        "layers": {"layers": [1, 9]}, "layer": {"layer": 9}, "removal": {"removal_layers": [1, 9]},
+        "teacher": {"removal_teacher_layers": [1, 9]},
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
+    name, *options = (part.format(**{each: tmp_path / f"{each}.yaml" for each in files}) for part in command)
+    rest = () if name == "stats" else ("--forget", forget, "--out", tmp_path / "out")
+    status, said = run(name, "--model", base, *rest, *options)
+    assert status == 1
+    assert "the model has 4 blocks, numbered 0 to 3; there is no block 9." in said
 
 
 def test_an_output_folder_that_exists(refused: Refused, run: Run, base: Path, forget: Path, tmp_path: Path) -> None:

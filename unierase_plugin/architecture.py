@@ -66,13 +66,18 @@ class Architecture:
 
     def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """The layers as given, or ArchitectureError naming those that the model does not have."""
-        missing = [layer for layer in layers if not 0 <= layer < len(self.blocks)]
-        if missing:
-            raise ArchitectureError(
-                f"layers = {shown(list(layers))}: the model has {len(self.blocks)} blocks, numbered 0 to "
-                f"{len(self.blocks) - 1}; there is no block {', '.join(map(str, missing))}."
-            )
-        return tuple(layers)
+        return check_blocks(layers, len(self.blocks))
+
+
+def check_blocks(layers: Sequence[int], blocks: int, setting: str = "layers") -> tuple[int, ...]:
+    """The layers as given, or ArchitectureError naming those that a model of so many blocks does not have."""
+    missing = [layer for layer in layers if not 0 <= layer < blocks]
+    if missing:
+        raise ArchitectureError(
+            f"{setting} = {shown(list(layers))}: the model has {blocks} blocks, numbered 0 to {blocks - 1}; there is "
+            f"no block {', '.join(map(str, missing))}."
+        )
+    return tuple(layers)
 
 
 def stores_input_first(projection: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .adapters import adapter_base, check_tokenizer, first_base, merged, refuse_without_peft
+from .architecture import check_blocks
 from .errors import ArchitectureError, UniEraseError, did_you_mean, reason, shown
 from .inputs import checked_path, no_folder
 from .stored import round_to_stored, set_stored_dtype
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 #: Weights that an error names at most.
 NAMED = 3
+#: Settings of the methods that name blocks of the model.
+BLOCKS = ("layers", "layer", "removal_layers", "removal_teacher_layers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -97,6 +100,30 @@ def read_config(name: str) -> Any:
             f"The model {place!r} cannot be read. {no_folder(place)}Give a folder with config.json and safetensors "
             f"weights, or the id of a model on the hub that this machine can reach ({_first_line(error)})."
         ) from error
+
+
+def check_stated_blocks(name: str, hparams: Any) -> None:
+    """ArchitectureError where the settings name blocks that the model's config does not count; loads no weights.
+
+    What the config does not tell is left to `Architecture.check_layers`.
+    """
+    removes = getattr(hparams, "remove", True)
+    used = [each for each in BLOCKS if hasattr(hparams, each) and (removes or not each.startswith("removal"))]
+    named = {each: getattr(hparams, each) for each in used}
+    layers = {each: value if isinstance(value, tuple) else (value,) for each, value in named.items() if value != -1}
+    template: str = getattr(hparams, "layer_module_tmp", "")
+    if template or not any(layers.values()):
+        return
+    try:
+        config = read_config(name)
+    except UniEraseError:
+        if os.path.exists(name):
+            return  # loading says what is wrong with it
+        raise
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    for setting, value in layers.items():
+        if isinstance(blocks, int):
+            check_blocks(value, blocks, setting)
 
 
 def read_tokenizer(name: str) -> Any:

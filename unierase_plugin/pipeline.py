@@ -32,7 +32,7 @@ from .evaluation.report import Outcome, Report, judge
 from .hparam_values import checked_seed
 from .hparams import HARDENED, PROMPT_FORMS, REMOVED, HyperParams, UniEraseHyperParams
 from .literal import tell_special_names, text_ids
-from .loading import load
+from .loading import check_stated_blocks, load
 from .locate_then_edit.edit import WeightEdit
 from .locate_then_edit.positions import PLAIN_FORM, encode, has_chat_template, render
 from .methods.contract import Changes, Earlier, Job, Method, Progress
@@ -339,6 +339,7 @@ class _Subject:
             settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
             _check_places(settings)
             record = _earlier_record(name, method)
+            check_stated_blocks(name, settings)
             model, tokenizer = load(name, device or getattr(settings, "device", ""), dtype)
             earlier = _steps_of(record)
         else:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import UniEraseError, shown
 from ..hparam_values import checked_seed
-from ..loading import read_config
+from ..loading import check_stated_blocks, read_config
 from ..methods.contract import Progress
 from ..pipeline import Requests
 from ..request import ForgetRequest, check_overlap
@@ -134,12 +134,13 @@ def compare(
     """
     options = options or Options()
     options.check()
-    for entry in entries:
-        settings_of(entry, model)
+    settings = [settings_of(entry, model) for entry in entries]
     with results_folder(out, WRITTEN, _began):
         make_folder(out)
         clear_strays(out)
         plan = _Plan(model, reference, out, options, _facts(forget, retain, options, allow_overlap), launch, progress)
+        for each in settings:
+            check_stated_blocks(model, each)
         write_json(out / "facts.json", plan.facts)
         plan = replace(plan, options=_with_utility(options, forget))
         methods = [entry for entry in entries if entry.method not in (UNEDITED, REFERENCE)]
