@@ -23,6 +23,7 @@ from unierase_plugin.audit.runner import audit
 from unierase_plugin.checkpoint import export_adapter, read_checkpoint, revert_checkpoint, take_back_requests
 from unierase_plugin.checkpoint import place as place_module
 from unierase_plugin.checkpoint.contents import LIST
+from unierase_plugin.checkpoint.licences import LARGEST, carry_licences
 from unierase_plugin.cli import app
 from unierase_plugin.cli.stats import stats
 from unierase_plugin.compare.entries import parse_methods
@@ -289,6 +290,66 @@ def test_the_next_version_of_a_folder_keeps_what_others_put_there(name: str, lis
     assert sorted(path.name for path in world.root.iterdir()) == ["base", "cache", "edited"]
     # They are others' still.
     refused(run, world, world.edited, "which this package did not write there")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_was_changed_beside_the_weights_is_kept_or_told(
+    name: str, in_place: bool, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By one rule for all such files: settings of generation, of the tokenizer and of the model, the chat template."""
+    mine: dict[str, dict[str, Any]] = {
+        "generation_config.json": {"temperature": 0.3, "repetition_penalty": 1.5}, "config.json": {"about": "mine"},
+        "tokenizer_config.json": {"model_max_length": 4000, "about": "mine"},
+    }  # fmt: skip
+    for file, changes in mine.items():
+        path = world.edited / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    template = world.edited / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# mine #}")
+    out = world.edited if in_place else world.out
+    with caplog.at_level("WARNING", "unierase_plugin"):
+        IN_PLACE[name](world, out)
+    for file, changes in mine.items():
+        found = json.loads((out / file).read_text())
+        for setting, value in changes.items():
+            assert found.get(setting) == value or f"without {setting}," in caplog.text, setting
+    assert (out / "chat_template.jinja").read_text().endswith("{# mine #}")
+
+
+#: What a model's folder may hold, and whether it goes with the weights.
+BESIDE = {
+    "LICENSE": True, "NOTICE.txt": True, "USE_POLICY.md": True, "MODEL_LICENSE-2.0": True, "Licence.Apache-2.0": True,
+    "THIRD-PARTY-NOTICES": True, "COPYING": True, "terms_of_use.html": True, "README.md": False,
+    "license_check.py": False, "licenses.json": False, "unnoticed.txt": False, "LICENSE.large": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_licences_go_with_the_weights(command: str, world: World) -> None:
+    source = world.base if command in ("run", "finetune") else world.edited
+    for name in BESIDE:
+        (source / name).write_text("x" * (LARGEST + 1) if name.endswith("large") else f"text of {name}")
+    COMMANDS[command](world, world.out)
+    found = {name for name in BESIDE if (world.out / name).is_file()}
+    wanted = {name for name, goes in BESIDE.items() if goes}
+    # Taking back copies all that lies beside the weights, and an adapter has a page of its own.
+    assert found == (
+        set(BESIDE) if command.startswith("revert") else wanted | ({"README.md"} if command == "export" else set())
+    )
+    assert all((world.out / name).read_text() == f"text of {name}" for name in wanted)
+    # They are not somebody else's.
+    COMMANDS[command](world, world.out)
+
+
+def test_licences_of_one_name_all_go_along(tmp_path: Path) -> None:
+    texts = {"adapter": "its own", "model": "the base's", "same": "its own", "target": "what is replaced"}
+    for place, text in texts.items():
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "LICENSE").write_text(text)
+    (tmp_path / "out").mkdir()
+    carry_licences([*(tmp_path / place for place in texts), "no/model", ""], tmp_path / "out", tmp_path / "target")
+    assert tree(tmp_path / "out") == {"LICENSE": b"its own", "base-LICENSE": b"the base's"}
 
 
 def test_weights_are_not_carried_into_the_next_version(world: World) -> None:

@@ -103,7 +103,8 @@ def finetune(
         done = _judged(job, requests[:asked], changes, folder)
         progress("save", 0.0, str(folder))
         notes = {"model": job.name, "hparams": settings.as_dict(), "fingerprint_before": job.fingerprint, **vars(done)}
-        files.save_plain(place, loaded, tokenizer, {NOTES: json.dumps(plain(notes), indent=2) + "\n"})
+        about = {NOTES: json.dumps(plain(notes), indent=2) + "\n"}
+        files.save_plain(place, loaded, tokenizer, about, models=[job.name])
         files.discard_work(folder)
         progress("save", 1.0, str(folder))
     return done

@@ -30,16 +30,16 @@ def weights_size(model: str | os.PathLike[str], dtype: str = "") -> int:
     safetensors files; whether they are any good is told when they are loaded.
     """
     try:
-        place = _local(model)
+        place = local_folder(model)
         base = adapter_base(str(place))
-        found = stored_weights(_local(base) if base else place)
+        found = stored_weights(local_folder(base) if base else place)
     except (OSError, ValueError, SafetensorError, UniEraseError):
         return 0
     wanted = DTYPES.get(dtype)
     return sum(math.prod(each.shape) * (wanted or each.dtype or torch.float32).itemsize for each in found.values())
 
 
-def _local(model: str | os.PathLike[str]) -> Path:
+def local_folder(model: str | os.PathLike[str]) -> Path:
     """The folder itself, or the hub's copy of it on this machine. Raises what the hub's client raises without one."""
     if Path(model).is_dir():
         return Path(model)

@@ -24,6 +24,7 @@ from ..unlearning_token import UnlearningToken
 from .damage import misfits
 from .folder import bytes_of
 from .integrity import Examined, examine
+from .licences import carry_licences
 from .place import OutputFolder, output_folder
 from .record import Checkpoint, Originals, join_edits
 
@@ -86,6 +87,7 @@ def _exported(found: Examined, place: OutputFolder, step: int | None) -> Path:
         _save_tokenizer(source, staging)
         readme = _readme(checkpoint, edit, token, place.path, steps) + _note_on_names(source, config)
         (staging / "README.md").write_text(readme, encoding="utf-8")
+        carry_licences([source], staging, place.path)
     return place.path
 
 

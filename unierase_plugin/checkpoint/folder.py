@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,12 +25,17 @@ from ..store import digest, model_fingerprint, plain
 from ..stored import as_stored, stored_dtype
 from ..tying import is_tied, settled_config
 from ..unlearning_token import UnlearningToken
+from .licences import carry_licences
 from .place import OutputFolder, held
 from .readback import check_written
 from .record import RECORD, SCHEMA, Checkpoint, Originals, ledger_hash, pack_checkpoint, write_record
 
 #: What the caller must say in `manifest_extra`, since the model in memory does not tell.
 REQUIRED_EXTRA = ("method", "model", "model_fingerprint_before", "created")
+#: Settings of generation that mean something with do_sample alone.
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
@@ -76,6 +82,7 @@ def save_checkpoint(
         tokenizer.save_pretrained(staging)
         write_for_older_readers(staging)
         write_record(checkpoint, staging / RECORD)
+        carry_licences([str(manifest_extra["model"]), *_loaded_from(model)], staging, place.path)
         check_written(staging, model)
     return place.path
 
@@ -201,27 +208,41 @@ def _ledger(
 
 
 def save_plain(
-    folder: str | Path | OutputFolder, model: Any, tokenizer: Any, notes: Mapping[str, str], overwrite: bool = False
-) -> Path:
-    """Writes a model folder without a record, and `notes` as text files by name; whole or not at all."""
+    folder: str | Path | OutputFolder, model: Any, tokenizer: Any, notes: Mapping[str, str], overwrite: bool = False,
+    models: Sequence[str] = (),
+) -> Path:  # fmt: skip
+    """Writes a model folder without a record, and `notes` as text files by name; whole or not at all.
+
+    models: what else than the name that the model was loaded by has licences for it.
+    """
     with held(folder, overwrite) as place, as_stored(model), place.filled(bytes_of(model.parameters())) as staging:
         save_model(model, staging)
         tokenizer.save_pretrained(staging)
         write_for_older_readers(staging)
         for name, text in notes.items():
             (staging / name).write_text(text, encoding="utf-8")
+        carry_licences([*models, *_loaded_from(model)], staging, place.path)
         check_written(staging, model)
     return place.path
 
 
-def save_model(model: Any, folder: Path) -> None:
-    """Writes weights and configuration, whatever sampling settings a published model has, and tied as it is."""
-    with _valid_generation_config(model), settled_config(model):
+def _loaded_from(model: Any) -> list[str]:
+    """The folder or hub id that a model was loaded from; of a merged adapter, that of its base."""
+    name = getattr(model.config, "_name_or_path", "")
+    return [name] if isinstance(name, str) and name else []
+
+
+def save_model(model: Any, folder: Path, tell: bool = True) -> None:
+    """Writes weights and configuration, whatever sampling settings a published model has, and tied as it is.
+
+    tell: whether a warning names settings that are left out.
+    """
+    with _valid_generation_config(model, tell), settled_config(model):
         model.save_pretrained(folder)
 
 
 @contextmanager
-def _valid_generation_config(model: Any) -> Iterator[None]:
+def _valid_generation_config(model: Any, tell: bool) -> Iterator[None]:
     """transformers refuses to save sampling settings without do_sample, which published models have.
 
     Under greedy decoding they mean nothing, so they are left out of the copy that is saved.
@@ -231,9 +252,15 @@ def _valid_generation_config(model: Any) -> Iterator[None]:
         yield
         return
     repaired, default = deepcopy(config), type(config)()
-    for name in ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+    for name in SAMPLING:
         if hasattr(repaired, name):
             setattr(repaired, name, getattr(default, name))
+    left_out = [name for name in SAMPLING if getattr(config, name, None) != getattr(repaired, name, None)]
+    if tell and left_out:
+        logger.warning(
+            "generation_config.json is written without %s, which the model's own sets without do_sample: transformers "
+            "refuses to save that, and greedy decoding does not read it.", ", ".join(left_out),
+        )  # fmt: skip
     model.generation_config = repaired
     try:
         yield

@@ -32,6 +32,7 @@ from .record import RECORD, Checkpoint, Originals, write_record
 
 logger = logging.getLogger(__name__)
 
+GENERATION = "generation_config.json"
 #: Files of a tokenizer in which an added token is named.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -337,7 +338,9 @@ def _write(model: Any, source: Path, place: OutputFolder, token: str, kept: Chec
     token: the one to be taken out of the tokenizer with the record, where there is one.
     """
     with place.filled(bytes_of(model.parameters())) as staging:
-        save_model(model, staging)
+        save_model(model, staging, tell=False)
+        # As it lies there: what was changed by hand, or what transformers does not know, would be lost.
+        (staging / GENERATION).unlink(missing_ok=True)
         _copy_companions(source, staging)
         write_for_older_readers(staging)
         if kept is not None:

@@ -1,0 +1,54 @@
+"""The files of a model that its weights must not go without: licences, notices and terms of use."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..room import local_folder
+
+#: What such a file is called, among other words, and how it does not end.
+_NAME = re.compile(
+    r"(?i)(?:.*[^a-z])?(?:licen[cs]es?|notices?|copying|copyright|use[ _-]policy|terms[ _-]of[ _-](?:use|service))"
+    r"(?:[^a-z].*)?"
+)
+_OTHER = (".py", ".json", ".jsonl", ".csv", ".parquet", ".safetensors", ".bin", ".pt")
+#: Bytes of such a file at most.
+LARGEST = 1 << 20
+
+
+def carry_licences(models: Iterable[str | os.PathLike[str]], staging: Path, target: Path) -> None:
+    """Copies them from the folders of `models`, or the hub's copies on this machine, to `staging`.
+
+    Where two models have different files of one name, the second one's begins with "base-". The folder `target`, which
+    `staging` is to replace, is left out: what is in it stays by itself.
+    """
+    for model in dict.fromkeys(os.fspath(each) for each in models if os.fspath(each)):
+        try:
+            folder = local_folder(model)
+        except (OSError, ValueError):  # the name of none
+            continue
+        if target.exists() and folder.samefile(target):
+            continue
+        for path in sorted(folder.iterdir()):
+            if is_licence(path):
+                _copy(path, staging)
+
+
+def is_licence(path: Path) -> bool:
+    """Whether a file is named like one and small."""
+    named = _NAME.fullmatch(path.name) and not path.name.casefold().endswith(_OTHER)
+    return bool(named) and path.is_file() and path.stat().st_size <= LARGEST
+
+
+def _copy(path: Path, staging: Path) -> None:
+    for name in (path.name, f"base-{path.name}"):
+        if not (staging / name).exists():
+            shutil.copyfile(path, staging / name)
+            return
+        if filecmp.cmp(path, staging / name, shallow=False):
+            return
