@@ -22,7 +22,7 @@ from small import FORGET, HPARAMS, save_base, shrink
 from tiny import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from unierase_plugin import cli, corpus, erasure, pipeline, second_moment, unlearn
+from unierase_plugin import cli, corpus, erasure, moment_files, pipeline, second_moment, unlearn
 from unierase_plugin.architecture import Architecture, find_architecture
 from unierase_plugin.corpus import corpus_identity, corpus_tokens
 from unierase_plugin.errors import EditError
@@ -30,7 +30,7 @@ from unierase_plugin.locate_then_edit import statistics
 from unierase_plugin.locate_then_edit.statistics import SecondMoment, add_sequences, begin_sums, mean_moments
 from unierase_plugin.moment_files import check_likeness, diagonal_likeness
 from unierase_plugin.pipeline import corpus_moment
-from unierase_plugin.store import Packed, Store, read_tensors
+from unierase_plugin.store import Packed, Store, read_tensors, write_tensors
 
 TEXTS = [
     "The cat sat on a mat, and then it did so again.", "Rain fell all day.", "A", "Seven ships sailed, and six came.",
@@ -383,6 +383,30 @@ def test_what_is_no_statistic_of_this_model_is_refused(
         sources = [first.rename(first.with_name("statistics.npz"))]
     with pytest.raises(EditError, match=said):
         moment_of(base, text, sources=sources)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kept", ["out", "cache"])
+def test_a_file_of_this_package_says_which_model_it_is_of(
+    base: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, dtype: str
+) -> None:
+    """Chance likens the diagonals of a narrow model, so that their pattern tells little of a model of width 64."""
+    monkeypatch.setattr(moment_files, "LEAST_LIKENESS", 100.0)
+    out = tmp_path / "own.safetensors"
+    computed = moment_of(base, text, out=out, dtype=dtype)
+    if kept == "cache":
+        out.write_bytes(computed.file.read_bytes())
+    computed.file.unlink()
+    taken = moment_of(base, text, sources=[out], dtype=dtype)
+    for layer, moment in computed.moment.moments.items():
+        assert torch.equal(taken.moment.moments[layer], moment)
+    another = save_base(tmp_path / "another", tiny_model(seed=3))
+    with pytest.raises(EditError, match="are not of block 1 of this model"):
+        moment_of(another, text, sources=[out], dtype=dtype)
+    tensors, metadata = read_tensors(out)
+    write_tensors(out, tensors, {name: each for name, each in metadata.items() if "fingerprint" not in name})
+    with pytest.raises(EditError, match="are not of block 1 of this model"):
+        moment_of(base, text, sources=[out], dtype=dtype)
 
 
 def test_likeness_is_of_the_pattern_and_not_of_the_size() -> None:

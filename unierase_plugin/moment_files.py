@@ -6,7 +6,7 @@ import math
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,9 @@ FILE_NAME = re.compile(r"(?P<module>.+)_float(?:16|32|64)_(?:[a-z0-9_]+-)*mom2(?
 #: Diagonals of one model and block correlate by more than this many times 1 / sqrt(m), the spread of what chance gives.
 #: On SmolLM2-135M: chance 0.08 at most, source code against prose 0.17 at least, prose against prose 0.82 at least.
 LEAST_LIKENESS = 4.0
+#: What a file of this package's own says of the model that it is of: digests of its weights, as they were worked on and
+#: as they are stored.
+FINGERPRINTS = ("fingerprint", "stored_fingerprint")
 
 
 def read_moments(
@@ -53,6 +56,17 @@ def read_moments(
         )
     moments = {layer: total / count for layer, (total, count) in sums.items()}
     return SecondMoment(moments, counts[layers[0]]), {layer: str(path) for layer, path in files.items()}
+
+
+def is_of_model(sources: Sequence[Path], fingerprints: Collection[str]) -> bool:
+    """Whether the statistics are one file of this package's own that says it is of a model with such a fingerprint.
+
+    fingerprints: of the model's weights as they are worked on, and as they are stored.
+    """
+    if len(sources) != 1 or sources[0].suffix != ".safetensors":
+        return False
+    stated = read_tensors(sources[0])[1]
+    return any(stated.get(name) in fingerprints for name in FINGERPRINTS)
 
 
 def check_likeness(given: SecondMoment, own: SecondMoment, files: Mapping[int, str]) -> None:

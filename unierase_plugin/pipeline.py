@@ -37,6 +37,7 @@ from .locate_then_edit.edit import WeightEdit
 from .locate_then_edit.positions import PLAIN_FORM, encode, has_chat_template, render
 from .methods.contract import Changes, Earlier, Job, Method, Progress
 from .methods.unierase import UNIERASE
+from .moment_files import FINGERPRINTS
 from .phases import Phases
 from .plugins import registry
 from .ranges import Range
@@ -260,11 +261,12 @@ def corpus_moment(
     with _frozen(subject.model):
         text = corpus_of(subject.job((), (), None, progress))
         text.check_room(out)
-        found = text.take(sources) if sources else text.moment(team)
+        found = text.take(sources, subject.saved_fingerprint) if sources else text.moment(team)
     if out is not None and (team is None or team.leads):
         clear_leftovers(out)
         tensors, metadata = pack_moment(found.moment)
-        write_tensors(out, tensors, {**metadata, "source": json.dumps(found.source)})
+        stated = dict(zip(FINGERPRINTS, (subject.fingerprint, subject.saved_fingerprint), strict=True))
+        write_tensors(out, tensors, {**metadata, **stated, "source": json.dumps(found.source)})
     progress("statistics", 1.0, "")
     return found
 

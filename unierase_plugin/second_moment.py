@@ -30,7 +30,7 @@ from .locate_then_edit.statistics import (
     second_moments,
     unusable,
 )
-from .moment_files import check_likeness, read_moments
+from .moment_files import check_likeness, is_of_model, read_moments
 from .store import Packed, Store, check_room, digest, pack_moment, pack_sums, unpack_moment, unpack_sums
 from .team import Team
 
@@ -145,17 +145,19 @@ class Corpus:
         self._discard(key)
         return self._result(key, packed, read - start, time.perf_counter() - read)
 
-    def take(self, sources: Sequence[Path]) -> CorpusMoment:
+    def take(self, sources: Sequence[Path], stored_fingerprint: str = "") -> CorpusMoment:
         """Moments from files (`moment_files.read_moments`), kept as those of this corpus.
 
-        Raises EditError where they are not of this model's blocks.
+        A file that says by a fingerprint that it is of this model is taken at its word; of all others the pattern is
+        looked at. Raises EditError where they are not of this model's blocks.
         """
         start, key = time.perf_counter(), self.key()
         arch = self._architecture()
         names = (self.name.replace("/", "_"), Path(self.name).name)
         moment, files = read_moments(sources, arch, self.hparams.layers, names)
-        prose = self._prose_ids(context_limit(self.model))
-        check_likeness(moment, second_moments(arch, prose, self.hparams.layers, max_tokens=self.max_tokens), files)
+        if not is_of_model(sources, {self.fingerprint, stored_fingerprint} - {""}):
+            prose = self._prose_ids(context_limit(self.model))
+            check_likeness(moment, second_moments(arch, prose, self.hparams.layers, max_tokens=self.max_tokens), files)
         moment = SecondMoment({layer: each.to(self.dtype) for layer, each in moment.moments.items()}, moment.count)
         packed = self._finished(moment, {"imported": files})
         self.cache.put(FINISHED, key, *packed)
