@@ -11,9 +11,12 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError, first_words, listed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +24,11 @@ Span = tuple[int, int]
 
 #: The first of the private letters that stand for special tokens, and of those that stand for what a user wrote.
 _NAMES, _PARTS = 0xF0000, 0x10FF00
+#: How they are read here.
+READ = (
+    "They are read as text there, not as the tokens; a program that gives these texts to the tokenizer as they are "
+    "reads the tokens."
+)
 #: Where a tokenizer keeps what is made of it here; another one after a token was added.
 _KEPT = "_unierase_literal"
 
@@ -28,10 +36,10 @@ _KEPT = "_unierase_literal"
 class Rendered(str):
     """A prompt, and the spans of it that users wrote, in which names of special tokens are texts."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[Span, ...] = ()
 
     @classmethod
-    def of(cls, text: str, spans: Iterable[Span]) -> Rendered:
+    def of(cls, text: str, spans: Iterable[Span]) -> Self:
         found = cls(text)
         found.spans = tuple(spans)
         return found
@@ -50,6 +58,18 @@ def rendered(tokenizer: Any, write: Callable[[Sequence[str]], str], parts: Seque
     text = write(parts)
     if not any(special_names(tokenizer, part) for part in parts):
         return text
+    found = spanned(write, parts)
+    if found is None:
+        raise RequestError(
+            f"The chat template changes {first_words(parts[-1])}, which has the name of a special token, so that it "
+            "cannot be told from the template's own. Write the name in another way, or leave the fact out."
+        )
+    return found
+
+
+def spanned(write: Callable[[Sequence[str]], str], parts: Sequence[str]) -> Rendered | None:
+    """What `write` makes of a user's parts, and where they stand in it; None where it changes them."""
+    text = write(parts)
     marks = [chr(_PARTS + index) for index in range(len(parts))]
     around = re.split("|".join(marks), write(marks))
     for cut in (str, str.strip):
@@ -57,10 +77,13 @@ def rendered(tokenizer: Any, write: Callable[[Sequence[str]], str], parts: Seque
         if len(around) == len(parts) + 1 and _joined(around, given) == text:
             starts = [len(_joined(around[: at + 1], given[:at])) for at in range(len(given))]
             return Rendered.of(text, ((start, start + len(part)) for start, part in zip(starts, given, strict=True)))
-    raise RequestError(
-        f"The chat template changes {first_words(parts[-1])}, which has the name of a special token, so that it cannot "
-        "be told from the template's own. Write the name in another way, or leave the fact out."
-    )
+    return None
+
+
+def names_in_spans(tokenizer: Any, text: str) -> bool:
+    """Whether what users wrote in a text has the name of a special token. A text without spans has none."""
+    spans = text.spans if isinstance(text, Rendered) else ()
+    return any(special_names(tokenizer, text[start:end]) for start, end in spans)
 
 
 def _joined(around: Sequence[str], parts: Sequence[str]) -> str:
@@ -88,8 +111,11 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return literal_ids(tokenizer, as_text(tokenizer, text))[0]
 
 
-def tell_special_names(tokenizer: Any, facts: Iterable[Any], more: Sequence[str] = ()) -> None:
-    """Says in the log that facts (requests, or an audit's) have names of special tokens, or one of `more`, as text."""
+def tell_special_names(tokenizer: Any, facts: Iterable[Any], more: Sequence[str] = (), read: str = READ) -> None:
+    """Says in the log that facts (requests, or an audit's) have names of special tokens, or one of `more`, as text.
+
+    read   how these texts are read, in a sentence or two
+    """
     found: dict[str, str] = {}
     count = 0
     for fact in facts:
@@ -100,9 +126,8 @@ def tell_special_names(tokenizer: Any, facts: Iterable[Any], more: Sequence[str]
             found.setdefault(name, fact.label)
     if found:
         logger.warning(
-            "Facts with names of special tokens in their texts (%s): %d, such as %s. They are read as text there, not "
-            "as the tokens; a program that gives these texts to the tokenizer as they are reads the tokens.",
-            listed(found), count, next(iter(found.values())),
+            "Facts with names of special tokens in their texts (%s): %d, such as %s. %s",
+            listed(found), count, next(iter(found.values())), read,
         )  # fmt: skip
 
 

@@ -43,6 +43,10 @@ class Given(Scored):
         # The page says it once for all models.
         pass
 
+    def tell_names(self, tokenizer: Any) -> None:
+        # The run of each method says it of the same facts, and the model type here reads them as text.
+        pass
+
 
 class Judge:
     """A loaded model as lm-eval asks it."""

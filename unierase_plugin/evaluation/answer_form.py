@@ -12,6 +12,7 @@ from typing import Any
 from ..chat_templates import templated
 from ..errors import UniEraseError, reason, shown
 from ..inputs import no_folder
+from ..literal import Rendered
 from ..loading import tokenizer_place
 from ..locate_then_edit.positions import begun, has_chat_template
 
@@ -19,21 +20,23 @@ from ..locate_then_edit.positions import begun, has_chat_template
 MARK = "unlearning"
 
 
-class Context(str):
+class Context(Rendered):
     """A prompt whose end is left to it. lm-eval moves white space at a prompt's end to the scored part, by `rstrip`;
     a chat template's last line break would be scored as if it were the answer's.
     """
 
-    __slots__ = ()
-
     def rstrip(self, characters: str | None = None, /) -> str:
         return self
 
+    def __add__(self, scored: str, /) -> str:
+        """Both, and what users wrote in both: lm-eval tokenises a prompt and what is scored after it in one."""
+        later = scored.spans if isinstance(scored, Rendered) else ()
+        moved = ((start + len(self), end + len(self)) for start, end in later)
+        return Rendered.of(str(self) + str(scored), (*self.spans, *moved))
 
-class Watched(str):
+
+class Watched(Rendered):
     """A scored text for which a model that can tells of every token whether it is the most likely one."""
-
-    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class AnswerForm:
     #: Special tokens, which some model types of lm-eval leave in generations and others do not.
     specials: tuple[str, ...]
 
-    def scored(self, answer: str) -> str:
-        return f"{self.before}{answer}{self.after}"
+    def scored(self, answer: str) -> Rendered:
+        start = len(self.before)
+        return Rendered.of(f"{self.before}{answer}{self.after}", [(start, start + len(answer))])
 
     def without_specials(self, generated: str) -> str:
         for special in self.specials:

@@ -9,6 +9,7 @@ lacks them. Importing this module registers the model type `unierase_hf`.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 
 from ..adapters import adapter_base, check_tokenizer, first_base, merged
 from ..errors import UniEraseError, listed, shown
+from ..literal import Rendered, literal_ids, names_in_spans
 from ..loading import open_weights, refuse_drawn, tokenizer_place
 from ..locate_then_edit.generation import ends_alone
 from ..locate_then_edit.positions import closing
@@ -34,18 +36,21 @@ logger = logging.getLogger(__name__)
 
 
 class TokenwiseAnswer(tuple):  # type: ignore[type-arg]
-    """lm-eval's (log-likelihood, all tokens are the most likely ones), with the same of every token in `matches`."""
+    """lm-eval's (log-likelihood, all tokens are the most likely ones), and more of the tokens."""
 
-    matches: list[bool]
+    #: Of each token whether it is the most likely one, for a `Watched` text.
+    matches: list[bool] | None
+    #: How many were scored, where that is not what the tokenizer makes of the text.
+    tokens: int | None
 
-    def __new__(cls, answer: Sequence[Any], matches: list[bool]) -> TokenwiseAnswer:
+    def __new__(cls, answer: Sequence[Any], matches: list[bool] | None, tokens: int | None = None) -> TokenwiseAnswer:
         self = super().__new__(cls, answer)
-        self.matches = matches
+        self.matches, self.tokens = matches, tokens
         return self
 
     def __reduce__(self) -> Any:
         # lm-eval's --use_cache pickles answers.
-        return TokenwiseAnswer, (tuple(self), self.matches)
+        return TokenwiseAnswer, (tuple(self), self.matches, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ class HFWithSpecialTokens(WholeHF):
 
     #: Generations keep special tokens.
     shows_special_tokens = True
+    #: Names of special tokens in what users wrote (`literal.Rendered`) are texts.
+    reads_names_as_text = True
 
     @cached_property
     def _closing(self) -> int:
@@ -121,9 +128,15 @@ class HFWithSpecialTokens(WholeHF):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
-        ids = list(super().tok_encode(string, add_special_tokens, **kwargs))
+        literal = names_in_spans(self.tokenizer, string)
+        # lm-eval looks at a text's start alone, which is the template's.
+        read = f"{string[: string.spans[0][0]]}a" if literal and isinstance(string, Rendered) else string
+        ids = list(super().tok_encode(read, add_special_tokens, **kwargs))
         # With tokens of its own after the text, the tokenizer has also put those before it.
-        if self._closing and ids == list(self.tokenizer(string)["input_ids"]):
+        whole = bool(literal or self._closing) and ids == list(self.tokenizer(read)["input_ids"])
+        if literal:
+            ids = literal_ids(self.tokenizer, string, add_special_tokens=whole)[0]
+        if whole and self._closing:
             ids = ids[: -self._closing]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
@@ -131,12 +144,18 @@ class HFWithSpecialTokens(WholeHF):
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        if not self._closing:
-            found: tuple[torch.Tensor, torch.Tensor] = super().tok_batch_encode(
-                strings, padding_side, left_truncate_len, truncation
-            )
+        ours = [bool(self._closing) or names_in_spans(self.tokenizer, string) for string in strings]
+        theirs = functools.partial(
+            super().tok_batch_encode, padding_side=padding_side, left_truncate_len=left_truncate_len,
+            truncation=truncation,
+        )  # fmt: skip
+        if not any(ours):
+            found: tuple[torch.Tensor, torch.Tensor] = theirs(strings)
             return found
-        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        rows = [
+            self.tok_encode(string, left_truncate_len=left_truncate_len) if own else theirs([string])[0][0].tolist()
+            for own, string in zip(ours, strings, strict=True)
+        ]
         batch = pad(rows, pad_token_id(self.model, self.tokenizer), padding_side, torch.device("cpu"))
         return batch.ids, batch.mask
 
@@ -160,9 +179,16 @@ class HFWithSpecialTokens(WholeHF):
         self._likeliest: dict[tuple[int, ...], list[int]] = {ids: [] for ids in read}
         answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
         return [
-            TokenwiseAnswer(answer, _matches(self._likeliest[ids], scored)) if self._likeliest[ids] else answer
-            for ids, (_, _, scored), answer in zip(read, requests, answers, strict=True)
+            self._tokenwise(answer, texts, ids, scored)
+            for ids, (texts, _, scored), answer in zip(read, requests, answers, strict=True)
         ]
+
+    def _tokenwise(self, answer: Any, texts: Any, read: tuple[int, ...], scored: list[int]) -> Any:
+        likeliest = self._likeliest[read]
+        matches = _matches(likeliest, scored) if likeliest else None
+        literal = any(names_in_spans(self.tokenizer, text) for text in texts or ())
+        tokens = len(scored) if literal else None
+        return TokenwiseAnswer(answer, matches, tokens) if likeliest or literal else answer
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._rows: Iterator[list[int]] = iter(inps.tolist())

@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
-from ..errors import DependencyError, HyperParamsError
+from ..errors import DependencyError, HyperParamsError, shown
 from ..hookspecs import Host
 from ..hparam_values import coerced
 from ..hparams import UniEraseHyperParams
+from ..literal import tell_special_names
 from ..request import ForgetRequest
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,18 @@ logger = logging.getLogger(__name__)
 ALGORITHM = "UniErase"
 #: What the name of a set of neighbours ends in where they are asked in chat form.
 IN_CHAT = "_in_chat"
+#: What EasyEdit puts in the place of an answer that it was not given.
+NO_TRUTH = "<|endoftext|>"
+#: How names of special tokens in a text are read.
+NAMES_READ = (
+    "The edit reads them as text. EasyEdit's evaluation gives them to the tokenizer, which reads the tokens, so that "
+    "its figures for these facts are those of other texts."
+)
 #: Methods of BaseEditor that take prompts and their targets.
 EDITING = ("edit", "batch_edit", "normal_edit", "generate_edit")
+
+#: Arguments of theirs that hold texts, one for each fact or for all.
+TEXTS = ("prompts", "target_new", "ground_truth", "rephrase_prompts", "locality_inputs", "portability_inputs")
 
 
 class EasyEditHyperParams(UniEraseHyperParams):
@@ -49,6 +60,14 @@ class EasyEditHyperParams(UniEraseHyperParams):
     @classmethod
     def of(cls, hparams: UniEraseHyperParams) -> EasyEditHyperParams:
         return hparams if isinstance(hparams, cls) else cls(**hparams.as_dict())
+
+
+class Asked(NamedTuple):
+    """A request as `literal.tell_special_names` looks at it."""
+
+    label: str
+    question: str
+    answer: str
 
 
 class Aim(str):
@@ -110,6 +129,7 @@ def _fact(request: Mapping[str, Any], index: int) -> ForgetRequest:
     target, answer = request.get("target_new"), request.get("ground_truth")
     target = target.wanted if isinstance(target, Aim) else target
     answer = answer[0] if isinstance(answer, (list, tuple)) and answer else answer
+    answer = None if answer == NO_TRUTH else answer
     wanted = target.strip() or None if isinstance(target, str) else target
     return make_request(request, index, answer=answer, target=wanted)
 
@@ -218,14 +238,20 @@ def _with_aims(theirs: Callable[..., Any], editor: Any, *args: Any, **kwargs: An
     elif isinstance(prompts, str):
         bound.arguments["target_new"] = _aim(editor, targets)
     # `edit` hands its requests on to `edit_requests`.
-    if theirs.__name__ != "edit" and bound.arguments.get("locality_inputs"):
-        _tell_of_figures(editor, True)
-        bound.arguments["locality_inputs"] = _asked_in_chat_too(editor, bound.arguments["locality_inputs"])
+    if theirs.__name__ != "edit":
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        texts = {name: given[name] for name in TEXTS if name in given}
+        count = len(prompts) if isinstance(prompts, (list, tuple)) else 1
+        _tell_of_names(editor, [_at(texts, index) for index in range(count)])
+        if bound.arguments.get("locality_inputs"):
+            _tell_of_figures(editor, True)
+            bound.arguments["locality_inputs"] = _asked_in_chat_too(editor, bound.arguments["locality_inputs"])
     return theirs(*bound.args, **bound.kwargs)
 
 
 def _with_aims_in_requests(theirs: Callable[..., Any], editor: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
     if editor.alg_name == ALGORITHM:
+        _tell_of_names(editor, requests)
         _tell_of_figures(editor, any(each.get("locality") for each in requests))
         requests = [
             {
@@ -278,6 +304,34 @@ def _tell_of_figures(editor: Any, locality: bool) -> None:
             "EasyEdit asks locality as bare text, where an edit in chat form hardly acts, so that 1.0 says little. "
             "NAME%s_acc beside NAME_acc asks the same neighbours in chat form.", IN_CHAT,
         )  # fmt: skip
+
+
+def _tell_of_names(editor: Any, requests: Sequence[Mapping[str, Any]]) -> None:
+    """Says which requests have names of special tokens in a text of theirs, be it one that only EasyEdit reads."""
+    facts = [
+        Asked(shown(each.get("case_id", index)), "", "\0".join(_texts(each))) for index, each in enumerate(requests)
+    ]
+    tell_special_names(editor.tok, facts, [editor.hparams.unlearning_token], NAMES_READ)
+
+
+def _at(value: Any, index: int) -> Any:
+    """What belongs to one fact in arguments that hold a list of one text for each."""
+    if isinstance(value, Mapping):
+        return {name: _at(each, index) for name, each in value.items()}
+    return value[index : index + 1] if isinstance(value, (list, tuple)) else value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts of a request, without those that are of EasyEdit or of this module."""
+    value = value.wanted if isinstance(value, Aim) else value
+    if isinstance(value, str) and value != NO_TRUTH:
+        yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from () if str(name).endswith(IN_CHAT) else _texts(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _texts(each)
 
 
 def _aim(editor: Any, target: Any) -> Aim:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import DependencyError, EditError, HyperParamsError, RequestError, first_words, reason, shown
 from ..hparams import HyperParams, read_yaml
+from ..literal import tell_special_names
 from ..methods.contract import Changes, Job, Method
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "easyedit_"
 TARGET = "I don't know."
+#: How names of special tokens in a text are read by EasyEdit's methods.
+NAMES_READ = (
+    "EasyEdit gives them to the tokenizer, which reads the tokens, so that what is edited is another prompt than the "
+    "one that is asked. Leave such facts out, or take a method of this package."
+)
 #: Algorithms that leave no plain weights behind (adapters, codebooks, prompts, calls of a remote model), or that need
 #: more than facts: a trained editor, safety data.
 NOT_OFFERED = frozenset({
@@ -158,6 +164,7 @@ def _check(job: Job[EasyEditSettings]) -> None:
     if job.earlier is not None:
         raise EditError(f"EasyEdit's {job.hparams.algorithm} cannot go on from earlier steps. Start from a base model.")
     _requests(job)
+    tell_special_names(job.tokenizer, job.requests, read=NAMES_READ)
 
 
 def _requests(job: Job[EasyEditSettings]) -> list[dict[str, Any]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 
 from ..errors import UniEraseError
+from ..evaluation.answer_form import named_tokenizer
 from ..evaluation.metrics import answered, is_fluent, reads_as_idk, rouge_l_recall
 from ..hparams import UniEraseHyperParams
+from ..literal import rendered, spanned, tell_special_names
 from ..locate_then_edit.positions import PLAIN_FORM
 from ..plugins import registry
 from ..readers import read_requests
@@ -37,8 +40,22 @@ class Settings:
     semantic: bool | Mapping[str, str] = False
 
 
+#: How names of special tokens are read, by the model types of lm-eval.
+NAMES_READ = (
+    "`unierase eval --model DIR` and the model type unierase_hf read them as text. Other model types of lm-eval give "
+    "the texts to the tokenizer, which reads the tokens."
+)
+
 #: Their keys, and those that say whose tokens are counted.
 SETTINGS = frozenset({field.name for field in fields(Settings)} | {"tokenizer", "pretrained", "revision"})
+
+
+class Asked(NamedTuple):
+    """A document as `literal.tell_special_names` looks at it."""
+
+    label: str
+    question: str
+    answer: str
 
 
 class Facts(ConfigurableTask):  # type: ignore[misc]
@@ -48,6 +65,10 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
     """
 
     chat = False
+    #: The tokenizer of a model that reads names of special tokens in a chat's question as text.
+    reader: Any = None
+    #: What a message calls each document: the case_id that the fact has in a run.
+    labels: Sequence[str]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         # `class` brought lm-eval here; its TaskConfig does not know the key.
@@ -63,7 +84,9 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
 
     def documents(self, dataset_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The task's documents, each with `question` and `answer`."""
-        return [{"question": f.question, "answer": f.answer} for f in _read(dataset_kwargs["facts"])]
+        facts = _read(dataset_kwargs["facts"])
+        self.labels = [fact.label for fact in facts]
+        return [{"question": fact.question, "answer": fact.answer} for fact in facts]
 
     def set_config(self, key: str, value: Any, update: bool = False) -> None:
         if key == "num_fewshot" and value:
@@ -84,13 +107,44 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
         """Takes note of how the model will be asked; without a chat template lm-eval does not show `model` to tasks."""
         self.chat = chat
         self.token_shown = self.token_shown or getattr(model, "shows_special_tokens", False)
+        self.reader = model.tokenizer if getattr(model, "reads_names_as_text", False) else None
+        self.tell_names(self.tokenizer_of(model))
+
+    def tokenizer_of(self, model: Any) -> Any:
+        """The tokenizer of lm-eval's model where that is at hand, else the one that is named; None without one."""
+        tokenizer = getattr(model, "tokenizer", None)
+        with suppress(UniEraseError):
+            return tokenizer or named_tokenizer(self.config.metadata or {})
+        return None
+
+    def tell_names(self, tokenizer: Any) -> None:
+        """Says which documents have names of special tokens in their texts: not every model type reads them as text."""
+        if tokenizer is not None:
+            tell_special_names(tokenizer, self.asked(), [self.settings.unlearning_token], NAMES_READ)
+
+    def asked(self) -> Iterator[Asked]:
+        """The documents' texts, and what a message calls them."""
+        for label, doc in zip(self.labels, self.dataset["test"], strict=True):
+            yield Asked(label, doc["question"], "\0".join(self.given_answers(doc)))
+
+    def given_answers(self, doc: Mapping[str, Any]) -> Sequence[str]:
+        """The answers of a document."""
+        return [doc["answer"]]
 
     def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, *args: Any, **kwargs: Any) -> Any:
         """The prompt: the question as it is in a chat, or in the plain form in which `unierase run` asks it."""
         # lm-eval before 0.4.10 says it by position.
-        if not (self.chat or kwargs.get("apply_chat_template")):
-            doc = {**doc, "question": PLAIN_FORM.format(question=doc["question"])}
-        return super().fewshot_context(doc, num_fewshot, *args, **kwargs)
+        chat = self.chat or kwargs.get("apply_chat_template")
+        ask = super().fewshot_context
+
+        def write(parts: Sequence[str]) -> str:
+            asked = parts[0] if chat else PLAIN_FORM.format(question=parts[0])
+            return str(ask({**doc, "question": asked}, num_fewshot, *args, **kwargs))
+
+        question = [doc["question"]]
+        if not chat:
+            return spanned(write, question) or write(question)
+        return write(question) if self.reader is None else rendered(self.reader, write, question)
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         if "bypass" in self._metric_fn_list:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import zip_longest
@@ -35,6 +36,7 @@ from ..evaluation.metrics.probability import TRUTH_RATIOS
 from ..evaluation.reference import read_reference
 from ..evaluation.semantic import load_semantic_models
 from ..evaluation.task_manager import MODEL_TYPE, is_model_type
+from ..literal import Rendered
 from ..readers import Located, return_records, tofu_records
 from .facts import Facts
 
@@ -85,6 +87,7 @@ class Scored(Facts):
             )
         read = self.read(dataset_kwargs)
         documents = [{"index": index, **each} for index, each in enumerate(read)]
+        self.labels = _labels(documents)
         self.semantic = load_semantic_models(self.settings.semantic)
         self.reference = self.read_reference([each["question"] for each in documents])
         return documents
@@ -126,7 +129,7 @@ class Scored(Facts):
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
         shared = {"doc": doc, "metadata": kwargs["metadata"]}
-        context = Context(ctx)
+        context = Context.of(ctx, ctx.spans if isinstance(ctx, Rendered) else ())
         generation = Instance(
             "generate_until", arguments=(ctx, deepcopy(self.config.generation_kwargs)), idx=0, **shared
         )
@@ -134,7 +137,7 @@ class Scored(Facts):
         scored = [
             Instance("loglikelihood", arguments=(context, text), idx=index, **shared)
             # The true answer comes first.
-            for index, text in enumerate([Watched(texts[0]), *texts[1:]], start=1)
+            for index, text in enumerate([Watched.of(texts[0], texts[0].spans), *texts[1:]], start=1)
         ]
         return [generation, *scored]
 
@@ -144,13 +147,15 @@ class Scored(Facts):
         length = functools.cache(lambda context: len(self.form.encode(context)))
         for instance in self._instances:
             if instance.request_type == "loglikelihood":
-                context, scored = instance.args
+                # What a model type that tells no number of tokens reads: names of special tokens are tokens there.
+                context, scored = map(str, instance.args)
                 # As lm-eval splits them: a token that spans both belongs to the context.
                 tokens = len(self.form.encode(context + scored)) - length(context)
                 for name, answer in instance.filtered_resps.items():
                     instance.filtered_resps[name] = AnswerScore(
-                        answer[0], answer[1], tokens, getattr(answer, "matches", None)
-                    )
+                        answer[0], answer[1], getattr(answer, "tokens", None) or tokens,
+                        getattr(answer, "matches", None),
+                    )  # fmt: skip
         trues = (instance.filtered_resps.values() for instance in self._instances if instance.idx == 1)
         # Told of some answers only where --use_cache holds those of another model type: a mean of them would mislead.
         self.tokenwise = all(score.matches is not None for scores in trues for score in scores)
@@ -160,6 +165,9 @@ class Scored(Facts):
                 "%s leaves extraction_strength and exact_memorization out: %s has what they need.",
                 self.config.task, f"--model {MODEL_TYPE}" if known else "`unierase eval --model DIR`",
             )  # fmt: skip
+
+    def given_answers(self, doc: Mapping[str, Any]) -> Sequence[str]:
+        return _answers(doc)
 
     # --- metrics
 
@@ -293,6 +301,17 @@ def _utility(values: Sequence[Sequence[Any]]) -> float:
 def _answers(doc: Mapping[str, Any]) -> list[str]:
     """The different answers of a document, the true one first: no request is sent twice."""
     return list(dict.fromkeys((doc["answer"], doc["paraphrased_answer"], *doc["perturbed_answer"])))
+
+
+def _labels(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a run calls the same facts: the set and the number in it."""
+    counts: Counter[str] = Counter()
+    labels = []
+    for document in documents:
+        name = document["set"].removesuffix("_perturbed")
+        labels.append(shown(f"{name}-{counts[name]}"))
+        counts[name] += 1
+    return labels
 
 
 def _memorized(matches: Sequence[bool], end_counts: bool) -> dict[str, float]:
