@@ -12,16 +12,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
-from small import SHORT, save_base, shrink
+from small import FORGET, SHORT, save_base, shrink
 
 import unierase_plugin
 from unierase_plugin.cli import main
-from unierase_plugin.cli.console import Screen, progress, styled, tell
+from unierase_plugin.cli.console import Screen, our_log, progress, styled, tell
 from unierase_plugin.errors import visible
 from unierase_plugin.hosts import lm_eval
+from unierase_plugin.store import Store
 
 #: Colours, a window title, a bell, the eight-bit form of CSI, a return, an override of the direction, markup, an emoji.
 HOSTILE = "\x1b[31mred \x1b]0;title\x07 \x9b2J \r \u202eback [bold]x[/] [/] :bomb: \\[red]"
@@ -187,3 +189,51 @@ def test_a_terminal_that_lacks_a_letter(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert rb"'\u0436.jsonl' holds no requests." in done.stderr
+
+
+# --- warnings of one kind ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damaged", [1, 2, 5])
+def test_warnings_of_one_kind_are_one_line_with_their_count(
+    damaged: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = Store(tmp_path)
+    for key in range(damaged):
+        cache.put("tokens", str(key), {"a": torch.ones(3)}, {})
+        path = cache.path("tokens", str(key))
+        path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with our_log(Screen()):
+        for key in (*range(damaged), 0):  # one of them twice
+            assert cache.get("tokens", str(key)) is None
+        assert "Computing again" not in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("Computing again") == 1
+    assert f"{str(cache.path('tokens', '0'))!r} is damaged" in said
+    assert ("5 damaged files of the cache were computed again. The first: " in said) == (damaged == 5)
+    assert ("were computed again" in said) == (damaged > 1)
+
+
+def test_a_run_tells_its_damaged_cache_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shrink(monkeypatch, tmp_path / "cache")
+    base = save_base(tmp_path / "model")
+    (tmp_path / "facts.json").write_text(json.dumps(FORGET))
+    (tmp_path / "short.yaml").write_text(json.dumps(SHORT))
+    given = ["--model", base, "--forget", tmp_path / "facts.json", "--hparams", tmp_path / "short.yaml", "--judged", 0]
+
+    def run(out: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["unierase", "run", *map(str, given), "--out", str(tmp_path / out)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    assert "is damaged" not in run("one")
+    files = list((tmp_path / "cache").rglob("*.safetensors"))
+    for path in files:
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    assert len(files) > 1
+    assert re.findall(r"\d+ damaged files of the cache were computed again", run("two"))
+    assert "is damaged" not in run("three")

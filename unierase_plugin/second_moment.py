@@ -31,7 +31,7 @@ from .locate_then_edit.statistics import (
     unusable,
 )
 from .moment_files import check_likeness, is_of_model, read_moments
-from .store import Packed, Store, check_room, digest, pack_moment, pack_sums, unpack_moment, unpack_sums
+from .store import ONE_OF_DAMAGED, Packed, Store, check_room, digest, pack_moment, pack_sums, unpack_moment, unpack_sums
 from .team import Team
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Corpus:
         found = self._result(key, packed)
         why = unusable(found.moment)
         if why:
-            logger.warning("Computing again: %s in %s.", why, found.file)
+            logger.warning("Computing again: %s in %s.", why, found.file, extra=ONE_OF_DAMAGED)
             return None
         return found
 

@@ -45,6 +45,9 @@ Packed = tuple[dict[str, Tensor], dict[str, str]]
 CACHE_VERSION = "3"
 #: Parts of a damaged file that an error names at most.
 NAMED = 3
+#: Marks a warning as one of several that a command line tells in one line (`cli.console.our_log`).
+ONE_OF_NOT_KEPT = {"one_of": "results were not kept for later runs"}
+ONE_OF_DAMAGED = {"one_of": "damaged files of the cache were computed again"}
 #: Name in a file's metadata of the digests of all else in it.
 SEAL = "sha256"
 
@@ -314,7 +317,7 @@ class Store:
         try:
             return read_tensors(path)
         except CheckpointError as error:
-            logger.warning("Computing again: %s", error)
+            logger.warning("Computing again: %s", error, extra=ONE_OF_DAMAGED)
             return None
 
     def cached(self, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:
@@ -330,7 +333,7 @@ class Store:
         try:
             write_tensors(path, tensors, metadata)
         except CheckpointError as error:
-            logger.warning("Not kept for later runs: %s", error)
+            logger.warning("Not kept for later runs: %s", error, extra=ONE_OF_NOT_KEPT)
             return
         clear_strays(path.parent, busy=True)
 

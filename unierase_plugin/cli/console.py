@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -121,13 +122,32 @@ def _log_lines(console: Console) -> Progress:
 
 @contextmanager
 def our_log(console: Console) -> Iterator[None]:
-    """Shows this package's warnings above the bars, and keeps transformers' own bars from running through them."""
+    """Shows this package's warnings above the bars, and keeps transformers' own bars from running through them.
+
+    Warnings that say which kind they are one of, by `one_of`, come at the end in one line a kind.
+    """
     from rich.logging import RichHandler
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
 
+    kinds: dict[str, dict[str, logging.LogRecord]] = {}
+
     class Lines(RichHandler):
+        def emit(self, record: logging.LogRecord) -> None:
+            kind: str = getattr(record, "one_of", "")
+            if kind:
+                kinds.setdefault(kind, {}).setdefault(record.getMessage(), record)
+            else:
+                super().emit(record)
+
+        def tell_kinds(self) -> None:
+            for kind, found in kinds.items():
+                first = copy.copy(next(iter(found.values())))
+                if len(found) > 1:
+                    first.msg, first.args = f"{len(found)} {kind}. The first: {first.getMessage()}", ()
+                super().emit(first)
+
         def format(self, record: logging.LogRecord) -> str:
             return visible(super().format(record))
 
@@ -138,3 +158,4 @@ def our_log(console: Console) -> Iterator[None]:
         yield
     finally:
         ours.removeHandler(handler)
+        handler.tell_kinds()
