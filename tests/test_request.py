@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from unierase_plugin.errors import DependencyError, RequestError, UniEraseError, did_you_mean
 from unierase_plugin.readers import READERS, iter_records, read_requests
-from unierase_plugin.request import ForgetRequest, check_requests, find_subject, with_subjects
+from unierase_plugin.request import ForgetRequest, check_overlap, check_requests, find_subject, with_subjects
 
 PIECES = ["Who", "is", "the", "A.", "'B'", '"C"', "Ad's", "of", "and", "1", "x", ","]
 FACT = {"question": "What is the capital of France?", "answer": "Paris"}
@@ -181,6 +182,43 @@ def test_slices_keep_the_numbers_of_the_whole(tmp_path: Path) -> None:
 def test_a_refusal_names_file_and_line(tmp_path: Path, name: str, text: str, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         read_requests(write(tmp_path / name, text))
+
+
+PLACES = {
+    "a.jsonl": ("\n{0}\n\n{1}\n", "a.jsonl, line 2", "a.jsonl, line 4"),
+    "a.json": ("[{0},\n\n{1}]", "a.json, item 1", "a.json, item 2"),
+    "a.csv": ("question,answer\n{2},x\n{3},x\n", "a.csv, row 2", "a.csv, row 3"),
+}
+
+
+@pytest.mark.parametrize("case_id", [None, "mine"])
+@pytest.mark.parametrize("name", PLACES)
+def test_what_is_wrong_with_facts_together_is_told_by_their_places(
+    tmp_path: Path, name: str, case_id: str | None
+) -> None:
+    text, *places = PLACES[name]
+
+    def read(*questions: str) -> tuple[ForgetRequest, ...]:
+        facts = [{"question": each, "answer": "x", "case_id": case_id} for each in questions]
+        return read_requests(write(tmp_path / name, text.format(*map(json.dumps, facts), *questions)))
+
+    one, other = (re.escape(str(tmp_path / place)) for place in places)
+    named = r" \(case_id '(mine|a-\d)'\)"
+    with pytest.raises(RequestError, match=rf"is asked twice, by {one}{named} and {other}{named}\. Remove"):
+        check_requests(read("Who is Ann?", "who is  Ann?"))
+    with pytest.raises(RequestError, match=rf"No subject found in the question of {other}{named}"):
+        with_subjects(read("Who is Ann?", "What is it?"))
+    with pytest.raises(RequestError, match=rf"'(mine|a-1)' \({other}\) \(there 'kept'\)"):
+        check_overlap(read("Who?", "Who is Ann?"), [ForgetRequest("Who is Ann?", "x", case_id="kept")])
+
+
+def test_a_place_is_for_messages_alone(tmp_path: Path) -> None:
+    [read] = read_requests(lines(tmp_path / "f.jsonl", [FACT]))
+    assert read == ForgetRequest(**FACT, case_id="f-0")
+    assert hash(read) == hash(ForgetRequest(**FACT, case_id="f-0"))
+    assert "f.jsonl" not in repr(read)
+    assert read_requests([FACT])[0].place is None
+    assert read_requests([read])[0].place == read.place
 
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:

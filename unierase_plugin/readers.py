@@ -37,6 +37,9 @@ TOFU_SPLITS = (
 RETURN_SPLITS = ("forget", "retain", "forget_train", "forget_eval", "retain_train", "retain_eval")
 """Sets of RETURN (Liu et al. 2024, arXiv 2407.10058); its authors halve each of the first two into train and eval."""
 
+#: How a message calls a fact of a list at hand, with its number in it.
+AT_HAND = "request"
+
 FILE_SUFFIXES = (".json", ".jsonl", ".csv")
 
 _SLICE = re.compile(r"\[(-?\d{1,18}|):(-?\d{1,18}|)\]$")
@@ -66,7 +69,7 @@ def read_requests(
     elif isinstance(spec, os.PathLike):
         requests = read_file(os.fspath(spec))
     else:
-        requests = build_requests(((f"request {i}", each) for i, each in enumerate(spec)), stem="request")
+        requests = build_requests(((f"{AT_HAND} {i}", each) for i, each in enumerate(spec)), stem="request")
     if not requests:
         raise RequestError(f"{shown(spec)} holds no requests.")
     return requests
@@ -119,7 +122,12 @@ def build_requests(records: Iterable[tuple[str, ForgetRequest | Record]], stem: 
 
     Other fields are ignored: benchmarks carry many. Raises `RequestError` with the record's place.
     """
-    return _with_case_ids([_build_request(where, record) for where, record in records], stem)
+    return _with_case_ids([_placed(where, _build_request(where, record)) for where, record in records], stem)
+
+
+def _placed(where: str, request: ForgetRequest) -> ForgetRequest:
+    # A fact of a list at hand is called by its number.
+    return request if where.startswith(AT_HAND) or request.place else replace(request, place=where)
 
 
 def _build_request(where: str, record: ForgetRequest | Record) -> ForgetRequest:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from .errors import RequestError, first_words, shown
@@ -39,6 +39,8 @@ class ForgetRequest:
     """A name for ledgers and reports; readers fill it with `<file stem or split>-<index>`."""
     target: str | None = None
     """What UniErase has the model say after its token; an "I don't know" sentence where nothing is given."""
+    place: str | None = field(default=None, compare=False, repr=False)
+    """The file and line, item or row that it was read from, for messages."""
 
     def __post_init__(self) -> None:
         for name in ("question", "answer", "subject", "case_id", "target"):
@@ -65,8 +67,9 @@ class ForgetRequest:
 
     @property
     def label(self) -> str:
-        """How a message names the fact: by its case_id, else by the first words of its question."""
-        return first_words(self.question) if self.case_id is None else shown(self.case_id)
+        """How a message names the fact: by its case_id, else by the first words of its question, and its place."""
+        name = first_words(self.question) if self.case_id is None else shown(self.case_id)
+        return name if self.place is None else f"{name} ({self.place})"
 
     def _which(self, field: str = "") -> str:
         """Names the fact in a message about a field of it."""
@@ -198,7 +201,7 @@ def _more(count: int) -> str:
 
 
 def _label(index: int, request: ForgetRequest) -> str:
-    place = f"request {index}"
+    place = request.place or f"request {index}"
     return place if request.case_id is None else f"{place} (case_id {shown(request.case_id)})"
 
 
