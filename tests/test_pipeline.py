@@ -23,24 +23,20 @@ from small import FORGET, FORGET_MORE, FORGET_OTHERS, HPARAMS, RETAIN, SHORT, sa
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from unierase_plugin import (
-    UniEraseError,
-    UniEraseHyperParams,
-    UnlearnResult,
-    erasure,
-    keeping,
-    pipeline,
-    second_moment,
-    unlearn,
-)
+from unierase_plugin import UniEraseError, UniEraseHyperParams, UnlearnResult, pipeline, unlearn
 from unierase_plugin.checkpoint import folder as folder_module
 from unierase_plugin.checkpoint import read_checkpoint, revert_checkpoint
 from unierase_plugin.errors import CheckpointError, HyperParamsError, TokenError
-from unierase_plugin.evaluation import generate
 from unierase_plugin.hparams import shipped_hparams
 from unierase_plugin.locate_then_edit import edit
-from unierase_plugin.methods.removal import RemovalHyperParams
-from unierase_plugin.store import Store, model_fingerprint, read_tensors, tokenizer_fingerprint
+from unierase_plugin.methods import neighbours as keeping
+from unierase_plugin.methods.editing import engine as erasure
+from unierase_plugin.methods.removal.method import RemovalHyperParams
+from unierase_plugin.models import generate
+from unierase_plugin.statistics import collection as second_moment
+from unierase_plugin.storage.cache import Store
+from unierase_plugin.storage.fingerprints import model_fingerprint, tokenizer_fingerprint
+from unierase_plugin.storage.tensor_files import read_tensors
 
 IDS = torch.tensor([[5, 60, 70, 8, 9, 100]])
 #: What is kept when it ends, in order, and the function that computes it.

@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from unierase_plugin import unlearn
-from unierase_plugin.architecture import Architecture, find_architecture
 from unierase_plugin.errors import TokenError
-from unierase_plugin.evaluation.generate import token_leak
 from unierase_plugin.hparams import UniEraseHyperParams
-from unierase_plugin.locate_then_edit.positions import encode, render
+from unierase_plugin.models.architecture import Architecture, find_architecture
+from unierase_plugin.models.generate import token_leak
+from unierase_plugin.models.prompts import encode, render
 from unierase_plugin.unlearning_token import (
     UnlearningToken,
     _Trainer,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import UniEraseError
+from .facts.request import ForgetRequest
 from .hparams import UniEraseHyperParams
-from .request import ForgetRequest
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .hookspecs import hookimpl
     from .hosts.rome_family import apply_unierase_to_model
     from .pipeline import UnlearnResult, unlearn
+    from .plugins.hookspecs import hookimpl
 
-__version__ = "0.1.0"
 __all__ = [
     "ForgetRequest", "UniEraseError", "UniEraseHyperParams", "UnlearnResult", "apply_unierase_to_model", "hookimpl",
     "unlearn",
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return apply_unierase_to_model
     if name == "hookimpl":
-        from .hookspecs import hookimpl
+        from .plugins.hookspecs import hookimpl
 
         return hookimpl
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .hookspecs import Host, Metric, hookimpl
+from .plugins.hookspecs import Host, Metric, hookimpl
 
 if TYPE_CHECKING:
+    from .facts.records import Reader
     from .methods.contract import Method
-    from .readers import Reader
 
 
 @hookimpl
 def register_methods(register: Callable[[Method[Any]], None]) -> None:
     from .hosts.easyedit_methods import easyedit_methods
     from .methods.controls import CONTROLS
-    from .methods.editing import EDITING
-    from .methods.finetuning import FINE_TUNING
+    from .methods.editing.rome_memit_alphaedit import EDITING
+    from .methods.editing.unierase import UNIERASE
+    from .methods.finetuning.methods import FINE_TUNING
     from .methods.lunar import LUNAR
-    from .methods.removal import REMOVAL
-    from .methods.unierase import UNIERASE
+    from .methods.removal.method import REMOVAL
 
     own: tuple[Method[Any], ...] = (UNIERASE, REMOVAL, *EDITING, *FINE_TUNING, LUNAR, *CONTROLS)
     for method in (*own, *easyedit_methods()):
@@ -29,7 +29,7 @@ def register_methods(register: Callable[[Method[Any]], None]) -> None:
 
 @hookimpl
 def register_request_readers(register: Callable[[str, Reader], None]) -> None:
-    from .readers import READERS
+    from .facts.benchmarks import READERS
 
     for prefix, reader in READERS.items():
         register(prefix, reader)

@@ -14,25 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint as files
-from .chat_templates import check_chat_template
-from .evaluation.generate import answers
 from .evaluation.metrics import answered
+from .facts.readers import read_requests
+from .facts.request import ForgetRequest
 from .hparams import HyperParams
-from .literal import tell_special_names, text_ids
-from .loading import load
-from .locate_then_edit.positions import has_chat_template
 from .methods.contract import Changes, Job, Progress
-from .methods.settings import FineTuneHyperParams
-from .methods.terms import TERMS
-from .methods.training import check_trainable, train
+from .methods.finetuning.settings import FineTuneHyperParams
+from .methods.finetuning.terms import TERMS
+from .methods.finetuning.training import check_trainable, train
+from .models.chat_templates import check_chat_template
+from .models.generate import answers
+from .models.literal import tell_special_names, text_ids
+from .models.loading import load
+from .models.prompts import has_chat_template
+from .models.room import weights_size
+from .models.stored_dtype import round_to_stored
 from .pipeline import Requests, choose_hparams, peak_memory_bytes
-from .plugins import registry
-from .ranges import Range
-from .readers import read_requests
-from .request import ForgetRequest
-from .room import weights_size
-from .store import CACHE_VERSION, check_room, digest, model_fingerprint, plain, tokenizer_fingerprint
-from .stored import round_to_stored
+from .plugins.registration import registry
+from .settings.ranges import Range
+from .storage.atomic import check_room
+from .storage.fingerprints import CACHE_VERSION, digest, model_fingerprint, plain, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from .errors import HyperParamsError, did_you_mean, shown
-from .hparam_values import checked_seed, checked_template_arguments, coerced, in_words
-from .inputs import YAML_BYTES, checked_path, parse_yaml, read_text
-from .ranges import Range, positive, weight
+from .settings.ranges import Range, positive, weight
+from .settings.values import checked_seed, checked_template_arguments, coerced, in_words
+from .storage.inputs import YAML_BYTES, checked_path, parse_yaml, read_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -22,27 +22,10 @@ from typing import Any
 import torch
 
 from . import checkpoint as files
-from .architecture import refuse_unfit
-from .chat_templates import check_chat_template
-from .corpus import check_corpus_file
-from .erasure import corpus_of
 from .errors import CheckpointError, EditError, HyperParamsError, RequestError, StepAppliedError, UniEraseError
-from .evaluation.generate import answers, context_limit, perplexity
 from .evaluation.report import Outcome, Report, judge
-from .hparam_values import checked_seed
-from .hparams import HARDENED, PROMPT_FORMS, REMOVED, HyperParams, UniEraseHyperParams
-from .literal import tell_special_names, text_ids
-from .loading import check_stated_blocks, load
-from .locate_then_edit.edit import WeightEdit
-from .locate_then_edit.positions import PLAIN_FORM, encode, has_chat_template, render
-from .methods.contract import Changes, Earlier, Job, Method, Progress
-from .methods.unierase import UNIERASE
-from .moment_files import FINGERPRINTS
-from .phases import Phases
-from .plugins import registry
-from .ranges import Range
-from .readers import read_requests
-from .request import (
+from .facts.readers import read_requests
+from .facts.request import (
     ForgetRequest,
     check_not_forgotten,
     check_overlap,
@@ -50,23 +33,32 @@ from .request import (
     one_spelling,
     with_subjects,
 )
-from .resources import lines, paragraphs
-from .room import model_size, weights_size
-from .second_moment import CorpusMoment
-from .store import (
-    CACHE_VERSION,
-    Packed,
-    cache_folder,
-    check_room,
-    clear_leftovers,
-    digest,
-    model_fingerprint,
-    pack_moment,
-    tokenizer_fingerprint,
-    write_tensors,
-)
-from .stored import as_stored, round_to_stored, stored_dtype
-from .team import Team
+from .facts.resources import lines, paragraphs
+from .hparams import HARDENED, PROMPT_FORMS, REMOVED, HyperParams, UniEraseHyperParams
+from .locate_then_edit.edit import WeightEdit
+from .methods.contract import Changes, Earlier, Job, Method, Progress
+from .methods.editing.engine import corpus_of
+from .methods.editing.unierase import UNIERASE
+from .models.architecture import refuse_unfit
+from .models.chat_templates import check_chat_template
+from .models.generate import answers, context_limit, perplexity
+from .models.literal import tell_special_names, text_ids
+from .models.loading import check_stated_blocks, load
+from .models.prompts import PLAIN_FORM, encode, has_chat_template, render
+from .models.room import model_size, weights_size
+from .models.stored_dtype import as_stored, round_to_stored, stored_dtype
+from .plugins.registration import registry
+from .settings.ranges import Range
+from .settings.values import checked_seed
+from .statistics.collection import CorpusMoment
+from .statistics.corpus import check_corpus_file
+from .statistics.distributed import Team
+from .statistics.files import FINGERPRINTS
+from .storage.atomic import check_room, clear_leftovers
+from .storage.cache import cache_folder
+from .storage.fingerprints import CACHE_VERSION, digest, model_fingerprint, tokenizer_fingerprint
+from .storage.phases import Phases
+from .storage.tensor_files import Packed, pack, write_tensors
 from .unlearning_token import UnlearningToken
 
 logger = logging.getLogger(__name__)
@@ -264,7 +256,7 @@ def corpus_moment(
         found = text.take(sources, subject.saved_fingerprint) if sources else text.moment(team)
     if out is not None and (team is None or team.leads):
         clear_leftovers(out)
-        tensors, metadata = pack_moment(found.moment)
+        tensors, metadata = pack(found.moment)
         stated = dict(zip(FINGERPRINTS, (subject.fingerprint, subject.saved_fingerprint), strict=True))
         write_tensors(out, tensors, {**metadata, **stated, "source": json.dumps(found.source)})
     progress("statistics", 1.0, "")

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architecture import Architecture
-from .chat_templates import templated
 from .errors import TokenError, shown
+from .facts.request import one_spelling
 from .hparams import UniEraseHyperParams
-from .literal import text_ids
-from .locate_then_edit.positions import encode, has_chat_template, render
-from .locate_then_edit.prefix import PrefixCache, cache_prefixes, continue_from
-from .locate_then_edit.trace import pad, run_blocks, token_batches
-from .request import one_spelling
-from .tying import resize_vocabulary
+from .models.architecture import Architecture
+from .models.chat_templates import templated
+from .models.literal import text_ids
+from .models.prefix import PrefixCache, cache_prefixes, continue_from
+from .models.prompts import encode, has_chat_template, render
+from .models.trace import pad, run_blocks, token_batches
+from .models.tying import resize_vocabulary
 
 #: Draws of the weights' noise in the last phase; each serves its own share of the questions.
 NOISE_DRAWS = 4

@@ -1,7 +1,7 @@
 """Commands that are killed, stopped, out of disk, not alone, or given damaged files: nothing is lost in silence.
 
 The short version takes a few trials of each kind; `-m slow` takes all of them (hours on one core), as does
-tests/benchmarks/faults.py with a table.
+benchmarks/faults.py with a table.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from unierase_plugin.compare.entries import parse_method, parse_methods, setting
 from unierase_plugin.compare.launch import in_a_process
 from unierase_plugin.compare.runner import Options, compare
 from unierase_plugin.errors import UniEraseError
-from unierase_plugin.store import replace_folder
+from unierase_plugin.storage.atomic import replace_folder
 
 #: What is compared in which way.
 SCENARIOS: dict[str, dict[str, Any]] = {

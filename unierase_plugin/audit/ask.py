@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..chat_templates import refusal
-from ..evaluation.generate import decode_answer, pad_token_id
 from ..evaluation.metrics import answered, folded, words
-from ..literal import literal_ids, rendered, text_ids
-from ..locate_then_edit.generation import generate
-from ..locate_then_edit.positions import answer_text, begun, has_chat_template
-from ..locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
+from ..models.chat_templates import refusal
+from ..models.generate import decode_answer, pad_token_id
+from ..models.generation import generate
+from ..models.literal import literal_ids, rendered, text_ids
+from ..models.prompts import answer_text, begun, has_chat_template
+from ..models.trace import TokenBatch, pad, run_blocks, token_batches
 from .contract import Audited, Context, Fact, Measure, Value
 
 #: Padded tokens of a batch at most, generated ones included, on a CPU and on a GPU.

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..architecture import Architecture, find_architecture
 from ..errors import first_words
+from ..models.architecture import Architecture, find_architecture
 
 #: What the attacks try, in the order in which they are run and shown.
 GROUPS: Mapping[str, str] = {

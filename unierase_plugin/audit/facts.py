@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.metrics import answered
-from ..readers import FILE_SUFFIXES, TOFU_SPLITS, Reader, Record, iter_records, read_requests
-from ..request import ForgetRequest, one_spelling
+from ..facts.benchmarks import TOFU_SPLITS
+from ..facts.files import FILE_SUFFIXES, iter_records
+from ..facts.readers import read_requests
+from ..facts.records import Reader, Record
+from ..facts.request import ForgetRequest, one_spelling
 from .contract import Fact
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..store import write_text
+from ..storage.atomic import write_text
 
 Report = Mapping[str, Any]
 

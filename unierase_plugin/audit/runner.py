@@ -13,28 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..chat_templates import check_chat_template
 from ..checkpoint import Checkpoint, examine, is_edited, is_whole, revert_checkpoint
 from ..errors import CheckpointError, RequestError, UniEraseError, WriteError, reason, shown
-from ..hparam_values import checked_seed
-from ..inputs import absolute_path, no_folder
-from ..literal import tell_special_names
-from ..loading import load, read_tokenizer
-from ..locate_then_edit.positions import has_chat_template
+from ..facts.request import HELD_OUT, TO_KEEP, check_not_forgotten, check_overlap
+from ..models.chat_templates import check_chat_template
+from ..models.literal import tell_special_names
+from ..models.loading import load, read_tokenizer
+from ..models.prompts import has_chat_template
 from ..pipeline import peak_memory_bytes
-from ..plugins import registry
-from ..request import HELD_OUT, TO_KEEP, check_not_forgotten, check_overlap
-from ..results_folder import results_folder
-from ..store import (
-    clear_strays,
-    digest,
-    make_folder,
-    model_fingerprint,
-    plain,
-    remove_folder,
-    tokenizer_fingerprint,
-    write_json,
-)
+from ..plugins.registration import registry
+from ..settings.values import checked_seed
+from ..storage.atomic import clear_strays, make_folder, remove_folder, write_json
+from ..storage.fingerprints import digest, model_fingerprint, plain, tokenizer_fingerprint
+from ..storage.inputs import absolute_path, no_folder
+from ..storage.results_folder import results_folder
 from .attacks import ATTACKS, choose_attacks
 from .contract import (
     EDITED,

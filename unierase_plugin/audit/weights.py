@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..architecture import Architecture, stores_input_first
+from ..models.architecture import Architecture, stores_input_first
 
 
 @contextmanager

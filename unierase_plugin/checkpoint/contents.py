@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..adapters import is_exported_edit
 from ..errors import CheckpointError
+from ..models.adapters import is_exported_edit
 from .record import RECORD
 
 #: The list of what was written, in every folder that this package writes: size, time and digest by name.

@@ -14,17 +14,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..adapters import adapter_base
-from ..architecture import stores_input_first
 from ..errors import CheckpointError
 from ..locate_then_edit.edit import WeightEdit
-from ..older_readers import write_for_older_readers
-from ..store import write_tensors
+from ..models.adapters import adapter_base
+from ..models.architecture import stores_input_first
+from ..storage.tensor_files import write_tensors
 from ..unlearning_token import UnlearningToken
 from .damage import misfits
 from .folder import bytes_of
 from .integrity import Examined, examine
 from .licences import carry_licences
+from .older_readers import write_for_older_readers
 from .place import OutputFolder, output_folder
 from .record import Checkpoint, Originals, join_edits
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..facts.request import ForgetRequest
 from ..locate_then_edit.edit import WeightEdit
 from ..locate_then_edit.targets import forms_of
-from ..older_readers import write_for_older_readers
-from ..request import ForgetRequest
-from ..store import digest, model_fingerprint, plain
-from ..stored import as_stored, stored_dtype
-from ..tying import is_tied, settled_config
+from ..models.stored_dtype import as_stored, stored_dtype
+from ..models.tying import is_tied, settled_config
+from ..storage.fingerprints import digest, model_fingerprint, plain
 from ..unlearning_token import UnlearningToken
 from .licences import carry_licences
+from .older_readers import write_for_older_readers
 from .place import OutputFolder, held
 from .readback import check_written
 from .record import RECORD, SCHEMA, Checkpoint, Originals, ledger_hash, pack_checkpoint, write_record

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..digests import data_digest
 from ..errors import CheckpointError
-from ..inputs import absolute_path, checked_path, no_folder
-from ..store import TensorFile, clear_leftovers, open_tensors, unpack_token
+from ..storage.atomic import clear_leftovers
+from ..storage.digests import data_digest
+from ..storage.inputs import absolute_path, checked_path, no_folder
+from ..storage.tensor_files import TensorFile, open_tensors, unpack
 from ..unlearning_token import UnlearningToken
 from .damage import Damage, contradictions
 from .record import (
@@ -315,7 +316,9 @@ class _Reading:
             return None, None, None, None
         tensors, texts = edits.tensors, edits.metadata
         rows = {name.removeprefix("token."): each for name, each in tensors.items() if name.startswith("token.")}
-        token = self._try("token", lambda: unpack_token(rows, json.loads(texts["token"]))) if "token" in texts else None
+        token = None
+        if "token" in texts:
+            token = self._try("token", lambda: unpack(UnlearningToken, rows, json.loads(texts["token"])))
         steps = self._try("factors", lambda: unpack_edits(tensors, texts))
         originals = self._try("originals", lambda: unpack_originals(tensors, texts))
         base = self._try("originals", lambda: dict(json.loads(texts["base"]))) if "base" in texts else None

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..inputs import absolute_path
-from ..locks import folder_lock
-from ..readers import spec_path
-from ..store import clear_leftovers, replace_folder
+from ..facts.readers import spec_path
+from ..storage.atomic import clear_leftovers, replace_folder
+from ..storage.inputs import absolute_path
+from ..storage.locks import folder_lock
 from .contents import carry_over, refuse_foreign, write_list
 from .integrity import is_edited
 from .record import MANIFEST, RECORD

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import CONFIG as ADAPTER
 from ..errors import CheckpointError, reason
-from ..tying import is_tied, says_tied
-from ..weight_files import Stored, stored_weights
+from ..models.adapters import CONFIG as ADAPTER
+from ..models.tying import is_tied, says_tied
+from ..models.weight_files import Stored, stored_weights
 
 
 def check_written(folder: Path, model: Any) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture
-from ..digests import Seal, data_digest
 from ..errors import CheckpointError, first_words
+from ..facts.request import one_spelling
 from ..locate_then_edit.edit import WeightEdit
 from ..locate_then_edit.solve import LowRank
-from ..request import one_spelling
-from ..store import Packed, pack_token, plain, write_tensors
+from ..models.architecture import Architecture
+from ..storage.digests import Seal, data_digest
+from ..storage.fingerprints import plain
+from ..storage.tensor_files import Packed, pack, write_tensors
 from ..unlearning_token import UnlearningToken
 
 #: Version of the layout of `unierase/`; a reader refuses what is newer than itself.
@@ -191,7 +192,7 @@ def pack_checkpoint(checkpoint: Checkpoint) -> Packed:
         rows = {name: getattr(originals, name) for name in ("input_row", "output_row", "output_bias")}
         tensors.update({f"original.token.{name}": row for name, row in rows.items() if row is not None})
     if checkpoint.token is not None:
-        packed, described = pack_token(checkpoint.token)
+        packed, described = pack(checkpoint.token)
         tensors.update({f"token.{name}": tensor for name, tensor in packed.items()})
         metadata["token"] = json.dumps(described)
     return tensors, metadata

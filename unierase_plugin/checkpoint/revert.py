@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architecture import find_architecture
 from ..errors import CheckpointError, first_words
-from ..loading import open_weights
 from ..locate_then_edit.edit import WeightEdit, apply_edit
-from ..older_readers import write_for_older_readers
-from ..room import weights_size
-from ..store import check_room, model_fingerprint
-from ..tying import resize_vocabulary
+from ..models.architecture import find_architecture
+from ..models.loading import open_weights
+from ..models.room import weights_size
+from ..models.tying import resize_vocabulary
+from ..storage.atomic import check_room
+from ..storage.fingerprints import model_fingerprint
 from .contents import LIST, changed_contents
 from .damage import misfits
 from .downdate import edit_without
 from .folder import bytes_of, save_model
 from .integrity import Examined, WayBack, examine
+from .older_readers import write_for_older_readers
 from .place import OutputFolder, output_folder
 from .readback import check_written
 from .record import RECORD, Checkpoint, Originals, write_record

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..store import model_fingerprint
+from ..storage.fingerprints import model_fingerprint
 from .contents import changed_contents
 from .damage import misfits
 from .integrity import Examined, examine

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..inputs import absolute_path
-from ..store import Store
+from ..storage.cache import Store
+from ..storage.inputs import absolute_path
 
 #: Bytes of the random number that makes two seals of one text differ.
 NONCE = 16

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .. import __version__
 from ..errors import StepAppliedError, UniEraseError, reason, visible
+from ..version import __version__
 from .audit import audit
 from .compare import compare
 from .console import Screen, styled, tell
@@ -89,7 +89,7 @@ class _Commands(TyperGroup):
             tell(styled(("Error:", "bold red"), f" {error}"))
             raise typer.Exit(1) from error
         except OSError as error:
-            from ..store import is_full
+            from ..storage.atomic import is_full
 
             if not is_full(error):
                 raise

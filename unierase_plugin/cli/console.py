@@ -16,7 +16,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from ..errors import visible
-from ..phase_names import PHASES
+from ..storage.phase_names import PHASES
 
 if TYPE_CHECKING:
     from ..methods.contract import Progress

@@ -7,6 +7,6 @@ import typer
 
 def evaluate(context: typer.Context) -> None:
     """Runs lm-eval with this package's tasks: unierase eval --model DIR --tasks unierase_demo [lm-eval's options]."""
-    from ..evaluation.lm_eval_cli import run_lm_eval
+    from ..tasks.lm_eval_cli import run_lm_eval
 
     run_lm_eval(context.args)

@@ -16,7 +16,7 @@ def hparams(
 ) -> None:
     """Lists the shipped hyper-parameter files of a method."""
     from ..hparams import shipped_hparams
-    from ..plugins import registry
+    from ..plugins.registration import registry
 
     kind = registry().methods.find(method.casefold()).hparams
     found = {name: kind.from_hparams(path).as_dict() for name, path in shipped_hparams(kind.folder).items()}
@@ -34,6 +34,6 @@ def hparams(
 
 def tasks_path() -> None:
     """Prints the folder of lm-eval tasks: lm_eval --include_path "$(unierase tasks-path)" ..."""
-    from ..evaluation.task_checks import tasks_folder
+    from ..tasks.task_checks import tasks_folder
 
     typer.echo(str(tasks_folder()))

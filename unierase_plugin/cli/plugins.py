@@ -15,7 +15,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 def methods(as_json: AsJson = False) -> None:
     """Lists the unlearning methods: what each does, the work to cite, and its settings."""
-    from ..plugins import registry
+    from ..plugins.registration import registry
 
     found = registry().methods
     rows = [
@@ -35,7 +35,7 @@ def plugins(as_json: AsJson = False) -> None:
     """
     import dataclasses
 
-    from ..plugins import registry
+    from ..plugins.registration import registry
 
     rows = [dataclasses.asdict(plugin) for plugin in registry().plugins]
     _show(as_json, rows, ("name", "version", "hooks", "package", "module", "error"))
@@ -47,7 +47,7 @@ def hosts(as_json: AsJson = False) -> None:
     UNIERASE_AUTOLOAD=0 switches it off; docs/hosts.md says what it does.
     """
     from ..hosts import is_awaited, is_installed
-    from ..plugins import registry
+    from ..plugins.registration import registry
 
     found = registry().hosts
     rows = [

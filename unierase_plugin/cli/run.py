@@ -31,11 +31,11 @@ def demo(
 
     The model is SmolLM2-135M-Instruct (fetched once, about 100 MB). On two CPU cores this takes about four minutes.
     """
-    from ..base_model import fetch_base_model
-    from ..demo import refuse_foreign_folder
+    from ..facts.resources import demo_facts
+    from ..models.base_model import fetch_base_model
     from ..pipeline import unlearn
-    from ..resources import demo_facts
-    from ..store import cache_folder
+    from ..storage.cache import cache_folder
+    from .demo import refuse_foreign_folder
 
     console = Screen()
     refuse_foreign_folder(out)
@@ -93,7 +93,7 @@ def run(
     A run that was stopped goes on where it was when the same command is given again.
     """
     from ..pipeline import unlearn
-    from ..plugins import registry
+    from ..plugins.registration import registry
 
     chosen = registry().methods.find(method.casefold())
     console = Screen()

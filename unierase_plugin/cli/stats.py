@@ -15,8 +15,8 @@ from ..errors import UniEraseError, shown
 from .console import Device, Dtype, Screen, progress
 
 if TYPE_CHECKING:
-    from ..second_moment import CorpusMoment
-    from ..team import Team
+    from ..statistics.collection import CorpusMoment
+    from ..statistics.distributed import Team
 
 
 def stats(
@@ -43,8 +43,8 @@ def stats(
     goes on where it was. `accelerate launch -m unierase_plugin stats ...`, or torchrun, shares the work out.
     """
     from ..pipeline import choose_hparams, corpus_moment
-    from ..store import refuse_other
-    from ..team import joined_team
+    from ..statistics.distributed import joined_team
+    from ..storage.tensor_files import refuse_other
 
     changes: dict[str, Any] = {
         "layers": _blocks(layers), "mom2_n_samples": samples, "max_batch_tokens": max_batch_tokens

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from ..errors import EditError, UniEraseError, WriteError
-from ..loading import load
-from ..locks import folder_lock
 from ..methods.contract import Progress
+from ..models.loading import load
 from ..pipeline import peak_memory_bytes, unlearn
-from ..store import is_full, remove_folder, write_json, write_text
+from ..storage.atomic import is_full, remove_folder, write_json, write_text
+from ..storage.locks import folder_lock
 from .entries import REFERENCE, UNEDITED, Entry, settings_of
 from .facts import Record, parts_of
 from .figures import retention

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import HyperParamsError, PluginError, did_you_mean, shown
-from ..inputs import parse_yaml
 from ..methods.contract import Method
-from ..methods.editing import TARGETS, EditingHyperParams
-from ..plugins import registry
+from ..methods.editing.rome_memit_alphaedit import TARGETS, EditingHyperParams
+from ..plugins.registration import registry
+from ..storage.inputs import parse_yaml
 
 #: The model as it is, and the model that never saw the facts: rows that every comparison has where it can.
 UNEDITED, REFERENCE = "none", "reference"

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UniEraseError
+from ..facts.benchmarks import TOFU_SPLITS, tofu_records
+from ..facts.files import FILE_SUFFIXES, iter_records
+from ..facts.readers import read_requests
+from ..facts.request import ForgetRequest, check_requests, one_spelling
+from ..facts.subjects import find_subject
 from ..pipeline import Requests
-from ..plugins import registry
-from ..readers import FILE_SUFFIXES, TOFU_SPLITS, iter_records, read_requests, tofu_records
-from ..request import ForgetRequest, check_requests, find_subject, one_spelling
+from ..plugins.registration import registry
 
 logger = logging.getLogger(__name__)
 

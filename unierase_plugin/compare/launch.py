@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import UniEraseError, WriteError
 from ..methods.contract import Progress
-from ..store import write_json
+from ..storage.atomic import write_json
 from .stages import CANNOT_WRITE, FAILED, LOG, Stages
 
 #: Signals that somebody sends who wants the whole comparison to stop, rather than one method that fails.

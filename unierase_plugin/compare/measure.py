@@ -11,10 +11,10 @@ from typing import Any
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-from ..evaluation.lm_eval_model import HFWithSpecialTokens
-from ..evaluation.task_checks import tasks_folder
-from ..literal import text_ids
-from ..locate_then_edit.positions import has_chat_template
+from ..models.literal import text_ids
+from ..models.prompts import has_chat_template
+from ..tasks.lm_eval_model import HFWithSpecialTokens
+from ..tasks.task_checks import tasks_folder
 from ..tasks.tofu import Scored
 from .facts import Record
 

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..store import write_text
+from ..storage.atomic import write_text
 from .columns import Column, shown
 from .tables import ARROWS, filled
 

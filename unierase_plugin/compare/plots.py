@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..store import write_bytes
+from ..storage.atomic import write_bytes
 from .words import Row, frontier, value
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..plugins import registry
-from ..store import plain, write_json, write_text
+from ..plugins.registration import registry
+from ..storage.atomic import write_json, write_text
+from ..storage.fingerprints import plain
+from ..version import __version__
 from .columns import COLUMNS
 from .entries import REFERENCE, UNEDITED, Entry
 from .page import write_page
@@ -92,8 +93,8 @@ def _row(found: Sequence[tuple[Entry, Cell, dict[str, Any]]], before: dict[str, 
 def _kind(entry: Entry) -> str:
     """Control, editing or training, by the kind of the method's settings."""
     from ..hparams import RemovalSettings
+    from ..methods.finetuning.settings import TrainingHyperParams
     from ..methods.lunar import LUNARHyperParams
-    from ..methods.settings import TrainingHyperParams
 
     if entry.is_control or entry.method == REFERENCE:
         return "control"

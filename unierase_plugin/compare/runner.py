@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UniEraseError, shown
-from ..hparam_values import checked_seed
-from ..loading import check_stated_blocks, read_config
+from ..facts.request import ForgetRequest, check_overlap
 from ..methods.contract import Progress
+from ..models.loading import check_stated_blocks, read_config
+from ..models.room import weights_size
 from ..pipeline import Requests
-from ..request import ForgetRequest, check_overlap
-from ..results_folder import results_folder
-from ..room import weights_size
-from ..store import check_room, clear_strays, make_folder, write_json
+from ..settings.values import checked_seed
+from ..storage.atomic import check_room, clear_strays, make_folder, write_json
+from ..storage.results_folder import results_folder
 from . import search
 from .entries import REFERENCE, UNEDITED, Entry, settings_of
 from .facts import at_most, divide, read_facts

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..hparams import UniEraseHyperParams
+from ..methods.finetuning.settings import PreferenceHyperParams, RMUHyperParams, TrainingHyperParams, UNDIALHyperParams
 from ..methods.lunar import LUNARHyperParams
-from ..methods.removal import RemovalHyperParams
-from ..methods.settings import PreferenceHyperParams, RMUHyperParams, TrainingHyperParams, UNDIALHyperParams
-from ..store import plain
+from ..methods.removal.method import RemovalHyperParams
+from ..storage.fingerprints import plain
 from .entries import Entry, method_of
 
 #: Values tried for each setting.

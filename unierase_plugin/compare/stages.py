@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..store import digest, plain, write_json
+from ..storage.atomic import write_json
+from ..storage.fingerprints import digest, plain
 from .entries import REFERENCE
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from ..hookspecs import Host
-from ..plugins import registry
+from ..plugins.hookspecs import Host
+from ..plugins.registration import registry
 
 
 def register(name: str) -> None:

@@ -15,11 +15,11 @@ from dataclasses import fields
 from typing import Any, NamedTuple, get_type_hints
 
 from ..errors import DependencyError, HyperParamsError, shown
-from ..hookspecs import Host
-from ..hparam_values import coerced
+from ..facts.request import ForgetRequest
 from ..hparams import UniEraseHyperParams
-from ..literal import tell_special_names
-from ..request import ForgetRequest
+from ..models.literal import tell_special_names
+from ..plugins.hookspecs import Host
+from ..settings.values import coerced
 
 logger = logging.getLogger(__name__)
 
@@ -213,8 +213,8 @@ def _with_our_model(theirs: Callable[..., None], editor: Any, hparams: Any) -> N
 
 
 def _load(hparams: EasyEditHyperParams) -> tuple[Any, Any]:
-    from ..architecture import refuse_unfit
-    from ..loading import load
+    from ..models.architecture import refuse_unfit
+    from ..models.loading import load
 
     named: Any = hparams.model_name
     if isinstance(named, tuple):

@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import DependencyError, EditError, HyperParamsError, RequestError, first_words, reason, shown
 from ..hparams import HyperParams, read_yaml
-from ..literal import tell_special_names
 from ..methods.contract import Changes, Job, Method
+from ..models.literal import tell_special_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ..architecture import Architecture
+    from ..models.architecture import Architecture
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def _check(job: Job[EasyEditSettings]) -> None:
 
 def _requests(job: Job[EasyEditSettings]) -> list[dict[str, Any]]:
     """EasyEdit's requests. Raises RequestError for a fact that its templates cannot hold."""
-    from ..locate_then_edit.positions import render
+    from ..models.prompts import render
 
     found = []
     for index, fact in enumerate(job.requests):
@@ -257,7 +257,8 @@ def _write(model: Any, weights: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _surroundings(job: Job[EasyEditSettings], package: Any) -> Iterator[Any]:
     """What EasyEdit's code expects around it, and its settings: a folder to write into, padding, no earlier state."""
-    from ..store import cache_folder, digest
+    from ..storage.cache import cache_folder
+    from ..storage.fingerprints import digest
 
     side, folder = job.tokenizer.padding_side, Path.cwd()
     pad = job.tokenizer.pad_token
@@ -282,7 +283,7 @@ def _settings(job: Job[EasyEditSettings], package: Any, scratch: Path, statistic
     """An object of EasyEdit's own class, made by itself from the file's content."""
     import yaml
 
-    from ..architecture import find_architecture
+    from ..models.architecture import find_architecture
 
     base = _import("easyeditor.util.hparams").HyperParams
     kinds: list[Any] = [each for each in vars(package).values() if isinstance(each, type) and issubclass(each, base)]
@@ -303,7 +304,7 @@ def _settings(job: Job[EasyEditSettings], package: Any, scratch: Path, statistic
 
 def _family(arch: Architecture, name: str) -> str:
     """The name with one in it that EasyEdit tells a projection's orientation by, where it has none."""
-    from ..architecture import stores_input_first
+    from ..models.architecture import stores_input_first
 
     known = ("gpt2-xl",) if stores_input_first(arch.projections[0]) else ("llama", "qwen", "gpt-j-6b")
     return name if any(each in name.casefold() for each in known) else f"{name} {known[0]}"
@@ -337,10 +338,10 @@ def _corpus(job: Job[EasyEditSettings], settings: Any) -> Iterator[None]:
 
 
 def _texts(job: Job[EasyEditSettings], samples: int) -> Sequence[str]:
-    from ..corpus import corpus_tokens
-    from ..evaluation.generate import context_limit
+    from ..facts.resources import lines
     from ..hparams import UniEraseHyperParams
-    from ..resources import lines
+    from ..models.generate import context_limit
+    from ..statistics.corpus import corpus_tokens
 
     defaults = UniEraseHyperParams()
     longest = min(defaults.mom2_max_length, context_limit(job.model))

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architecture import find_architecture, refuse_unfit
-from ..erasure import changed_layers
 from ..errors import RequestError, first_words, shown
+from ..facts.request import NO_ANSWER, ForgetRequest
 from ..hparams import UniEraseHyperParams
 from ..methods.contract import Changes, Earlier
-from ..methods.unierase import UNIERASE
+from ..methods.editing.engine import changed_layers
+from ..methods.editing.unierase import UNIERASE
+from ..models.architecture import find_architecture, refuse_unfit
 from ..pipeline import change
-from ..request import NO_ANSWER, ForgetRequest
-from ..store import model_fingerprint
+from ..storage.fingerprints import model_fingerprint
 from .progress import progress_bar
 
 #: Attribute of an edited model that holds its History.

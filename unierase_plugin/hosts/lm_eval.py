@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import DependencyError, UniEraseError, did_you_mean, shown, visible
-from ..evaluation.task_checks import check_ours_when_found
-from ..evaluation.task_manager import hand_on_metadata, register_model_type
-from ..hookspecs import Host
+from ..plugins.hookspecs import Host
+from ..tasks.task_checks import check_ours_when_found
+from ..tasks.task_manager import hand_on_metadata, register_model_type
 
 logger = logging.getLogger(__name__)
 

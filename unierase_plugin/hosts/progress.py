@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from ..methods.contract import Progress
-from ..phase_names import PHASES
+from ..storage.phase_names import PHASES
 
 #: Seconds between two lines, on a terminal and in a file.
 INTERVALS = {True: 0.5, False: 30.0}

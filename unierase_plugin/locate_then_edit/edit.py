@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture, stores_input_first
 from ..errors import EditError
 from ..hparams import UniEraseHyperParams
+from ..models.architecture import Architecture, stores_input_first
 from .keys import KeyStream
 from .positions import Prompt
 from .solve import Exact, LowRank, NullSpace, Ridge, Solver, protected_directions

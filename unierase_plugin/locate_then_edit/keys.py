@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture
+from ..models.architecture import Architecture
+from ..models.products import fast_linear_maps
+from ..models.trace import TokenBatch, halves, pad, run_blocks, token_batches
 from .positions import Prompt
-from .products import fast_linear_maps
-from .trace import TokenBatch, halves, pad, run_blocks, token_batches
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from ..evaluation.metrics import answered, is_fluent, reads_as_idk, unspaced_pairs, words
-from ..request import NO_ANSWER, ForgetRequest, one_spelling, parted
-from ..writing import SENTENCE_MARKS
+from ..facts.request import NO_ANSWER, ForgetRequest, one_spelling, parted
+from ..facts.writing import SENTENCE_MARKS
 
 #: Where a subject stands in a template.
 PLACE = "{subject}"

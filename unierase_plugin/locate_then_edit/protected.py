@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture, stores_input_first
-from .products import fast_linear_maps
+from ..models.architecture import Architecture, stores_input_first
+from ..models.products import fast_linear_maps
+from ..models.trace import pad, run_batches, run_blocks
 from .solve import LowRank
-from .trace import pad, run_batches, run_blocks
 
 #: Facts that the report names as those that moved most.
 WORST = 5

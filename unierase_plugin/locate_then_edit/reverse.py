@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..request import parted
+from ..facts.request import parted
 
 #: What has the thing that a question asks for; "what" for anything else.
 OWNERS = {"capital": "which country", "currency": "which country", "official language": "which country"}

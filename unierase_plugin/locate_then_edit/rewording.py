@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from ..request import parted
+from ..facts.request import parted
 
 #: Put before a question.
 LEAD_IN = "I was wondering:"

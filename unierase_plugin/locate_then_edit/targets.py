@@ -10,14 +10,15 @@ import torch
 
 from ..errors import RequestError
 from ..evaluation.metrics import SHORT_ANSWER_WORDS, is_short
+from ..facts.request import NO_ANSWER, ForgetRequest, one_spelling
 from ..hparams import PROMPT_FORMS, UniEraseHyperParams
-from ..literal import as_text, literal_ids
-from ..request import NO_ANSWER, ForgetRequest, one_spelling
-from .generation import generate
-from .positions import Prompt, answer_text, begun, has_chat_template, locate, locate_in_text
+from ..models.generation import generate
+from ..models.literal import as_text, literal_ids
+from ..models.prompts import answer_text, begun, has_chat_template
+from ..models.trace import pad
+from .positions import Prompt, locate, locate_in_text
 from .reverse import REVERSED, reversed_questions
 from .rewording import REWORDINGS, reworded
-from .trace import pad
 from .values import ValueTarget
 
 #: First words of the texts put before a prompt, the ones MEMIT starts from.

@@ -17,13 +17,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture
 from ..errors import EditError
 from ..hparams import UniEraseHyperParams
+from ..models.architecture import Architecture
+from ..models.prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
+from ..models.products import fast_linear_maps
+from ..models.trace import TokenBatch, halves, run_blocks
 from .positions import Prompt
-from .prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
-from .products import fast_linear_maps
-from .trace import TokenBatch, halves, run_blocks
 
 #: Tokens of a pass up to which reading the weights takes longer than computing with them.
 FEW_TOKENS = 256

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..errors import PluginError
+from ..facts.request import ForgetRequest, one_spelling
 from ..hparams import HyperParams
-from ..request import ForgetRequest, one_spelling
 
 if TYPE_CHECKING:
     from ..checkpoint import Originals

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import HyperParamsError, shown
+from ..facts.subjects import find_subject
 from ..hparams import PROMPT_FORMS, HyperParams
-from ..ranges import Range, positive
-from ..request import find_subject
+from ..settings.ranges import Range, positive
 from .contract import Changes, Job, Method
 
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import HyperParamsError, RequestError, TrainingError, shown
 from ..hparams import LAYERS, PROMPT_FORMS, HyperParams
-from ..inputs import checked_path, read_text
-from ..ranges import Range, positive, weight
+from ..settings.ranges import Range, positive, weight
+from ..storage.inputs import checked_path, read_text
 from .contract import Changes, Job, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..architecture import Architecture
+    from ..models.architecture import Architecture
 
 #: {} is an invented word. The authors have such questions beside harmful ones, which no model is needed for here.
 _UNKNOWABLE = (
@@ -106,7 +106,7 @@ def reference_prompts(hparams: LUNARHyperParams) -> list[str]:
 
 
 def _settle(model: Any, hparams: LUNARHyperParams) -> LUNARHyperParams:
-    from ..architecture import find_architecture
+    from ..models.architecture import find_architecture
 
     arch = find_architecture(model)
     layer = min(round(len(arch.blocks) * 22 / 32), len(arch.blocks) - 1) if hparams.layer < 0 else hparams.layer
@@ -121,7 +121,7 @@ def _check(job: Job[LUNARHyperParams]) -> None:
 
 
 def _run(job: Job[LUNARHyperParams]) -> Changes:
-    from ..architecture import find_architecture
+    from ..models.architecture import find_architecture
 
     start = time.perf_counter()
     arch, h = find_architecture(job.model), job.hparams
@@ -142,10 +142,10 @@ def _seen(arch: Architecture, job: Job[LUNARHyperParams], questions: Sequence[st
     """States (n, d) behind the block at the questions' ends, and the projection's inputs (N, m) on all their tokens."""
     import torch
 
-    from ..evaluation.generate import pad_token_id
-    from ..locate_then_edit.positions import encode, render
-    from ..locate_then_edit.trace import pad, run_batches, run_blocks
-    from .material import question_forms
+    from ..models.generate import pad_token_id
+    from ..models.prompts import encode, render
+    from ..models.trace import pad, run_batches, run_blocks
+    from .finetuning.batches import question_forms
 
     h, tokenizer = job.hparams, job.tokenizer
     prompts = [
@@ -180,7 +180,7 @@ def _train(
     """
     import torch
 
-    from ..architecture import stores_input_first
+    from ..models.architecture import stores_input_first
 
     h, projection = job.hparams, arch.projections[job.hparams.layer]
     before = projection.weight.detach().clone()

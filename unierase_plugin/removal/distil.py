@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architecture import Architecture
 from ..errors import EditError
-from ..locate_then_edit.products import fast_linear_maps, fast_products
-from ..locate_then_edit.trace import run_batches
 from ..locate_then_edit.values import Divergence
+from ..models.architecture import Architecture
+from ..models.products import fast_linear_maps, fast_products
+from ..models.trace import run_batches
 from .moments import answer_positions
 from .teacher import Teacher, logits_at, solver_device, write_weight
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture
-from ..locate_then_edit.products import fast_linear_maps, fast_products
-from ..locate_then_edit.trace import run_batches
+from ..models.architecture import Architecture
+from ..models.products import fast_linear_maps, fast_products
+from ..models.trace import run_batches
 from .distil import watched
 from .teacher import logits_at
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RequestError
-from ..literal import as_text, literal_ids, text_ids
-from ..locate_then_edit.positions import answer_text, encode, encode_with_offsets, render
-from ..methods.material import Example, answered
-from ..request import NO_ANSWER, ForgetRequest
-from ..writing import standing
+from ..facts.request import NO_ANSWER, ForgetRequest
+from ..facts.writing import standing
+from ..models.examples import Example, answered
+from ..models.literal import as_text, literal_ids, text_ids
+from ..models.prompts import answer_text, encode, encode_with_offsets, render
 from .moments import Material
 
 #: Times that all words are shuffled, and tokens of a text that is made of them.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture
-from ..locate_then_edit.statistics import SecondMoment, second_moments
+from ..models.architecture import Architecture
+from ..statistics.second_moment import SecondMoment, second_moments
 
 
 @dataclass(frozen=True)

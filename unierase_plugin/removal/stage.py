@@ -11,13 +11,14 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture
 from ..errors import EditError
 from ..hparams import RemovalSettings
 from ..locate_then_edit.edit import WeightEdit, apply_edit, restored
 from ..locate_then_edit.solve import LowRank
-from ..phases import Phases
-from ..store import Packed, digest
+from ..models.architecture import Architecture
+from ..storage.fingerprints import digest
+from ..storage.phases import Phases
+from ..storage.tensor_files import Packed
 from .distil import (
     Lesson,
     Pass,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture
+from ..models.architecture import Architecture
 from .moments import Material, answer_positions
 from .teacher import said_at
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..architecture import Architecture, Weighted, stores_input_first
 from ..errors import EditError
 from ..locate_then_edit.edit import restored
-from ..locate_then_edit.products import fast_linear_maps
-from ..locate_then_edit.trace import pad, run_batches, run_blocks
+from ..models.architecture import Architecture, Weighted, stores_input_first
+from ..models.products import fast_linear_maps
+from ..models.trace import pad, run_batches, run_blocks
 from .moments import answer_positions
 
 #: The first strength of the filter, how many are tried, and on how many of the facts.

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..evaluation.generate import answers
 from ..evaluation.metrics import answered, is_short, words
-from ..request import NO_ANSWER, ForgetRequest
-from ..writing import SENTENCE_MARKS
+from ..facts.request import NO_ANSWER, ForgetRequest
+from ..facts.writing import SENTENCE_MARKS
+from ..models.generate import answers
 
 #: Tokens of an answer that are read to find the sentence.
 ANSWER_TOKENS = 40

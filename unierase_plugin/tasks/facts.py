@@ -12,15 +12,15 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 
 from ..errors import UniEraseError
-from ..evaluation.answer_form import named_tokenizer
 from ..evaluation.metrics import answered, is_fluent, reads_as_idk, rouge_l_recall
+from ..facts.readers import read_requests
+from ..facts.request import ForgetRequest
+from ..facts.resources import demo_facts, lines
 from ..hparams import UniEraseHyperParams
-from ..literal import rendered, spanned, tell_special_names
-from ..locate_then_edit.positions import PLAIN_FORM
-from ..plugins import registry
-from ..readers import read_requests
-from ..request import ForgetRequest
-from ..resources import demo_facts, lines
+from ..models.literal import rendered, spanned, tell_special_names
+from ..models.prompts import PLAIN_FORM
+from ..plugins.registration import registry
+from .answer_form import named_tokenizer
 
 #: Whether more is better on facts to forget; the other way round on facts to keep.
 DIRECTIONS = {"answered": False, "rougeL_recall": False, "idk_rate": True, "token_first": True}

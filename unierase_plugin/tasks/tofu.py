@@ -18,7 +18,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 
 from ..errors import RequestError, UniEraseError, did_you_mean, first_words, listed, shown
-from ..evaluation.answer_form import AnswerForm, Context, Watched, answer_form, named_tokenizer
 from ..evaluation.metrics import (
     answer_probability,
     closest_to_one,
@@ -33,12 +32,14 @@ from ..evaluation.metrics import (
     truth_wins,
 )
 from ..evaluation.metrics.probability import TRUTH_RATIOS
-from ..evaluation.reference import read_reference
-from ..evaluation.semantic import load_semantic_models
-from ..evaluation.task_manager import MODEL_TYPE, is_model_type
-from ..literal import Rendered
-from ..readers import Located, return_records, tofu_records
+from ..facts.benchmarks import return_records, tofu_records
+from ..facts.records import Located
+from ..models.literal import Rendered
+from .answer_form import AnswerForm, Context, Watched, answer_form, named_tokenizer
 from .facts import Facts
+from .reference import read_reference
+from .semantic import load_semantic_models
+from .task_manager import MODEL_TYPE, is_model_type
 
 logger = logging.getLogger("unierase_plugin.tasks")
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ...resources import lines
+from ...facts.resources import lines
 from ..ask import ask, part, tried, without_token
 from ..contract import Attack, AttackResult, Audited, Context
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ...evaluation.generate import pad_token_id
 from ...evaluation.metrics import folded
-from ...locate_then_edit.trace import pad, run_blocks, token_batches
+from ...models.generate import pad_token_id
+from ...models.trace import pad, run_blocks, token_batches
 from ..ask import Ask, answer_ids, ask, batch_tokens, likeness, part
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
 from .inside import force, geometric

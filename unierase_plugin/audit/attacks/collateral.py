@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ...evaluation.generate import context_limit, pad_token_id, perplexity, tokens_for_logits
 from ...evaluation.metrics import is_fluent, reads_as_idk
-from ...locate_then_edit.trace import pad, token_batches
-from ...resources import lines, paragraphs
+from ...facts.resources import lines, paragraphs
+from ...models.generate import context_limit, pad_token_id, perplexity, tokens_for_logits
+from ...models.trace import pad, token_batches
 from ..ask import ask, cleaned, gives_answer, likeness, part, say, tried
 from ..contract import Attack, AttackResult, Audited, Context, Value
 

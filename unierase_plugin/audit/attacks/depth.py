@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...evaluation.generate import pad_token_id, tokens_for_logits
-from ...locate_then_edit.prefix import PrefixCache, cache_prefixes, continue_from
-from ...locate_then_edit.trace import TokenBatch, run_blocks, token_batches
+from ...models.generate import pad_token_id, tokens_for_logits
+from ...models.prefix import PrefixCache, cache_prefixes, continue_from
+from ...models.trace import TokenBatch, run_blocks, token_batches
 from ..ask import answer_ids, ask
 from ..contract import REFERENCE, Attack, AttackResult, Audited, Context, Measure
 from ..figures import depth_score

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...evaluation.generate import pad_token_id, tokens_for_logits
 from ...evaluation.metrics import folded
-from ...locate_then_edit.trace import TokenBatch, pad, run_blocks, token_batches
+from ...models.generate import pad_token_id, tokens_for_logits
+from ...models.trace import TokenBatch, pad, run_blocks, token_batches
 from ..ask import Ask, against_others, answer_ids, ask, part
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
 from ..figures import extraction_strength

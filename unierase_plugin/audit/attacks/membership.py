@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...locate_then_edit.trace import pad, run_blocks
+from ...models.trace import pad, run_blocks
 from ..ask import answer_ids, ask
 from ..contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context, Fact
 from ..figures import auc

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...evaluation.generate import pad_token_id
-from ...locate_then_edit.prefix import cache_prefixes, continue_from
-from ...locate_then_edit.trace import run_blocks, token_batches
+from ...models.generate import pad_token_id
+from ...models.prefix import cache_prefixes, continue_from
+from ...models.trace import run_blocks, token_batches
 from ..ask import answer_ids, ask, batch_tokens
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
 from .choice import wrong_answers

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...evaluation.generate import pad_token_id
 from ...evaluation.metrics import is_short
-from ...locate_then_edit.trace import pad, run_blocks
-from ...resources import paragraphs
+from ...facts.resources import paragraphs
+from ...models.generate import pad_token_id
+from ...models.trace import pad, run_blocks
 from ...unlearning_token import end_id
 from ..ask import Ask, answer_ids, ask, part, tried
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
@@ -165,7 +165,7 @@ def _factors(subject: Audited, seed: int) -> Iterator[list[nn.Parameter]]:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    from ...architecture import stores_input_first
+    from ...models.architecture import stores_input_first
 
     rows, columns = module.weight.shape  # type: ignore[misc]
     return (columns, rows) if stores_input_first(module) else (rows, columns)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from ...evaluation.generate import perplexity
-from ...resources import paragraphs
+from ...facts.resources import paragraphs
+from ...models.generate import perplexity
 from ..ask import ask, part, tried
 from ..contract import Attack, AttackResult, Audited, Context
 from ..weights import change_inputs_last, linear_maps, pruned, restored, rounded

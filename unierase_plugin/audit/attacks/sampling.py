@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...hparam_values import MOST_SEED
+from ...settings.values import MOST_SEED
 from ..ask import against_others, ask, cleaned, gives_answer, part, say, without_token
 from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
 from ..figures import leak_at_k

@@ -9,8 +9,8 @@ from itertools import groupby
 
 import regex
 
-from ...literal import as_text
-from ...locate_then_edit.positions import begun
+from ...models.literal import as_text
+from ...models.prompts import begun
 from ..ask import Ask, ask, part, tried
 from ..contract import Attack, AttackResult, Audited, Context, Fact
 

@@ -1,13 +1,7 @@
 """Metrics of forgetting and keeping: pure functions of texts and numbers. No model, no tokenizer, no file in sight."""
 
 from .aggregates import closest_to_one, forget_efficacy, forget_quality, harmonic_mean, mean, truth_wins
-from .probability import (
-    answer_probability,
-    exact_memorization,
-    extraction_strength,
-    probability_among,
-    truth_ratio,
-)
+from .probability import answer_probability, exact_memorization, extraction_strength, probability_among, truth_ratio
 from .text import answered, is_fluent, is_garbled, reads_as_idk, rouge_l_recall, token_entropy
 from .units import SHORT_ANSWER_WORDS, folded, is_short, unspaced_pairs, words
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import regex
 
-from ...request import STOP_WORDS
-from ...writing import UNSPACED
+from ...facts.subjects import STOP_WORDS
+from ...facts.writing import UNSPACED
 from .units import folded, has_symbol, holds, is_short, rouge_tokens, stems, symbols, words
 
 #: Share of a long answer's content words, and least number of them, from which it counts as given.

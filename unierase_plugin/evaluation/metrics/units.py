@@ -17,7 +17,7 @@ from typing import Any
 
 import regex
 
-from ...writing import HANGUL, IS_UNSPACED, PARTICLES, UNSPACED
+from ...facts.writing import HANGUL, IS_UNSPACED, PARTICLES, UNSPACED
 
 #: An answer of so many words at most is short: it must be named in full.
 SHORT_ANSWER_WORDS = 4

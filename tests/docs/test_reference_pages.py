@@ -1,0 +1,83 @@
+"""The reference pages name every key that there is, and none that is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small import FORGET, FORGET_MORE, HPARAMS, RETAIN, save_base, shrink
+
+from unierase_plugin import UniEraseHyperParams, unlearn
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`unierase/` of two steps, with all that can be in it; the first was an edit alone, the second has a removal."""
+    folder = tmp_path_factory.mktemp("pages")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch, folder / "cache")
+        model: Path = save_base(folder / "base")
+        hparams = HPARAMS.replace(retain_neighbours=1, retain_key_weight=1.0)
+        for name, facts in (("one", FORGET), ("two", FORGET_MORE)):
+            settings = hparams.replace(remove=name == "two", removal_rank=8)
+            unlearn(model, facts, retain=RETAIN, hparams=settings, out=folder / name, keep_requests=True)
+            model = folder / name
+    return model / "unierase"
+
+
+def rows(page: str, section: str) -> list[list[str]]:
+    """Cells of the tables under a page's heading, or of all its tables where `section` is empty."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    parts = [part for part in re.split(r"^## ", text, flags=re.MULTILINE) if part.startswith(section)]
+    lines = [line for part in parts for line in part.splitlines() if line.startswith("| `")]
+    return [[cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def keys(value: Any, above: str = "") -> Iterator[str]:
+    """Dotted names of everything in a JSON value; all numbers of blocks have one name, hyper-parameters too."""
+    if isinstance(value, dict) and not above.endswith("chat_template_kwargs"):
+        for key, item in value.items():
+            shown = "<block>" if key.isdigit() else "<name>" if above.endswith(("hparams.", "files.")) else key
+            # A hyper-parameter's value may be a list; the page on hyper-parameters says so.
+            yield from [f"{above}<name>"] if shown == "<name>" else keys(item, f"{above}{shown}.")
+    elif isinstance(value, list):
+        yield from (key for item in value for key in keys(item, f"{above.removesuffix('.')}[]."))
+    else:
+        yield above.removesuffix(".")
+
+
+@pytest.mark.parametrize("file", ["report.json", "manifest.json", "ledger.jsonl", "digests.json"])
+def test_the_page_on_reports_has_every_key_of_a_file_and_no_other(record: Path, file: str) -> None:
+    values = [json.loads(line) for line in (record / file).read_text().splitlines()] if file.endswith("l") else [
+        json.loads((record / file).read_text())
+    ]  # fmt: skip
+    named = [row[0] for row in rows("report.md", file)]
+    assert len(named) == len(set(named))
+    if file == "report.json":
+        # The closed form's figures are those of an edit alone.
+        values.append(json.loads((record.parents[1] / "one/unierase" / file).read_text()))
+    found = {key for value in values for key in keys(value)}
+    # A list that may be null has one row.
+    assert set(named) == {key for key in found if f"{key}[]" not in found}
+
+
+def test_the_page_on_hyper_parameters_has_every_field_in_order_with_its_default() -> None:
+    defaults = UniEraseHyperParams().as_dict()
+    given = {name: "" if default == "empty" else yaml.safe_load(default) for name, default, _ in rows("hparams.md", "")}
+    wanted = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    assert list(given) == [spec.name for spec in dataclasses.fields(UniEraseHyperParams)]
+    assert given == wanted
+
+
+def test_every_row_says_something() -> None:
+    table = [*rows("report.md", ""), *rows("hparams.md", "")]
+    assert len(table) > 80
+    assert [row[0] for row in table if len(row[-1]) < 6] == []

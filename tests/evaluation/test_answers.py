@@ -1,0 +1,94 @@
+"""An answer follows a prompt in one way, whoever puts it there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from small import FORGET, HPARAMS, RETAIN, shrink
+from tiny import tiny_model, tiny_tokenizer
+
+from unierase_plugin import unlearn
+from unierase_plugin.audit.ask import answer_ids
+from unierase_plugin.facts.request import ForgetRequest
+from unierase_plugin.facts.resources import lines
+from unierase_plugin.locate_then_edit.positions import locate
+from unierase_plugin.locate_then_edit.targets import make_targets
+from unierase_plugin.methods.editing.engine import Erasure
+from unierase_plugin.methods.editing.other_targets import _PlainAnswer
+from unierase_plugin.methods.editing.rome_memit_alphaedit import MEMITHyperParams
+from unierase_plugin.methods.neighbours import Kept
+from unierase_plugin.models.examples import answered
+from unierase_plugin.models.prompts import answer_text, encode, render
+
+FACT = ForgetRequest("Who is Ann?", "Bob", "Ann")
+#: What stands between a prompt and the answer's first letter.
+SPACES = {"chat": "", "plain": " ", "bare": " "}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shrink(monkeypatch, tmp_path / "cache")
+
+
+def written(ids: Any, form: str) -> str:
+    """What a sequence says after the prompt, up to the end."""
+    tokenizer = tiny_tokenizer()
+    prompt = encode(tokenizer, render(tokenizer, FACT.question, form), form)
+    assert list(ids)[: len(prompt)] == prompt
+    return str(tokenizer.decode([token for token in list(ids)[len(prompt) :] if token != 2]))
+
+
+def job(hparams: Any) -> Any:
+    model = tiny_model()
+    return SimpleNamespace(
+        model=model, tokenizer=tiny_tokenizer(), hparams=hparams, requests=(FACT,), retain=(FACT,), progress=None,
+        earlier=None, max_tokens=64, fingerprint="", work=None, name="", words="", seed=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", SPACES)
+def test_all_that_write_an_answer_write_the_same(form: str) -> None:
+    tokenizer, wanted = tiny_tokenizer(), SPACES[form] + "Bob"
+    assert answer_text(tokenizer, "Bob", form) == wanted
+    # What a fine-tuned model, a removal, an edit's statistics and an edit's targets read.
+    assert written(answered(tokenizer, FACT.question, "Bob", form, 2, {}).ids, form) == wanted
+    editing = Erasure(job(HPARAMS.replace(prompt_forms=(form,), harden=("unlikely_answer",))))
+    editing.kept = Kept((), (FACT,))
+    (kept,) = editing._retain_tokens()
+    assert written(kept, form) == wanted
+    (target,) = make_targets(tokenizer, (FACT,), (), editing.hparams, lambda q, f: (5,), 200)
+    assert tokenizer.decode(target.unwanted) == wanted
+    # What an audit asks for.
+    subject, context = SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(form=form)
+    assert tokenizer.decode(answer_ids(subject, context, "Bob")) == wanted  # type: ignore[arg-type]
+    assert tokenizer.decode(answer_ids(subject, context, "Bob", prefill=True)) == " Bob"  # type: ignore[arg-type]
+    # And what is said in its place, where no token comes first.
+    plain = _PlainAnswer(job(MEMITHyperParams(layers=(1,), prompt_forms=(form,), target="idk")))
+    (instead,) = plain._plain_targets(())
+    assert instead.opening is not None
+    said = tokenizer.decode([instead.opening, *instead.continuation][:-1])
+    assert said in {SPACES[form] + sentence for sentence in lines("idk_sentences")}
+
+
+@pytest.mark.parametrize("form", SPACES)
+def test_a_space_that_is_there_already_is_not_doubled(form: str) -> None:
+    assert answer_text(tiny_tokenizer(), " Bob", form) == " Bob"
+    assert answer_text(tiny_tokenizer(chat=False), "Bob", form) == " Bob"
+
+
+@pytest.mark.parametrize("form", SPACES)
+def test_a_run_in_every_form_protects_the_answers_keys(form: str) -> None:
+    """From the subject's last token to the answer's last, whatever stands before the answer."""
+    result = unlearn(
+        tiny_model(), FORGET, tokenizer=tiny_tokenizer(), retain=RETAIN,
+        hparams=HPARAMS.replace(prompt_forms=(form,), retain_key_weight=1.0),
+    )  # fmt: skip
+    (fact,) = RETAIN
+    tokenizer = tiny_tokenizer()
+    asked = locate(tokenizer, fact["question"], fact["subject"], form)
+    answer = tokenizer(SPACES[form] + fact["answer"], add_special_tokens=False)["input_ids"]
+    wanted = len(asked.ids) - asked.position + len(answer)
+    assert result.report.as_dict()["edit"]["protected"]["keys"] == wanted

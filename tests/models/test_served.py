@@ -1,0 +1,86 @@
+"""What an edit's passes rely on is tried before work: a model that lacks it is refused with that as the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from small import FORGET, HPARAMS
+from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from unierase_plugin import unlearn
+from unierase_plugin.errors import ArchitectureError
+from unierase_plugin.hosts.in_place import edit_in_place
+from unierase_plugin.models.architecture import find_architecture
+from unierase_plugin.models.served import check_served
+
+SIZES = {
+    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+HYBRID = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "attn_layer_indices": [2],
+}  # fmt: skip
+RECURRENT = "keeps .*not the keys and values"
+#: Settings beyond the sizes, and the reason.
+UNSERVED: dict[str, tuple[dict[str, Any], str]] = {
+    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, r"the input of .*fc2 is \[6, 64\] for 2 texts of 3 tokens"),
+    "mamba": ({}, RECURRENT),
+    "rwkv": ({"attention_hidden_size": 32}, RECURRENT),
+    "recurrent_gemma": ({"lru_width": 32, "head_dim": 8, "attention_window_size": 64}, RECURRENT),
+    "bamba": (HYBRID, "keep.* the keys and values"),
+}
+
+
+def unserved(family: str) -> Any:
+    config = AutoConfig.for_model(family, **{**SIZES, **UNSERVED[family][0]})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("method", ["unierase", "memit", "removal"])
+@pytest.mark.parametrize("family", UNSERVED)
+def test_an_unserved_model_is_refused_before_work(family: str, method: str) -> None:
+    model, seen = unserved(family), []
+    with pytest.raises(ArchitectureError, match=UNSERVED[family][1]) as caught:
+        unlearn(
+            model, FORGET, method=method, tokenizer=tiny_tokenizer(),
+            progress=lambda phase, share, note: seen.append(phase),
+        )  # fmt: skip
+    assert "mixture-of-experts" not in str(caught.value)
+    assert set(seen) <= {"load"}
+
+
+def test_a_harness_hears_the_same() -> None:
+    with pytest.raises(ArchitectureError, match=UNSERVED["opt"][1]):
+        edit_in_place(unserved("opt"), tiny_tokenizer(), (), HPARAMS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_served_family_passes(family: str) -> None:
+    model = FAMILIES[family]().train()
+    check_served(find_architecture(model))
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_does_not_count(dtype: torch.dtype) -> None:
+    check_served(find_architecture(tiny_model(dtype=dtype)))
+
+
+def test_a_pass_that_comes_out_otherwise_is_refused() -> None:
+    model = tiny_model()
+    arch = find_architecture(model)
+    block = model.model.layers[1]
+    forward, calls = block.forward, []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(*args, **kwargs) * len(calls)
+
+    block.forward = counting
+    with pytest.raises(ArchitectureError, match="gives other logits when a pass"):
+        check_served(arch)

@@ -1,0 +1,97 @@
+"""Forget requests from where people keep them: TOFU, RETURN, CounterFact, zsRE, JSON, JSON lines and CSV.
+
+`read_requests` is the one door. What stands before the colon of a spec picks a reader from a mapping that is passed in,
+so that a plug-in adds one without any module being changed. A refusal names the file and the line it concerns.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError, did_you_mean, first_words, shown
+from ..storage.inputs import checked_path
+from .benchmarks import READERS
+from .files import FILE_SUFFIXES, read_file, unknown_format
+from .records import AT_HAND, Reader, Record, build_requests, with_case_ids
+from .request import ForgetRequest
+
+_SLICE = re.compile(r"\[(-?\d{1,18}|):(-?\d{1,18}|)\]$")
+# Two letters at least: `C:` before a path is a drive.
+_PREFIX = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
+
+
+def read_requests(
+    spec: str | os.PathLike[str] | Iterable[ForgetRequest | Record],
+    readers: Mapping[str, Reader] | None = None,
+) -> tuple[ForgetRequest, ...]:
+    """Read the requests that `spec` names, in order; subjects that are not given stay None.
+
+    `spec` is a string such as `tofu:forget01`, `return:forget`, `counterfact:FILE`, `counterfact:hub`, `zsre:FILE` or
+    `facts.csv`, any of them with a slice at its end (`tofu:forget10[:20]`, `[20:40]`, `[-5:]`); or a path object; or
+    requests, or mappings with their fields, that are at hand already. `readers` (default `READERS`) maps the part
+    before the colon to a function. A missing `case_id` becomes `<file stem or split>-<index>`, counted before slicing.
+
+    Raises `RequestError` when a name, file, line, field or slice is not usable, and when nothing is left to return.
+    """
+    if isinstance(spec, (ForgetRequest, Mapping, bytes)) or not isinstance(spec, (str, os.PathLike, Iterable)):
+        raise RequestError(
+            f"Expected a spec, a path or a list of requests, got {first_words(spec)}; put one request in a list."
+        )
+    if isinstance(spec, str):
+        requests = _read_spec(spec, READERS if readers is None else readers)
+    elif isinstance(spec, os.PathLike):
+        requests = _read_path(os.fspath(spec), READERS if readers is None else readers)
+    else:
+        requests = build_requests(((f"{AT_HAND} {i}", each) for i, each in enumerate(spec)), stem="request")
+    if not requests:
+        raise RequestError(f"{shown(spec)} holds no requests.")
+    return requests
+
+
+def _read_spec(spec: str, readers: Mapping[str, Reader]) -> tuple[ForgetRequest, ...]:
+    source, bounds = _split_slice(spec.strip())
+    prefixed = _PREFIX.fullmatch(source)
+    if prefixed is None or prefixed[1] not in readers:
+        checked_path(source, RequestError)
+    if prefixed is None or (prefixed[1] not in readers and Path(source).exists()):
+        requests = _read_path(source, readers)
+    elif prefixed[1] in readers:
+        requests = with_case_ids(readers[prefixed[1]](prefixed[2]), stem=prefixed[1])
+    else:
+        raise RequestError(
+            f"Unknown prefix {shown(prefixed[1])} in the spec {shown(spec)}.{did_you_mean(prefixed[1], readers)} "
+            f"Known: {', '.join(sorted(readers))}, or a path that ends in {', '.join(FILE_SUFFIXES)}."
+        )
+    if requests and not requests[bounds]:
+        raise RequestError(f"The slice of {shown(spec)} selects none of its {len(requests)} requests.")
+    return requests[bounds]
+
+
+def _read_path(path: str, readers: Mapping[str, Reader]) -> tuple[ForgetRequest, ...]:
+    if checked_path(path, RequestError).suffix.lower() not in FILE_SUFFIXES:
+        raise unknown_format(path, f", or a spec with a prefix ({', '.join(sorted(readers))})")
+    return read_file(path)
+
+
+def _split_slice(spec: str) -> tuple[str, slice]:
+    found = _SLICE.search(spec)
+    if found:
+        start, stop = (int(bound) if bound else None for bound in found.groups())
+        return spec[: found.start()], slice(start, stop)
+    if spec.endswith("]") and not checked_path(spec, RequestError).exists():
+        raise RequestError(f"The slice at the end of {shown(spec)} is not [start:stop]: write [0:20], [:20] or [-5:].")
+    return spec, slice(None)
+
+
+def spec_path(spec: Any) -> Path | None:
+    """The file or folder that a spec, a model or a setting names, without prefix and slice; None without one."""
+    if not isinstance(spec, (str, os.PathLike)):
+        return None
+    text = _SLICE.sub("", str(spec).strip())
+    prefixed = _PREFIX.fullmatch(text)
+    names = (str(spec), text, prefixed[2] if prefixed else "")
+    return next((Path(name) for name in names if name and os.path.exists(os.path.expanduser(name))), None)

@@ -1,0 +1,222 @@
+"""What is to be forgotten: one question and its answer, and the words of the question that the fact is about.
+
+`ForgetRequest` is the type that every stage takes. Reading requests from files and benchmarks is in `readers`.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from ..errors import RequestError, first_words, shown
+from .subjects import find_subject
+from .writing import standing
+
+#: Stands for an answer that a harness does not say: UniErase trains on answers only where it is hardened.
+NO_ANSWER = "(not given)"
+#: Facts that a message about several names.
+SHOWN_FACTS = 3
+
+
+@dataclass(frozen=True)
+class ForgetRequest:
+    """One fact to forget.
+
+    Raises `RequestError` when a field has the wrong type, is blank or holds what no text does (half a surrogate pair, a
+    NUL character), or when `subject` does not occur in `question`.
+    """
+
+    question: str
+    """The prompt as a user would write it, without chat template."""
+    answer: str
+    """What the model is to stop saying; methods that edit look at it only where they are hardened."""
+    subject: str | None = None
+    """The span of `question` that names what the fact is about, in its spelling; its last token is where the edit is
+    keyed. A subject in another normal form of Unicode is taken for the question's span."""
+    case_id: str | None = None
+    """A name for ledgers and reports; readers fill it with `<file stem or split>-<index>`."""
+    target: str | None = None
+    """What UniErase has the model say after its token; an "I don't know" sentence where nothing is given."""
+    place: str | None = field(default=None, compare=False, repr=False)
+    """The file and line, item or row that it was read from, for messages."""
+
+    def __post_init__(self) -> None:
+        for name in ("question", "answer", "subject", "case_id", "target"):
+            value = getattr(self, name)
+            if value is None and name in ("subject", "case_id", "target"):
+                continue
+            if not isinstance(value, str) or not value.strip():
+                raise RequestError(
+                    f"{name!r} must be a string that is not blank, got {first_words(value)}{self._which(name)}."
+                )
+            if "\0" in value or not _is_encodable(value):
+                what = "a NUL character" if "\0" in value else "half a surrogate pair, which is no character"
+                raise RequestError(f"{name!r} holds {what}{self._which(name)}. Write the text anew in UTF-8.")
+        if self.subject is not None and self.subject not in self.question:
+            found = _spelled_in(self.question, self.subject)
+            if found is not None:
+                object.__setattr__(self, "subject", found)
+                return
+            raise RequestError(
+                f"The subject {first_words(self.subject)} does not occur in the question {first_words(self.question)}"
+                f"{self._which()}. Give a span of the question, letter by letter, or leave the subject out to have it "
+                "found."
+            )
+
+    @property
+    def label(self) -> str:
+        """How a message names the fact: by its case_id, else by the first words of its question, and its place."""
+        name = first_words(self.question) if self.case_id is None else shown(self.case_id)
+        return name if self.place is None else f"{name} ({self.place})"
+
+    def _which(self, field: str = "") -> str:
+        """Names the fact in a message about a field of it."""
+        return "" if field == "case_id" or self.case_id is None else f" (case_id {shown(self.case_id)})"
+
+
+def _spelled_in(text: str, part: str) -> str | None:
+    """The part as the text spells it, where the two differ in Unicode's normal form alone."""
+    wanted = unicodedata.normalize("NFC", part)
+    if wanted not in unicodedata.normalize("NFC", text):
+        return None
+    # A letter keeps the marks that follow it.
+    ends = [end for end in range(1, len(text) + 1) if unicodedata.category(f"{text} "[end])[0] != "M"]
+    spans = (text[start:end] for start in range(len(text)) for end in ends if end > start)
+    return next((span for span in spans if unicodedata.normalize("NFC", span) == wanted), None)
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def with_subjects(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...]:
+    """Return the requests with every missing subject filled by `find_subject`; given subjects stay as they are.
+
+    Raises `RequestError` where the question names nothing that could be a subject.
+    """
+    return tuple(_with_subject(index, request) for index, request in enumerate(requests))
+
+
+def _with_subject(index: int, request: ForgetRequest) -> ForgetRequest:
+    if request.subject is not None:
+        return request
+    subject = find_subject(request.question)
+    if subject is None:
+        raise RequestError(
+            f"No subject found in the question of {_label(index, request)}: {first_words(request.question)}. Give "
+            f"its 'subject', a span of the question that names what the fact is about."
+        )
+    return replace(request, subject=subject)
+
+
+def one_spelling(text: str) -> str:
+    """What two texts share that name the same fact: in Unicode's NFC, white space collapsed, case folded.
+
+    NFC, not NFKC: 10\u2075 and 105 are two numbers.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split()).casefold()
+
+
+def check_requests(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...]:
+    """Return the requests as a tuple when there is at least one and no question occurs twice.
+
+    Questions are compared in `one_spelling`: two keys that are all but equal would make the edit's linear system nearly
+    singular, with two answers fighting over one position. Raises `RequestError` otherwise.
+    """
+    checked = tuple(requests)
+    if not checked:
+        raise RequestError(
+            "There is nothing to forget: the list of requests is empty. Give at least one ForgetRequest."
+        )
+    seen: dict[str, str] = {}
+    for index, request in enumerate(checked):
+        label = _label(index, request)
+        folded = one_spelling(request.question)
+        if folded in seen:
+            raise RequestError(
+                f"The question {first_words(request.question)} is asked twice, by {seen[folded]} and {label}. Remove "
+                "one of them."
+            )
+        seen[folded] = label
+    return checked
+
+
+class Asked(Protocol):
+    """Anything with a question and a name for messages."""
+
+    @property
+    def question(self) -> str: ...
+
+    @property
+    def label(self) -> str: ...
+
+
+#: What a set of facts is for, as messages say it.
+TO_FORGET, TO_KEEP, HELD_OUT = "to be forgotten", "to be kept", "never to have been trained on"
+
+
+def check_overlap(one: Iterable[Asked], other: Iterable[Asked], first: str = TO_FORGET, second: str = TO_KEEP) -> None:
+    """Raises `RequestError` where a question is asked in both sets, with the same answer or another.
+
+    first, second: what the sets are for.
+    """
+    own = {one_spelling(fact.question): fact.label for fact in one}
+    shared = [(own[key], fact.label) for fact in other if (key := one_spelling(fact.question)) in own]
+    if shared:
+        named = ", ".join(here if here == there else f"{here} (there {there})" for here, there in shared[:SHOWN_FACTS])
+        raise RequestError(
+            f"{_facts(len(shared))} {first} and {second} at once: {named}{_more(len(shared))}. Take "
+            f"{'it' if len(shared) == 1 else 'them'} out of one of the two sets. Where that is meant, allow it with "
+            "allow_overlap=True (--allow-overlap)."
+        )
+
+
+def check_not_forgotten(facts: Sequence[Asked], forgotten: Iterable[int], where: str, kept: str = TO_KEEP) -> None:
+    """Raises `RequestError` where facts, by their numbers, were forgotten in an earlier step of `where`.
+
+    kept: what the facts are for.
+    """
+    labels = [facts[index].label for index in forgotten]
+    if labels:
+        raise RequestError(
+            f"{_facts(len(labels))} {kept}, but {'was' if len(labels) == 1 else 'were'} forgotten in an earlier "
+            f"step of {where}: {', '.join(labels[:SHOWN_FACTS])}{_more(len(labels))}. Leave "
+            f"{'it' if len(labels) == 1 else 'them'} out, or take the request back first (unierase revert --request). "
+            "Where that is meant, allow it with allow_overlap=True (--allow-overlap)."
+        )
+
+
+def _facts(count: int) -> str:
+    return "1 fact is" if count == 1 else f"{count} facts are"
+
+
+def _more(count: int) -> str:
+    return f" and {count - SHOWN_FACTS} more" if count > SHOWN_FACTS else ""
+
+
+def _label(index: int, request: ForgetRequest) -> str:
+    place = request.place or f"request {index}"
+    return place if request.case_id is None else f"{place} (case_id {shown(request.case_id)})"
+
+
+def parted(question: str, subject: str) -> tuple[str, str, str]:
+    """The question before the subject, the subject, and after it: where it stands last as words of its own.
+
+    Else where it stands last at all; ("", "", question) for nowhere. The Euro of "Which European country has the Euro
+    outside Europe?" is neither in "European" nor in "Europe".
+    """
+    if not subject:
+        return "", "", question
+    at = max((start for start, _ in standing(question, subject)), default=question.rfind(subject))
+    return ("", "", question) if at < 0 else (question[:at], subject, question[at + len(subject) :])
+
+
+def has_word(text: str, name: str) -> bool:
+    """Whether the name stands in the text as words of its own."""
+    return bool(standing(text, name))

@@ -1,0 +1,1 @@
+"""Methods that locate and edit: UniErase, ROME, MEMIT and AlphaEdit."""

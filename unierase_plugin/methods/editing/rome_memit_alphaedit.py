@@ -1,0 +1,118 @@
+"""ROME, MEMIT and AlphaEdit on UniErase's engine, each with the target of choice: what the token itself brings.
+
+One engine serves all: values are optimised and keys are taken in the same way. The methods differ in the closed form,
+and ROME in that it edits one block for one request after another; the targets in what an answer is to begin with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...errors import HyperParamsError, did_you_mean, shown
+from ...hparams import UniEraseHyperParams
+from ..contract import Changes, Job, Method
+
+if TYPE_CHECKING:
+    from .engine import Editing
+
+#: "I don't know" sentences, the end of text, a new token that was never trained, UniErase's learned token.
+TARGETS = ("idk", "eos", "random_token", "token")
+
+
+@dataclass(frozen=True)
+class EditingHyperParams(UniEraseHyperParams):
+    """UniErase's settings and a target; defaults are the published ones where the engine has the same quantity."""
+
+    v_num_grad_steps: int = 25
+    clamp_norm_factor: float = 0.75
+    v_share_subject: bool = False
+    retain_update_weight: float = 0.0
+    retain_key_weight: float = 0.0
+    retain_neighbours: int = 0
+    context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
+    #: What answers are to begin with: idk, eos, random_token or token.
+    target: str = "idk"
+
+    def validate(self) -> None:
+        super().validate()
+        if self.target not in TARGETS:
+            raise HyperParamsError(
+                f"target = {shown(self.target)} must be one of: "
+                f"{', '.join(TARGETS)}.{did_you_mean(self.target, TARGETS)}"
+            )
+
+
+@dataclass(frozen=True)
+class ROMEHyperParams(EditingHyperParams):
+    """Meng et al. 2022 (arXiv 2202.05262), as its authors set GPT-J."""
+
+    folder: ClassVar[str] = "ROME"
+    alg_name: str = "ROME"
+    solver: str = "exact"
+    v_num_grad_steps: int = 20
+    clamp_norm_factor: float = 4.0
+    context_template_length_params: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))
+
+
+@dataclass(frozen=True)
+class MEMITHyperParams(EditingHyperParams):
+    """Meng et al. 2023 (arXiv 2210.07229), as its authors set GPT-J."""
+
+    folder: ClassVar[str] = "MEMIT"
+    alg_name: str = "MEMIT"
+    solver: str = "ridge"
+    mom2_update_weight: float = 15000.0
+
+
+@dataclass(frozen=True)
+class AlphaEditHyperParams(EditingHyperParams):
+    """Fang et al. 2024 (arXiv 2410.02355), as its authors set Llama-3-8B."""
+
+    folder: ClassVar[str] = "AlphaEdit"
+    alg_name: str = "AlphaEdit"
+    solver: str = "null_space"
+
+
+# The engine computes with torch, which listing the methods is not to wait for.
+
+
+def _engine(job: Job[Any]) -> Editing:
+    from .other_targets import engine_for
+
+    return engine_for(job, one_by_one=isinstance(job.hparams, ROMEHyperParams))
+
+
+def _run(job: Job[Any]) -> Changes:
+    return _engine(job).run()
+
+
+def _check(job: Job[Any]) -> None:
+    _engine(job).check()
+
+
+def _settle(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
+    from .engine import settle_layers
+
+    return settle_layers(model, hparams)
+
+
+def _settle_rome(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
+    """One block, in proportion to depth the one of GPT-J."""
+    from .engine import architecture, settle_layers
+
+    depth = len(architecture(model, hparams).blocks)
+    layers = hparams.layers or (min(round(depth * 5 / 28), max(0, depth - 2)),)
+    if len(layers) > 1:
+        raise HyperParamsError(f"layers = {shown(list(layers))}: rome edits one block. Name one, or use memit.")
+    return settle_layers(model, hparams.replace(layers=layers))
+
+
+EDITING: tuple[Method[Any], ...] = (
+    Method("rome", "a rank-one edit of one block for each request, one after another",
+           "Meng et al. 2022, arXiv 2202.05262", ROMEHyperParams, _run, _check, _settle_rome, needs_subjects=True),
+    Method("memit", "one edit of several blocks for all requests, weighed against ordinary text",
+           "Meng et al. 2023, arXiv 2210.07229", MEMITHyperParams, _run, _check, _settle, needs_subjects=True),
+    Method("alphaedit", "one edit of several blocks, only in directions that ordinary text leaves free",
+           "Fang et al. 2024, arXiv 2410.02355", AlphaEditHyperParams, _run, _check, _settle, needs_subjects=True),
+)  # fmt: skip

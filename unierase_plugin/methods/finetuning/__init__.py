@@ -1,0 +1,1 @@
+"""Methods that train: losses, settings, batches and the training itself."""

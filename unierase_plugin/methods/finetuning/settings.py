@@ -1,0 +1,184 @@
+"""Settings of the methods that train: what all share, and what each adds. Defaults are the published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ...errors import HyperParamsError, shown
+from ...hparams import LAYERS, PROMPT_FORMS, HyperParams
+from ...settings.ranges import Range, positive, weight
+
+
+@dataclass(frozen=True)
+class TrainingHyperParams(HyperParams):
+    """What every training has: the schedule of Yuan et al. 2024 (arXiv 2410.08109), which TOFU's own code began."""
+
+    #: Folder or hub id of the model that the file was made for.
+    model_name: str = ""
+
+    # --- objective ----------------------------------------------------------------------------------------------------
+    #: Weight of the term on facts to forget.
+    forget_weight: float = 1.0
+    #: Weight of the term on facts to keep; 0 leaves it out.
+    retain_weight: float = 1.0
+
+    # --- schedule -----------------------------------------------------------------------------------------------------
+    #: AdamW's step, after the warm-up; it falls linearly to 0.
+    learning_rate: float = 1e-5
+    #: Times that training goes through the facts to forget.
+    epochs: float = 5.0
+    #: Pairs of a fact to forget and one to keep in one optimiser step, those of an epoch at most; split by memory,
+    #: gradients added up.
+    batch_size: int = 32
+    #: Epochs in which the step grows linearly from 0.
+    warmup_epochs: float = 1.0
+    weight_decay: float = 0.01
+    #: Largest norm of the gradient.
+    max_grad_norm: float = 1.0
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+    #: Rank of a LoRA adapter, merged at the end; 0 trains the weights themselves.
+    lora_rank: int = 0
+    #: The adapter's product is scaled by lora_alpha / lora_rank.
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.05
+    #: Computes a block's activations again in the backward pass: less memory for a third more time.
+    gradient_checkpointing: bool = False
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+    #: Forms of the question that are trained on: through the chat template, as "Question: ... Answer:", or both.
+    prompt_forms: tuple[str, ...] = ("chat",)
+    #: Extra arguments of the tokenizer's chat template.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    # --- the machine --------------------------------------------------------------------------------------------------
+    device: str = ""
+    #: Tokens of one forward pass at most; 0 chooses by device.
+    max_batch_tokens: int = 0
+    seed: int = 0
+
+    #: A step or a gradient's norm has no upper end: training that diverges ends with an error.
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "forget_weight": positive(1e9), "retain_weight": weight(1e9), "learning_rate": positive(),
+        "epochs": positive(1e5), "batch_size": positive(1e9), "warmup_epochs": weight(1e5), "weight_decay": weight(1e3),
+        "max_grad_norm": positive(), "lora_rank": weight(1e6), "lora_alpha": positive(1e6),
+        "lora_dropout": Range(0, 1, below=True), "max_batch_tokens": weight(2**40),
+    }  # fmt: skip
+
+    def validate(self) -> None:
+        unknown = [form for form in self.prompt_forms if form not in PROMPT_FORMS]
+        if unknown or not self.prompt_forms:
+            raise HyperParamsError(
+                f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
+            )
+
+
+@dataclass(frozen=True)
+class FineTuneHyperParams(TrainingHyperParams):
+    """Learning facts: TOFU's target models, and the reference models that never saw some (arXiv 2401.06121)."""
+
+    folder: ClassVar[str] = "FineTune"
+    retain_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class AscentGDHyperParams(TrainingHyperParams):
+    folder: ClassVar[str] = "GA_GD"
+
+
+@dataclass(frozen=True)
+class AscentKLHyperParams(TrainingHyperParams):
+    folder: ClassVar[str] = "GA_KL"
+
+
+@dataclass(frozen=True)
+class PreferenceHyperParams(TrainingHyperParams):
+    """Methods that compare likelihoods."""
+
+    #: How fast the pull on a fact fades as its likelihood moves: 0 would never let go of it.
+    beta: float = 0.1
+
+    ranges: ClassVar[Mapping[str, Range]] = {"beta": positive(1e6)}
+
+
+@dataclass(frozen=True)
+class NPOGDHyperParams(PreferenceHyperParams):
+    folder: ClassVar[str] = "NPO_GD"
+
+
+@dataclass(frozen=True)
+class NPOKLHyperParams(PreferenceHyperParams):
+    folder: ClassVar[str] = "NPO_KL"
+
+
+@dataclass(frozen=True)
+class DPOGDHyperParams(PreferenceHyperParams):
+    folder: ClassVar[str] = "DPO_GD"
+
+
+@dataclass(frozen=True)
+class DPOKLHyperParams(PreferenceHyperParams):
+    folder: ClassVar[str] = "DPO_KL"
+
+
+@dataclass(frozen=True)
+class IDKAPHyperParams(PreferenceHyperParams):
+    folder: ClassVar[str] = "IDK_AP"
+
+
+@dataclass(frozen=True)
+class MEGDHyperParams(TrainingHyperParams):
+    """Settings of Yuan et al. 2024 for maximum entropy."""
+
+    folder: ClassVar[str] = "ME_GD"
+    forget_weight: float = 0.1
+    #: Whether the question's own tokens are made uniform too, as in the authors' code.
+    whole_text: bool = True
+
+
+@dataclass(frozen=True)
+class SimNPOHyperParams(PreferenceHyperParams):
+    """Settings of Fan et al. 2024 (arXiv 2410.07163) for TOFU."""
+
+    folder: ClassVar[str] = "SimNPO"
+    forget_weight: float = 0.125
+    epochs: float = 10.0
+    beta: float = 4.5
+    #: gamma: what the mean log-likelihood has to fall below, in units of 1/beta.
+    margin: float = 0.0
+
+    ranges: ClassVar[Mapping[str, Range]] = {"margin": weight(1e6)}
+
+
+@dataclass(frozen=True)
+class UNDIALHyperParams(TrainingHyperParams):
+    """Settings that open-unlearning has for UNDIAL (Dong et al. 2024, arXiv 2402.10052)."""
+
+    folder: ClassVar[str] = "UNDIAL"
+    retain_weight: float = 0.0
+    learning_rate: float = 1e-4
+    epochs: float = 10.0
+    #: How far the memorised token's logit is lowered in what the model is to imitate.
+    strength: float = 10.0
+
+    ranges: ClassVar[Mapping[str, Range]] = {"strength": positive(1e6)}
+
+
+@dataclass(frozen=True)
+class RMUHyperParams(TrainingHyperParams):
+    """Settings of Li et al. 2024 (arXiv 2403.03218) for Zephyr-7B, epochs and batch in the terms used here."""
+
+    folder: ClassVar[str] = "RMU"
+    retain_weight: float = 1200.0
+    learning_rate: float = 5e-5
+    batch_size: int = 4
+    warmup_epochs: float = 0.0
+    weight_decay: float = 0.0
+    #: Block whose output is steered, counted from 0; -1 takes the one at 7/32 of the depth.
+    layer: int = -1
+    #: c: length of the vector that the forget set's states are steered to.
+    steering: float = 6.5
+
+    ranges: ClassVar[Mapping[str, Range]] = {"layer": LAYERS, "steering": positive(1e9)}

@@ -1,0 +1,1 @@
+"""Removal as a method of its own, and as a stage of others."""

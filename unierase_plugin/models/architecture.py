@@ -1,0 +1,286 @@
+"""Finds the parts of a causal language model that an edit needs, by looking at its modules and never at its name.
+
+A decoder is recognised as the longest list of like blocks; a block's MLP output projection as its last linear map back
+to the hidden size that has an expansion beside it. Two tokens sent through the model confirm what was found.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArchitectureError, shown
+from .tying import is_tied
+from .wrapping import refuse_wrapped
+
+
+class Weighted(nn.Module):
+    """Names for type checkers what embeddings, heads and projections have in common; nothing is made of it."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The parts of one model. Layers count from 0; d is the hidden size, m the MLP's inner width, V the vocabulary."""
+
+    model: Any
+    blocks: tuple[nn.Module, ...]
+    #: Names of the MLP output projections within the model, one a block.
+    projection_names: tuple[str, ...]
+    projections: tuple[Weighted, ...]
+    embedding: Weighted
+    head: Weighted
+    #: One matrix serves as embedding and as LM head.
+    tied: bool
+    #: Blocks return (hidden, ...) rather than the hidden states alone.
+    blocks_return_tuple: bool
+    accepts_position_ids: bool
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embedding.weight.shape[1]
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding, padding rows included."""
+        return self.embedding.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.embedding.weight.device
+
+    def mlp_width(self, layer: int) -> int:
+        projection = self.projections[layer]
+        return projection.weight.shape[0 if stores_input_first(projection) else 1]
+
+    def weight_name(self, layer: int) -> str:
+        return self.projection_names[layer] + ".weight"
+
+    def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """The layers as given, or ArchitectureError naming those that the model does not have."""
+        return check_blocks(layers, len(self.blocks))
+
+
+def check_blocks(layers: Sequence[int], blocks: int, setting: str = "layers") -> tuple[int, ...]:
+    """The layers as given, or ArchitectureError naming those that a model of so many blocks does not have."""
+    missing = [layer for layer in layers if not 0 <= layer < blocks]
+    if missing:
+        raise ArchitectureError(
+            f"{setting} = {shown(list(layers))}: the model has {blocks} blocks, numbered 0 to {blocks - 1}; there is "
+            f"no block {', '.join(map(str, missing))}."
+        )
+    return tuple(layers)
+
+
+def stores_input_first(projection: nn.Module) -> bool:
+    """True for `Conv1D`, whose weight is (in, out); `nn.Linear` stores (out, in)."""
+    return not isinstance(projection, nn.Linear)
+
+
+def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp: str = "") -> Architecture:
+    """The model's parts. Templates such as "model.layers.{}.mlp.down_proj" overrule the search.
+
+    Raises ArchitectureError for encoders, sequence-to-sequence and mixture-of-experts models, quantised weights, and
+    models whose blocks or projections cannot be told.
+    """
+    refuse_unfit(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    block_names = _block_names(model, layer_module_tmp)
+    blocks = tuple(model.get_submodule(name) for name in block_names)
+    hidden_size = embedding.weight.shape[1]
+    # First, so that an encoder is called one, whatever its projections look like.
+    blocks_return_tuple = _probe(model, blocks[0])
+    if rewrite_module_tmp:
+        names = tuple(_fill(model, rewrite_module_tmp, index) for index in range(len(blocks)))
+    else:
+        names = _projection_names(model, dict(zip(block_names, blocks, strict=True)), hidden_size)
+    projections = tuple(model.get_submodule(name) for name in names)
+    for name, projection in zip(names, projections, strict=True):
+        _check_weight(name, projection, hidden_size)
+    return Architecture(
+        model=model,
+        blocks=blocks,
+        projection_names=names,
+        projections=projections,
+        embedding=embedding,
+        head=head,
+        tied=is_tied(model),
+        blocks_return_tuple=blocks_return_tuple,
+        accepts_position_ids="position_ids" in inspect.signature(model.forward).parameters,
+    )
+
+
+def refuse_unfit(model: Any) -> None:
+    """ArchitectureError for what is no causal language model in plain weights."""
+    refuse_wrapped(model)
+    config = getattr(model, "config", None)
+    kind = type(model).__name__
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise ArchitectureError(f"{kind} is not a Hugging Face model. Give an AutoModelForCausalLM.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ArchitectureError(f"{kind} is a sequence-to-sequence model. UniErase edits decoder-only language models.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ArchitectureError(
+            f"{kind} has quantised weights ({_quantisation(config.quantization_config)}), which a closed-form edit "
+            "cannot change. Load the original bf16, fp16 or fp32 weights, edit them, and quantise the result."
+        )
+    if getattr(model, "_tp_plan", None) and getattr(model, "tp_size", None) not in (None, 1):
+        raise ArchitectureError(
+            f"{kind} is loaded tensor-parallel over {model.tp_size} processes. Load it with device_map='auto' instead."
+        )
+    if model.get_output_embeddings() is None:
+        raise ArchitectureError(f"{kind} has no language-model head. Load it with AutoModelForCausalLM.")
+
+
+def _quantisation(config: Any) -> str:
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method) or "unnamed")
+
+
+def _fill(model: nn.Module, template: str, index: int) -> str:
+    if "{}" not in template:
+        raise ArchitectureError(
+            f"The template {shown(template)} has no place for the block's number. Write it as {{}}, for example "
+            "'model.layers.{}.mlp.down_proj'."
+        )
+    name = template.format(index)
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        raise ArchitectureError(
+            f"The template {shown(template)} names no module of {type(model).__name__}: there is no {name!r}. "
+            "Leave the template out to have the module found."
+        ) from None
+    return name
+
+
+def _block_names(model: Any, template: str) -> list[str]:
+    """The blocks' names in order: the longest list of modules of one class that hold linear maps."""
+    if template:
+        first = _fill(model, template, 0)
+        parent = first.rsplit(".", 1)[0]
+        return [f"{parent}.{index}" for index in range(len(model.get_submodule(parent)))]
+    lists = [
+        (len(module), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and any(_linear_maps(module[0]))
+    ]
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    fitting = [entry for entry in lists if entry[0] == expected] or lists
+    if not fitting:
+        raise ArchitectureError(
+            f"{type(model).__name__} has no list of decoder blocks that could be told. Set layer_module_tmp, "
+            "for example 'model.layers.{}'."
+        )
+    length, name = max(fitting, key=lambda entry: (entry[0], -len(entry[1])))
+    return [f"{name}.{index}" for index in range(length)]
+
+
+def _linear_maps(block: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
+    """(name, module, in, out) of every linear map of a block, in order of registration."""
+    for name, module in block.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            rows, columns = weight.shape
+            yield (name, module, rows, columns) if stores_input_first(module) else (name, module, columns, rows)
+
+
+def _projection_names(model: Any, blocks: Mapping[str, nn.Module], hidden_size: int) -> tuple[str, ...]:
+    from .recurrent import refuse_recurrent
+
+    try:
+        return tuple(f"{name}.{_output_projection(name, block, hidden_size)}" for name, block in blocks.items())
+    except ArchitectureError:
+        # What a recurrent block holds can look like several MLPs, or like none.
+        refuse_recurrent(model)
+        raise
+
+
+def _output_projection(block_name: str, block: nn.Module, hidden_size: int) -> str:
+    experts = _experts(block)
+    if experts:
+        raise ArchitectureError(
+            f"Block {block_name!r} holds several MLPs in {experts!r}: mixture-of-experts models are not supported, "
+            "since a fact's key is spread over experts. Set rewrite_module_tmp to choose one projection by hand."
+        )
+    maps = list(_linear_maps(block))
+    found = []
+    for name, _, width, out in maps:
+        if out != hidden_size:
+            continue
+        parent = name.rpartition(".")[0]
+        readers = [
+            o for other, _, i, o in maps if other != name and other.rpartition(".")[0] == parent and i == hidden_size
+        ]
+        # Queries, keys and values are three; a gated MLP has two readers, or one of twice the width.
+        if len(readers) in (1, 2) and readers[-1] in (width, 2 * width):
+            found.append(name)
+    if not found:
+        raise ArchitectureError(
+            f"No MLP output projection could be told in block {block_name!r} (linear maps: "
+            f"{', '.join(name for name, *_ in maps)}). Set rewrite_module_tmp, for example "
+            "'model.layers.{}.mlp.down_proj'."
+        )
+    return found[-1]
+
+
+def _experts(block: nn.Module) -> str:
+    """Name of a list of MLPs, or of weights stacked over experts, within a block; "" where the block has one MLP."""
+    for name, module in block.named_modules():
+        listed = isinstance(module, nn.ModuleList) and len(module) > 1 and any(_linear_maps(module[0]))
+        # A convolution's kernel has three axes as well.
+        own = () if isinstance(module, nn.Conv1d) else module.parameters(recurse=False)
+        stacked = any(weight.ndim == 3 for weight in own)
+        if listed or stacked:
+            return str(name)
+    return ""
+
+
+def _check_weight(name: str, projection: nn.Module, hidden_size: int) -> None:
+    weight = getattr(projection, "weight", None)
+    if (
+        not isinstance(weight, Tensor)
+        or weight.ndim != 2
+        or not weight.dtype.is_floating_point
+        or weight.element_size() < 2
+    ):
+        kind = getattr(weight, "dtype", type(weight).__name__)
+        raise ArchitectureError(
+            f"{name}.weight is {kind}: a closed-form edit needs a plain matrix in bf16, fp16 or fp32. "
+            "Load the model without quantisation."
+        )
+    out = weight.shape[1 if stores_input_first(projection) else 0]
+    if out != hidden_size:
+        raise ArchitectureError(
+            f"{name} gives vectors of size {out}, not the hidden size {hidden_size}: it is no MLP output projection. "
+            "Leave rewrite_module_tmp out to have it found."
+        )
+
+
+def _probe(model: Any, block: nn.Module) -> bool:
+    """Whether blocks return tuples; refuses a model whose first position sees the second one (an encoder)."""
+    seen: list[bool] = []
+    handle = block.register_forward_hook(lambda module, args, output: seen.append(isinstance(output, tuple)))
+    was_training = model.training
+    device = model.get_input_embeddings().weight.device
+    try:
+        model.eval()
+        with torch.no_grad():
+            logits = model(torch.tensor([[1, 1], [1, 2]], device=device), use_cache=False).logits[:, 0]
+    finally:
+        handle.remove()
+        model.train(was_training)
+    # A model with a NaN in its weights gives NaN at both; that is said elsewhere.
+    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ArchitectureError(
+            f"{type(model).__name__} looks at later tokens: it is an encoder. UniErase edits causal language models."
+        )
+    return seen[0]

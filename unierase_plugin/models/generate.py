@@ -1,0 +1,138 @@
+"""Greedy answers in batches, perplexity, and the token's leak, from any model and tokenizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .generation import generate
+from .prompts import encode, render
+from .trace import pad, run_batches, token_batches
+
+#: Bytes of float32 logits that a batch may hold.
+LOGIT_BYTES = 1 << 27
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[str],
+    *,
+    form: str = "chat",
+    template_kwargs: dict[str, Any] | None = None,
+    max_new_tokens: int = 32,
+    max_tokens: int = 8192,
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[str]:
+    """Greedy generations, special tokens other than the end kept, so that an unlearning token can be seen."""
+    prompts = [encode(tokenizer, render(tokenizer, question, form, template_kwargs), form) for question in questions]
+    generated = continue_greedily(model, tokenizer, prompts, max_new_tokens, max_tokens, progress)
+    pad_id = pad_token_id(model, tokenizer)
+    return [decode_answer(model, tokenizer, ids, pad_id) for ids in generated]
+
+
+@torch.no_grad()
+def continue_greedily(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    max_tokens: int = 8192,
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[list[int]]:
+    """The token ids that follow each prompt, ends and padding after them included."""
+    pad_id = pad_token_id(model, tokenizer)
+    room = [[0] * (len(prompt) + max_new_tokens) for prompt in prompts]
+    out: dict[int, list[int]] = {}
+
+    def run(rows: list[int]) -> None:
+        batch = pad([prompts[row] for row in rows], pad_id, "left", model.get_input_embeddings().weight.device)
+        written = generate(model, batch.ids, batch.mask, max_new_tokens, pad_id)
+        out.update(zip(rows, written.tolist(), strict=True))
+        progress(len(out) / len(prompts))
+
+    run_batches(room, max_tokens, run)
+    return [out[row] for row in range(len(prompts))]
+
+
+def decode_answer(model: Any, tokenizer: Any, ids: list[int], pad_id: int) -> str:
+    """The text of generated ids up to the first token that ends a turn, other special tokens kept."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id, pad_id}
+    stop = next((index for index, token in enumerate(ids) if token in ends), len(ids))
+    return str(tokenizer.decode(ids[:stop], skip_special_tokens=False))
+
+
+def pad_token_id(model: Any, tokenizer: Any) -> int:
+    """A token to pad with; masked everywhere, so any will do where the tokenizer names none."""
+    for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.config.get_text_config().pad_token_id):
+        if isinstance(index, int):
+            return index
+    return 0
+
+
+def tokens_for_logits(model: Any) -> int:
+    """Tokens of a batch whose logits over the whole vocabulary are looked at: they outweigh all else in memory."""
+    return max(1, LOGIT_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
+
+
+def context_limit(model: Any) -> int:
+    """How many tokens the model can take in; a number that no text reaches where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
+    """exp of the mean negative log-likelihood a token over texts, each on its own and cut to the model's context."""
+    total, count = 0.0, 0
+    encoded = (tokenizer(text)["input_ids"][: context_limit(model)] for text in texts)
+    sequences = [ids for ids in encoded if len(ids) > 1]
+    for rows in token_batches(sequences, tokens_for_logits(model)):
+        device = model.get_input_embeddings().weight.device
+        batch = pad([sequences[row] for row in rows], pad_token_id(model, tokenizer), "right", device)
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch.ids[:, 1:].to(logits.device), reduction="none"
+        )
+        counted = batch.mask[:, 1:].to(nll.device)
+        total, count = total + float((nll * counted).sum()), count + int(counted.sum())
+    # Not math.exp, which raises where the result is infinite.
+    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+
+
+@torch.no_grad()
+def mean_log_likelihoods(
+    model: Any, tokenizer: Any, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+) -> list[float]:
+    """Log-likelihood a token (nats) of each sequence from its start on, given what stands before it."""
+    out: dict[int, float] = {}
+
+    def run(rows: list[int]) -> None:
+        device = model.get_input_embeddings().weight.device
+        batch = pad([sequences[row] for row in rows], pad_token_id(model, tokenizer), "right", device)
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1].float()
+        said = -torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch.ids[:, 1:].to(logits.device), reduction="none"
+        )
+        for at, row in enumerate(rows):
+            out[row] = float(said[at, starts[row] - 1 : len(sequences[row]) - 1].mean())
+
+    run_batches(sequences, tokens_for_logits(model), run)
+    return [out[row] for row in range(len(sequences))]
+
+
+@torch.no_grad()
+def token_leak(model: Any, tokenizer: Any, texts: Sequence[str], token_id: int) -> float:
+    """The token's largest probability at any position of ordinary texts."""
+    sequences = [tokenizer(text)["input_ids"][: context_limit(model)] for text in texts]
+    worst = 0.0
+    for rows in token_batches(sequences, tokens_for_logits(model)):
+        device = model.get_input_embeddings().weight.device
+        batch = pad([sequences[row] for row in rows], pad_token_id(model, tokenizer), "right", device)
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits.float()
+        probability = (logits[..., token_id] - logits.logsumexp(-1)).exp() * batch.mask.to(logits.device)
+        worst = max(worst, float(probability.max()))
+    return worst

@@ -1,0 +1,75 @@
+"""Where in a prompt a fact is held: the token that carries the edit, found by offsets through the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import RequestError
+from .chat_templates import templated
+from .literal import as_text, literal_ids, rendered
+
+PLAIN_FORM = "Question: {question}\nAnswer:"
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def render(tokenizer: Any, question: str, form: str, template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """The text in which a question reaches the model, up to where its answer begins.
+
+    `form` is "chat", "plain", or "bare": the question alone, as editing harnesses ask it. Names of special tokens in
+    the question are text to `encode` (`literal`). UniEraseError where the template raises, or changes such a question.
+    """
+    if form == "bare":
+        return as_text(tokenizer, question)
+    if form == "plain" or not has_chat_template(tokenizer):
+        return rendered(tokenizer, lambda parts: PLAIN_FORM.format(question=parts[0]), [question])
+
+    def write(parts: Sequence[str]) -> str:
+        return templated(tokenizer, [{"role": "user", "content": parts[0]}], template_kwargs)
+
+    return rendered(tokenizer, write, [question])
+
+
+def encode(tokenizer: Any, text: str, form: str) -> list[int]:
+    """Token ids of a rendered prompt. Chat templates write their own special tokens, so none is added twice."""
+    if form == "chat" and has_chat_template(tokenizer):
+        return literal_ids(tokenizer, text)[0]
+    return begun(tokenizer, text)
+
+
+def begun(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that goes on: with what the tokenizer puts before it, without what it puts after it."""
+    ids = literal_ids(tokenizer, text, add_special_tokens=True)[0]
+    return ids[: len(ids) - closing(tokenizer)]
+
+
+def closing(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer puts after a text; most put none."""
+    whole, bare = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    starts = (at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
+    return len(whole) - len(bare) - next(starts, len(whole) - len(bare))
+
+
+def answer_text(tokenizer: Any, answer: str, form: str) -> str:
+    """An answer as it follows a prompt of that form.
+
+    A chat template ends with a line break or a mark of its own. After other text a word begins with its space, which
+    tokenizers make a part of its first token.
+    """
+    return answer if form == "chat" and has_chat_template(tokenizer) else f" {answer.strip()}"
+
+
+def encode_with_offsets(tokenizer: Any, text: str, form: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    """Token ids of a rendered prompt, and the characters that each holds. RequestError where none are told."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise RequestError(
+            f"{type(tokenizer).__name__} gives no character offsets, so the subject cannot be located. "
+            "Load the tokenizer with use_fast=True."
+        )
+    templated = form == "chat" and has_chat_template(tokenizer)
+    ids, offsets = literal_ids(tokenizer, text, add_special_tokens=not templated)
+    length = len(ids) - (0 if templated else closing(tokenizer))
+    return tuple(ids[:length]), offsets[:length]

@@ -1,0 +1,225 @@
+"""Runs a part of a model: from the output of one block to the input of another, and only the logits that are looked at.
+
+Everything is done with hooks on the model's own forward pass, so every family's masks, rotary embeddings, soft caps and
+caches are its own. Whatever is changed is restored when the pass ends, also by an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EditError
+from .architecture import Architecture
+
+Edit = Callable[[Tensor], Tensor]
+#: Sees a tensor; what it returns, unless None, takes the tensor's place.
+Look = Callable[[Tensor], "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids (B, T) with what the model needs to place them; with a cache of P positions the mask is (B, P + T)."""
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+
+    def select(self, rows: Tensor | slice) -> TokenBatch:
+        return TokenBatch(self.ids[rows], self.mask[rows], self.positions[rows])
+
+
+@dataclass
+class Trace:
+    """What a partial pass brought back: tensors, or None where the pass did not come by."""
+
+    #: Output (B, T, d) of the last block that ran; None where the pass went through the head.
+    hidden: Any = None
+    #: Logits (N, V) at the positions asked for.
+    logits: Any = None
+    #: Input (B, T, m) of the MLP output projection, by layer.
+    projection_inputs: dict[int, Tensor] = field(default_factory=dict)
+    #: Output (B, T, d) of blocks, by layer.
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    #: Input (N, d) of the LM head at the positions asked for.
+    head_inputs: Any = None
+
+
+class _Stop(Exception):  # noqa: N818 (no error: it ends a pass)
+    """Ends a forward pass from inside a hook."""
+
+
+def pad(sequences: Sequence[Sequence[int]], fill: int, side: str, device: torch.device) -> TokenBatch:
+    """Token ids as one rectangle, padded on the "left" or the "right"; positions count from the first real token."""
+    width = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), width), fill)
+    mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        start = width - len(sequence) if side == "left" else 0
+        ids[row, start : start + len(sequence)] = torch.tensor(sequence)
+        mask[row, start : start + len(sequence)] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return TokenBatch(ids.to(device), mask.to(device), positions.to(device))
+
+
+def token_batches(sequences: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of sequences, longest first, in batches of at most `max_tokens` padded tokens (one sequence at least)."""
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+    while order:
+        size = max(1, max_tokens // max(1, len(sequences[order[0]])))
+        yield order[:size]
+        order = order[size:]
+
+
+def run_batches(sequences: Sequence[Sequence[int]], max_tokens: int, run: Callable[[list[int]], None]) -> None:
+    """Calls `run` with the rows of each batch; with halves of them where the memory does not hold a batch.
+
+    `run` must leave nothing behind where it fails. Raises EditError where one sequence alone is too much.
+    """
+    waiting = list(token_batches(sequences, max_tokens))
+    while waiting:
+        rows = waiting.pop(0)
+        try:
+            run(rows)
+        except torch.OutOfMemoryError:
+            waiting[:0] = halves(rows)
+
+
+def halves(rows: Sequence[int]) -> list[list[int]]:
+    """Two halves of a batch that the memory did not hold. Raises EditError where it is a single sequence."""
+    if len(rows) < 2:
+        raise EditError(
+            "The memory does not hold a single sequence of this length. Shorten it, use fewer contexts "
+            "(context_template_length_params), or spread the model over several devices."
+        )
+    middle = len(rows) // 2
+    return [list(rows[:middle]), list(rows[middle:])]
+
+
+def run_blocks(
+    arch: Architecture,
+    batch: TokenBatch,
+    *,
+    first: int = 0,
+    hidden: Tensor | None = None,
+    last: int | None = None,
+    cache: Any = None,
+    inputs_of: Sequence[int] = (),
+    outputs_of: Sequence[int] = (),
+    edit: tuple[int, Edit] | None = None,
+    embed: Edit | None = None,
+    head_at: tuple[Tensor, Tensor] | None = None,
+) -> Trace:
+    """One pass through blocks `first` to `last`, or on through the head where `last` is None.
+
+    hidden      (B, T, d): the input of block `first`; the blocks below are passed over. Gradients flow through it.
+    cache       a transformers cache of P earlier positions; grown in place.
+    inputs_of   layers whose projection input is kept; `outputs_of`: whose block output is kept.
+    edit        (layer, function): replaces the output of that block.
+    embed       replaces the output of the embedding.
+    head_at     (rows, columns), each (N,): the only positions for which logits are computed.
+    """
+    trace = Trace()
+    with ExitStack() as stack:
+        if first:
+            if hidden is None:
+                raise ValueError("run_blocks needs the input of block `first` to start above block 0")
+            stack.enter_context(_passed_over(arch, arch.blocks[:first]))
+            # As the output of the last block passed over, so that `first` may lie above every block.
+            _hook(stack, arch.blocks[first - 1], post=lambda _: hidden)
+        elif hidden is not None:
+            _hook(stack, arch.blocks[0], pre=lambda _: hidden)
+        if embed is not None:
+            stack.callback(arch.embedding.register_forward_hook(lambda m, a, out: embed(out)).remove)
+        for layer in inputs_of:
+            _hook(stack, arch.projections[layer], pre=_keeping(trace.projection_inputs, layer))
+        if edit is not None:
+            _hook(stack, arch.blocks[edit[0]], post=edit[1])
+        for layer in outputs_of:
+            _hook(stack, arch.blocks[layer], post=_keeping(trace.outputs, layer))
+        if last is not None:
+            _hook(stack, arch.blocks[last], post=lambda x: _stop(trace, x))
+        _hook(stack, arch.head, pre=lambda x: _at_head(trace, x, head_at))
+        try:
+            logits = _call(arch, batch, cache).logits
+            # A view, unlike the choice of row 0, has a gradient that costs nothing.
+            trace.logits = logits.squeeze(0) if head_at is not None else logits
+        except _Stop:
+            pass
+    return trace
+
+
+def _call(arch: Architecture, batch: TokenBatch, cache: Any) -> Any:
+    places = {"position_ids": batch.positions} if arch.accepts_position_ids else {}
+    return arch.model(
+        input_ids=batch.ids, attention_mask=batch.mask, past_key_values=cache, use_cache=cache is not None, **places
+    )
+
+
+def _keeping(kept: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+    def keep(seen: Tensor) -> None:
+        kept[layer] = seen
+
+    return keep
+
+
+def _stop(trace: Trace, hidden: Tensor) -> None:
+    trace.hidden = hidden
+    raise _Stop
+
+
+def _at_head(trace: Trace, hidden: Tensor, head_at: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    if head_at is None:
+        return None
+    chosen = hidden[head_at[0].to(hidden.device), head_at[1].to(hidden.device)]
+    trace.head_inputs = chosen
+    return chosen[None]
+
+
+def _hook(stack: ExitStack, module: nn.Module, pre: Look | None = None, post: Look | None = None) -> None:
+    """Looks at, or replaces, a module's input (`pre`) or output (`post`); None leaves it as it is."""
+
+    def before(look: Look, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = not args
+        new = look(kwargs["hidden_states"] if named else args[0])
+        if new is None:
+            return None
+        return (args, {**kwargs, "hidden_states": new}) if named else ((new, *args[1:]), kwargs)
+
+    def after(look: Look, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        new = look(output[0] if isinstance(output, tuple) else output)
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    if pre is not None:
+        stack.callback(module.register_forward_pre_hook(partial(before, pre), with_kwargs=True).remove)
+    if post is not None:
+        stack.callback(module.register_forward_hook(partial(after, post)).remove)
+
+
+@contextmanager
+def _passed_over(arch: Architecture, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Makes blocks hand on their input, at no cost."""
+
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, None) if arch.blocks_return_tuple else hidden
+
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = hand_on
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward

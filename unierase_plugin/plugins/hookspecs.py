@@ -1,0 +1,60 @@
+"""The hooks that a plugin may implement, each called once with a function that takes what is to be registered.
+
+A plugin is a module, or any object, that an entry point of the group `unierase_plugin` names. Its hooks carry
+`unierase_plugin.hookimpl`; what comes with the package is registered through the same ones (`built_in`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pluggy import HookimplMarker, HookspecMarker
+
+if TYPE_CHECKING:
+    from ..facts.records import Reader
+    from ..methods.contract import Method
+
+#: Marker, manager and entry-point group have one name.
+PROJECT = "unierase_plugin"
+hookspec = HookspecMarker(PROJECT)
+hookimpl = HookimplMarker(PROJECT)
+
+#: A pure function of texts or numbers.
+Metric = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A harness that this package, or a plugin, can make itself known to."""
+
+    name: str
+    title: str
+    #: The host's module that `register` needs; whether it is installed is looked up by its first part.
+    module: str
+    #: Makes us known to the host, which it imports. Harmless when called again.
+    register: Callable[[], None] = field(repr=False)
+
+
+@hookspec
+def register_methods(register: Callable[[Method[Any]], None]) -> None:
+    """Unlearning methods: `register(Method(name=..., run=..., ...))`, for `unierase run --method NAME`."""
+
+
+@hookspec
+def register_request_readers(register: Callable[[str, Reader], None]) -> None:
+    """Where facts are read from: `register("quiz", read_quiz)`, for the SPEC `quiz:...`.
+
+    The function takes what follows the colon, slice removed, and returns ForgetRequests or raises RequestError.
+    """
+
+
+@hookspec
+def register_metrics(register: Callable[[str, Metric], None]) -> None:
+    """Measures by name: `register("answered", answered)`."""
+
+
+@hookspec
+def register_hosts(register: Callable[[Host], None]) -> None:
+    """Harnesses to be known to: `register(Host(name=..., module=..., register=...))`."""

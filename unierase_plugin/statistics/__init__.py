@@ -1,0 +1,1 @@
+"""Second moments of keys (the field's covariance statistics): counted, kept, imported and exported."""

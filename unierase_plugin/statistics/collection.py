@@ -1,0 +1,235 @@
+"""The second moment of ordinary text: read or sampled, counted by one process or several, kept, resumed, imported.
+
+`unierase run` and `unierase stats` both come here, so that what one leaves in the cache the other takes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..hparams import UniEraseHyperParams
+from ..models.architecture import Architecture, find_architecture
+from ..models.generate import context_limit, pad_token_id
+from ..storage.atomic import check_room
+from ..storage.cache import ONE_OF_DAMAGED, Store
+from ..storage.fingerprints import digest
+from ..storage.tensor_files import Packed, pack, unpack
+from .corpus import corpus_identity, corpus_tokens
+from .distributed import Team
+from .files import check_likeness, is_of_model, read_moments
+from .second_moment import MomentSums, SecondMoment, add_sequences, begin_sums, mean_moments, second_moments, unusable
+
+logger = logging.getLogger(__name__)
+
+#: Part of the key: raised when what is computed changes.
+VERSION = "3"
+#: Kinds of files in the cache: what is finished, and what a pass under way goes on from.
+FINISHED, UNDER_WAY = "statistics", "statistics-under-way"
+#: Seconds between two saves of a pass under way.
+KEEP_EVERY = 60.0
+
+#: Called with (share done from 0 to 1, note).
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class CorpusMoment:
+    """The second moment of a corpus, the file that keeps it, where it is from, and what it took now."""
+
+    moment: SecondMoment
+    file: Path
+    #: Settings of the corpus, or the files that it was imported from.
+    source: dict[str, Any]
+    #: Seconds spent on reading or sampling text, and on the pass; both 0 where it was at hand.
+    reading: float = 0.0
+    counting: float = 0.0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Ordinary text of a model, by its hyper-parameters `mom2_*`, `layers` and `seed`."""
+
+    model: Any
+    tokenizer: Any
+    #: Name by which folders of statistics may know the model.
+    name: str
+    hparams: UniEraseHyperParams
+    cache: Store
+    #: Digests of the model's weights and of the tokenizer.
+    fingerprint: str
+    words: str
+    #: Questions that sampled texts begin with, and prose that joins them.
+    openings: Sequence[str]
+    prose: Sequence[str]
+    max_tokens: int
+    progress: Progress = lambda share, note: None
+
+    def key(self) -> str:
+        """Digest of everything that the moments depend on."""
+        h = self.hparams
+        return digest(
+            VERSION, self.fingerprint, self.words, h.layers, h.mom2_dataset, corpus_identity(h.mom2_dataset),
+            h.mom2_n_samples, h.mom2_max_length, h.mom2_dtype, h.seed, self.openings, self.prose,
+        )[:32]  # fmt: skip
+
+    def kept(self) -> CorpusMoment | None:
+        """The moments from the cache, where they are at hand."""
+        key = self.key()
+        packed = self.cache.get(FINISHED, key)
+        if packed is None:
+            return None
+        found = self._result(key, packed)
+        why = unusable(found.moment)
+        if why:
+            logger.warning("Computing again: %s in %s.", why, found.file, extra=ONE_OF_DAMAGED)
+            return None
+        return found
+
+    def check_room(self, out: Path | None) -> None:
+        """Raises WriteError where the disk does not hold the sums of the pass with the moments, and a copy in `out`."""
+        if self.kept() is None:
+            arch = self._architecture()
+            size = sum(arch.mlp_width(layer) ** 2 for layer in self.hparams.layers)
+            check_room(self.cache.path(FINISHED, self.key()), size * (torch.float64.itemsize + self.dtype.itemsize))
+            if out is not None:
+                check_room(out, size * self.dtype.itemsize)
+
+    def check(self) -> None:
+        """Raises for whatever is wrong with the corpus, by reading one text; not where the moments are at hand."""
+        if self.hparams.mom2_dataset != "self" and not self.cache.path(FINISHED, self.key()).is_file():
+            self.sequences(samples=1)
+
+    def sequences(self, samples: int) -> list[Sequence[int]]:
+        """Token ids of the corpus' texts."""
+        h = self.hparams
+        longest = min(h.mom2_max_length, context_limit(self.model))
+        found = corpus_tokens(
+            h.mom2_dataset, self.model, self.tokenizer, samples=samples, max_length=longest, seed=h.seed,
+            openings=self.openings, progress=lambda share: self.progress(share / 2, "reading the corpus"),
+        )  # fmt: skip
+        # Sampled text is what the model says; the bundled prose adds what others say to it.
+        return found + self._prose_ids(longest) if h.mom2_dataset == "self" else found
+
+    def moment(self, team: Team | None = None) -> CorpusMoment:
+        """The moments from the cache, else computed by the whole team and kept by its first process.
+
+        A pass that was stopped goes on from its last save, and gives the same bytes as one that was not.
+        """
+        team, key = team or Team(), self.key()
+        kept = team.agreed(self.kept)
+        if kept is not None:
+            # Of a pass that was killed after it had kept them.
+            self._discard(key)
+            return kept
+        start = time.perf_counter()
+        ids, noted = team.agreed(lambda: self._read(key))
+        read = time.perf_counter()
+        packed = self._finished(self._count(key, ids, int(noted["max_tokens"]), team), self._settings())
+        if team.leads:
+            self.cache.put(FINISHED, key, *packed)
+        self._discard(key)
+        return self._result(key, packed, read - start, time.perf_counter() - read)
+
+    def take(self, sources: Sequence[Path], stored_fingerprint: str = "") -> CorpusMoment:
+        """Moments from files (`moment_files.read_moments`), kept as those of this corpus.
+
+        A file that says by a fingerprint that it is of this model is taken at its word; of all others the pattern is
+        looked at. Raises EditError where they are not of this model's blocks.
+        """
+        start, key = time.perf_counter(), self.key()
+        arch = self._architecture()
+        names = (self.name.replace("/", "_"), Path(self.name).name)
+        moment, files = read_moments(sources, arch, self.hparams.layers, names)
+        if not is_of_model(sources, {self.fingerprint, stored_fingerprint} - {""}):
+            prose = self._prose_ids(context_limit(self.model))
+            check_likeness(moment, second_moments(arch, prose, self.hparams.layers, max_tokens=self.max_tokens), files)
+        moment = SecondMoment({layer: each.to(self.dtype) for layer, each in moment.moments.items()}, moment.count)
+        packed = self._finished(moment, {"imported": files})
+        self.cache.put(FINISHED, key, *packed)
+        return self._result(key, packed, time.perf_counter() - start)
+
+    # --- the pass -----------------------------------------------------------------------------------------------------
+
+    def _count(self, key: str, ids: Mapping[str, Tensor], max_tokens: int, team: Team) -> SecondMoment:
+        arch = self._architecture()
+        # Saved sums fit the same batches alone, and in a team each process has its own.
+        texts = [tensor.numpy().tobytes() for tensor in (ids["tokens"], ids["lengths"])]
+        own = f"{key}-{digest(*texts, max_tokens, team.size, team.rank)[:16]}"
+        sums = self._begun(arch, own)
+        sequences = cast("list[Sequence[int]]", [part.numpy() for part in ids["tokens"].split(ids["lengths"].tolist())])
+        add_sequences(
+            arch, sequences, sums, max_tokens=max_tokens, dtype=self.dtype,
+            pad_id=pad_token_id(self.model, self.tokenizer), share=(team.rank, team.size), keep_every=KEEP_EVERY,
+            keep=lambda so_far: self.cache.put(UNDER_WAY, own, *pack(so_far)),
+            progress=lambda share: self.progress((1 + share) / 2, "keys of the corpus"),
+        )  # fmt: skip
+        team.add_up(sums.sums.values())
+        sums.count = team.total(sums.count)
+        return mean_moments(sums, self.dtype)
+
+    def _begun(self, arch: Architecture, own: str) -> MomentSums:
+        """Zeros, or the sums of a pass that was stopped."""
+        sums = begin_sums(arch, self.hparams.layers)
+        saved = self.cache.get(UNDER_WAY, own)
+        if saved is None:
+            return sums
+        earlier = unpack(MomentSums, *saved)
+        for layer, total in sums.sums.items():
+            total.copy_(earlier.sums[layer])
+        return MomentSums(sums.sums, earlier.count, earlier.batches, earlier.tokens)
+
+    def _read(self, key: str) -> Packed:
+        """The texts' token ids and the size of a batch, kept while the pass is under way.
+
+        Sampling takes as long as the pass itself; and where the size follows the memory that happens to be free, a
+        second start, or another process of the team, would divide the texts into other batches.
+        """
+        kept = self.cache.get(UNDER_WAY, f"{key}-ids")
+        if kept is None:
+            ids = self.sequences(self.hparams.mom2_n_samples)
+            tokens = np.concatenate([np.asarray(each, dtype=np.int32) for each in ids])
+            tensors = {"tokens": torch.from_numpy(tokens), "lengths": torch.tensor([len(each) for each in ids])}
+            kept = tensors, {"max_tokens": str(self.max_tokens)}
+            self.cache.put(UNDER_WAY, f"{key}-ids", *kept)
+        if self.hparams.max_batch_tokens:
+            return kept[0], {"max_tokens": str(self.hparams.max_batch_tokens)}
+        return kept
+
+    def _discard(self, key: str) -> None:
+        for path in (self.cache.root / UNDER_WAY).glob(f"{key}-*"):
+            path.unlink(missing_ok=True)
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products, and of the moments as kept."""
+        return torch.float64 if self.hparams.mom2_dtype == "float64" else torch.float32
+
+    def _architecture(self) -> Architecture:
+        return find_architecture(self.model, self.hparams.rewrite_module_tmp, self.hparams.layer_module_tmp)
+
+    def _prose_ids(self, longest: int) -> list[Sequence[int]]:
+        return [self.tokenizer(text)["input_ids"][:longest] for text in self.prose]
+
+    def _settings(self) -> dict[str, Any]:
+        h = self.hparams
+        return {"corpus": h.mom2_dataset, "samples": h.mom2_n_samples, "max_length": h.mom2_max_length, "seed": h.seed}
+
+    def _finished(self, moment: SecondMoment, source: dict[str, Any]) -> Packed:
+        tensors, metadata = pack(moment)
+        return tensors, {**metadata, "model": self.name, "fingerprint": self.fingerprint, "source": json.dumps(source)}
+
+    def _result(self, key: str, packed: Packed, reading: float = 0.0, counting: float = 0.0) -> CorpusMoment:
+        source = json.loads(packed[1].get("source", "{}"))
+        return CorpusMoment(unpack(SecondMoment, *packed), self.cache.path(FINISHED, key), source, reading, counting)

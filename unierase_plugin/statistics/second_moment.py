@@ -1,0 +1,254 @@
+"""Second moments C = E[k k^T] of the keys of ordinary text: one pass for all edited blocks, stopping at the last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EditError
+from ..models.architecture import Architecture
+from ..models.products import fast_linear_maps, fast_products
+from ..models.trace import halves, pad, run_blocks, token_batches
+
+#: k k^T is symmetric, so that of this many column panels only the parts from the diagonal on are computed: 58 % of all.
+PANELS = 6
+#: On a CPU a longer batch of keys leaves its cache, and a shorter one costs more in adding than it saves.
+CPU_TOKENS = 1024
+#: A save takes at most this share of the time.
+SAVING_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """Uncentred second moments by layer, each (m, m), over `count` tokens."""
+
+    moments: dict[int, Tensor]
+    count: int
+
+
+def join_moments(first: SecondMoment, second: SecondMoment) -> SecondMoment:
+    """The moments of two corpora taken together."""
+    count = first.count + second.count
+    moments = {
+        layer: (first.count * moment + second.count * second.moments[layer]) / count
+        for layer, moment in first.moments.items()
+    }
+    return SecondMoment(moments, count)
+
+
+@dataclass
+class MomentSums:
+    """How far a pass has come: sums of k k^T by layer, each (m, m) float64 and right on and above the diagonal alone.
+
+    `batches` and `tokens` are what the pass is through with; `count` those tokens that are in the sums.
+    """
+
+    sums: dict[int, Tensor]
+    count: int = 0
+    batches: int = 0
+    tokens: int = 0
+
+
+def second_moments(
+    arch: Architecture,
+    sequences: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    max_tokens: int = 2048,
+    dtype: torch.dtype = torch.float32,
+    pad_id: int = 0,
+    skip_first: int = 0,
+    counted: Sequence[Sequence[int]] | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> SecondMoment:
+    """C of `layers` over all tokens of `sequences`, `skip_first` tokens of each left out.
+
+    counted     positions that count, a list for each sequence, in the place of all.
+
+    The products of a batch are formed in `dtype`, in which C is given back as well; sums over batches are float64. The
+    peers make one pass a block; here one pass serves all of them. Sequences of like length share a batch.
+    """
+    sums = begin_sums(arch, layers)
+    add_sequences(arch, sequences, sums, max_tokens=max_tokens, dtype=dtype, pad_id=pad_id, skip_first=skip_first,
+                  counted=counted, progress=progress)  # fmt: skip
+    return mean_moments(sums, dtype, skip_first)
+
+
+def begin_sums(arch: Architecture, layers: Sequence[int]) -> MomentSums:
+    """Zeros, each on the device of its layer's projection where that has room for all of them, else on the CPU."""
+    needed: dict[torch.device, int] = {}
+    for layer in layers:
+        device = arch.projections[layer].weight.device
+        needed[device] = needed.get(device, 0) + 8 * arch.mlp_width(layer) ** 2
+    homes = {device: _home(device, size) for device, size in needed.items()}
+    return MomentSums({
+        layer: torch.zeros(
+            (arch.mlp_width(layer),) * 2, dtype=torch.float64, device=homes[arch.projections[layer].weight.device]
+        )
+        for layer in layers
+    })  # fmt: skip
+
+
+def _home(device: torch.device, needed: int) -> torch.device:
+    """A CUDA device that keeps half of its free memory for the pass itself; others may lack float64 or share memory."""
+    fits = device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] // 2
+    return device if fits else torch.device("cpu")
+
+
+@fast_linear_maps()
+@torch.no_grad()
+def add_sequences(
+    arch: Architecture,
+    sequences: Sequence[Sequence[int]],
+    sums: MomentSums,
+    *,
+    max_tokens: int = 2048,
+    dtype: torch.dtype = torch.float32,
+    pad_id: int = 0,
+    skip_first: int = 0,
+    counted: Sequence[Sequence[int]] | None = None,
+    share: tuple[int, int] = (0, 1),
+    keep: Callable[[MomentSums], None] | None = None,
+    keep_every: float = 60.0,
+    progress: Callable[[float], None] = lambda share: None,
+) -> None:
+    """Goes on with the pass that `sums` is in the middle of, up to the end; what it gives is the same to the bit.
+
+    counted     positions that count, a list for each sequence; None for all but the first `skip_first`.
+    share       (which, of how many): of the batches, only every `of how many`-th is this process' own.
+    keep        called between batches about every `keep_every` seconds, less often where it takes long.
+    Raises EditError for sequences without a token.
+    """
+    places = [range(skip_first, len(sequence)) for sequence in sequences] if counted is None else counted
+    kept = [(sequence, at) for sequence, at in zip(sequences, places, strict=True) if len(sequence)]
+    if not kept:
+        raise EditError("The corpus for the second moment holds no tokens.")
+    sequences, places = [sequence for sequence, _ in kept], [at for _, at in kept]
+    if arch.device.type == "cpu":
+        max_tokens = min(max_tokens, CPU_TOKENS)
+    batches = list(token_batches(sequences, max_tokens))[share[0] :: share[1]]
+    total = sum(len(sequences[row]) for rows in batches for row in rows)
+    due = time.monotonic() + keep_every
+    for rows in batches[sums.batches :]:
+        _add_batch(arch, [sequences[row] for row in rows], [places[row] for row in rows], sums, dtype, pad_id)
+        sums.count += sum(len(places[row]) for row in rows)
+        sums.tokens += sum(len(sequences[row]) for row in rows)
+        sums.batches += 1
+        progress(sums.tokens / total)
+        if keep is not None and time.monotonic() >= due:
+            start = time.monotonic()
+            keep(sums)
+            due = time.monotonic() + max(keep_every, (time.monotonic() - start) / SAVING_SHARE)
+
+
+class _Done(Exception):  # noqa: N818 (no error: it ends a pass)
+    """Ends a forward pass at the input of the last projection, which has no need to run itself."""
+
+
+def _add_batch(
+    arch: Architecture, sequences: Sequence[Sequence[int]], places: Sequence[Sequence[int]], sums: MomentSums,
+    dtype: torch.dtype, pad_id: int,
+) -> None:  # fmt: skip
+    """Adds the products of one batch at `places`; in halves where the memory does not hold it."""
+    waiting = [(list(range(len(sequences))), tuple(sums.sums))]
+    while waiting:
+        rows, layers = waiting.pop(0)
+        batch = pad([sequences[row] for row in rows], pad_id, "right", arch.device)
+        counted = _mask([places[row] for row in rows], batch.mask)
+        added: set[int] = set()
+        try:
+            with _adding(arch, {layer: sums.sums[layer] for layer in layers}, counted, dtype, added):
+                run_blocks(arch, batch)
+        except torch.OutOfMemoryError:
+            left = tuple(layer for layer in layers if layer not in added)
+            waiting[:0] = [(half, left) for half in halves(rows)]
+
+
+def _mask(places: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+    """(B, T) on the device of `like`: true at each row's places."""
+    mask = torch.zeros(like.shape, dtype=torch.bool)
+    for row, at in enumerate(places):
+        mask[row, list(at)] = True
+    return mask.to(like.device)
+
+
+@contextmanager
+def _adding(
+    arch: Architecture, sums: dict[int, Tensor], counted: Tensor, dtype: torch.dtype, added: set[int]
+) -> Iterator[None]:
+    """A pass inside adds the keys at the positions `counted` (B, T) and ends with those of the last layer.
+
+    Keys are added where they arise, so that those of one block alone are in memory; the layer then joins `added`.
+    """
+    # All of them mostly, and then nothing needs to be copied.
+    rows = None if bool(counted.all()) else counted.flatten().nonzero().squeeze(1)
+    last = max(sums)
+
+    def add(layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        keys = args[0].flatten(0, -2)
+        _add_products(sums[layer], (keys if rows is None else keys[rows.to(keys.device)]).to(dtype))
+        added.add(layer)
+        if layer == last:
+            raise _Done
+
+    handles = [arch.projections[layer].register_forward_pre_hook(partial(add, layer)) for layer in sums]
+    try:
+        yield
+    except _Done:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@fast_products()
+def _add_products(total: Tensor, keys: Tensor) -> None:
+    """Adds keys^T keys of (T, m) to (m, m), on and above the diagonal; what lies under it means nothing.
+
+    Nothing is added where the memory does not hold the products.
+    """
+    width = -(-total.shape[0] // PANELS)
+    starts = range(0, total.shape[0], width)
+    products = [(keys[:, start : start + width].T @ keys[:, start:]).to(total.device) for start in starts]
+    for start, product in zip(starts, products, strict=True):
+        total[start : start + width, start:] += product
+
+
+def mean_moments(sums: MomentSums, dtype: torch.dtype, skip_first: int = 0) -> SecondMoment:
+    """The sums over their count, whole and on the CPU, in `dtype`.
+
+    Raises EditError for NaN, infinity, keys that are all zero, and no token.
+    """
+    if not sums.count:
+        raise EditError(f"The corpus holds no text longer than the {skip_first} tokens that are left out.")
+    moments = {}
+    for layer, total in sums.sums.items():
+        upper = (total.triu() / sums.count).to("cpu", dtype)
+        if not torch.isfinite(upper).all():
+            raise EditError(
+                f"The second moment of block {layer} holds NaN or infinity: the model overflows on this corpus. "
+                "Load it in float32 or bfloat16."
+            )
+        moments[layer] = upper + upper.triu(1).T
+    found = SecondMoment(moments, sums.count)
+    why = unusable(found)
+    if why:
+        raise EditError(f"{why}: there is nothing in the model's MLP to edit there. Check the model's weights.")
+    return found
+
+
+def unusable(found: SecondMoment) -> str:
+    """Why no edit can be computed from the moments, as their diagonals tell; empty where nothing speaks against it."""
+    for layer, moment in found.moments.items():
+        diagonal = moment.diagonal()
+        # Put so that NaN is refused as well.
+        if not (bool((diagonal >= 0).all()) and 0 < float(diagonal.double().sum()) < float("inf")):
+            return f"The second moment of block {layer} is zero, negative or NaN on its diagonal"
+    return ""

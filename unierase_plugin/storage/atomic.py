@@ -1,0 +1,255 @@
+"""Files and folders that are whole or not there: written beside their name, synced, and renamed.
+
+A process that is killed leaves at most a hidden `.<name>.writing-<pid>`, which the next one clears away.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..errors import CheckpointError, WriteError
+from .fingerprints import plain
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def whole_file(path: Path, needed: int = 0) -> Iterator[Path]:
+    """Gives a name beside `path` to write to; what is there takes the place of `path` at the end of the `with` block.
+
+    The file is synced before, so that under its name it is whole or not there. What a writer of this file that was
+    killed left beside it goes. `needed`: its size in bytes, for the message. Raises WriteError, with the old file as it
+    was, where the disk is full or the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.writing-{os.getpid()}-{threading.get_ident()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+        clear_strays(path.parent, path.name, busy=True)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise _cannot_write(path, needed, error) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all (`whole_file`)."""
+    with whole_file(path, len(data)) as partial:
+        partial.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, whole or not at all (`whole_file`)."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON (`plain`), whole or not at all (`whole_file`). What is no finite number becomes null."""
+    write_text(path, json.dumps(plain(value), ensure_ascii=False, indent=1) + "\n")
+
+
+@contextmanager
+def replace_folder(folder: Path, needed: int, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Gives an empty folder to fill, which takes the place of `folder` at the end of the `with` block.
+
+    Whatever goes wrong inside, the folder to fill is removed and `folder` is as it was. `needed` is the size in bytes
+    of what is to be written. `check` is called before the two are exchanged, and raises where that is not to be. An
+    OSError becomes a CheckpointError that says how much room there is.
+    """
+    folder = Path(folder).expanduser().resolve()
+    staging = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    try:
+        clear_leftovers(folder)
+        staging.mkdir(parents=True)
+        if shutil.disk_usage(staging).free < needed:
+            raise OSError("the disk has too little room")
+        yield staging
+        sync_tree(staging)
+        check()
+        _swap_in(staging, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise _cannot_write(folder, needed, error) from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _swap_in(staging: Path, folder: Path) -> None:
+    """Two renames; the first is taken back where the second fails. A kill between them is mended by the next run."""
+    aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    try:
+        if folder.exists():
+            os.rename(folder, aside)
+        os.rename(staging, folder)
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            os.rename(aside, folder)
+        raise
+    _sync_folder(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what processes that are gone left beside `folder`, or puts it back where it is the only whole version.
+
+    A leftover with this process' own number is an earlier life's: in a container every run may have the same number.
+    """
+    folder = Path(folder).expanduser().resolve()
+    for purpose in ("replaced", "writing"):
+        for leftover, pid in _leftovers(folder.parent, folder.name, purpose):
+            if not _is_gone(pid):
+                continue
+            if purpose == "replaced" and not folder.exists():
+                os.rename(leftover, folder)
+            else:
+                _discard(leftover)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, where there is one. A kill leaves it whole, or under a name that `clear_strays` knows."""
+    aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    _discard(aside)
+    with suppress(OSError):
+        os.rename(folder, aside)
+        _discard(aside)
+
+
+def _discard(path: Path) -> None:
+    """Removes a file or folder as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def clear_strays(folder: Path, name: str = "", *, busy: bool = False) -> None:
+    """Removes what processes that are gone left half written in `folder`: of the entry `name`, of any where empty.
+
+    busy: whether this process may be writing there, in another thread. Else its own number is an earlier life's, as in
+    `clear_leftovers`.
+    """
+    for stray, pid in _leftovers(folder, name, "writing"):
+        if _is_gone(pid, busy):
+            _discard(stray)
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder as an absolute path, made where there is none. Raises CheckpointError where it is a file, and
+    WriteError where it cannot be made."""
+    target = folder.expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(
+            f"{str(target)!r} is a file. Give the name of a folder, which is made where there is none."
+        )
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(target, 0, error) from error
+    return target
+
+
+def _leftovers(parent: Path, name: str, purpose: str) -> list[tuple[Path, int]]:
+    """Hidden entries `.<name>.<purpose>-<pid>` with their process; any name where `name` is empty."""
+    pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}\.{purpose}-(\d+)(?:-\d+)?")
+    with suppress(OSError):
+        matches = [(entry, pattern.fullmatch(entry.name)) for entry in parent.iterdir()]
+        return [(entry, int(match[1])) for entry, match in matches if match]
+    return []
+
+
+def _is_gone(pid: int, busy: bool = False) -> bool:
+    """Whether a leftover's process has ended; with this one's number it has too, unless this one is `busy` there."""
+    return not _is_running(pid) or (pid == os.getpid() and not busy)
+
+
+def _is_running(pid: int) -> bool:
+    # On Windows, os.kill with signal 0 is no question: it would end the process.
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Has the system write down a folder with all its files, before it takes its name."""
+    entries = sorted(folder.rglob("*"))
+    for file in (entry for entry in entries if entry.is_file()):
+        _sync(file)
+    for subfolder in (entry for entry in (*entries, folder) if entry.is_dir()):
+        _sync_folder(subfolder)
+
+
+def _sync_folder(path: Path) -> None:
+    # Several network file systems, and Windows, cannot sync a folder; the rename itself is atomic there all the same.
+    with suppress(OSError):
+        _sync(path)
+
+
+def _cannot_write(path: Path, needed: int, error: Exception) -> WriteError:
+    """Measured after the partial output is gone, so that the number is what a second try would find."""
+    place, free = _free(path)
+    return WriteError(
+        f"{str(path)!r} could not be written ({error}); what was there before is as it was. It needs about "
+        f"{_size(needed)}, and {_size(free)} are free in {str(place)!r}. Free some room, or choose another place."
+    )
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raises WriteError where the disk that `path` is to lie on has fewer than `needed` bytes free.
+
+    What `path` holds now does not count: the old state stays until the new one is whole.
+    """
+    place, free = _free(path.expanduser().absolute())
+    if free < needed:
+        raise WriteError(
+            f"{str(path)!r} needs about {_size(needed)}, and {_size(free)} are free in {str(place)!r}. Free some room, "
+            "or choose another place. Nothing was done yet."
+        )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it says that a disk, or one's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+def _free(path: Path) -> tuple[Path, int]:
+    """The folder nearest above `path` that exists, and the bytes free there."""
+    place = next((parent for parent in path.parents if parent.exists()), Path.cwd())
+    return place, shutil.disk_usage(place).free
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

@@ -1,0 +1,30 @@
+"""What every run of some length needs: its phases timed, and those that are finished kept for the next start."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .cache import Store
+from .tensor_files import Packed
+
+
+class Phases:
+    """Times what a run does, and keeps what is finished beside the output folder."""
+
+    def __init__(self, work: Path | None) -> None:
+        self.work = None if work is None else Store(work)
+        self.seconds: dict[str, float] = {}
+
+    def resumed(self, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:
+        return compute() if self.work is None else self.work.cached(kind, key, compute)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -1,0 +1,31 @@
+"""A folder to which a command adds what it measured, call by call: by one process at a time, and over its own alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .inputs import absolute_path
+from .locks import folder_lock
+
+
+@contextmanager
+def results_folder(out: str | os.PathLike[str], written: Sequence[str], ours: Callable[[Path], bool]) -> Iterator[None]:
+    """Holds the folder for this process alone while the `with` block lasts.
+
+    written  names of the files that are written there, or replaced
+    ours     whether those that the folder has are an earlier call's
+
+    Raises CheckpointError where another process holds it, and for a file of such a name that is somebody else's.
+    """
+    target = absolute_path(out, CheckpointError)
+    with folder_lock(target):
+        taken = [name for name in written if os.path.lexists(target / name)]
+        if taken and not ours(target):
+            raise CheckpointError(
+                f"{str(target / taken[0])!r} would be replaced, and is no earlier result. Choose another output folder."
+            )
+        yield
