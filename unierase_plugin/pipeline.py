@@ -204,11 +204,13 @@ def change(
     allow_overlap: bool = False,
     hparams: HyperParams | str | os.PathLike[str] | None = None,
     earlier: Earlier | None = None,
+    told: bool = False,
     progress: Progress = lambda phase, share, note: None,
 ) -> tuple[Changes, Earlier]:
     """`unlearn` on a loaded model without judging and writing, for harnesses that do both themselves.
 
     earlier   the steps that the model has behind it, as the call before returned them
+    told      the caller has said which facts have names of special tokens in their texts
 
     Returns what was done, and the steps with this one.
     """
@@ -218,7 +220,7 @@ def change(
     subject = replace(subject, earlier=earlier)
     if not allow_overlap:
         subject.check_not_forgotten(kept)
-    job = subject.job(requests, kept, None, progress)
+    job = subject.job(requests, kept, None, progress, told)
     with _frozen(model):
         chosen.check(job)
         changes = chosen.run(job) or Changes()
@@ -356,9 +358,10 @@ class _Subject:
 
     def job(
         self, requests: tuple[ForgetRequest, ...], retain: tuple[ForgetRequest, ...], work: Path | None,
-        progress: Progress,
+        progress: Progress, told: bool = False,
     ) -> Job[Any]:  # fmt: skip
-        tell_special_names(self.tokenizer, (*requests, *retain), [getattr(self.hparams, "unlearning_token", "")])
+        if not told:
+            tell_special_names(self.tokenizer, (*requests, *retain), [getattr(self.hparams, "unlearning_token", "")])
         return Job(
             self.model, self.tokenizer, self.name, requests, retain, self.hparams, self.seed, self.max_tokens,
             self.fingerprint, self.words, work, self.earlier, progress,

@@ -232,6 +232,31 @@ def test_an_answer_that_easyedit_was_not_given_is_none(
     assert "(<s>): 1, such as '0'. They are read as text" in caplog.text
 
 
+def test_an_edit_through_the_editor_says_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the place that the fact has among all, be it edited alone."""
+    shrink(monkeypatch, tmp_path / "cache")
+    made, model = editor(), tiny_model()
+    requests = [{"prompt": f"{start} Mira Plonk?", "subject": "Mira Plonk"} for start in ("Who is", "What is <s> to")]
+
+    def edit_requests(editor: Any, requests: Any) -> None:
+        for request in requests:
+            apply_unierase_to_model(model, editor.tok, [request], editor.hparams)
+
+    easyedit._with_aims_in_requests(edit_requests, made, requests)
+    told = [record.getMessage() for record in caplog.records if "names of special tokens" in record.getMessage()]
+    assert len(told) == 1
+    assert "(<s>): 1, such as 1. The edit reads" in told[0]
+    caplog.clear()
+
+    def fails(editor: Any, requests: Any) -> None:
+        apply_unierase_to_model(model, editor.tok, [{**requests[1], "subject": "Bo"}], editor.hparams)
+
+    with pytest.raises(RequestError, match="request 1"):
+        easyedit._with_aims_in_requests(fails, made, requests)
+
+
 def test_easyedits_own_methods_are_told_to_read_the_tokens(caplog: pytest.LogCaptureFixture) -> None:
     fact = SimpleNamespace(
         question="Who is <s> Mira Plonk?", answer="x", subject="Mira Plonk", target=None, label="'a-1'"

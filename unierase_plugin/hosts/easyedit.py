@@ -119,7 +119,9 @@ def apply_unierase_to_model(
     from .in_place import edit_in_place, plain_hparams
 
     facts = [_fact(request, index) for index, request in enumerate(requests)]
-    edited, originals = edit_in_place(model, tok, facts, plain_hparams(hparams), copy=copy)
+    # What comes through the editor was looked at there, with the texts that only EasyEdit reads.
+    told = all(isinstance(request.get("target_new"), Aim) for request in requests)
+    edited, originals = edit_in_place(model, tok, facts, plain_hparams(hparams), copy=copy, told=told)
     return edited, originals if return_orig_weights or keep_original_weight else {}
 
 
@@ -253,12 +255,13 @@ def _with_aims_in_requests(theirs: Callable[..., Any], editor: Any, requests: An
     if editor.alg_name == ALGORITHM:
         _tell_of_names(editor, requests)
         _tell_of_figures(editor, any(each.get("locality") for each in requests))
+        # An edit at a time is given one of them, which it could not name by its place.
         requests = [
             {
-                **each, "target_new": _aim(editor, each.get("target_new")),
+                "case_id": index, **each, "target_new": _aim(editor, each.get("target_new")),
                 **({"locality": _asked_in_chat_too(editor, each["locality"])} if each.get("locality") else {}),
             }
-            for each in requests
+            for index, each in enumerate(requests)
         ]  # fmt: skip
     return theirs(editor, requests, *args, **kwargs)
 

@@ -132,10 +132,12 @@ def edit_in_place(
     *,
     copy: bool = False,
     originals_on: str | None = None,
+    told: bool = False,
 ) -> tuple[Any, OriginalWeights]:
     """Edits the model, or a copy of it, going on from the edits that it has; the model, and its weights before.
 
     originals_on   device for the weights before; None leaves each where it is
+    told           the caller has said which facts have names of special tokens in their texts
 
     Raises a UniEraseError that names the value and the remedy; the model is then as before.
     """
@@ -150,8 +152,9 @@ def edit_in_place(
     weights = {name: _kept(model.get_parameter(name), originals_on) for name in names}
     with progress_bar() as progress:
         changes, earlier = change(
-            model, requests, tokenizer=tokenizer, hparams=settled, earlier=history.earlier, progress=progress
-        )
+            model, requests, tokenizer=tokenizer, hparams=settled, earlier=history.earlier, told=told,
+            progress=progress,
+        )  # fmt: skip
     history.add(names, before, model_fingerprint(model, names), changes, earlier)
     return model, OriginalWeights(weights, model)
 
