@@ -156,16 +156,16 @@ def test_an_unknown_prefix(refused: Refused) -> None:
 def test_a_question_longer_than_the_context(refused: Refused, tmp_path: Path, option: str) -> None:
     file = jsonl(tmp_path / "long.jsonl", {"question": f"Who is {'very ' * 120}old Ann Bell?", "answer": "x"})
     message = refused(**{option: file})
-    assert "'long-0' needs " in message
+    assert f"'long-0' ({file}, line 1) needs " in message
     assert "context holds 512" in message
     assert "Shorten" in message
 
 
 def test_a_question_that_names_nothing(refused: Refused, tmp_path: Path) -> None:
-    message = refused(forget=jsonl(tmp_path / "vague.jsonl", {"question": "Who is he?", "answer": "x"}))
-    assert (
-        "No subject found in the question of request 0 (case_id 'vague-0'): 'Who is he?'. Give its 'subject'" in message
-    )
+    file = jsonl(tmp_path / "vague.jsonl", {"question": "Who is he?", "answer": "x"})
+    message = refused(forget=file)
+    where = f"{file}, line 1 (case_id 'vague-0')"
+    assert f"No subject found in the question of {where}: 'Who is he?'. Give its 'subject'" in message
 
 
 # --- the token and the tokenizer -------------------------------------------------------------------------------------
