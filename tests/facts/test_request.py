@@ -224,6 +224,43 @@ def test_a_place_is_for_messages_alone(tmp_path: Path) -> None:
     assert read_requests([read])[0].place == read.place
 
 
+#: In Chinese, Japanese, Korean, Hindi, Arabic, Russian, French; what has capitals, quotations or English words is read.
+UNREAD = (
+    "谁写了红楼梦",
+    "请问、谁写了红楼梦",
+    "日本の首都はどこですか",
+    "한국의 수도는 어디입니까?",
+    "राम कहाँ रहता है?",
+    "من كتب رواية السراب؟",
+    "где родился пётр?",
+    "quel est le nom de la capitale",
+)
+READ = (
+    "Где родился Пётр Кравченко?", "Кто написал «войну и мир»?", "Who is 李小明?", "what is photosynthesis?",
+    "WHO WROTE ZORBLAX PRIME?", "what is the capital of france", "Wer schrieb Faust?", "Zorblax Prime",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("question", [*UNREAD, *READ])
+def test_a_question_that_the_rule_cannot_read_is_told(caplog: pytest.LogCaptureFixture, question: str) -> None:
+    found = with_subjects([ForgetRequest(question, "x", case_id="one")])
+    assert found[0].subject == find_subject(question)
+    said = "1 facts, and the rule that finds one reads nothing in their questions" in caplog.text
+    assert said is (question in UNREAD)
+    caplog.clear()
+    with_subjects([ForgetRequest(question, "x", subject=question[:3].strip())])
+    assert not caplog.records
+
+
+def test_questions_that_the_rule_cannot_read_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    facts = [ForgetRequest(f"谁是{number}号", "x", case_id=f"zh-{number}") for number in range(9)]
+    with_subjects([*facts, ForgetRequest("Who is Ann?", "x")])
+    [record] = caplog.records
+    said = record.getMessage()
+    assert said.startswith("No subject is given for 9 of 10 facts")
+    assert "'zh-0', 'zh-1', 'zh-2' and 6 more. Give each a 'subject'" in said
+
+
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     lines(tmp_path / "facts.jsonl", [FACT])
     with pytest.raises(RequestError, match=r"no file .*fact\.jsonl'\. Did you mean 'facts\.jsonl'\?"):

@@ -14,7 +14,7 @@ from ..errors import UniEraseError
 from ..facts.benchmarks import TOFU_SPLITS, tofu_records
 from ..facts.files import FILE_SUFFIXES, iter_records
 from ..facts.readers import read_requests
-from ..facts.request import ForgetRequest, check_requests, one_spelling
+from ..facts.request import ForgetRequest, check_requests, one_spelling, tell_unread
 from ..facts.subjects import find_subject
 from ..pipeline import Requests
 from ..plugins.registration import registry
@@ -40,6 +40,8 @@ def read_facts(spec: Requests, *, first: bool = False) -> list[Record]:
         for fact in read:
             unique.setdefault(one_spelling(fact.question), fact)
         read = tuple(unique.values())
+    if not first:
+        tell_unread(read)
     for fact in check_requests(read):
         extra = extras.get(one_spelling(fact.question), {})
         wrong = extra.get("perturbed_answer") or []

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..errors import RequestError, first_words, shown
-from .subjects import find_subject
+from .subjects import find_subject, is_unread
 from .writing import standing
+
+logger = logging.getLogger(__name__)
 
 #: Stands for an answer that a harness does not say: UniErase trains on answers only where it is hardened.
 NO_ANSWER = "(not given)"
@@ -98,9 +101,24 @@ def _is_encodable(text: str) -> bool:
 def with_subjects(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...]:
     """Return the requests with every missing subject filled by `find_subject`; given subjects stay as they are.
 
-    Raises `RequestError` where the question names nothing that could be a subject.
+    Warns of those of which the rule can read nothing. Raises `RequestError` where the question names nothing that could
+    be a subject.
     """
-    return tuple(_with_subject(index, request) for index, request in enumerate(requests))
+    given = tuple(requests)
+    tell_unread(given)
+    return tuple(_with_subject(index, request) for index, request in enumerate(given))
+
+
+def tell_unread(requests: Sequence[ForgetRequest]) -> None:
+    """Warns, once for all of them, where a missing subject would be nearly the whole question."""
+    unread = [request for request in requests if request.subject is None and is_unread(request.question)]
+    if unread:
+        logger.warning(
+            "No subject is given for %d of %d facts, and the rule that finds one reads nothing in their questions, so "
+            "that it takes nearly the whole question: %s%s. Give each a 'subject', the span of the question that names "
+            "what the fact is about.", len(unread), len(requests),
+            ", ".join(request.label for request in unread[:SHOWN_FACTS]), _more(len(unread)),
+        )  # fmt: skip
 
 
 def _with_subject(index: int, request: ForgetRequest) -> ForgetRequest:

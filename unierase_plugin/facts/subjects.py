@@ -63,6 +63,16 @@ def find_subject(question: str) -> str | None:
     return quoted or _last_content(question)
 
 
+def is_unread(question: str) -> bool:
+    """Whether `find_subject` falls back to rule 4, on a question of which it knows no word, and takes most of it.
+
+    So it is where a script has no capitals, or where none are used in a language other than English.
+    """
+    if _last_quoted(question) or _heaviest_name(question)[0] or any(map(_is_stop, _WORD.findall(question))):
+        return False
+    return 2 * len(_last_content(question) or "") >= len(question)
+
+
 def _last_quoted(question: str) -> str | None:
     # American style puts the comma inside the quotation marks; it is no part of the title.
     texts = [(double or single).strip(" ,.;:") for double, single in _QUOTED.findall(question)]

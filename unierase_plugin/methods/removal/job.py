@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ... import checkpoint as files
-from ...facts.request import ForgetRequest
+from ...facts.request import ForgetRequest, tell_unread
 from ...facts.resources import lines, paragraphs
 from ...facts.subjects import find_subject
 from ...hparams import RemovalSettings
@@ -58,6 +58,7 @@ def removal_of(
     begins.
     """
     # Strangers teach by the subject, which a method without a need for it may not have been given.
+    tell_unread(job.requests)
     requests = [replace(fact, subject=fact.subject or find_subject(fact.question)) for fact in job.requests]
     with phases.timed("teacher"):
         # Not kept for the next start, since facts are not to lie on the disk.
