@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -13,7 +14,11 @@ from ..errors import UniEraseError, shown
 from .console import AllowOverlap, Device, Dtype, Screen, progress, styled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+
+#: Letters of a method's name that are shown at most, and of a column's border and margins.
+LONGEST_LABEL, BESIDE = 28, 3
 
 
 def compare(
@@ -122,16 +127,40 @@ def _print(console: Screen, results: Mapping[str, Any]) -> None:
     from ..compare.tables import cell
 
     keys = ("forget_rouge", "forget_prob", "idk", "keep_rouge", "matched_rouge", "matched_prob", "seconds")
-    columns = [column for column in COLUMNS if column.key in keys]
-    table = Table(title="Compared", title_justify="left")
-    table.add_column("method", max_width=28, overflow="ellipsis", no_wrap=True)
-    for column in columns:
-        table.add_column(column.title, justify="right")
-    for row in results["rows"]:
-        figures: list[RenderableType] = [cell(column, row["figures"][column.key]) for column in columns]
-        if row["status"] == "failed":
-            figures = [styled((f"failed: {row['failures'][0]['kind']}", "red"))]
-        table.add_row(row["label"], *figures)
-    console.print(table)
+    rows = results["rows"]
+    columns = {
+        column.title: [cell(column, row["figures"][column.key]) if row["status"] != "failed" else "" for row in rows]
+        for column in COLUMNS if column.key in keys
+    }  # fmt: skip
+    for number, titles in enumerate(_that_fit(console.width, [row["label"] for row in rows], columns)):
+        table = Table(title="" if number else "Compared", title_justify="left")
+        table.add_column("method", no_wrap=True, overflow="ellipsis", max_width=LONGEST_LABEL)
+        for title in titles:
+            table.add_column(title, justify="right", min_width=_width(title, columns[title]))
+        for at, row in enumerate(rows):
+            failed = [styled(("failed", "red"))] if row["status"] == "failed" else []
+            figures: list[RenderableType] = [*failed, *(columns[title][at] for title in titles[len(failed) :])]
+            table.add_row(row["label"], *figures)
+        console.print(table)
     for sentence in results["answer"]:
         console.print(f"- {sentence}")
+
+
+def _that_fit(width: int, labels: Sequence[str], columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Titles of the columns, in as many tables as it takes for none to break a figure or a word in so many letters."""
+    parts: list[list[str]] = []
+    first = min(LONGEST_LABEL, max(map(cell_len, ("method", *labels)))) + BESIDE + 1
+    room = 0
+    for title, cells in columns.items():
+        needed = _width(title, cells) + BESIDE
+        if not parts or needed > room:
+            parts.append([])
+            room = width - first
+        parts[-1].append(title)
+        room -= needed
+    return parts
+
+
+def _width(title: str, cells: Sequence[str]) -> int:
+    """Letters of the longest figure, or word of the title; where any failed, of that word."""
+    return max(map(cell_len, (*title.split(), *cells, "failed")))
