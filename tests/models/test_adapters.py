@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from small import FORGET, HPARAMS, save_base, shrink
 from tiny import tiny_model, tiny_tokenizer
@@ -82,6 +83,11 @@ GROWN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", GROWN)
 def test_a_vocabulary_that_grew_is_merged(kind: str, tied: bool, tmp_path: Path) -> None:
     folder, attached = trained(tmp_path, tied=tied, **GROWN[kind])
+    if tied and kind in ("tokens of both", "tokens alone") and Version(peft.__version__) < Version("0.19"):
+        # One matrix cannot hold the two rows that such versions train for a token.
+        with pytest.raises(ArchitectureError, match="changes what the model says"):
+            load(folder)
+        return
     model, tokenizer = load(folder)
     wanted = logits(attached)
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
