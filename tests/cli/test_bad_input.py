@@ -220,7 +220,7 @@ def test_a_tokenizer_without_a_pad_token(base: Path, forget: Path, tmp_path: Pat
 
 def test_an_encoder(refused: Refused, tmp_path: Path) -> None:
     config = BertConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         initializer_range=0.2,
     )  # fmt: skip
     model = save_base(tmp_path / "bert", AutoModelForCausalLM.from_config(config))
@@ -290,7 +290,7 @@ def test_a_model_that_is_not_there_is_told_with_the_folder_and_the_nearest_name(
 
 
 def test_a_folder_without_weights(refused: Refused, tmp_path: Path) -> None:
-    AutoConfig.for_model("llama", num_hidden_layers=2, hidden_size=32).save_pretrained(tmp_path / "bare")
+    AutoConfig.for_model("llama", num_hidden_layers=4, hidden_size=32).save_pretrained(tmp_path / "bare")
     message = refused(model=tmp_path / "bare")
     assert f"The model '{tmp_path / 'bare'}' cannot be loaded (OSError: " in message
     assert "fetch the folder again" in message

@@ -105,7 +105,8 @@ def read_config(name: str) -> Any:
 def check_stated_blocks(name: str, hparams: Any) -> None:
     """ArchitectureError where the settings name blocks that the model's config does not count; loads no weights.
 
-    What the config does not tell is left to `Architecture.check_layers`.
+    So it is where the config is of a model that is not edited at all. What the config does not tell is left to
+    `Architecture.check_layers`.
     """
     removes = getattr(hparams, "remove", True)
     used = [each for each in BLOCKS if hasattr(hparams, each) and (removes or not each.startswith("removal"))]
@@ -120,6 +121,7 @@ def check_stated_blocks(name: str, hparams: Any) -> None:
         if os.path.exists(name):
             return  # loading says what is wrong with it
         raise
+    _refuse_config(name, config)
     blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
     for setting, value in layers.items():
         if isinstance(blocks, int):
