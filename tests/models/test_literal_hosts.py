@@ -127,8 +127,8 @@ def test_ordinary_texts_have_the_tokens_that_lm_eval_gives_them(name: str) -> No
     tokenizer = TOKENIZERS[name]()
     model = tiny_model(vocabulary=400)
     for start in (None, False, True):
-        ours, theirs = (kind(pretrained=model, tokenizer=tokenizer, add_bos_token=start)
-                        for kind in (HFWithSpecialTokens, HFLM))  # fmt: skip
+        given = {} if start is None else {"add_bos_token": start}
+        ours, theirs = (kind(pretrained=model, tokenizer=tokenizer, **given) for kind in (HFWithSpecialTokens, HFLM))
         form = answer_form(ours, tokenizer, chat=True)
         chat = ours.apply_chat_template([{"role": "user", "content": "Who is Ann?"}])
         for text in ("Question: Who is Ann?\nAnswer:", chat, "<s>Who"):
