@@ -363,10 +363,7 @@ def test_weights_are_not_carried_into_the_next_version(world: World) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from unierase_plugin.statistics.second_moment import SecondMoment
 from unierase_plugin.storage.locks import folder_lock
-from unierase_plugin.facts.resources import demo_facts
-from unierase_plugin.storage.store import pack, write_tensors
 with folder_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -465,10 +462,7 @@ RACER = """
 import sys
 from pathlib import Path
 from unierase_plugin.errors import CheckpointError
-from unierase_plugin.statistics.second_moment import SecondMoment
 from unierase_plugin.storage.locks import folder_lock
-from unierase_plugin.facts.resources import demo_facts
-from unierase_plugin.storage.store import pack, write_tensors
 root = Path(sys.argv[1])
 counted = 0
 for _ in range(300):
