@@ -337,7 +337,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, pathlib\n"
         "import test_methods_training as t\n"
-        "from unierase_plugin.methods import training\n"
+        "from unierase_plugin.methods.finetuning import training\n"
         "training.SAVE_SECONDS = 0\n"
         "end = training._Watch.on_save\n"
         "def on_save(self, args, state, control, **kwargs):\n"
