@@ -67,9 +67,9 @@ from unierase_plugin.models import products
 from unierase_plugin.models.architecture import find_architecture
 from unierase_plugin.models.generate import continue_greedily, pad_token_id
 from unierase_plugin.models.loading import load
+from unierase_plugin.models.memory import fitting_tokens
 from unierase_plugin.models.prompts import PLAIN_FORM
 from unierase_plugin.models.trace import pad, run_blocks
-from unierase_plugin.pipeline import fitting_tokens
 from unierase_plugin.statistics.second_moment import second_moments
 
 LAYERS = (4, 5, 6, 7, 8)

@@ -31,7 +31,8 @@ from unierase_plugin import UniEraseHyperParams
 from unierase_plugin.facts.readers import read_requests
 from unierase_plugin.models.base_model import fetch_base_model
 from unierase_plugin.models.loading import DTYPES
-from unierase_plugin.pipeline import change, peak_memory_bytes
+from unierase_plugin.models.memory import peak_memory_bytes
+from unierase_plugin.pipeline import change
 from unierase_plugin.storage.cache import cache_folder
 from unierase_plugin.storage.phases import Phases
 

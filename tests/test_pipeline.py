@@ -33,6 +33,7 @@ from unierase_plugin.methods import neighbours as keeping
 from unierase_plugin.methods.editing import engine as erasure
 from unierase_plugin.methods.removal.method import RemovalHyperParams
 from unierase_plugin.models import generate
+from unierase_plugin.session import choose_hparams
 from unierase_plugin.statistics import collection as second_moment
 from unierase_plugin.storage.cache import Store
 from unierase_plugin.storage.fingerprints import model_fingerprint, tokenizer_fingerprint
@@ -433,7 +434,7 @@ def test_a_change_without_judging_is_the_same_change(base: Path) -> None:
     model, tokenizer = loaded(base)
     _, steps = pipeline.change(model, FORGET, tokenizer=tokenizer, retain=RETAIN, hparams=HPARAMS)
     assert same(model, state(result.model))
-    pipeline.change(model, FORGET_MORE, tokenizer=tokenizer, retain=RETAIN, hparams=HPARAMS, earlier=steps)
+    pipeline.change(model, FORGET_MORE, tokenizer=tokenizer, retain=RETAIN, hparams=HPARAMS, history=steps)
     assert same(model, state(erase(result, forget=FORGET_MORE).model))
 
 
@@ -727,10 +728,10 @@ def test_an_edited_model_in_memory_is_told_to_take_another_token() -> None:
 
 
 def test_hyper_parameters_follow_the_model_unless_given(tmp_path: Path) -> None:
-    assert pipeline.choose_hparams(None, "/models/Qwen2.5-7B-Instruct").model_name == "Qwen/Qwen2.5-7B-Instruct"
-    assert pipeline.choose_hparams(None, "some/other") == UniEraseHyperParams()
-    assert pipeline.choose_hparams("gpt2-xl", "some/other").layers == UniEraseHyperParams.from_hparams("gpt2-xl").layers
-    assert pipeline.choose_hparams(HPARAMS, "Qwen/Qwen2.5-7B-Instruct") is HPARAMS
+    assert choose_hparams(None, "/models/Qwen2.5-7B-Instruct").model_name == "Qwen/Qwen2.5-7B-Instruct"
+    assert choose_hparams(None, "some/other") == UniEraseHyperParams()
+    assert choose_hparams("gpt2-xl", "some/other").layers == UniEraseHyperParams.from_hparams("gpt2-xl").layers
+    assert choose_hparams(HPARAMS, "Qwen/Qwen2.5-7B-Instruct") is HPARAMS
 
 
 @pytest.mark.parametrize(

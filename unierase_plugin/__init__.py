@@ -11,8 +11,9 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .hosts.rome_family import apply_unierase_to_model
-    from .pipeline import UnlearnResult, unlearn
+    from .pipeline import unlearn
     from .plugins.hookspecs import hookimpl
+    from .results import UnlearnResult
 
 __all__ = [
     "ForgetRequest", "UniEraseError", "UniEraseHyperParams", "UnlearnResult", "apply_unierase_to_model", "hookimpl",

@@ -15,7 +15,7 @@ from typing import Any
 
 from . import checkpoint as files
 from .evaluation.metrics import answered
-from .facts.readers import read_requests
+from .facts.readers import Requests, read_requests
 from .facts.request import ForgetRequest
 from .hparams import HyperParams
 from .methods.contract import Changes, Job, Progress
@@ -25,15 +25,17 @@ from .methods.finetuning.training import check_trainable, train
 from .models.chat_templates import check_chat_template
 from .models.generate import answers
 from .models.literal import tell_special_names, text_ids
+from .models.loaded import LoadedModel
 from .models.loading import load
+from .models.memory import peak_memory_bytes
 from .models.prompts import has_chat_template
 from .models.room import weights_size
 from .models.stored_dtype import round_to_stored
-from .pipeline import Requests, choose_hparams, peak_memory_bytes
 from .plugins.registration import registry
+from .session import choose_hparams
 from .settings.ranges import Range
 from .storage.atomic import check_room
-from .storage.fingerprints import CACHE_VERSION, digest, model_fingerprint, plain, tokenizer_fingerprint
+from .storage.fingerprints import CACHE_VERSION, digest, plain
 
 logger = logging.getLogger(__name__)
 
@@ -115,14 +117,20 @@ def _job(
     name: str, model: Any, tokenizer: Any, requests: tuple[ForgetRequest, ...], hparams: Any, folder: Path,
     progress: Progress,
 ) -> Job[Any]:  # fmt: skip
-    fingerprint = model_fingerprint(model)
-    facts = [[request.question, request.answer] for request in requests]
-    key = digest(CACHE_VERSION, "finetune", fingerprint, hparams.as_dict(), facts)[:32]
     room = hparams.max_batch_tokens or (2048 if model.device.type == "cpu" else 32768)
+    opened = LoadedModel.of(model, tokenizer, name, room)
+    facts = [[request.question, request.answer] for request in requests]
+    key = digest(CACHE_VERSION, "finetune", opened.fingerprint, hparams.as_dict(), facts)[:32]
     return Job(
-        model, tokenizer, name, requests, (), hparams, hparams.seed, room, fingerprint,
-        tokenizer_fingerprint(tokenizer), files.work_folder(folder, key).root, None, progress,
-    )  # fmt: skip
+        loaded=opened,
+        requests=requests,
+        retain=(),
+        hparams=hparams,
+        seed=hparams.seed,
+        work=files.work_folder(folder, key).root,
+        history=None,
+        progress=progress,
+    )
 
 
 def _judged(job: Job[Any], facts: tuple[ForgetRequest, ...], changes: Changes, folder: Path) -> FineTuned:

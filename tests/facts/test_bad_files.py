@@ -13,7 +13,7 @@ import pytest
 import typer
 from small import FORGET, SHORT, save_base, shrink
 
-from unierase_plugin import UniEraseHyperParams, pipeline
+from unierase_plugin import UniEraseHyperParams, pipeline, session
 from unierase_plugin.audit.runner import audit
 from unierase_plugin.checkpoint import check_output_folder
 from unierase_plugin.cli import PLACES, app, main
@@ -38,7 +38,7 @@ MULTIPLYING = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shrink(monkeypatch, tmp_path / "cache")
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(session, "load", lambda *_: pytest.fail("the model was loaded first"))
 
 
 @pytest.fixture
@@ -312,5 +312,5 @@ def test_a_model_is_loaded_where_all_is_well(monkeypatch: pytest.MonkeyPatch, re
         raise UniEraseError("loaded")
 
     save_base(tmp_path / "model")
-    monkeypatch.setattr(pipeline, "load", loaded)
+    monkeypatch.setattr(session, "load", loaded)
     assert refused() == "loaded"

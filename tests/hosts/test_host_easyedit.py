@@ -387,7 +387,7 @@ def test_a_copy_leaves_the_model_alone_and_goes_on_by_itself(pair: tuple[Any, An
     edited, originals = apply(pair, MORE, copy=True, return_orig_weights=True)
     assert edited is not model
     assert same(model, after)
-    assert len(getattr(edited, HISTORY).earlier.edits) == 2
+    assert len(getattr(edited, HISTORY).history.edits) == 2
     originals.restore()
     assert same(edited, after)
 
@@ -396,7 +396,7 @@ def test_an_edited_model_can_be_copied_and_pickled(pair: tuple[Any, Any]) -> Non
     model, _ = apply(pair)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert same(other, weights(model))
-        assert len(getattr(other, HISTORY).earlier.edits) == 1
+        assert len(getattr(other, HISTORY).history.edits) == 1
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_alphaedits_loop_edits_one_after_the_other(pair: tuple[Any, Any]) -> Non
     for request in REQUESTS:
         edited, originals = apply_unierase_to_model(model, tokenizer, [request], HPARAMS, return_orig_weights=False)
         assert (edited, originals) == (model, {})
-    earlier = getattr(model, HISTORY).earlier
+    earlier = getattr(model, HISTORY).history
     assert [edit.keys[SHORT["layers"][0]].shape[1] for edit in earlier.edits] == [1, 1]
 
 
@@ -81,7 +81,7 @@ def test_later_steps_are_those_of_a_run_of_ours(pair: tuple[Any, Any]) -> None:
         fact = ForgetRequest(
             request["prompt"].format(request["subject"]), request["target_true"]["str"], request["subject"]
         )
-        _, earlier = change(twin, [fact], tokenizer=words, hparams=HPARAMS, earlier=earlier)
+        _, earlier = change(twin, [fact], tokenizer=words, hparams=HPARAMS, history=earlier)
     assert same(model, weights(twin))
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from tiny import tiny_model, tiny_tokenizer
 
 from unierase_plugin.errors import HyperParamsError, RequestError, TrainingError
 from unierase_plugin.facts.request import ForgetRequest
-from unierase_plugin.methods.contract import Job
 from unierase_plugin.methods.lunar import LUNAR, LUNARHyperParams, _seen, reference_prompts
 from unierase_plugin.models.architecture import find_architecture
 from unierase_plugin.pipeline import change
@@ -28,10 +28,7 @@ def run(model: Any, retain: Any = RETAIN, **settings: Any) -> Any:
 
 
 def states(model: Any, questions: Any) -> torch.Tensor:
-    job = Job(
-        model, tiny_tokenizer(), "tiny", FORGET, RETAIN, LUNARHyperParams(**QUICK), 0, 2048, "", "", None, None,
-        lambda phase, share, note: None,
-    )  # fmt: skip
+    job = job_of(model, tiny_tokenizer(), FORGET, RETAIN, LUNARHyperParams(**QUICK))
     return _seen(find_architecture(model), job, [each.question for each in questions])[0]
 
 

@@ -17,6 +17,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from jobs import job_of, with_room
 from small import save_base
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -56,10 +57,7 @@ def run(model: Any, name: str, tokenizer: Any = None, retain: Any = RETAIN, **ch
 
 
 def job(model: Any, work: Path | None, hparams: Any, tokenizer: Any = None) -> Job[Any]:
-    return Job(
-        model, tokenizer or tiny_tokenizer(), "tiny", FORGET, RETAIN, hparams, 0, 2048, "", "", work, None,
-        lambda phase, share, note: None,
-    )  # fmt: skip
+    return job_of(model, tokenizer or tiny_tokenizer(), FORGET, RETAIN, hparams, work=work)
 
 
 @torch.no_grad()
@@ -89,7 +87,7 @@ def taught() -> Any:
     facts = (*FORGET, *RETAIN)
     hparams = METHODS["ga_gd"].hparams(**{**QUICK, "epochs": 40, "batch_size": 4, "retain_weight": 0.0})
     model.requires_grad_(False)
-    learnt = Job(model, tokenizer, "tiny", facts, (), hparams, 0, 2048, "", "", None, None, lambda *_: None)
+    learnt = job_of(model, tokenizer, facts, (), hparams)
     train(learnt, TERMS["learn"], None)
     model.eval()
     assert nll(model, facts) < 2
@@ -230,7 +228,7 @@ def test_memory_decides_how_a_batch_is_split_and_not_what_it_gives(taught: Any) 
     losses = []
     for model, room in ((whole, 4096), (split, 1)):
         hparams = settings("npo_gd", retain_weight=0.0)
-        done = train(replace(job(model, None, hparams), max_tokens=room), TERMS["npo"], TERMS["gd"])
+        done = train(with_room(job(model, None, hparams), room), TERMS["npo"], TERMS["gd"])
         losses.append(done.figures["loss"])
     # Adam would not tell a gradient from twice that gradient.
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -13,7 +13,7 @@ import pytest
 from small import FORGET, SHORT, save_base, shrink
 from tiny import CHATML, tiny_tokenizer
 
-from unierase_plugin import UniEraseHyperParams, pipeline
+from unierase_plugin import UniEraseHyperParams
 from unierase_plugin.cli import main
 from unierase_plugin.errors import HyperParamsError, UniEraseError
 from unierase_plugin.models.chat_templates import check_chat_template, templated
@@ -44,7 +44,7 @@ def test_a_template_that_cannot_be_rendered(
     command: str,
 ) -> None:  # fmt: skip
     shrink(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr(pipeline, "model_fingerprint", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("unierase_plugin.models.loaded.model_fingerprint", lambda *_: pytest.fail("the work began"))
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     base = save_base(tmp_path / "model", tokenizer=tokenizer)

@@ -395,7 +395,7 @@ def test_a_method_gets_the_job_and_the_folder_gets_the_record(base: Path, tmp_pa
     )  # fmt: skip
     (job,) = jobs
     assert job.hparams == Noise(size=0.25)
-    assert (job.seed, job.max_tokens, job.name, job.earlier) == (3, 77, str(base), None)
+    assert (job.seed, job.max_tokens, job.name, job.history) == (3, 77, str(base), None)
     assert [fact.question for fact in job.requests] == [fact["question"] for fact in FORGET]
     assert [fact.answer for fact in job.retain] == ["Hats"]
     assert list(dict.fromkeys(phases)) == ["load", "check", "before", "noise", "after", "save"]
@@ -497,7 +497,7 @@ def test_a_method_goes_on_from_its_own_folders_alone(base: Path, tmp_path: Path)
     first: list[str | None] = []
 
     def count(job: Job[Noise]) -> Changes:
-        first.append(job.earlier.fingerprint if job.earlier else None)
+        first.append(job.history.fingerprint if job.history else None)
         return add_noise(job)
 
     method = replace(NOISE, run=count)

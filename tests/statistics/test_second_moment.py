@@ -22,7 +22,7 @@ from small import FORGET, HPARAMS, save_base, shrink
 from tiny import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from unierase_plugin import cli, pipeline, unlearn
+from unierase_plugin import cli, unlearn
 from unierase_plugin.errors import EditError
 from unierase_plugin.methods.editing import engine as erasure
 from unierase_plugin.models.architecture import Architecture, find_architecture
@@ -242,7 +242,7 @@ def test_a_second_start_divides_the_texts_as_the_first_did(
     monkeypatch.setattr(second_moment, "mean_moments", lambda *args: (_ for _ in ()).throw(KilledError))
     counted = []
     for free in (24, 200):
-        monkeypatch.setattr(pipeline, "fitting_tokens", lambda model, free=free: free)
+        monkeypatch.setattr("unierase_plugin.models.loaded.fitting_tokens", lambda model, free=free: free)
         with pytest.raises(KilledError):
             moment_of(base, text, hparams=SETTINGS.replace(max_batch_tokens=0))
         counted.append(passes.pop("batches", 0))

@@ -19,8 +19,8 @@ from ..facts.request import HELD_OUT, TO_KEEP, check_not_forgotten, check_overla
 from ..models.chat_templates import check_chat_template
 from ..models.literal import tell_special_names
 from ..models.loading import load, read_tokenizer
+from ..models.memory import peak_memory_bytes
 from ..models.prompts import has_chat_template
-from ..pipeline import peak_memory_bytes
 from ..plugins.registration import registry
 from ..settings.values import checked_seed
 from ..storage.atomic import clear_strays, make_folder, remove_folder, write_json

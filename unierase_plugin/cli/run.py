@@ -17,7 +17,7 @@ from .console import AllowOverlap, Device, Dtype, Overwrite, Screen, progress, s
 
 if TYPE_CHECKING:
     from ..evaluation.report import Outcome
-    from ..pipeline import UnlearnResult
+    from ..results import UnlearnResult
 
 
 def demo(

@@ -42,7 +42,8 @@ def stats(
     `unierase run` with the same model, corpus, blocks, samples and seed takes them from there. A pass that was stopped
     goes on where it was. `accelerate launch -m unierase_plugin stats ...`, or torchrun, shares the work out.
     """
-    from ..pipeline import choose_hparams, corpus_moment
+    from ..pipeline import corpus_moment
+    from ..session import choose_hparams
     from ..statistics.distributed import joined_team
     from ..storage.tensor_files import refuse_other
 

@@ -25,7 +25,8 @@ import torch
 from ..errors import EditError, UniEraseError, WriteError
 from ..methods.contract import Progress
 from ..models.loading import load
-from ..pipeline import peak_memory_bytes, unlearn
+from ..models.memory import peak_memory_bytes
+from ..pipeline import unlearn
 from ..storage.atomic import is_full, remove_folder, write_json, write_text
 from ..storage.locks import folder_lock
 from .entries import REFERENCE, UNEDITED, Entry, settings_of

@@ -13,10 +13,9 @@ from typing import Any
 from ..errors import UniEraseError
 from ..facts.benchmarks import TOFU_SPLITS, tofu_records
 from ..facts.files import FILE_SUFFIXES, iter_records
-from ..facts.readers import read_requests
+from ..facts.readers import Requests, read_requests
 from ..facts.request import ForgetRequest, check_requests, one_spelling, tell_unread
 from ..facts.subjects import find_subject
-from ..pipeline import Requests
 from ..plugins.registration import registry
 
 logger = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UniEraseError, shown
+from ..facts.readers import Requests
 from ..facts.request import ForgetRequest, check_overlap
 from ..methods.contract import Progress
 from ..models.loading import check_stated_blocks, read_config
 from ..models.room import weights_size
-from ..pipeline import Requests
 from ..settings.values import checked_seed
 from ..storage.atomic import check_room, clear_strays, make_folder, write_json
 from ..storage.results_folder import results_folder

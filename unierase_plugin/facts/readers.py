@@ -23,6 +23,9 @@ _SLICE = re.compile(r"\[(-?\d{1,18}|):(-?\d{1,18}|)\]$")
 # Two letters at least: `C:` before a path is a drive.
 _PREFIX = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
 
+#: What a caller may give for facts.
+Requests = str | os.PathLike[str] | Iterable[ForgetRequest | Mapping[str, Any]]
+
 
 def read_requests(
     spec: str | os.PathLike[str] | Iterable[ForgetRequest | Record],

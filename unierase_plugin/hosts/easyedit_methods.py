@@ -161,7 +161,7 @@ def _check(job: Job[EasyEditSettings]) -> None:
             f"EasyEdit's {job.hparams.algorithm} needs its settings: --hparams hparams/{job.hparams.algorithm}/"
             "MODEL.yaml of EasyEdit's checkout."
         )
-    if job.earlier is not None:
+    if job.history is not None:
         raise EditError(f"EasyEdit's {job.hparams.algorithm} cannot go on from earlier steps. Start from a base model.")
     _requests(job)
     tell_special_names(job.tokenizer, job.requests, read=NAMES_READ)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import RequestError, first_words, shown
 from ..facts.request import NO_ANSWER, ForgetRequest
 from ..hparams import UniEraseHyperParams
-from ..methods.contract import Changes, Earlier
+from ..methods.contract import Changes, History
 from ..methods.editing.engine import changed_layers
 from ..methods.editing.unierase import UNIERASE
 from ..models.architecture import find_architecture, refuse_unfit
@@ -27,7 +27,7 @@ from ..pipeline import change
 from ..storage.fingerprints import model_fingerprint
 from .progress import progress_bar
 
-#: Attribute of an edited model that holds its History.
+#: Attribute of an edited model that holds its EditsInPlace.
 HISTORY = "unierase_history"
 
 
@@ -39,19 +39,19 @@ class _Step:
     before: str
     after: str
     #: What the step went on from.
-    earlier: Earlier | None
+    history: History | None
 
 
-class History:
-    """The edits that one model has behind it."""
+class EditsInPlace:
+    """The edits that a harness applied to one model, and may take back by itself."""
 
     def __init__(self) -> None:
         self.steps: list[_Step] = []
-        self.earlier: Earlier | None = None
+        self.history: History | None = None
         self._first: Changes | None = None
 
     @classmethod
-    def of(cls, model: Any) -> History:
+    def of(cls, model: Any) -> EditsInPlace:
         """The model's own; a new one where it has none."""
         found = vars(model).get(HISTORY)
         if not isinstance(found, cls):
@@ -61,13 +61,13 @@ class History:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model has the edits behind it as well, but cannot be taken back through the original."""
-        return {"steps": [], "earlier": self.earlier, "_first": None}
+        return {"steps": [], "history": self.history, "_first": None}
 
-    def add(self, names: tuple[str, ...], before: str, after: str, changes: Changes, earlier: Earlier) -> None:
-        if self._first is None and self.earlier is None:
+    def add(self, names: tuple[str, ...], before: str, after: str, changes: Changes, history: History) -> None:
+        if self._first is None and self.history is None:
             self._first = changes
-        self.steps.append(_Step(names, before, after, self.earlier))
-        self.earlier = earlier
+        self.steps.append(_Step(names, before, after, self.history))
+        self.history = history
 
     def settle(self, model: Any) -> None:
         """Forgets the steps that the harness has taken back by now; the token goes with the first of them."""
@@ -77,7 +77,7 @@ class History:
             step = self.steps[index]
             if self._now(model, step) != step.before:
                 continue
-            self.earlier = step.earlier
+            self.history = step.history
             del self.steps[index:]
             if index == 0 and self._first is not None:
                 if self._first.undo is not None:
@@ -111,7 +111,7 @@ class OriginalWeights(dict[str, Tensor]):
             self._model.get_parameter(name).copy_(weight)
 
     def settle(self) -> None:
-        History.of(self._model).settle(self._model)
+        EditsInPlace.of(self._model).settle(self._model)
 
 
 class _WatchedItems(ItemsView[str, Tensor]):
@@ -143,19 +143,18 @@ def edit_in_place(
     """
     refuse_unfit(model)
     model = copying.deepcopy(model) if copy else model
-    history = History.of(model)
-    history.settle(model)
+    edits = EditsInPlace.of(model)
+    edits.settle(model)
     settled = UNIERASE.settle(model, hparams)
     arch = find_architecture(model, settled.rewrite_module_tmp, settled.layer_module_tmp)
     names = tuple(arch.weight_name(layer) for layer in changed_layers(settled))
     before = model_fingerprint(model, names)
     weights = {name: _kept(model.get_parameter(name), originals_on) for name in names}
     with progress_bar() as progress:
-        changes, earlier = change(
-            model, requests, tokenizer=tokenizer, hparams=settled, earlier=history.earlier, told=told,
-            progress=progress,
-        )  # fmt: skip
-    history.add(names, before, model_fingerprint(model, names), changes, earlier)
+        changes, history = change(
+            model, requests, tokenizer=tokenizer, hparams=settled, history=edits.history, told=told, progress=progress
+        )
+    edits.add(names, before, model_fingerprint(model, names), changes, history)
     return model, OriginalWeights(weights, model)
 
 

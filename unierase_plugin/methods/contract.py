@@ -18,6 +18,7 @@ from ..hparams import HyperParams
 if TYPE_CHECKING:
     from ..checkpoint import Originals
     from ..locate_then_edit.edit import WeightEdit
+    from ..models.loaded import LoadedModel
     from ..unlearning_token import UnlearningToken
 
 #: Called with (phase, share done from 0 to 1, note).
@@ -27,20 +28,20 @@ H = TypeVar("H", bound=HyperParams)
 
 
 @dataclass(frozen=True)
-class Earlier:
-    """Steps of a method that a model has behind it."""
+class History:
+    """Edits that earlier calls already applied to this model."""
 
     token: UnlearningToken | None
     #: One a step, oldest first, with the keys that later steps protect.
     edits: tuple[WeightEdit, ...]
     #: SHA-256 over the parameters before the first of them, and over the tokenizer.
     fingerprint: str
-    words: str
+    tokenizer_fingerprint: str
     #: Questions that they forgot, in `request.one_spelling`: those of steps in memory; a folder's are in its ledger.
     questions: frozenset[str] = frozenset()
 
-    def after(self, changes: Changes, requests: Iterable[ForgetRequest] = ()) -> Earlier:
-        """These steps and one more."""
+    def after(self, changes: Changes, requests: Iterable[ForgetRequest] = ()) -> History:
+        """These edits and one more."""
         edits = self.edits if changes.edit is None else (*self.edits, changes.edit)
         forgotten = self.questions.union(one_spelling(request.question) for request in requests)
         return replace(self, token=changes.token or self.token, edits=edits, questions=forgotten)
@@ -50,12 +51,9 @@ class Earlier:
 class Job(Generic[H]):
     """One run of a method. Facts and settings are checked; the model is as it was loaded, or as the caller gave it."""
 
-    #: A causal language model of transformers on its device, in evaluation mode, no parameter with a gradient. Methods
-    #: change this very object and may set modes and gradients as they need them: both are put back afterwards.
-    model: Any
-    tokenizer: Any
-    #: What the user calls the model: a folder, a hub id, or a class where it came loaded.
-    name: str
+    #: The model is in evaluation mode, and no parameter has a gradient. Methods change this very object and may set
+    #: modes and gradients as they need them: both are put back afterwards.
+    loaded: LoadedModel
     #: At least one, no question twice; subjects filled where the method needs them.
     requests: tuple[ForgetRequest, ...]
     #: Facts to keep; may be empty.
@@ -63,18 +61,42 @@ class Job(Generic[H]):
     hparams: H
     #: Of everything random.
     seed: int
-    #: The device's budget: tokens of one batch at most, padding included.
-    max_tokens: int
-    #: SHA-256 over the model's parameters as they came: what a cache of anything taken from them is keyed by.
-    fingerprint: str
-    #: The same over the tokenizer.
-    words: str
     #: Folder for phases that are expensive, gone once the output is written; the same for the same job, so that a run
     #: that was killed finds them again. None where nothing is to be written.
     work: Path | None
     #: What this method did to the model before, which this run goes on from.
-    earlier: Earlier | None
+    history: History | None
     progress: Progress
+
+    @property
+    def model(self) -> Any:
+        """A causal language model of transformers on its device."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.loaded.tokenizer
+
+    @property
+    def name(self) -> str:
+        """What the user calls the model: a folder, a hub id, or a class where it came loaded."""
+        return self.loaded.name
+
+    @property
+    def max_tokens(self) -> int:
+        """The device's budget: tokens of one batch at most, padding included."""
+        return self.loaded.max_tokens
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the model's parameters as they came."""
+        return self.loaded.fingerprint
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """The same over the tokenizer."""
+        return self.loaded.tokenizer_fingerprint
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse
     with phases.timed("neighbours"):
         secret = digest("kept", [(fact.question, fact.answer, fact.subject) for fact in (*job.requests, *job.retain)])
         key = digest(
-            CACHE_VERSION, secret, job.fingerprint, job.words, wanted, own_words, reverse, job.hparams.prompt_forms,
+            CACHE_VERSION, secret, job.fingerprint, job.tokenizer_fingerprint, wanted, own_words, reverse,
+            job.hparams.prompt_forms,
             job.hparams.chat_template_kwargs,
         )[:32]  # fmt: skip
         metadata = phases.resumed("kept", key, lambda: (

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..hparams import UniEraseHyperParams
 from ..models.architecture import Architecture, find_architecture
-from ..models.generate import context_limit, pad_token_id
+from ..models.loaded import LoadedModel
 from ..storage.atomic import check_room
 from ..storage.cache import ONE_OF_DAMAGED, Store
 from ..storage.fingerprints import digest
@@ -59,26 +59,20 @@ class CorpusMoment:
 class Corpus:
     """Ordinary text of a model, by its hyper-parameters `mom2_*`, `layers` and `seed`."""
 
-    model: Any
-    tokenizer: Any
-    #: Name by which folders of statistics may know the model.
-    name: str
+    loaded: LoadedModel
     hparams: UniEraseHyperParams
     cache: Store
-    #: Digests of the model's weights and of the tokenizer.
-    fingerprint: str
-    words: str
     #: Questions that sampled texts begin with, and prose that joins them.
     openings: Sequence[str]
     prose: Sequence[str]
-    max_tokens: int
     progress: Progress = lambda share, note: None
 
     def key(self) -> str:
         """Digest of everything that the moments depend on."""
         h = self.hparams
         return digest(
-            VERSION, self.fingerprint, self.words, h.layers, h.mom2_dataset, corpus_identity(h.mom2_dataset),
+            VERSION, self.loaded.fingerprint, self.loaded.tokenizer_fingerprint, h.layers, h.mom2_dataset,
+            corpus_identity(h.mom2_dataset),
             h.mom2_n_samples, h.mom2_max_length, h.mom2_dtype, h.seed, self.openings, self.prose,
         )[:32]  # fmt: skip
 
@@ -112,9 +106,9 @@ class Corpus:
     def sequences(self, samples: int) -> list[Sequence[int]]:
         """Token ids of the corpus' texts."""
         h = self.hparams
-        longest = min(h.mom2_max_length, context_limit(self.model))
+        longest = min(h.mom2_max_length, self.loaded.context)
         found = corpus_tokens(
-            h.mom2_dataset, self.model, self.tokenizer, samples=samples, max_length=longest, seed=h.seed,
+            h.mom2_dataset, self.loaded.model, self.loaded.tokenizer, samples=samples, max_length=longest, seed=h.seed,
             openings=self.openings, progress=lambda share: self.progress(share / 2, "reading the corpus"),
         )  # fmt: skip
         # Sampled text is what the model says; the bundled prose adds what others say to it.
@@ -140,7 +134,7 @@ class Corpus:
         self._discard(key)
         return self._result(key, packed, read - start, time.perf_counter() - read)
 
-    def take(self, sources: Sequence[Path], stored_fingerprint: str = "") -> CorpusMoment:
+    def take(self, sources: Sequence[Path]) -> CorpusMoment:
         """Moments from files (`moment_files.read_moments`), kept as those of this corpus.
 
         A file that says by a fingerprint that it is of this model is taken at its word; of all others the pattern is
@@ -148,11 +142,13 @@ class Corpus:
         """
         start, key = time.perf_counter(), self.key()
         arch = self._architecture()
-        names = (self.name.replace("/", "_"), Path(self.name).name)
+        names = (self.loaded.name.replace("/", "_"), Path(self.loaded.name).name)
         moment, files = read_moments(sources, arch, self.hparams.layers, names)
-        if not is_of_model(sources, {self.fingerprint, stored_fingerprint} - {""}):
-            prose = self._prose_ids(context_limit(self.model))
-            check_likeness(moment, second_moments(arch, prose, self.hparams.layers, max_tokens=self.max_tokens), files)
+        if not is_of_model(sources, {self.loaded.fingerprint, self.loaded.saved_fingerprint}):
+            prose = self._prose_ids(self.loaded.context)
+            check_likeness(
+                moment, second_moments(arch, prose, self.hparams.layers, max_tokens=self.loaded.max_tokens), files
+            )
         moment = SecondMoment({layer: each.to(self.dtype) for layer, each in moment.moments.items()}, moment.count)
         packed = self._finished(moment, {"imported": files})
         self.cache.put(FINISHED, key, *packed)
@@ -169,7 +165,7 @@ class Corpus:
         sequences = cast("list[Sequence[int]]", [part.numpy() for part in ids["tokens"].split(ids["lengths"].tolist())])
         add_sequences(
             arch, sequences, sums, max_tokens=max_tokens, dtype=self.dtype,
-            pad_id=pad_token_id(self.model, self.tokenizer), share=(team.rank, team.size), keep_every=KEEP_EVERY,
+            pad_id=self.loaded.pad_id, share=(team.rank, team.size), keep_every=KEEP_EVERY,
             keep=lambda so_far: self.cache.put(UNDER_WAY, own, *pack(so_far)),
             progress=lambda share: self.progress((1 + share) / 2, "keys of the corpus"),
         )  # fmt: skip
@@ -199,7 +195,7 @@ class Corpus:
             ids = self.sequences(self.hparams.mom2_n_samples)
             tokens = np.concatenate([np.asarray(each, dtype=np.int32) for each in ids])
             tensors = {"tokens": torch.from_numpy(tokens), "lengths": torch.tensor([len(each) for each in ids])}
-            kept = tensors, {"max_tokens": str(self.max_tokens)}
+            kept = tensors, {"max_tokens": str(self.loaded.max_tokens)}
             self.cache.put(UNDER_WAY, f"{key}-ids", *kept)
         if self.hparams.max_batch_tokens:
             return kept[0], {"max_tokens": str(self.hparams.max_batch_tokens)}
@@ -217,10 +213,10 @@ class Corpus:
         return torch.float64 if self.hparams.mom2_dtype == "float64" else torch.float32
 
     def _architecture(self) -> Architecture:
-        return find_architecture(self.model, self.hparams.rewrite_module_tmp, self.hparams.layer_module_tmp)
+        return find_architecture(self.loaded.model, self.hparams.rewrite_module_tmp, self.hparams.layer_module_tmp)
 
     def _prose_ids(self, longest: int) -> list[Sequence[int]]:
-        return [self.tokenizer(text)["input_ids"][:longest] for text in self.prose]
+        return [self.loaded.tokenizer(text)["input_ids"][:longest] for text in self.prose]
 
     def _settings(self) -> dict[str, Any]:
         h = self.hparams
@@ -228,7 +224,12 @@ class Corpus:
 
     def _finished(self, moment: SecondMoment, source: dict[str, Any]) -> Packed:
         tensors, metadata = pack(moment)
-        return tensors, {**metadata, "model": self.name, "fingerprint": self.fingerprint, "source": json.dumps(source)}
+        return tensors, {
+            **metadata,
+            "model": self.loaded.name,
+            "fingerprint": self.loaded.fingerprint,
+            "source": json.dumps(source),
+        }
 
     def _result(self, key: str, packed: Packed, reading: float = 0.0, counting: float = 0.0) -> CorpusMoment:
         source = json.loads(packed[1].get("source", "{}"))

@@ -35,7 +35,7 @@ from ...locate_then_edit.solve import Ridge, Solver, protected_directions
 from ...locate_then_edit.targets import context_texts, forms_of, make_targets, targets_a_request
 from ...locate_then_edit.values import Values, ValueTarget, optimise_values
 from ...models.architecture import Architecture, find_architecture
-from ...models.generate import context_limit, continue_greedily, pad_token_id, token_leak
+from ...models.generate import continue_greedily, token_leak
 from ...models.literal import text_ids
 from ...models.prompts import answer_text, encode, render
 from ...models.served import check_served
@@ -84,9 +84,8 @@ def check_erasable(job: Job[UniEraseHyperParams]) -> None:
 def corpus_of(job: Job[UniEraseHyperParams]) -> Corpus:
     """The ordinary text that a job's edit is to leave alone."""
     return Corpus(
-        job.model, job.tokenizer, job.name, job.hparams, Store(cache_folder(job.hparams.stats_dir)), job.fingerprint,
-        job.words, lines("questions"), paragraphs("ordinary_text_train"), job.max_tokens,
-        lambda share, note: job.progress("statistics", CORPUS_SHARE * share, note),
+        job.loaded, job.hparams, Store(cache_folder(job.hparams.stats_dir)), lines("questions"),
+        paragraphs("ordinary_text_train"), lambda share, note: job.progress("statistics", CORPUS_SHARE * share, note),
     )  # fmt: skip
 
 
@@ -113,16 +112,13 @@ class Editing(Phases, ABC):
         self.model, self.tokenizer, self.hparams, self.requests, self.retain = (
             job.model, job.tokenizer, job.hparams, job.requests, job.retain,
         )  # fmt: skip
-        self.progress, self.earlier, self.max_tokens, self.fingerprint = (
-            job.progress, job.earlier, job.max_tokens, job.fingerprint,
-        )  # fmt: skip
+        self.progress, self.history, self.max_tokens = job.progress, job.history, job.max_tokens
         self.seconds = {"statistics": 0.0, "values": 0.0, "edit": 0.0}
         #: Neighbours that the model answers, with its answers, and all that is to be kept; found by `run`.
         self.kept = Kept((), self.retain)
-        self.pad_id = pad_token_id(job.model, job.tokenizer)
-        self.context = context_limit(job.model)
+        self.pad_id, self.context = job.loaded.pad_id, job.loaded.context
         self.corpus = corpus_of(job)
-        self.words, self.cache = self.corpus.words, self.corpus.cache
+        self.cache = self.corpus.cache
 
     def _contexts(self) -> tuple[str, ...]:
         return context_texts(self.model, self.tokenizer, self.hparams.context_template_length_params, self.pad_id)
@@ -138,9 +134,11 @@ class Editing(Phases, ABC):
 
     def _first_corpus(self) -> CorpusMoment | None:
         """The statistics before the first step where they are at hand, as the peers use them for all steps."""
-        if self.earlier is None:
+        if self.history is None:
             return None
-        return replace(self.corpus, fingerprint=self.earlier.fingerprint, words=self.earlier.words).kept()
+        first, words = self.history.fingerprint, self.history.tokenizer_fingerprint
+        before = replace(self.job.loaded, fingerprint=first, tokenizer_fingerprint=words)
+        return replace(self.corpus, loaded=before).kept()
 
     def _find_kept(self) -> None:
         """Asks the model, as it came, what lies around the facts to forget and in what words it gives those to keep."""
@@ -313,7 +311,7 @@ class Editing(Phases, ABC):
     def _solvers(
         self, corpus: SecondMoment, retain: SecondMoment | None, protected: ProtectedKeys | None = None
     ) -> dict[int, Solver]:  # fmt: skip
-        edits = self.earlier.edits if self.earlier else ()
+        edits = self.history.edits if self.history else ()
         earlier: Mapping[int, Tensor] = files.join_edits(edits).keys if edits else {}
         return {
             layer: make_solver(
@@ -345,7 +343,7 @@ class Erasure(Editing):
 
     def check(self) -> None:
         super().check()
-        if self.earlier is None:
+        if self.history is None:
             # On a copy: what is refused leaves nothing behind.
             add_to_tokenizer(copy.deepcopy(self.tokenizer), self.hparams.unlearning_token)
         self._targets(self._contexts(), {})
@@ -355,9 +353,9 @@ class Erasure(Editing):
         # Before there is a token that the model could say.
         self._find_kept()
         contexts, corpus = self._contexts(), self._corpus_moments()
-        if self.earlier is not None and self.earlier.token is not None:
-            self.token_id = self.earlier.token.id
-            return self._run(architecture(self.model, self.hparams), contexts, corpus, self.earlier.token, None)
+        if self.history is not None and self.history.token is not None:
+            self.token_id = self.history.token.id
+            return self._run(architecture(self.model, self.hparams), contexts, corpus, self.history.token, None)
         room = TokenRoom(self.model, self.tokenizer, self.hparams.unlearning_token)
         self.token_id = room.id
         try:
@@ -409,7 +407,8 @@ class Erasure(Editing):
             settings = {key: value for key, value in h.as_dict().items() if key.startswith(("token_", "unlearning_"))}
             noise = h.token_noise * self._expected_size(arch, contexts, corpus)
             key = digest(
-                CACHE_VERSION, self.fingerprint, self.words, settings, noise, h.layers, h.seed, h.chat_template_kwargs,
+                CACHE_VERSION, self.job.fingerprint, self.job.tokenizer_fingerprint, settings, noise, h.layers, h.seed,
+                h.chat_template_kwargs,
                 sentences, questions, text, arch.tied,
             )[:32]  # fmt: skip
 
@@ -446,7 +445,7 @@ class Erasure(Editing):
         with self.timed("statistics"):
             tokens = self._declined_tokens()
             # As with the corpus, those of the model before its first step serve all steps.
-            first = self.earlier.fingerprint if self.earlier else self.fingerprint
+            first = self.history.fingerprint if self.history else self.job.fingerprint
             name = digest(CACHE_VERSION, first, key, h.layers, h.mom2_dtype, tokens)[:32]
             declined = unpack(SecondMoment, *self.cache.cached("declined", name, lambda: self._counted(arch, tokens)))
         kept = super()._retain_moments(arch, key)

@@ -66,7 +66,7 @@ def removal_of(
             _material(job, _told(job, requests), replace(kept, retain=_told(job, kept.retain))),
             instead=tuple(ids for ids, _ in instead), instead_starts=tuple(start for _, start in instead),
         )  # fmt: skip
-    key = digest(job.fingerprint, job.words, plain(material), job.max_tokens, job.seed)
+    key = digest(job.fingerprint, job.tokenizer_fingerprint, plain(material), job.max_tokens, job.seed)
     return remove(
         arch, material, job.hparams, max_tokens=job.max_tokens, pad_id=pad_token_id(job.model, job.tokenizer),
         seed=job.seed, key=key, phases=phases, progress=lambda share, note: job.progress("removal", share, note),

@@ -1,0 +1,254 @@
+"""Opens what a command works on: a model, a method's settings for it, and the edits that it already has.
+
+`unlearn`, `change`, the statistics and the hosts all come here, so that each of them refuses the same things.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, examine, is_edited
+from .errors import CheckpointError, HyperParamsError, UniEraseError
+from .facts.request import ForgetRequest, check_not_forgotten, one_spelling
+from .hparams import PROMPT_FORMS, HyperParams, UniEraseHyperParams
+from .methods.contract import Changes, History, Job, Method, Progress
+from .models.architecture import refuse_unfit
+from .models.chat_templates import check_chat_template
+from .models.literal import tell_special_names
+from .models.loaded import LoadedModel
+from .models.loading import check_stated_blocks, load
+from .models.prompts import PLAIN_FORM, has_chat_template
+from .results import UnlearnResult
+from .settings.values import checked_seed
+from .statistics.corpus import check_corpus_file
+from .storage.cache import cache_folder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model at hand, a method with its settings for it, and the edits that earlier calls already applied to it."""
+
+    method: Method[Any]
+    loaded: LoadedModel
+    hparams: HyperParams
+    #: Of everything random.
+    seed: int
+    #: What the folder holds that the model was loaded from, where it was edited before.
+    record: Checkpoint | None
+    #: Edits that earlier calls already applied to this model.
+    history: History | None
+
+    @classmethod
+    def open(
+        cls,
+        method: Method[Any],
+        model: Any,
+        tokenizer: Any,
+        hparams: HyperParams | str | os.PathLike[str] | None,
+        options: Mapping[str, Any],
+        device: str,
+        dtype: str,
+    ) -> Session:
+        """Opens a model given by name, takes one at hand, or goes on from an earlier call's result.
+
+        options   settings by name that win over the hyper-parameters' where they are not None
+
+        Raises a UniEraseError for a model, settings or a record that do not go together; nothing was changed then.
+        """
+        seed = options.get("seed")
+        checked_seed(seed or 0)
+        record, history = None, None
+        if isinstance(model, UnlearnResult):
+            _check_same_method(model, method)
+            record = None if model.folder is None else examine(model.folder).up_to()
+            hparams = model.hparams if hparams is None else hparams
+            model, tokenizer, history = model.model, model.tokenizer, model.history
+        if isinstance(model, (str, os.PathLike)):
+            name = os.fspath(model)
+            settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
+            _check_places(settings)
+            record = _earlier_record(name, method)
+            check_stated_blocks(name, settings)
+            model, tokenizer = load(name, device or getattr(settings, "device", ""), dtype)
+            history = _edits_of(record)
+        else:
+            _check_loaded(model, tokenizer, device or dtype)
+            name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+            settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
+        settings = method.settle(model, settings)
+        _tell_form(name, tokenizer, settings)
+        check_chat_template(tokenizer, getattr(settings, "chat_template_kwargs", None))
+        room = options.get("max_batch_tokens") or getattr(settings, "max_batch_tokens", 0) or 0
+        loaded = LoadedModel.of(model, tokenizer, name, room)
+        _check_unchanged(loaded.saved_fingerprint, record, name)
+        return cls(
+            method=method,
+            loaded=loaded,
+            hparams=settings,
+            seed=getattr(settings, "seed", 0) if seed is None else seed,
+            record=record,
+            history=history,
+        )
+
+    def job(
+        self,
+        requests: tuple[ForgetRequest, ...],
+        retain: tuple[ForgetRequest, ...],
+        work: Path | None,
+        progress: Progress,
+        told: bool = False,
+    ) -> Job[Any]:
+        """The method's job on these facts.
+
+        work   the folder in which it keeps what is finished
+        told   the caller has said which facts have names of special tokens in their texts
+        """
+        if not told:
+            names = [getattr(self.hparams, "unlearning_token", "")]
+            tell_special_names(self.loaded.tokenizer, (*requests, *retain), names)
+        return Job(
+            loaded=self.loaded,
+            requests=requests,
+            retain=retain,
+            hparams=self.hparams,
+            seed=self.seed,
+            work=work,
+            history=self.history,
+            progress=progress,
+        )
+
+    def history_after(self, changes: Changes, requests: Sequence[ForgetRequest]) -> History:
+        """The edits that the model has once these changes are applied."""
+        before = self.history or History(None, (), self.loaded.fingerprint, self.loaded.tokenizer_fingerprint)
+        return before.after(changes, requests)
+
+    def forgotten(self, facts: Sequence[ForgetRequest]) -> list[int]:
+        """The numbers of those facts that an earlier step forgot."""
+        in_memory = self.history.questions if self.history else frozenset[str]()
+        found = {index for index, fact in enumerate(facts) if one_spelling(fact.question) in in_memory}
+        if self.record is not None:
+            found.update(self.record.forgotten(fact.question for fact in facts))
+        return sorted(found)
+
+    def check_not_forgotten(self, retain: Sequence[ForgetRequest]) -> None:
+        """Raises RequestError for a fact to keep that an earlier step forgot."""
+        check_not_forgotten(retain, self.forgotten(retain), self.loaded.name)
+
+    def tell_forgotten(self, requests: Sequence[ForgetRequest]) -> None:
+        """Warns of facts that an earlier step forgot already."""
+        again = self.forgotten(requests)
+        if again:
+            logger.warning(
+                "%d of %d facts to forget were forgotten in an earlier step already, %s for one. They are forgotten "
+                "again.",
+                len(again),
+                len(requests),
+                requests[again[0]].label,
+            )
+
+
+def choose_hparams(
+    given: HyperParams | str | os.PathLike[str] | None, model: str, kind: type[HyperParams] = UniEraseHyperParams
+) -> HyperParams:
+    """The hyper-parameters given; else the shipped file whose model_name is this model's; else the defaults of `kind`.
+
+    Raises HyperParamsError for an object of another kind, and for a file that does not fit.
+    """
+    if isinstance(given, HyperParams):
+        if not isinstance(given, kind):
+            raise HyperParamsError(f"This method takes {kind.__name__}, not {type(given).__name__}.")
+        return given
+    return kind.for_model(model) if given is None else kind.from_hparams(os.fspath(given))
+
+
+def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Method[Any]) -> HyperParams:
+    """Options in the place of settings of their name; the seed and the size of a batch need not be settings."""
+    known = hparams.as_dict()
+    if options.get("mom2_dataset") is not None and "mom2_dataset" not in known:
+        raise HyperParamsError(f"The method {method.name!r} reads no corpus. Leave corpus (--corpus) out.")
+    if options.get("harden") is not None and "harden" not in known:
+        raise HyperParamsError(f"The method {method.name!r} cannot be hardened; UniErase can. Leave --harden out.")
+    if options.get("remove") is not None and "remove" not in known:
+        raise HyperParamsError(
+            f"The method {method.name!r} cannot be joined with a removal; UniErase, rome, memit and alphaedit can, and "
+            "--method removal is one alone. Leave --remove out."
+        )
+    if options.get("reverse") and "reverse" not in known:
+        raise HyperParamsError(f"The method {method.name!r} has no reverse; those that edit have. Leave --reverse out.")
+    return hparams.replace(**{name: value for name, value in options.items() if value is not None and name in known})
+
+
+def _check_places(settings: HyperParams) -> None:
+    """Raises a UniEraseError for a cache or a corpus that cannot be used, before the model is loaded."""
+    if hasattr(settings, "stats_dir"):
+        cache_folder(settings.stats_dir)
+    if hasattr(settings, "mom2_dataset"):
+        check_corpus_file(settings.mom2_dataset, getattr(settings, "mom2_n_samples", 1))
+
+
+def _earlier_record(name: str, method: Method[Any]) -> Checkpoint | None:
+    """The record of a folder that was edited before, whose steps this run goes on from."""
+    if not is_edited(name):
+        return None
+    found = examine(name).up_to()
+    if found.manifest["method"] != method.name:
+        raise CheckpointError(
+            f"{name!r} was made by another method; start from its base model {found.manifest['model']!r}."
+        )
+    return found
+
+
+def _check_same_method(result: UnlearnResult, method: Method[Any]) -> None:
+    if result.method != method.name:
+        raise CheckpointError(f"The model was changed by {result.method!r}; {method.name!r} cannot go on from there.")
+
+
+def _edits_of(record: Checkpoint | None) -> History | None:
+    if record is None:
+        return None
+    first = record.manifest
+    return History(
+        record.token,
+        record.edits,
+        first.get("working_fingerprint_before") or first["model_fingerprint_before"],
+        first.get("tokenizer_fingerprint_before", ""),
+    )
+
+
+def _check_loaded(model: Any, tokenizer: Any, placement: str) -> None:
+    if tokenizer is None:
+        raise UniEraseError("A loaded model needs its tokenizer: unlearn(model, forget, tokenizer=tokenizer).")
+    refuse_unfit(model)
+    if placement:
+        raise UniEraseError("device and dtype are for models given by name; move the loaded model yourself.")
+
+
+def _tell_form(name: str, tokenizer: Any, hparams: HyperParams) -> None:
+    if "chat" in getattr(hparams, "prompt_forms", PROMPT_FORMS) and not has_chat_template(tokenizer):
+        logger.warning(
+            "%s has no chat template: questions are edited and asked as %r. A chat model needs its chat_template.",
+            name, PLAIN_FORM,
+        )  # fmt: skip
+
+
+def _dtype_of(record: Checkpoint | None) -> str:
+    """The dtype in which an edited folder was made: in another one, its first step could not be taken back."""
+    if record is None or record.originals is None:
+        return ""
+    return str(next(iter(record.originals.projections.values())).dtype).removeprefix("torch.")
+
+
+def _check_unchanged(fingerprint: str, record: Checkpoint | None, name: str) -> None:
+    if record is not None and fingerprint != record.manifest["model_fingerprint_after"]:
+        raise CheckpointError(
+            f"The weights in {name!r} are not those that its record was written for: they were trained further, or "
+            f"loaded in another dtype than {_dtype_of(record) or 'before'}. Leave dtype out, or start from the base "
+            f"model {record.manifest['model']!r}."
+        )
