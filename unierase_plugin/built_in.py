@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_methods(register: Callable[[Method[Any]], None]) -> None:
+    """Registers UniErase, the other methods of this package, and those of EasyEdit where it is installed."""
     from .hosts.easyedit_methods import easyedit_methods
     from .methods.controls import CONTROLS
     from .methods.editing.rome_memit_alphaedit import EDITING
@@ -29,6 +30,7 @@ def register_methods(register: Callable[[Method[Any]], None]) -> None:
 
 @hookimpl
 def register_request_readers(register: Callable[[str, Reader], None]) -> None:
+    """Registers the readers of TOFU, RETURN, CounterFact and zsRE."""
     from .facts.benchmarks import READERS
 
     for prefix, reader in READERS.items():
@@ -37,6 +39,7 @@ def register_request_readers(register: Callable[[str, Reader], None]) -> None:
 
 @hookimpl
 def register_metrics(register: Callable[[str, Metric], None]) -> None:
+    """Registers the metrics of one generated text."""
     from .evaluation import metrics
 
     for function in (metrics.answered, metrics.is_fluent, metrics.reads_as_idk, metrics.rouge_l_recall):
@@ -45,6 +48,7 @@ def register_metrics(register: Callable[[str, Metric], None]) -> None:
 
 @hookimpl
 def register_hosts(register: Callable[[Host], None]) -> None:
+    """Registers EasyEdit and lm-eval."""
     from .hosts.easyedit import EASYEDIT
     from .hosts.lm_eval import LM_EVAL
 

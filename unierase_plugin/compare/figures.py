@@ -29,6 +29,7 @@ def retention(keep: Figures, before: Figures) -> float:
 
 
 def relative(value: float | None, before: float | None) -> float | None:
+    """`value` as a share of `before`; None if either is unknown or `before` is 0."""
     return value / before if value is not None and before else None
 
 

@@ -19,6 +19,7 @@ def answer(results: Mapping[str, Any]) -> list[str]:
 
 
 def value(row: Row, key: str) -> float | None:
+    """The mean of one figure over a row's seeds; None if it was not measured."""
     found: float | None = row["figures"][key]["mean"]
     return found
 

@@ -152,6 +152,7 @@ def apply_edit(arch: Architecture, edit: WeightEdit) -> Applied:
 
 @torch.no_grad()
 def revert_edit(arch: Architecture, applied: Applied) -> None:
+    """Puts the original weights back, bit for bit."""
     for layer, original in applied.originals.items():
         arch.projections[layer].weight.copy_(original)
 

@@ -13,6 +13,7 @@ PLAIN_FORM = "Question: {question}\nAnswer:"
 
 
 def has_chat_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 

@@ -51,6 +51,7 @@ def refuse_recurrent(model: Any) -> None:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
+    """Puts the model in evaluation mode for a while; its former mode comes back afterwards."""
     training = model.training
     model.eval()
     try:

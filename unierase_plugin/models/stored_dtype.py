@@ -25,6 +25,7 @@ def stored_dtype(model: Any) -> torch.dtype | None:
 
 
 def set_stored_dtype(model: Any, dtype: torch.dtype | None) -> None:
+    """Notes on the model in which dtype its weights are written; None if they are written as they are."""
     setattr(model, ATTRIBUTE, dtype)
 
 

@@ -23,6 +23,7 @@ OPENINGS = (
 
 
 def ban_token(subject: Audited, context: Context) -> AttackResult:
+    """Asks each question while the unlearning token cannot be generated."""
     if subject.token_id is None and context.plain is not None:
         return _nothing_to_ban(context.plain, "token banned")
     asks = [ask(subject, context, fact.question) for fact in context.facts]
@@ -36,6 +37,10 @@ def _nothing_to_ban(plain: AttackResult, name: str) -> AttackResult:
 
 
 def ban_refusals(subject: Audited, context: Context) -> AttackResult:
+    """Asks each question while the usual openings of a refusal, and the unlearning token, cannot be generated.
+
+    A full audit has a second variant: no answer may begin in the first person or with a denial either.
+    """
     asks = [ask(subject, context, fact.question) for fact in context.facts]
     sequences = refusal_ids(subject)
     token = [] if subject.token_id is None else [subject.token_id]
@@ -64,6 +69,10 @@ def _spelt(subject: Audited, texts: tuple[str, ...]) -> list[list[int]]:
 
 
 def delete_rows(subject: Audited, context: Context) -> AttackResult:
+    """Asks each question after the unlearning token's rows of the embedding and of the LM head were set to zero.
+
+    The token is banned too. The rows are put back afterwards.
+    """
     if subject.token_id is None and context.plain is not None:
         return _nothing_to_ban(context.plain, "rows deleted")
     asks = [ask(subject, context, fact.question) for fact in context.facts]

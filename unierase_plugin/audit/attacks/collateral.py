@@ -56,6 +56,10 @@ def is_refusal(context: Context, text: str) -> bool:
 
 
 def ordinary_text(subject: Audited, context: Context) -> AttackResult:
+    """Perplexity of each bundled ordinary text, and how likely the unlearning token is inside these texts.
+
+    The series `perplexity` has one value a text. Nothing is generated, so there are no measures.
+    """
     texts = paragraphs("ordinary_text")[: context.sizes.texts]
     # One by one, so that the ratio to another model has an interval.
     levels: list[Value] = []

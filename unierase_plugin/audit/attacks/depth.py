@@ -35,6 +35,10 @@ STRIDE = 3
 
 
 def run(subject: Audited, context: Context) -> AttackResult:
+    """One minus the Unlearning Depth Score of each fact, and the loss of log-probability by block, in nats a token.
+
+    Raises ValueError without `Context.original`. The result is `unfit` for a model of another shape or tokenizer.
+    """
     target, theirs = context.original, context.earlier.get(REFERENCE)
     if target is None:
         raise ValueError("patching-depth looks into the unedited model: set Context.original")

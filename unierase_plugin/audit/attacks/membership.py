@@ -25,6 +25,11 @@ SCORES = ("loss", "zlib", "min-k", "min-k++", "gradient norm", "reference")
 
 
 def run(subject: Audited, context: Context) -> AttackResult:
+    """Compares the scores of forgotten facts with those of the same number of other facts.
+
+    `figures["auc"]` has the area under the ROC curve by score, in [0, 1]; 0.5 is chance. The other facts are the
+    held-out ones or, without any, the retain set.
+    """
     others = context.holdout or context.kept
     count = min(len(context.facts), len(others), 16 if not context.sizes.every_variant else 400)
     members, strangers = context.facts[:count], others[:count]

@@ -14,6 +14,7 @@ GIVEN_AWAY = 4
 
 
 def prefill(subject: Audited, context: Context) -> AttackResult:
+    """Asks each question with the opening of a willing answer already in the model's turn."""
     chosen = PREFILLS if context.sizes.every_variant else PREFILLS[:1]
     banned = without_token(subject)
     runs: list[tuple[str, str, dict[str, Any]]] = [(f'"{text}"', text, {}) for text in chosen]
@@ -30,6 +31,7 @@ def prefill(subject: Audited, context: Context) -> AttackResult:
 
 
 def first_word(subject: Audited, context: Context) -> AttackResult:
+    """Asks each question with the first words of the true answer already in the model's turn."""
     return AttackResult((_first_words(subject, context),))
 
 

@@ -7,6 +7,7 @@ from ..contract import Attack, AttackResult, Audited, Context
 
 
 def run(subject: Audited, context: Context) -> AttackResult:
+    """Asks each question as it is, and decodes greedily."""
     asks = [ask(subject, context, fact.question) for fact in context.facts]
     return AttackResult((tried(subject, context, "as it is", asks, progress=context.progress),))
 

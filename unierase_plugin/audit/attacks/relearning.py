@@ -68,11 +68,13 @@ def some_forgotten(subject: Audited, context: Context) -> AttackResult:
 
 
 def kept_only(subject: Audited, context: Context) -> AttackResult:
+    """Trains on the retain set; every forgotten fact is measured."""
     rows = [_fact_row(subject, context, fact) for fact in context.kept]
     return _relearn(subject, context, rows, frozenset(range(len(context.facts))), context.sizes.relearn_steps)
 
 
 def unrelated_text(subject: Audited, context: Context) -> AttackResult:
+    """Trains on bundled ordinary text; every forgotten fact is measured."""
     ids = (subject.tokenizer(text)["input_ids"][:TEXT_TOKENS] for text in paragraphs("ordinary_text_train"))
     rows = [Row(tuple(each), 1) for each in ids if len(each) > 1]
     return _relearn(subject, context, rows, frozenset(range(len(context.facts))), context.sizes.relearn_steps)

@@ -16,6 +16,10 @@ Change = Callable[[Tensor], Tensor]
 
 
 def quantise(subject: Audited, context: Context) -> AttackResult:
+    """Asks each question after all linear maps were rounded to few bits.
+
+    `figures["perplexity"]` has the perplexity on ordinary text by variant. It tells a lost edit from a broken model.
+    """
     variants: dict[str, Change] = {"int4, groups of 128": lambda weight: rounded(weight, 4, 128)}
     if context.sizes.every_variant:
         variants |= {
@@ -27,6 +31,10 @@ def quantise(subject: Audited, context: Context) -> AttackResult:
 
 
 def prune(subject: Audited, context: Context) -> AttackResult:
+    """Asks each question after the smallest weights of every linear map were set to zero.
+
+    `figures["perplexity"]` has the perplexity on ordinary text by variant. It tells a lost edit from a broken model.
+    """
     shares = (0.1, 0.3, 0.5) if context.sizes.every_variant else (0.3,)
     return _changed(subject, context, {f"{share:.0%} pruned": _pruning(share) for share in shares})
 

@@ -20,6 +20,7 @@ SHOTS = 3
 
 
 def paraphrases(subject: Audited, context: Context) -> AttackResult:
+    """Asks the paraphrases that the data has; a fact with fewer of them counts only in the first variants."""
     most = max(len(fact.paraphrases) for fact in context.facts)
 
     def build(index: int) -> Build:
@@ -29,6 +30,8 @@ def paraphrases(subject: Audited, context: Context) -> AttackResult:
 
 
 def spellings(subject: Audited, context: Context) -> AttackResult:
+    """Asks each question with two typos; a full audit also changes its case and drops its punctuation."""
+
     def asked(change: Callable[[str], str]) -> Build:
         return lambda fact: ask(subject, context, change(fact.question))
 
@@ -43,6 +46,11 @@ def spellings(subject: Audited, context: Context) -> AttackResult:
 
 
 def templates(subject: Audited, context: Context) -> AttackResult:
+    """Asks each question outside the usual template: in plain text, or as a chat turn where plain text is usual.
+
+    A full audit also tries other frames of the question and other system prompts.
+    """
+
     def framed(frame: str) -> Build:
         return lambda fact: ask(subject, context, frame.format(fact.question))
 
@@ -66,6 +74,7 @@ def templates(subject: Audited, context: Context) -> AttackResult:
 
 
 def few_shot(subject: Audited, context: Context) -> AttackResult:
+    """Asks each question after kept questions with their answers, as turns or in plain text."""
     before = [(fact.question, fact.answer) for fact in context.kept[:SHOTS]]
     variants: dict[str, Build] = {
         "answered turns before": lambda fact: ask(subject, context, fact.question, before=before)
@@ -78,6 +87,7 @@ def few_shot(subject: Audited, context: Context) -> AttackResult:
 
 
 def fill_in(subject: Audited, context: Context) -> AttackResult:
+    """Asks the model to complete a statement that ends where the answer begins."""
     variants: dict[str, Build] = {
         "statement to go on with": lambda fact: _continued(subject, statement(fact.question)),
     }

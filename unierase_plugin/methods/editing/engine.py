@@ -529,6 +529,10 @@ def default_layers(blocks: int) -> tuple[int, ...]:
 
 
 def architecture(model: Any, hparams: UniEraseHyperParams) -> Architecture:
+    """Finds the blocks and MLP output projections, by the module templates of the settings where these are given.
+
+    Raises the errors of `find_architecture`.
+    """
     return find_architecture(model, hparams.rewrite_module_tmp, hparams.layer_module_tmp)
 
 

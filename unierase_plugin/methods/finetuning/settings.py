@@ -85,11 +85,15 @@ class FineTuneHyperParams(TrainingHyperParams):
 
 @dataclass(frozen=True)
 class AscentGDHyperParams(TrainingHyperParams):
+    """Settings of Yuan et al. 2024 (arXiv 2410.08109) for gradient ascent with descent on the retain set."""
+
     folder: ClassVar[str] = "GA_GD"
 
 
 @dataclass(frozen=True)
 class AscentKLHyperParams(TrainingHyperParams):
+    """Settings of Yuan et al. 2024 (arXiv 2410.08109) for gradient ascent with KL on the retain set."""
+
     folder: ClassVar[str] = "GA_KL"
 
 
@@ -105,26 +109,36 @@ class PreferenceHyperParams(TrainingHyperParams):
 
 @dataclass(frozen=True)
 class NPOGDHyperParams(PreferenceHyperParams):
+    """Settings for NPO with descent on the retain set: beta of Zhang et al. 2024 (arXiv 2404.05868)."""
+
     folder: ClassVar[str] = "NPO_GD"
 
 
 @dataclass(frozen=True)
 class NPOKLHyperParams(PreferenceHyperParams):
+    """Settings for NPO with KL on the retain set: beta of Zhang et al. 2024 (arXiv 2404.05868)."""
+
     folder: ClassVar[str] = "NPO_KL"
 
 
 @dataclass(frozen=True)
 class DPOGDHyperParams(PreferenceHyperParams):
+    """Settings for DPO with descent on the retain set: beta of Zhang et al. 2024 (arXiv 2404.05868)."""
+
     folder: ClassVar[str] = "DPO_GD"
 
 
 @dataclass(frozen=True)
 class DPOKLHyperParams(PreferenceHyperParams):
+    """Settings for DPO with KL on the retain set: beta of Zhang et al. 2024 (arXiv 2404.05868)."""
+
     folder: ClassVar[str] = "DPO_KL"
 
 
 @dataclass(frozen=True)
 class IDKAPHyperParams(PreferenceHyperParams):
+    """Settings of Yuan et al. 2024 (arXiv 2410.08109) for IDK with answer preservation."""
+
     folder: ClassVar[str] = "IDK_AP"
 
 
