@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The figures of docs/benchmarks.md that compare methods: tofu200, 40 facts to forget and 160 to keep.
+"""The figures of docs/explanation/benchmarks.md that compare methods: tofu200, 40 facts to forget and 160 to keep.
 
     python benchmarks/compare_tofu.py --shared ../shared --out results/compare
     python benchmarks/compare_tofu.py --shared ../shared --out results/compare --only tuned --budget 4

@@ -6,8 +6,8 @@
 `demo` is what `unierase demo` runs. `second` is another list, whose facts to forget no default was chosen on.
 `tofu200` is the model that `shared/models/tofu_model.py` builds, with the 40 facts of forget01 to forget and the 160
 others that it memorised to keep. Facts of the list that was not edited are asked too: nothing protects those. Writes
-results/<name>-<seed>.json and prints the table of docs/benchmarks.md. Seconds are of this machine and exclude a token
-and statistics that the cache holds: set UNIERASE_CACHE to an empty folder for those of a first run.
+results/<name>-<seed>.json and prints the table of docs/explanation/benchmarks.md. Seconds are of this machine. A token
+and statistics that the cache holds are not in them: set UNIERASE_CACHE to an empty folder for those of a first run.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 DIR holds tofu200 and tofu160r, as `shared/models/tofu_model.py` builds them. A row is `unedited`, `reference` (never
 trained on the 40 facts), a folder that `unierase run` wrote, `none` (the paper's method), or hardenings joined by +.
 `@` sets hyper-parameters: `unlikely_answer@v_unlikely_weight=8`. Every row is kept in OUT as it ends and not measured
-again. Prints the table of docs/hardening.md: mean ROUGE-L recall of the true answers under each attack (leak-at-k and
-what generates nothing: the share given). `quantise:full` takes every variant that `audit --full` takes.
+again. Prints the table of docs/explanation/hardening.md: mean ROUGE-L recall of the true answers under each attack
+(leak-at-k and what generates nothing: the share given). `quantise:full` takes every variant that `audit --full` takes.
 """
 
 from __future__ import annotations

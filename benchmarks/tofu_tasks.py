@@ -6,9 +6,10 @@
     python benchmarks/tofu_tasks.py overhead --shared ../shared tofu200 --documents 20
 
 A model is a folder, or a name that `shared/models/tofu_model.py` builds (into --out). `figures` runs the retain-only
-reference first, then forget quality and model utility of every model, and prints the rows of docs/benchmarks.md;
---limit asks fewer documents of each task. `agreement` compares every figure of single documents with tofu_reference.py.
-`overhead` sends the same requests to lm-eval's model by themselves, in turn with the whole task.
+reference first, then forget quality and model utility of every model, and prints the rows of
+docs/explanation/benchmarks.md; --limit asks fewer documents of each task. `agreement` compares every figure of single
+documents with tofu_reference.py. `overhead` sends the same requests to lm-eval's model by themselves, in turn with the
+whole task.
 """
 
 from __future__ import annotations

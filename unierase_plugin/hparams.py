@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FACT_TOKENS = ("subject_last", "last")
 SOLVERS = ("ridge", "null_space", "exact")
 PROMPT_FORMS = ("chat", "plain", "bare")
-#: What can be done beyond the paper's method against attacks (docs/hardening.md); each can be had alone.
+#: What can be done beyond the paper's method against attacks (docs/explanation/hardening.md); each can be had alone.
 HARDENINGS = ("forms", "paraphrases", "unlikely_answer", "second_refusal", "answer_span")
 #: A block's number, or -1 for one that is chosen by the model's depth.
 LAYERS = Range(-1, 1e6)
@@ -37,7 +37,8 @@ CONTEXTS_MOST = 1000
 HARDENED: Mapping[str, Any] = {
     "harden": ("unlikely_answer", "second_refusal"), "clamp_norm_factor": 3.0, "v_lr": 0.2, "v_num_grad_steps": 60,
 }  # fmt: skip
-#: What `--remove` sets: a removal, and neighbours, without which it takes facts that nobody gave (docs/precision.md).
+#: What `--remove` sets: a removal, and neighbours. Without them it takes facts that nobody gave
+#: (docs/explanation/precision.md).
 REMOVED: Mapping[str, Any] = {"remove": True, "retain_neighbours": 6}
 
 
@@ -142,7 +143,7 @@ class HyperParams:
 
 @dataclass(frozen=True)
 class RemovalSettings(HyperParams):
-    """What shapes a removal (docs/removal.md), alone as a method or before an edit. Block numbers count from 0."""
+    """What shapes a removal (docs/explanation/removal.md), by itself or before an edit. Blocks count from 0."""
 
     #: Passes of distillation: each is one forward and one backward over the facts, and a ridge solve a block.
     removal_passes: int = 4
@@ -234,7 +235,7 @@ class EngineSettings(HyperParams):
     #: and the sentence's, is below this (nats).
     v_stop_loss: float = 0.05
 
-    # --- hardening (docs/hardening.md) --------------------------------------------------------------------------------
+    # --- hardening (docs/explanation/hardening.md) --------------------------------------------------------------------
     #: Against attacks on the edit, any of: forms (all prompt forms), paraphrases (reworded questions too),
     #: unlikely_answer (the true answer is made improbable with the token masked), second_refusal (the sentence is made
     #: probable with the token masked), answer_span (edits inside the answer too). Nothing is the paper's method.
@@ -314,7 +315,7 @@ class EngineSettings(HyperParams):
     #: Whether it loads the model in float16; else float32.
     fp16: bool = False
 
-    # --- removal (docs/removal.md) ------------------------------------------------------------------------------------
+    # --- removal (docs/explanation/removal.md) ------------------------------------------------------------------------
     #: Whether what the model knows of the facts is removed; what it says instead is then learned in the same passes.
     remove: bool = False
 

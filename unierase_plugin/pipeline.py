@@ -94,11 +94,11 @@ def unlearn(
     hparams   an object, a YAML file, a shipped file's stem; without it the shipped file for this model, else defaults
     corpus    text for the second moment, where the method takes one: "self", a text file, or a hub dataset as
               name[:config[:column]]
-    harden    whether the edit is to withstand attacks, in the ways that earned it (docs/hardening.md): sets
+    harden    whether the edit is to withstand attacks, in the ways that earned it (docs/explanation/hardening.md): sets
               `hparams.HARDENED`, whatever hparams says; UniErase's setting `harden` names single ways
     remove    whether what the model knows of the facts is removed, and what it says instead learned after that
-              (docs/removal.md): sets `hparams.REMOVED`, whatever hparams says, of which the setting `remove` is one;
-              the method "removal" does the first alone
+              (docs/explanation/removal.md): sets `hparams.REMOVED`, whatever hparams says, the setting `remove` among
+              them; the method "removal" does the first alone
     reverse   whether the way back from the answer to the subject is forgotten too; the hparams' when left out
     out       output folder; without it nothing is written but the caches
     judged    how many facts of each set are answered before and after, since generating takes time

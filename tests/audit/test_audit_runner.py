@@ -458,7 +458,7 @@ def test_the_command_says_what_it_needs() -> None:
 
 
 def test_the_documentation_has_every_attack_and_key(whole: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "audit.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "explanation" / "audit.md").read_text(encoding="utf-8")
     for attack in ATTACKS:
         assert f"| `{attack.name}` |" in text
     report = json.loads((whole / "audit.json").read_text(encoding="utf-8"))

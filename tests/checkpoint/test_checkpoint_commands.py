@@ -168,7 +168,7 @@ def test_sealed_texts_open_with_their_secret_alone() -> None:
 
 
 def test_a_list_of_likely_answers_and_names_finds_nothing(steps: Path) -> None:
-    """Short texts are hashed with their question; who guesses the question finds both (docs/checkpoints.md)."""
+    """Short texts are hashed with their question; who guesses the question finds both (docs/how-to/checkpoints.md)."""
     found = read_checkpoint(steps / "one")
     salt, line = found.manifest["salt"], found.ledger[0]
     for name in ("answer", "subject"):

@@ -99,7 +99,7 @@ def test_every_method_is_a_row_and_one_that_fails_says_so(base: Path, tmp_path: 
 
 def test_the_documentation_names_every_key_of_the_results(base: Path, tmp_path: Path) -> None:
     results = run(base, tmp_path / "out", "none", bisections=0)
-    text = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "compare.md").read_text(encoding="utf-8")
     named = [*results, *(f"rows[].{key}" for key in results["rows"][0])]
     assert [key for key in named if f"`{key}" not in text] == []
 

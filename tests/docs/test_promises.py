@@ -11,14 +11,14 @@ DOCS = TESTS.parent / "docs"
 
 
 def test_every_test_that_a_page_names_exists() -> None:
-    for page in sorted(DOCS.glob("*.md")):
+    for page in sorted(DOCS.rglob("*.md")):
         named = re.findall(r"`((?:\w+/)?test_\w+\.py)::(\w+)`", page.read_text(encoding="utf-8"))
         missing = [f"{file}::{test}" for file, test in named if test not in _tests(TESTS / file)]
         assert missing == [], page.name
 
 
 def test_every_promise_has_a_test() -> None:
-    text = (DOCS / "promises.md").read_text(encoding="utf-8")
+    text = (DOCS / "explanation/promises.md").read_text(encoding="utf-8")
     promises = re.findall(
         r"^- \*\*.*?(?=^- \*\*|^#|\Z)", text.partition("## The fault suite")[0], re.MULTILINE | re.DOTALL
     )

@@ -15,7 +15,7 @@ from small import FORGET, FORGET_MORE, HPARAMS, RETAIN, save_base, shrink
 
 from unierase_plugin import UniEraseHyperParams, unlearn
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs/reference"
 
 
 @pytest.fixture(scope="module")

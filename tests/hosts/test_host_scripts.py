@@ -107,7 +107,7 @@ def test_an_option_that_is_none_of_the_methods_keeps_its_choices(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("source", "says"),
-    [("print('hello')", r"by hand: docs/hosts.md"), ("if x = 1", "is not a Python script")],
+    [("print('hello')", r"by hand: docs/how-to/hosts.md"), ("if x = 1", "is not a Python script")],
 )
 def test_a_script_that_chooses_nothing_is_refused(tmp_path: Path, source: str, says: str) -> None:
     with pytest.raises(UniEraseError, match=says):

@@ -32,7 +32,7 @@ from unierase_plugin.plugins import hookspecs
 from unierase_plugin.plugins import registration as module
 from unierase_plugin.plugins.registration import BUILT_IN, load_registry
 
-PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "plugins.md").read_text(encoding="utf-8")
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("register_"))
 HEAD = """
 from unierase_plugin import ForgetRequest, hookimpl

@@ -157,7 +157,7 @@ def test_a_tofu_task_reads_the_folder(folder: Path, tmp_path: Path, monkeypatch:
 def test_every_task_is_named_in_the_help_and_the_docs() -> None:
     shown = CliRunner().invoke(command_line(), ["eval", "--help"])
     assert shown.exit_code == 0
-    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "tasks.md").read_text(encoding="utf-8")
     names = ours().all_tasks
     assert len(names) == 19
     assert [name for name in names if name not in shown.output or f"`{name}`" not in page] == []

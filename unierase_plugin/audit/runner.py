@@ -48,7 +48,7 @@ from .verdict import Finding, compare, find_damage, judge
 
 logger = logging.getLogger(__name__)
 
-#: Version of audit.json's schema (docs/audit.md), and part of every kept result's key.
+#: Version of audit.json's schema (docs/explanation/audit.md), and part of every kept result's key.
 SCHEMA = 1
 #: Folder within the output in which results are kept as they come.
 PARTS = "results"

@@ -1,4 +1,4 @@
-"""The verdict, by the rule that docs/audit.md states: every comparison is with a control and by a 95 % interval."""
+"""The verdict, by the rule of docs/explanation/audit.md: every comparison is with a control and by a 95 % interval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tells lm-eval and EasyEdit of unierase-plugin at the moment when a program imports them; docs/hosts.md has the why.
+"""Tells lm-eval and EasyEdit of unierase-plugin when a program imports them; docs/how-to/hosts.md has the why.
 
 Python calls `install` at its start: named by unierase_autoload.pth, and from Python 3.15 on by unierase_autoload.start
 (PEP 829). Until one of the two hosts is imported nothing of the package is. UNIERASE_AUTOLOAD=0 switches it off.

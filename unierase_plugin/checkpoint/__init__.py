@@ -9,7 +9,7 @@
 `.unierase-files.json` beside the weights lists what was written, and so what may go when the folder is replaced.
 
 Steps are counted from 1: step k is what the k-th run of sequential unlearning added; step 0 is the unedited model.
-docs/checkpoints.md says what can be done with it.
+docs/how-to/checkpoints.md says what can be done with it.
 """
 
 from .contents import is_whole

@@ -44,7 +44,7 @@ def plugins(as_json: AsJson = False) -> None:
 def hosts(as_json: AsJson = False) -> None:
     """Lists the harnesses that can be told of this package, and whether that happens when they are imported.
 
-    UNIERASE_AUTOLOAD=0 switches it off; docs/hosts.md says what it does.
+    UNIERASE_AUTOLOAD=0 switches it off; docs/how-to/hosts.md says what it does.
     """
     from ..hosts import is_awaited, is_installed
     from ..plugins.registration import registry

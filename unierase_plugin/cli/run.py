@@ -67,12 +67,12 @@ def run(
                                              "text file, or a hub dataset as name:config:column.")] = "",
     harden: Annotated[
         bool, typer.Option("--harden", help="Harden the edit against attacks, such as a ban of the token; takes longer "
-                                            "(docs/hardening.md). The setting `harden` names single ways.")
+                                            "(docs/explanation/hardening.md). The setting `harden` names single ways.")
     ] = False,
     remove: Annotated[
         bool, typer.Option("--remove", help="Take what the model knows of the facts out of it, then teach it to "
                                             "decline; keeps questions around them that the model answers; takes longer "
-                                            "(docs/removal.md). --method removal does the first alone.")
+                                            "(docs/explanation/removal.md). --method removal does the first alone.")
     ] = False,
     reverse: Annotated[
         bool, typer.Option("--reverse", help="Forget the way back too: from the answer to what was asked about "

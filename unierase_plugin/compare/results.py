@@ -19,7 +19,7 @@ from .stages import FAILED, Cell, Stages, read_json
 from .tables import markdown, tex
 from .words import answer
 
-#: Version of results.json's schema (docs/compare.md).
+#: Version of results.json's schema (docs/how-to/compare.md).
 SCHEMA = 1
 
 #: Figures that are followed over the steps.

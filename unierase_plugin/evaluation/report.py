@@ -8,7 +8,7 @@ from typing import Any
 
 from .metrics import answered, mean, reads_as_idk, rouge_l_recall
 
-#: Version of report.json's schema (docs/report.md).
+#: Version of report.json's schema (docs/reference/report.md).
 SCHEMA = 1
 
 

@@ -1,6 +1,6 @@
 """ROME, MEMIT, AlphaEdit and their relatives: their `apply_X_to_model` for UniErase.
 
-A harness of theirs takes it by an import and an entry of its table of algorithms; docs/hosts.md shows both lines.
+Such a harness takes it by an import and an entry in its table of algorithms. docs/how-to/hosts.md shows both lines.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def add_choice(source: str, path: Path) -> ast.Module:
         raise UniEraseError(
             f"{path} chooses no class of settings by a method's name, neither by `if ... == 'ROME': ... = "
             f"ROMEHyperParams` nor by a table of such names, so that {METHOD} cannot be added to it. Change the script "
-            "by hand: docs/hosts.md shows the two lines."
+            "by hand: docs/how-to/hosts.md shows the two lines."
         )
     return program
 

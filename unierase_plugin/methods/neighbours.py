@@ -83,7 +83,8 @@ class _Asking:
         around = questions_around(
             job.requests, job.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted, answers
         ) if wanted else []  # fmt: skip
-        # Around answers that are sentences, neighbours went with more of the fact being left (docs/removal.md).
+        # Around answers that are sentences, neighbours went with more of the fact being left
+        # (docs/explanation/removal.md).
         around = [each for each in around if is_short(job.requests[each.of].answer)]
         # A long answer is a sentence as it stands.
         short = [fact for fact in job.retain if self.own_words and is_short(fact.answer)]

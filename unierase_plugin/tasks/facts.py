@@ -28,7 +28,7 @@ DIRECTIONS = {"answered": False, "rougeL_recall": False, "idk_rate": True, "toke
 
 @dataclass(frozen=True)
 class Settings:
-    """What tasks read of lm-eval's `--metadata`; docs/tasks.md describes each."""
+    """What tasks read of lm-eval's `--metadata`; docs/reference/tasks.md describes each."""
 
     unlearning_token: str = UniEraseHyperParams.unlearning_token
     token_shown: bool = False

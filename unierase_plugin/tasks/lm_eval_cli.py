@@ -47,7 +47,7 @@ Runs lm-eval with this package's tasks beside its own. All of lm-eval's options 
                             unlearning_utility    lm-eval's mmlu, triviaqa, gsm8k and humaneval
   --apply_chat_template   With --model DIR and tasks of this package, on where the tokenizer has a chat template;
                           `--apply_chat_template false` asks in plain text.
-  --metadata JSON         '{"reference": "DIR", "data_dir": "DIR"}' and more. docs/tasks.md describes all keys:
+  --metadata JSON         '{"reference": "DIR", "data_dir": "DIR"}' and more; docs/reference/tasks.md has all keys:
                             reference             where --log_samples wrote the retain-only model's run of this task
                             data_dir, return_dir  folders of TOFU and RETURN, before UNIERASE_TOFU_DIR and _RETURN_DIR
                             semantic              true: cosine similarity, entailment and a gibberish detector too

@@ -2,7 +2,7 @@
 
 Definitions are those of TOFU (Maini et al. 2024, arXiv 2401.06121, section 2.2) as open-unlearning (Dorna et al. 2025,
 arXiv 2506.12618) computes them today, its guard against division by zero included, so that figures can be put beside
-published ones. docs/tasks.md says where TOFU's own code differs.
+published ones. docs/reference/tasks.md says where TOFU's own code differs.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ class RemovalHyperParams(RemovalSettings):
     prompt_forms: tuple[str, ...] = ("chat",)
     #: Extra arguments of the tokenizer's chat template.
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    #: Neighbours a fact, made by rule and answered by the model, that join the facts to keep (docs/precision.md).
+    #: Neighbours a fact, made by rule and answered by the model, that join the facts to keep
+    #: (docs/explanation/precision.md).
     retain_neighbours: int = 6
     device: str = ""
     #: Tokens of one batch at most; 0 chooses by device.
