@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import repeat
 
 from ..evaluation.metrics import answered, folded, words
 from ..models.chat_templates import refusal
@@ -134,9 +135,11 @@ def say(
     for rows in token_batches(lengths, max(1, batch_tokens(subject) // samples)):
         batch = pad([asks[row].ids for row in rows], pad_id, "left", model.get_input_embeddings().weight.device)
         shared = _read(subject, batch, samples) if samples > 1 else {}
+        ids, mask = (
+            repeat(each, "prompt token -> (prompt sample) token", sample=samples) for each in (batch.ids, batch.mask)
+        )
         written = generate(
-            model, batch.ids.repeat_interleave(samples, 0), batch.mask.repeat_interleave(samples, 0), room, pad_id,
-            temperature=temperature, **shared, **settings,
+            model, ids, mask, room, pad_id, temperature=temperature, **shared, **settings,
         )  # fmt: skip
         said = [decode_answer(model, tokenizer, ids, pad_id) for ids in written.tolist()]
         for place, row in enumerate(rows):

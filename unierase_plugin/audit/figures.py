@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
 
 #: Two-sided 95 % point of the normal distribution.
 Z95 = 1.959963984540054
@@ -24,11 +26,17 @@ def wilson(hits: float, n: int) -> Interval:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """95 % percentile interval of a mean over resampled items."""
-    draw = random.Random(seed)
-    means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(BOOTSTRAP_DRAWS))
-    cut = round(0.025 * BOOTSTRAP_DRAWS)
-    return means[cut], means[-cut - 1]
+    """95 % percentile interval of a mean over resampled items; the value itself where there is one."""
+    if len(values) < 2:  # scipy resamples no single item
+        return (values[0], values[0])
+    drawn = scipy.stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=BOOTSTRAP_DRAWS,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -65,8 +73,9 @@ def leak_at_k(n: int, hits: int, k: int) -> float:
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
     """Chance that a positive scores above a negative, ties counting half; 0.5 where one of them is empty."""
-    pairs = [(p > q) + 0.5 * (p == q) for p in positive for q in negative]
-    return sum(pairs) / len(pairs) if pairs else 0.5
+    if not positive or not negative:
+        return 0.5
+    return float(scipy.stats.mannwhitneyu(positive, negative).statistic) / (len(positive) * len(negative))
 
 
 def extraction_strength(wanted: Sequence[int], predicted: Sequence[int]) -> float:

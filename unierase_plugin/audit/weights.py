@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..models.architecture import Architecture, stores_input_first
@@ -70,14 +71,15 @@ def rounded(weight: Tensor, bits: int, group: int = 0) -> Tensor:
     group: inputs that share a scale, 0 for a whole row. No entry moves by more than half a step, (max - min) /
     (2^bits - 1) / 2 of its group. Constant groups stay as they are.
     """
-    out, width = weight.shape
+    width = weight.shape[1]
     size = group or width
-    padded = nn.functional.pad(weight, (0, -width % size), mode="replicate").reshape(out, -1, size)
-    low, high = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
+    padded = nn.functional.pad(weight, (0, -width % size), mode="replicate")
+    grouped = rearrange(padded, "out (group input) -> out group input", input=size)
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     step = (high - low) / (2**bits - 1)
-    level = ((padded - low) / torch.where(step > 0, step, torch.ones_like(step))).round()
-    result: Tensor = (low + level * step).reshape(out, -1)[:, :width]
-    return result
+    level = ((grouped - low) / torch.where(step > 0, step, torch.ones_like(step))).round()
+    joined: Tensor = rearrange(low + level * step, "out group input -> out (group input)")
+    return joined[:, :width]
 
 
 def pruned(weight: Tensor, share: float) -> Tensor:

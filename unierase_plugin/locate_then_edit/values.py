@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import EditError
@@ -360,7 +361,7 @@ class _Rows:
         seen = self._seen(self.logits(arch, delta)).to(looks.weight.device)
         place = looks.kind * len(delta) + self.owner[looks.rows]
         summed: Tensor = seen.new_zeros((STAYS + 1) * len(delta)).index_add(0, place, seen * looks.weight)
-        return summed.view(STAYS + 1, -1)
+        return rearrange(summed, "(kind target) -> kind target", kind=STAYS + 1)
 
     def _seen(self, logits: Tensor) -> Tensor:
         seen: Tensor = Divergence.apply(logits, self.looks.wanted, self.reference)

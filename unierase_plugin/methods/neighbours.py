@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from .. import checkpoint as files
 from ..evaluation.metrics import answered, is_short
@@ -127,5 +128,5 @@ class _Asking:
                 sequences.append([*opening, *tokenizer(f" {name}", add_special_tokens=False)["input_ids"]])
                 starts.append(len(opening))
         scores = mean_log_likelihoods(self.job.model, tokenizer, sequences, starts)
-        table = torch.tensor(scores).view(len(subjects) + 1, len(called))
+        table = rearrange(torch.tensor(scores), "(subject kind) -> subject kind", kind=len(called))
         return [list(called)[at] for at in (table[1:] - table[0]).argmax(1).tolist()]

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import EditError
@@ -299,4 +300,5 @@ def watched(arch: Architecture, layers: Sequence[int]) -> Iterator[tuple[dict[in
 @fast_products()
 def _product(gradient: Tensor, keys: Tensor) -> Tensor:
     """sum_p g_p k_p^T (d, m) float32."""
-    return gradient.flatten(0, -2).float().T @ keys.flatten(0, -2).float()
+    rows = rearrange(gradient, "... d -> (...) d").float()
+    return rows.T @ rearrange(keys, "... m -> (...) m").float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..models.architecture import Architecture
@@ -62,5 +63,5 @@ def _draw(logits: Tensor, seed: int, row: int) -> Tensor:
 
 @fast_products()
 def _square(gradient: Tensor) -> Tensor:
-    rows = gradient.flatten(0, -2).float()
+    rows = rearrange(gradient, "... d -> (...) d").float()
     return rows.T @ rows

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import EditError
@@ -192,7 +193,7 @@ def _adding(
     last = max(sums)
 
     def add(layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        keys = args[0].flatten(0, -2)
+        keys = rearrange(args[0], "... m -> (...) m")
         _add_products(sums[layer], (keys if rows is None else keys[rows.to(keys.device)]).to(dtype))
         added.add(layer)
         if layer == last:

@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ...models.generate import pad_token_id
@@ -72,14 +73,14 @@ def candidate_states(subject: Audited, context: Context, facts: Sequence[Fact]) 
     for rows in token_batches(longest, batch_tokens(subject) // len(said[0])):
         # What the question is read into is shared by its answers.
         prefix = cache_prefixes(arch, [asked[row] for row in rows], pad_id)
-        four = torch.arange(len(rows)).repeat_interleave(len(said[0]))
+        four = repeat(torch.arange(len(rows)), "fact -> (fact answer)", answer=len(said[0]))
         prefix = prefix.select(four)
         suffix = continue_from(prefix, [ids for row in rows for ids in said[row]], pad_id)
         seen = run_blocks(arch, suffix, cache=prefix.fresh(), outputs_of=blocks, last=blocks[-1]).outputs
         real = suffix.mask[:, -suffix.ids.shape[1] :, None]
         for block, states in seen.items():
             mean = (states.float() * real.to(states.device)).sum(1) / real.sum(1).to(states.device)
-            out[rows, :, block] = mean.view(len(rows), len(said[0]), -1).cpu()
+            out[rows, :, block] = rearrange(mean, "(fact answer) d -> fact answer d", fact=len(rows)).cpu()
         done += len(rows)
         context.progress(done / len(facts))
     return out - out.mean(1, keepdim=True)
@@ -101,15 +102,15 @@ def named(states: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
     In its dual form, an equation of 4 n unknowns. Each coordinate is measured in its own deviation, since a few
     coordinates of large states would else decide alone.
     """
-    width = states.shape[-1]
-    scale = states.reshape(-1, width).std(0).clamp(min=1e-6)
-    own, theirs = (states / scale).reshape(-1, width), (asked / scale).reshape(-1, width)
+    rows = "fact answer d -> (fact answer) d"
+    scale = rearrange(states, rows).std(0).clamp(min=1e-6)
+    own, theirs = rearrange(states / scale, rows), rearrange(asked / scale, rows)
     labels = torch.zeros(states.shape[:2]).scatter(1, truth[:, None], 1.0) - 1 / states.shape[1]
     gram = own @ own.T
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-    weights = torch.linalg.solve(gram + ridge, labels.reshape(-1))
-    likeliest: Tensor = (theirs @ (own.T @ weights)).view(asked.shape[:2]).argmax(1)
-    return likeliest
+    weights = torch.linalg.solve(gram + ridge, rearrange(labels, "fact answer -> (fact answer)"))
+    scores: Tensor = rearrange(theirs @ (own.T @ weights), "(fact answer) -> fact answer", fact=len(asked))
+    return scores.argmax(1)
 
 
 def _unfit(context: Context) -> str:
