@@ -174,7 +174,7 @@ def protected_directions(second_moment: Tensor, threshold: float) -> Tensor:
 
     The others span the null space. Only these are computed, on the CPU, which takes less than half the time of all m.
     """
-    from scipy.linalg import eigh  # type: ignore[import-untyped]
+    from scipy.linalg import eigh
 
     moment = second_moment.double().cpu()
     if not torch.isfinite(moment).all():
@@ -193,7 +193,7 @@ def protected_directions(second_moment: Tensor, threshold: float) -> Tensor:
 
 def _largest_eigenvalue(moment: Tensor) -> float:
     """Of a symmetric positive matrix, by Lanczos' method to the last digits; 0 of zeros."""
-    from scipy.sparse.linalg import eigsh  # type: ignore[import-untyped]
+    from scipy.sparse.linalg import eigsh
 
     if len(moment) < 3 or not moment.any():  # too small for it, or nothing to look for
         return float(torch.linalg.eigvalsh(moment)[-1])

@@ -42,7 +42,7 @@ def forget_quality(truth_ratios: Sequence[float], reference: Sequence[float]) ->
 
     The logarithm is that of the smallest positive number where p is 0 in double precision.
     """
-    from scipy.stats import ks_2samp  # type: ignore[import-untyped]
+    from scipy.stats import ks_2samp
 
     p = float(ks_2samp(truth_ratios, reference).pvalue)
     return p, math.log10(max(p, math.ulp(0.0)))
