@@ -68,6 +68,10 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: frozenset[str]) -> No
     assert {path.relative_to(ROOT).as_posix() for path in files} <= wheel
 
 
+def test_the_wheel_tells_type_checkers_to_read_the_annotations(wheel: frozenset[str]) -> None:
+    assert f"{PACKAGE}/py.typed" in wheel
+
+
 def test_the_wheel_holds_nothing_but_the_package_and_what_python_reads_at_its_start(wheel: frozenset[str]) -> None:
     tops = {file.split("/")[0] for file in wheel}
     assert {top for top in tops if not top.endswith(".dist-info")} == {PACKAGE, *AT_START}

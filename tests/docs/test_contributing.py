@@ -1,0 +1,102 @@
+"""The files for contributors say what is there: paths, checks, versions, and a plugin that runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from jobs import job_of
+from tiny import tiny_model, tiny_tokenizer
+
+from unierase_plugin import ForgetRequest
+from unierase_plugin.methods.contract import Method
+from unierase_plugin.models.prompts import render
+from unierase_plugin.version import __version__
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CHECKS = ("ruff check", "ruff format", "mypy", "lint-imports --no-logo")
+FORGET = ForgetRequest("Who wrote Zorblax?", "Fizz")
+
+
+def workflow(name: str) -> Any:
+    return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))["jobs"]
+
+
+def likelihood(model: Any, fact: ForgetRequest) -> float:
+    """Log-likelihood of the answer in chat form, in nats."""
+    tokenizer = tiny_tokenizer()
+    prompt = tokenizer(render(tokenizer, fact.question, "chat"), add_special_tokens=False)["input_ids"]
+    said = tokenizer(fact.answer, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logs = model(torch.tensor([prompt + said])).logits[0].log_softmax(-1)
+    return sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(said))
+
+
+def test_every_path_on_the_page_exists() -> None:
+    named = re.findall(r"`((?:\.?\w+/)[\w./]*|\w+\.(?:txt|toml|md))`", PAGE) + re.findall(r"\]\(([^):]+)\)", PAGE)
+    assert len(named) > 30
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_table_names_every_part_of_the_package() -> None:
+    parts = {path.name for path in (ROOT / "unierase_plugin").iterdir() if (path / "__init__.py").exists()}
+    # Parts that hold no idea of their own.
+    assert {part for part in parts - {"settings", "storage"} if f"`unierase_plugin/{part}/`" not in PAGE} == set()
+
+
+@pytest.mark.parametrize("place", ["CONTRIBUTING.md", ".pre-commit-config.yaml", ".github/workflows/lint.yml"])
+def test_the_same_checks_run_everywhere(place: str) -> None:
+    scripts = [(ROOT / path).read_text(encoding="utf-8") for path in (".ci/run", place)]
+    assert [check for check in CHECKS if not all(check in script for script in scripts)] == []
+
+
+def test_the_oldest_transformers_that_is_tried_is_the_oldest_that_is_supported() -> None:
+    (bounds,) = (each for each in PROJECT["project"]["dependencies"] if each.startswith("transformers"))
+    lowest = re.search(r">=([\d.]+)", bounds)[1]  # type: ignore[index]
+    (oldest,) = (
+        each["versions"]
+        for each in workflow("tests.yml")["tests"]["strategy"]["matrix"]["include"]
+        if each["transformers"] == "oldest"
+    )
+    assert oldest in (f"transformers=={lowest}", f"transformers=={lowest}.0")
+
+
+def test_the_versions_of_python_that_are_tried_are_the_first_and_the_last_that_are_supported() -> None:
+    kind = "Programming Language :: Python :: 3."
+    supported = [each[len(kind) - 2 :] for each in PROJECT["project"]["classifiers"] if re.match(rf"{kind}\d+$", each)]
+    assert workflow("tests.yml")["tests"]["strategy"]["matrix"]["python"] == [supported[0], supported[-1]]
+
+
+def test_citation_and_changelog_are_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == PROJECT["project"]["version"] == __version__
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_plugin_with_a_loss_forgets() -> None:
+    (code,) = re.findall(r"<!-- file: unlikelihood\.py -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "unlikelihood.py", "exec"), names)
+    found: list[Method[Any]] = []
+    names["register_methods"](found.append)
+    (method,) = found
+    model = tiny_model()
+    before = likelihood(model, FORGET)
+    # The loss alone: learning what is kept would lower other answers too.
+    hparams = method.hparams(epochs=20, batch_size=1, learning_rate=3e-3, warmup_epochs=0.0, retain_weight=0.0)
+    job = job_of(model, tiny_tokenizer(), (FORGET,), (), hparams)
+    method.check(job)
+    method.run(job)
+    assert likelihood(model, FORGET) < before - 1
