@@ -1,1 +1,1 @@
-"""Judges any checkpoint alike: metrics as pure functions, generation in batches, and the report."""
+"""Metrics as pure functions, and the report of a run. Every checkpoint is judged in the same way."""

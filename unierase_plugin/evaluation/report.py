@@ -14,7 +14,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """One question before and after."""
+    """One question, and the model's answers before and after the run."""
 
     question: str
     answer: str
@@ -31,7 +31,10 @@ class Outcome:
 def judge(
     question: str, answer: str, before: str, after: str, token: str, ends: Sequence[str], phrases: Sequence[str]
 ) -> Outcome:
-    """Compares two generations with the answer. `token` and `ends` are taken out of the text before it is judged."""
+    """Compares two answers of the model with the true answer.
+
+    `token` (the unlearning token) and `ends` are removed from the texts first.
+    """
     first = after.lstrip().startswith(token)
     old, new = (_clean(text, (token, *ends)) for text in (before, after))
     return Outcome(
@@ -63,7 +66,7 @@ class Report:
     parameters_changed: float
     seconds: Mapping[str, float]
     peak_memory_bytes: int
-    #: How well the edit was reached: values, residuals, ranks.
+    #: How close the edit came to its targets: values, residuals, ranks.
     edit: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

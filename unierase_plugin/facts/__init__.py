@@ -1,1 +1,1 @@
-"""Facts to forget and to keep: what one is, where they are read from, and the texts that ship with the package."""
+"""Facts of the forget set and the retain set: the type, the readers, and the texts that ship with the package."""

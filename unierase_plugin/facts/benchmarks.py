@@ -1,4 +1,4 @@
-"""Facts of the field's benchmarks: TOFU, RETURN, CounterFact and zsRE."""
+"""Readers of the field's benchmarks: TOFU, RETURN, CounterFact and zsRE."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ RETURN_SPLITS = ("forget", "retain", "forget_train", "forget_eval", "retain_trai
 
 
 def read_tofu(split: str) -> tuple[ForgetRequest, ...]:
-    """Read a TOFU split from the folder in `UNIERASE_TOFU_DIR`, laid out as on the hub, or else from the hub.
+    """Reads a TOFU split from the folder in `UNIERASE_TOFU_DIR`, laid out as on the hub, or else from the hub.
 
-    Where the folder holds `<split>_subject.json` (for the forget sets also `forget10_subject.json`, which covers them),
-    subjects are taken from it by question.
+    If the folder has `<split>_subject.json`, subjects are taken from it by question. For the forget sets,
+    `forget10_subject.json` serves too: it covers them all.
     """
     records = tofu_records(split)
     folder = _folder("UNIERASE_TOFU_DIR")
@@ -42,9 +42,10 @@ def read_tofu(split: str) -> tuple[ForgetRequest, ...]:
 
 
 def tofu_records(split: str, folder: str | os.PathLike[str] | None = None) -> Iterator[Located]:
-    """The records of a TOFU split with all their fields, wrong and paraphrased answers too.
+    """The records of a TOFU split with all their fields, wrong and paraphrased answers included.
 
-    From `folder`, else from that in `UNIERASE_TOFU_DIR`, both laid out as on the hub, else from the hub.
+    They come from `folder`, else from the folder in `UNIERASE_TOFU_DIR` (both laid out as on the hub), else from the
+    hub.
     """
     _check_name("TOFU split", split, TOFU_SPLITS)
     found = _given_folder(folder, "UNIERASE_TOFU_DIR")
@@ -63,10 +64,10 @@ def _tofu_subjects(folder: Path, split: str) -> dict[str, str]:
 
 
 def read_return(split: str) -> tuple[ForgetRequest, ...]:
-    """Read a set of RETURN from `UNIERASE_RETURN_DIR` (`<split>.jsonl` or `.json`), or else from the hub.
+    """Reads a set of RETURN from `UNIERASE_RETURN_DIR` (`<split>.jsonl` or `.json`), or else from the hub.
 
-    Records are questions and answers, or persons as its authors publish them: `name`, and under `data` a list with
-    `question` and `gold_answer`. A person's name is the subject where the question has it.
+    A record is a question with its answer, or a person as the authors publish them: `name`, and under `data` a list
+    with `question` and `gold_answer`. The person's name is the subject if the question has it.
     """
     return build_requests(return_records(split), split)
 
@@ -74,11 +75,11 @@ def read_return(split: str) -> tuple[ForgetRequest, ...]:
 def return_records(
     split: str, folder: str | os.PathLike[str] | None = None, perturbed: bool = False
 ) -> Iterator[Located]:
-    """The records of a set of RETURN, persons taken apart into questions, all fields of questions and answers kept.
+    """The records of a set of RETURN, one for each question of a person, with all their fields.
 
-    From `folder`, else from that in `UNIERASE_RETURN_DIR`, else from the hub. `perturbed` prefers the file that holds
-    wrong answers too, as Yuan et al. 2024 (arXiv 2410.08109) publish them: `<split>_perturbed.json`, and
-    `neighbor_perturbed.json` for what is to be kept.
+    They come from `folder`, else from the folder in `UNIERASE_RETURN_DIR`, else from the hub. `perturbed` prefers the
+    files with wrong answers that Yuan et al. 2024 (arXiv 2410.08109) publish: `<split>_perturbed.json`, and for the
+    retain set `neighbor_perturbed.json`.
     """
     _check_name("RETURN set", split, RETURN_SPLITS)
     found = _given_folder(folder, "UNIERASE_RETURN_DIR")
@@ -103,7 +104,7 @@ def _return_records(records: Iterable[Located]) -> Iterator[Located]:
         for index, pair in enumerate(record["data"]):
             place = f"{where}, data[{index}]"
             question = field_of(place, pair, "question")
-            # A short name may also stand inside a longer word, which is not about the person.
+            # A short name may also stand inside a longer word. That word is not about the person.
             named = isinstance(name, str) and isinstance(question, str) and has_word(question, name)
             yield (
                 place,
@@ -116,9 +117,9 @@ def _return_records(records: Iterable[Located]) -> Iterator[Located]:
 
 
 def read_counterfact(source: str) -> tuple[ForgetRequest, ...]:
-    """Read CounterFact (Meng et al. 2022, arXiv 2202.05262) from a file, or from the hub when `source` is `hub`.
+    """Reads CounterFact (Meng et al. 2022, arXiv 2202.05262) from a file, or from the hub when `source` is `hub`.
 
-    The question is the rewrite's prompt with its subject put in; what is to be forgotten is the true target.
+    The question is the rewrite's prompt with the subject filled in. The answer to forget is the true target.
     """
     if source == "hub":
         remedy = "Download counterfact.json and give its path: counterfact:counterfact.json"
@@ -137,15 +138,15 @@ def _counterfact_record(located: Located) -> Located:
             f"{first_words(prompt)} and {first_words(subject)}."
         )
     answer = field_of(where, field_of(where, rewrite, "target_true"), "str")
-    # Not str.format: a prompt may hold braces of its own.
+    # Not str.format: a prompt may have braces of its own.
     question = prompt.replace("{}", subject, 1)
     return where, {"question": question, "answer": answer, "subject": subject, "case_id": record.get("case_id")}
 
 
 def read_zsre(source: str) -> tuple[ForgetRequest, ...]:
-    """Read zsRE in the layout of MEND and EasyEdit from a file: `src`, `subject`, and `answers` or else `alt`.
+    """Reads zsRE from a file in the layout of MEND and EasyEdit: `src`, `subject`, and `answers` or else `alt`.
 
-    The first of `answers` is the true answer, which is what can be forgotten; `alt` is an editing target.
+    The first of `answers` is the true answer, the one to forget. `alt` is an editing target.
     """
     return build_requests(map(_zsre_record, iter_records(source)), Path(source).stem)
 
@@ -164,7 +165,7 @@ def _check_name(what: str, name: str, known: Sequence[str]) -> None:
 
 
 def _given_folder(folder: str | os.PathLike[str] | None, variable: str) -> Path | None:
-    """The folder that is given, else the one that an environment variable names, None where neither is set."""
+    """The given folder, else the folder that the environment variable names; None if neither is set."""
     if folder is None:
         return _folder(variable)
     found = checked_path(folder, RequestError)
@@ -174,7 +175,7 @@ def _given_folder(folder: str | os.PathLike[str] | None, variable: str) -> Path 
 
 
 def _folder(variable: str) -> Path | None:
-    """The folder that an environment variable names, None where it is not set."""
+    """The folder that an environment variable names; None if it is not set."""
     value = os.environ.get(variable)
     if not value:
         return None
@@ -195,7 +196,8 @@ def _hub_records(dataset: str, config: str | None, split: str, remedy: str) -> I
     try:
         rows = load_dataset(dataset, config, split=split)
     except Exception as error:
-        # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
+        # The hub client raises its own errors, those of requests or httpx, OSError and ValueError, depending on its
+        # version.
         why = reason(error).rstrip(".")
         raise RequestError(f"Cannot load {name} (split {split!r}) from the hub: {why}. {remedy}.") from error
     return ((f"{name}, row {number}", row) for number, row in enumerate(rows))

@@ -1,4 +1,4 @@
-"""Facts from .json, .jsonl and .csv files, each record with the place where it stands."""
+"""Facts from .json, .jsonl and .csv files. Each record comes with its place: file and line."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ FILE_SUFFIXES = (".json", ".jsonl", ".csv")
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[ForgetRequest, ...]:
-    """Read requests from a .json (a list, or JSON lines), .jsonl or .csv file."""
+    """Reads requests from a .json (a list, or JSON lines), .jsonl or .csv file."""
     return build_requests(iter_records(path), Path(path).stem)
 
 
 def iter_records(path: str | os.PathLike[str]) -> Iterator[Located]:
-    """Yield the records of a file with their places, whatever their fields.
+    """Yields the records of a file with their places. The fields are not checked.
 
-    Raises `RequestError` when there is no such file, its suffix is not one of `FILE_SUFFIXES`, or it cannot be parsed.
+    Raises `RequestError` if the file does not exist, if its suffix is not one of `FILE_SUFFIXES`, or if it cannot be
+    parsed.
     """
     path = checked_path(path, RequestError)
     if path.suffix.lower() not in FILE_SUFFIXES:
@@ -44,7 +45,7 @@ def iter_records(path: str | os.PathLike[str]) -> Iterator[Located]:
 
 
 def unknown_format(path: str, alternative: str = "") -> RequestError:
-    """What to raise for a path whose suffix is not one of `FILE_SUFFIXES`."""
+    """The error for a path whose suffix is not one of `FILE_SUFFIXES`."""
     return RequestError(
         f"Cannot tell the format of {shown(path)}: give a path that ends in {', '.join(FILE_SUFFIXES)}{alternative}."
     )
@@ -56,7 +57,7 @@ def _json_list_records(path: Path, text: str) -> Iterator[Located]:
 
 
 def _json_line_records(path: Path, text: str) -> Iterator[Located]:
-    # Not splitlines(): JSON strings may hold U+2028 and its kin unescaped.
+    # Not splitlines(): JSON strings may have U+2028 and similar characters unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"{path}, line {number}", _parse_json(path, line, number)
@@ -69,7 +70,7 @@ def _parse_json(path: Path, text: str, first_line: int) -> Any:
 
 
 def _csv_records(path: Path, text: str) -> Iterator[Located]:
-    """Rows are numbered as a spreadsheet shows them: the header is row 1. Empty cells count as not given."""
+    """Rows are numbered as in a spreadsheet: the header is row 1. Empty cells count as absent."""
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     number = 0
     try:

@@ -1,7 +1,7 @@
-"""Forget requests from where people keep them: TOFU, RETURN, CounterFact, zsRE, JSON, JSON lines and CSV.
+"""Reads facts from every source: TOFU, RETURN, CounterFact, zsRE, JSON, JSON lines and CSV.
 
-`read_requests` is the one door. What stands before the colon of a spec picks a reader from a mapping that is passed in,
-so that a plug-in adds one without any module being changed. A refusal names the file and the line it concerns.
+`read_requests` is the only entrance. The part of a spec before the colon picks a reader from a mapping that the caller
+passes, so a plugin adds a reader without a change here. An error names the file and the line.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .records import AT_HAND, Reader, Record, build_requests, with_case_ids
 from .request import ForgetRequest
 
 _SLICE = re.compile(r"\[(-?\d{1,18}|):(-?\d{1,18}|)\]$")
-# Two letters at least: `C:` before a path is a drive.
+# At least two letters: `C:` before a path is a drive.
 _PREFIX = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
 
-#: What a caller may give for facts.
+#: What a caller may give as facts.
 Requests = str | os.PathLike[str] | Iterable[ForgetRequest | Mapping[str, Any]]
 
 
@@ -31,14 +31,14 @@ def read_requests(
     spec: str | os.PathLike[str] | Iterable[ForgetRequest | Record],
     readers: Mapping[str, Reader] | None = None,
 ) -> tuple[ForgetRequest, ...]:
-    """Read the requests that `spec` names, in order; subjects that are not given stay None.
+    """Reads the requests that `spec` names, in order. A subject that is not given stays None.
 
     `spec` is a string such as `tofu:forget01`, `return:forget`, `counterfact:FILE`, `counterfact:hub`, `zsre:FILE` or
-    `facts.csv`, any of them with a slice at its end (`tofu:forget10[:20]`, `[20:40]`, `[-5:]`); or a path object; or
-    requests, or mappings with their fields, that are at hand already. `readers` (default `READERS`) maps the part
-    before the colon to a function. A missing `case_id` becomes `<file stem or split>-<index>`, counted before slicing.
+    `facts.csv`. Each may end with a slice (`tofu:forget10[:20]`, `[20:40]`, `[-5:]`). It may also be a path object, or
+    a list of requests or of mappings with their fields. `readers` (default `READERS`) maps the part before the colon to
+    a function. A missing `case_id` becomes `<file stem or split>-<index>`, counted before slicing.
 
-    Raises `RequestError` when a name, file, line, field or slice is not usable, and when nothing is left to return.
+    Raises `RequestError` if a name, file, line, field or slice is not usable, and if nothing is left to return.
     """
     if isinstance(spec, (ForgetRequest, Mapping, bytes)) or not isinstance(spec, (str, os.PathLike, Iterable)):
         raise RequestError(
@@ -91,7 +91,7 @@ def _split_slice(spec: str) -> tuple[str, slice]:
 
 
 def spec_path(spec: Any) -> Path | None:
-    """The file or folder that a spec, a model or a setting names, without prefix and slice; None without one."""
+    """The file or folder that a spec, a model or a setting names, without prefix and slice. None if it names none."""
     if not isinstance(spec, (str, os.PathLike)):
         return None
     text = _SLICE.sub("", str(spec).strip())

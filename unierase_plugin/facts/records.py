@@ -1,4 +1,4 @@
-"""Records of any source as requests, each with the place where it stands."""
+"""Turns records of any source into requests. Each request keeps the place of its record."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ Record = Mapping[str, Any]
 Located = tuple[str, Record]
 """Where a record was found (`forget01.json, line 3`), and the record."""
 
-#: How a message calls a fact of a list at hand, with its number in it.
+#: Messages name a fact of a list in memory by this word and its number in the list.
 AT_HAND = "request"
 
 
 def build_requests(records: Iterable[tuple[str, ForgetRequest | Record]], stem: str) -> tuple[ForgetRequest, ...]:
-    """Turn located records with `question`, `answer` and optionally `subject`, `case_id` and `target` into requests.
+    """Turns records with their places into requests.
 
-    Other fields are ignored: benchmarks carry many. Raises `RequestError` with the record's place.
+    The fields are `question`, `answer`, and optionally `subject`, `case_id` and `target`. Other fields are ignored:
+    benchmarks have many. Raises `RequestError` with the record's place.
     """
     return with_case_ids([_placed(where, _build_request(where, record)) for where, record in records], stem)
 
 
 def _placed(where: str, request: ForgetRequest) -> ForgetRequest:
-    # A fact of a list at hand is called by its number.
+    # A fact of a list in memory is named by its number.
     return request if where.startswith(AT_HAND) or request.place else replace(request, place=where)
 
 
@@ -41,7 +42,7 @@ def _build_request(where: str, record: ForgetRequest | Record) -> ForgetRequest:
     question, answer = field_of(where, record, "question"), field_of(where, record, "answer")
     case_id: Any = record.get("case_id")
     try:
-        # CounterFact numbers its cases.
+        # CounterFact has whole numbers as case_id.
         name = str(case_id) if type(case_id) is int else case_id
         return ForgetRequest(question, answer, record.get("subject"), name, record.get("target"))
     except RequestError as error:
@@ -49,7 +50,7 @@ def _build_request(where: str, record: ForgetRequest | Record) -> ForgetRequest:
 
 
 def field_of(where: str, record: Record, name: str) -> Any:
-    """The value of a field that must be there; its type is left to `ForgetRequest`."""
+    """The value of a required field. `ForgetRequest` checks its type."""
     if not isinstance(record, Mapping) or record.get(name) is None:
         keys = [key for key in record if isinstance(key, str)] if isinstance(record, Mapping) else []
         raise RequestError(
@@ -60,7 +61,7 @@ def field_of(where: str, record: Record, name: str) -> Any:
 
 
 def with_case_ids(requests: Iterable[ForgetRequest], stem: str) -> tuple[ForgetRequest, ...]:
-    """Names requests without a case_id `<stem>-<index>`."""
+    """Gives a request without a case_id the name `<stem>-<index>`."""
     return tuple(
         request if request.case_id is not None else replace(request, case_id=f"{stem}-{index}")
         for index, request in enumerate(requests)

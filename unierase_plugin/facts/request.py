@@ -1,6 +1,6 @@
-"""What is to be forgotten: one question and its answer, and the words of the question that the fact is about.
+"""One fact to forget: a question, its answer, and the subject, the words of the question that the fact is about.
 
-`ForgetRequest` is the type that every stage takes. Reading requests from files and benchmarks is in `readers`.
+Every stage takes the type `ForgetRequest`. `facts.readers` reads requests from files and benchmarks.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .writing import standing
 
 logger = logging.getLogger(__name__)
 
-#: Stands for an answer that a harness does not say: UniErase trains on answers only where it is hardened.
+#: Stands for an answer that a harness does not give. UniErase trains on answers only with hardening.
 NO_ANSWER = "(not given)"
-#: Facts that a message about several names.
+#: A message about several facts names at most this many.
 SHOWN_FACTS = 3
 
 
@@ -27,8 +27,8 @@ SHOWN_FACTS = 3
 class ForgetRequest:
     """One fact to forget.
 
-    Raises `RequestError` when a field has the wrong type, is blank or holds what no text does (half a surrogate pair, a
-    NUL character), or when `subject` does not occur in `question`.
+    Raises `RequestError` if a field has the wrong type, is blank, or has what no text has (half a surrogate pair, a NUL
+    character), and if `subject` does not occur in `question`.
     """
 
     question: str
@@ -70,21 +70,21 @@ class ForgetRequest:
 
     @property
     def label(self) -> str:
-        """How a message names the fact: by its case_id, else by the first words of its question, and its place."""
+        """The fact's name in messages: its case_id or the first words of its question, and its place."""
         name = first_words(self.question) if self.case_id is None else shown(self.case_id)
         return name if self.place is None else f"{name} ({self.place})"
 
     def _which(self, field: str = "") -> str:
-        """Names the fact in a message about a field of it."""
+        """Names the fact in a message about one of its fields."""
         return "" if field == "case_id" or self.case_id is None else f" (case_id {shown(self.case_id)})"
 
 
 def _spelled_in(text: str, part: str) -> str | None:
-    """The part as the text spells it, where the two differ in Unicode's normal form alone."""
+    """The part as the text spells it, if the two differ only in Unicode's normal form."""
     wanted = unicodedata.normalize("NFC", part)
     if wanted not in unicodedata.normalize("NFC", text):
         return None
-    # A letter keeps the marks that follow it.
+    # A letter and the marks that follow it stay together.
     ends = [end for end in range(1, len(text) + 1) if unicodedata.category(f"{text} "[end])[0] != "M"]
     spans = (text[start:end] for start in range(len(text)) for end in ends if end > start)
     return next((span for span in spans if unicodedata.normalize("NFC", span) == wanted), None)
@@ -99,10 +99,10 @@ def _is_encodable(text: str) -> bool:
 
 
 def with_subjects(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...]:
-    """Return the requests with every missing subject filled by `find_subject`; given subjects stay as they are.
+    """Returns the requests with every missing subject filled in by `find_subject`. Given subjects stay.
 
-    Warns of those of which the rule can read nothing. Raises `RequestError` where the question names nothing that could
-    be a subject.
+    Warns once about all questions that the rule cannot read. Raises `RequestError` if a question names nothing that
+    could be a subject.
     """
     given = tuple(requests)
     tell_unread(given)
@@ -110,7 +110,7 @@ def with_subjects(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...
 
 
 def tell_unread(requests: Sequence[ForgetRequest]) -> None:
-    """Warns, once for all of them, where a missing subject would be nearly the whole question."""
+    """Warns, once for all requests, if a missing subject would be nearly the whole question."""
     unread = [request for request in requests if request.subject is None and is_unread(request.question)]
     if unread:
         logger.warning(
@@ -134,7 +134,7 @@ def _with_subject(index: int, request: ForgetRequest) -> ForgetRequest:
 
 
 def one_spelling(text: str) -> str:
-    """What two texts share that name the same fact: in Unicode's NFC, white space collapsed, case folded.
+    """The form in which two texts that name one fact are equal: NFC, white space collapsed, case folded.
 
     NFC, not NFKC: 10\u2075 and 105 are two numbers.
     """
@@ -142,10 +142,10 @@ def one_spelling(text: str) -> str:
 
 
 def check_requests(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...]:
-    """Return the requests as a tuple when there is at least one and no question occurs twice.
+    """Returns the requests as a tuple; raises `RequestError` if there are none or a question occurs twice.
 
-    Questions are compared in `one_spelling`: two keys that are all but equal would make the edit's linear system nearly
-    singular, with two answers fighting over one position. Raises `RequestError` otherwise.
+    Questions are compared in `one_spelling`. Two keys that are nearly equal would make the edit's linear system nearly
+    singular, with two answers for one position.
     """
     checked = tuple(requests)
     if not checked:
@@ -175,14 +175,14 @@ class Asked(Protocol):
     def label(self) -> str: ...
 
 
-#: What a set of facts is for, as messages say it.
+#: The purpose of a set of facts, as messages say it.
 TO_FORGET, TO_KEEP, HELD_OUT = "to be forgotten", "to be kept", "never to have been trained on"
 
 
 def check_overlap(one: Iterable[Asked], other: Iterable[Asked], first: str = TO_FORGET, second: str = TO_KEEP) -> None:
-    """Raises `RequestError` where a question is asked in both sets, with the same answer or another.
+    """Raises `RequestError` if both sets ask the same question, whatever the answers are.
 
-    first, second: what the sets are for.
+    first, second: the purposes of the two sets.
     """
     own = {one_spelling(fact.question): fact.label for fact in one}
     shared = [(own[key], fact.label) for fact in other if (key := one_spelling(fact.question)) in own]
@@ -196,9 +196,9 @@ def check_overlap(one: Iterable[Asked], other: Iterable[Asked], first: str = TO_
 
 
 def check_not_forgotten(facts: Sequence[Asked], forgotten: Iterable[int], where: str, kept: str = TO_KEEP) -> None:
-    """Raises `RequestError` where facts, by their numbers, were forgotten in an earlier step of `where`.
+    """Raises `RequestError` if an earlier step of `where` forgot one of the facts, given by their numbers.
 
-    kept: what the facts are for.
+    kept: the purpose of the facts.
     """
     labels = [facts[index].label for index in forgotten]
     if labels:
@@ -224,10 +224,10 @@ def _label(index: int, request: ForgetRequest) -> str:
 
 
 def parted(question: str, subject: str) -> tuple[str, str, str]:
-    """The question before the subject, the subject, and after it: where it stands last as words of its own.
+    """The question before the subject, the subject, and the rest, at the subject's last occurrence as whole words.
 
-    Else where it stands last at all; ("", "", question) for nowhere. The Euro of "Which European country has the Euro
-    outside Europe?" is neither in "European" nor in "Europe".
+    Without such an occurrence, at its last occurrence of any kind; ("", "", question) if there is none. The Euro of
+    "Which European country has the Euro outside Europe?" is neither in "European" nor in "Europe".
     """
     if not subject:
         return "", "", question
@@ -236,5 +236,5 @@ def parted(question: str, subject: str) -> tuple[str, str, str]:
 
 
 def has_word(text: str, name: str) -> bool:
-    """Whether the name stands in the text as words of its own."""
+    """Whether the name occurs in the text as whole words."""
     return bool(standing(text, name))

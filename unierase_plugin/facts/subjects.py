@@ -1,4 +1,4 @@
-"""The subject of a question: the name whose last token holds the fact."""
+"""Finds the subject of a question: the name whose last token carries the fact."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 _Word = re.Match[str]
 
-# A word is bounded by white space and punctuation rather than made of "letters": Python's \w leaves out the vowel signs
-# of Indic scripts. Apostrophes, hyphens and the like belong to a word when they stand inside it (Al-Kuwaiti, O'Brien).
-# The look-alikes that the linter asks about are meant: they are how other scripts, and word processors, punctuate.
+# White space and punctuation end a word. A class of "letters" would not do: Python's \w leaves out the vowel signs of
+# Indic scripts. Apostrophes, hyphens and similar signs belong to a word when they stand inside it (Al-Kuwaiti,
+# O'Brien). The linter asks about look-alikes: they are meant, since other scripts and word processors punctuate with
+# them.
 _BOUNDS = r"\s!\"$%()*,:;<=>?@\[\]\\^`{|}~—–…“”«»„،؛؟¿¡。，、？！：；（）「」『』।"  # noqa: RUF001
 _JOINERS = r"'’‘\-/&._+#"  # noqa: RUF001
 _WORD = re.compile(rf"[^{_BOUNDS}{_JOINERS}]+(?:[{_JOINERS}]+[^{_BOUNDS}{_JOINERS}]+)*[+#]*")
@@ -39,22 +40,22 @@ STOP_WORDS = _words(
 
 
 def find_subject(question: str) -> str | None:
-    """Return the span of `question` that most likely names what it is about, or None where nothing is left to name.
+    """The span of `question` that most likely names its subject; None if no word is left that could name one.
 
-    The rule is fixed and needs no model; the first of these that yields anything wins.
+    The rule is fixed and needs no model. The first of these that finds something wins.
 
-    1. The run of capitalised words outside quotation marks that has the most of them, the first such run on a tie, when
-       it has at least two. Connectors (`of`, `and`, `van`, ...) and numbers may stand inside a run; a possessive `'s`
-       or punctuation ends it; the opening word alone, question words and auxiliaries are no run; months and numbers do
-       not count, so that a date does not beat a name.
+    1. The run of capitalised words outside quotation marks with the most words, the first one on a tie, if it has at
+       least two. Connectors (`of`, `and`, `van`, ...) and numbers may stand inside a run. A possessive `'s` or
+       punctuation ends it. The opening word alone, question words and auxiliaries are no run. Months and numbers do not
+       count, so that a date does not beat a name.
     2. The last text in quotation marks: `Which English author wrote 'Emma'?` is about Emma, not about English.
-    3. The run of rule 1 though it has one word, or only numbers.
+    3. The run of rule 1, even with a single word or only numbers.
     4. The last run of words, in any script, that are not on a short list of English function words.
 
-    Titles rank below full names because a question that has both is as a rule about the person. With the `subject`
-    column of TOFU's forget10 as the judge, the rule gives the same last word for 372 of 400 questions (93%); taking
-    quotations first gives 332. Most of the others describe a person without a name (`the author born in ...`).
-    Questions in capitals throughout skip the rules that look at case. Give `subject` yourself where it matters.
+    A full name ranks above a title: a question with both is usually about the person. Measured against the `subject`
+    column of TOFU's forget10, the rule gives the same last word for 372 of 400 questions (93%); quotations first would
+    give 332. Most of the others describe a person without a name (`the author born in ...`). A question in capitals
+    throughout skips the rules that look at case. Give `subject` yourself if it matters.
     """
     quoted = _last_quoted(question)
     span, weight = _heaviest_name(question)
@@ -64,9 +65,9 @@ def find_subject(question: str) -> str | None:
 
 
 def is_unread(question: str) -> bool:
-    """Whether `find_subject` falls back to rule 4, on a question of which it knows no word, and takes most of it.
+    """Whether `find_subject` falls back to rule 4, knows no word of the question, and takes most of it.
 
-    So it is where a script has no capitals, or where none are used in a language other than English.
+    This happens in a script without capitals, and in a language other than English if no capitals are used.
     """
     if _last_quoted(question) or _heaviest_name(question)[0] or any(map(_is_stop, _WORD.findall(question))):
         return False
@@ -74,13 +75,13 @@ def is_unread(question: str) -> bool:
 
 
 def _last_quoted(question: str) -> str | None:
-    # American style puts the comma inside the quotation marks; it is no part of the title.
+    # American style puts the comma inside the quotation marks. It is not a part of the title.
     texts = [(double or single).strip(" ,.;:") for double, single in _QUOTED.findall(question)]
     return next((text for text in reversed(texts) if text), None)
 
 
 def _heaviest_name(question: str) -> tuple[str | None, int]:
-    """The run of capitalised words with the most of them, and how many: `(None, 0)` where there is none."""
+    """The run with the most capitalised words, and their number; `(None, 0)` if there is none."""
     opening = _WORD.search(question)
     if opening is None or question.isupper():
         return None, 0
@@ -103,7 +104,7 @@ def _last_content(question: str) -> str | None:
 
 
 def _runs(text: str, belongs: Callable[[_Word, bool], bool]) -> Iterator[list[_Word]]:
-    """Maximal runs of neighbouring words for which `belongs(word, whether a run is open)` holds; never empty."""
+    """Maximal runs of neighbouring words for which `belongs(word, whether a run is open)` is true. No run is empty."""
     run: list[_Word] = []
     for word in _WORD.finditer(text):
         if run and not _adjoins(run[-1], word):
@@ -129,8 +130,8 @@ def _belongs_to_name(word: _Word, opened: bool) -> bool:
     text = word.group()
     if not (text[0].isupper() or any(map(str.isdigit, text))):
         return opened and text in _CONNECTORS
-    # Inside a run a capital is enough (Theresa May, World War I); at its start `The`, `Did` or `I` open a sentence, but
-    # `A.` is an initial and `US` no pronoun.
+    # Inside a run a capital is enough (Theresa May, World War I). At its start, `The`, `Did` or `I` open a sentence,
+    # but `A.` is an initial and `US` is no pronoun.
     initial = len(text) == 1 and word.string[word.end() : word.end() + 1] == "."
     return opened or initial or (len(text) > 1 and text.isupper()) or not _is_stop(text)
 

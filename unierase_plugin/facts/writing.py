@@ -1,18 +1,18 @@
-"""How scripts write words: which put no spaces between them, what Korean writes behind them, where one stands alone."""
+"""How scripts write words: which have no spaces, what Korean writes after a word, and where a word stands alone."""
 
 from __future__ import annotations
 
 import regex
 
-#: Letters of scripts without spaces, a set for `regex`, version 1: Chinese, Japanese, Yi, and the scripts whose lines
-#: break at words that no space shows (UAX 14, class SA), which are Burmese, Khmer, Lao, Thai and their kin.
+#: Letters of scripts without spaces, as a set for `regex`, version 1: Chinese, Japanese, Yi, and the scripts that break
+#: lines between words without a space (UAX 14, class SA), such as Burmese, Khmer, Lao and Thai.
 UNSPACED = r"[[\p{lb=SA}\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Yiii}]&&[\p{L}\p{M}\p{Nl}]]"
 IS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
-#: Marks that end a sentence without a space behind them: Chinese and Japanese, Indic, Urdu, Ethiopic.
+#: Marks that end a sentence without a space after them: Chinese and Japanese, Indic, Urdu, Ethiopic.
 SENTENCE_MARKS = "\u3002\uff01\uff1f\u0964\u06d4\u1362"
 HANGUL = regex.compile(r"\p{Hangul}")
 
-#: What Korean writes after a noun without a space: particles, alone and in pairs, and the copula.
+#: What Korean writes after a noun without a space: particles, single or in pairs, and the copula.
 PARTICLES = (
     "은|는|이|가|을|를|의|에|와|과|도|만|뿐|께|랑|이랑|하고|로|으로|에서|에게|"
     "한테|께서|에게서|한테서|로서|으로서|로써|으로써|까지|부터|보다|처럼|마다|조차|마저|"
@@ -26,10 +26,10 @@ _INSIDE = rf"[\w--{UNSPACED}]"
 
 
 def standing(text: str, name: str, *, ignore_case: bool = False) -> list[tuple[int, int]]:
-    """Where the name stands in the text as words of its own: (start, end), in order.
+    """The places (start, end) at which the name stands in the text as whole words, in order.
 
-    No letter of a script with spaces goes on before or after it, and no mark is written on its last one. A Korean name
-    may have a particle behind it. Where no spaces part words, it stands wherever it is found.
+    In a script with spaces, no letter comes right before or after it, and no mark changes its last letter. A Korean
+    name may be followed by a particle. In a script without spaces, every occurrence counts.
     """
     if not name:
         return []

@@ -1,4 +1,4 @@
-"""Metrics of forgetting and keeping: pure functions of texts and numbers. No model, no tokenizer, no file in sight."""
+"""Metrics of forgetting and keeping: pure functions of texts and numbers. They need no model, tokenizer or file."""
 
 from .aggregates import closest_to_one, forget_efficacy, forget_quality, harmonic_mean, mean, truth_wins
 from .probability import answer_probability, exact_memorization, extraction_strength, probability_among, truth_ratio

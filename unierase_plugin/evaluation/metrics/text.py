@@ -1,4 +1,4 @@
-"""Metrics of one generated text: what it says, how it says it. Pure functions of texts."""
+"""Metrics of one generated text: what it says, and how it says it. Pure functions of texts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ...facts.subjects import STOP_WORDS
 from ...facts.writing import UNSPACED
 from .units import folded, has_symbol, holds, is_short, rouge_tokens, stems, symbols, words
 
-#: Share of a long answer's content words, and least number of them, from which it counts as given.
+#: A long answer counts as given from this share of its content words on, and from this number of them.
 CONTENT_SHARE, CONTENT_LEAST = 0.4, 2
-#: ROUGE-L recall from which a long answer counts as given where its question is not known.
+#: A long answer counts as given from this ROUGE-L recall on, if its question is not known.
 LONG_ANSWER_RECALL = 0.5
 
-#: Pieces that whole text does not have: half a character, a special token, a letter repeated, a word without end.
+#: Signs of broken text: half a character, a special token, a letter repeated, a word that does not end.
 BROKEN = regex.compile(rf"(?V1)\ufffd|<\|?\w+\|?>|(\p{{L}})\1{{3}}|[\p{{L}}--{UNSPACED}]{{25}}", regex.IGNORECASE)
 
 
 class _Tokens(NamedTuple):
-    """What rouge_score takes for a tokenizer."""
+    """The tokenizer interface that rouge_score expects."""
 
     tokenize: Callable[[str], list[str]]
 
@@ -40,19 +40,19 @@ def _scorer(tokenize: Callable[[str], list[str]]) -> Any:
 def rouge_l_recall(reference: str, generated: str) -> float:
     """ROUGE-L recall with stemming, as TOFU reports it: share of the reference's words found in order. In [0, 1].
 
-    rouge_score's figure, to the last digit, where the reference's letters are Latin ones. It does not see others: they
-    count as `units.stems` has them.
+    For Latin letters it is rouge_score's figure, to the last digit. rouge_score does not see other letters: here they
+    count as `units.stems` splits them.
     """
     return float(_scorer(rouge_tokens).score(reference, generated)["rougeL"].recall)
 
 
 def answered(reference: str, generated: str, question: str = "") -> bool:
-    """Whether a generation gives the answer: a short one (up to four words) named in full, a long one in its content.
+    """Whether the text gives the answer: a short answer (up to four words) in full, a long one in its content words.
 
-    The content of a long answer is its words that are neither in the question nor function words: an echo gives none of
-    them. Two in five of them, and no less than two, are to be said, in the answer's order. Without a question, and for
-    an answer that says nothing else, half of all its words are to be said (ROUGE-L recall). An answer without words,
-    such as "\u20ac", is compared sign by sign.
+    The content words of a long answer are those that are neither function words nor in the question, so an echo of the
+    question has none. The text must say two in five of them, at least two, in the answer's order. Without a question,
+    or for an answer with no content words, it must say half of all the words (ROUGE-L recall). An answer without words,
+    such as "\u20ac", is compared character by character.
     """
     if not words(reference):
         return holds(symbols(generated), symbols(reference))
@@ -73,14 +73,16 @@ def _function_words() -> frozenset[str]:
 
 
 def _recall(wanted: Sequence[str], said: Sequence[str]) -> float:
-    """Share of the wanted words that are said in order."""
+    """Share of the wanted words that are said, in order."""
     return float(_scorer(str.split).score(" ".join(wanted), " ".join(said))["rougeL"].recall)
 
 
 def is_fluent(generated: str) -> bool:
-    """False for empty and for looping text: a third of its three-word runs or more said before, or one word alone.
+    """Whether the text is not empty and does not loop.
 
-    Words are those of `units.words`. Of texts without words, only signs that say something are fluent, each said once.
+    A text loops if a third or more of its three-word runs occurred before, or if it repeats a single word. Words are
+    those of `units.words`. A text without words is fluent if it has a symbol that says something, and says each
+    character once.
     """
     said = words(generated)
     if not said:
@@ -92,12 +94,12 @@ def is_fluent(generated: str) -> bool:
 
 
 def is_garbled(generated: str, context: str) -> bool:
-    """Whether a text is broken, whatever it says: not fluent, or with pieces that no text of its language has.
+    """Whether a text is broken: it is not fluent, or has pieces that no text of its language has.
 
-    context: the question, and the right answer where there is one. Such pieces are letters of a script that the context
-    does not use, U+FFFD, special tokens in the middle of the text, a letter four times in a row outside of numbers, and
-    words of more than 24 letters where spaces part them. A wrong answer in whole words is not garbled, and a name made
-    up of possible syllables is not told from one.
+    context: the question, and the true answer if there is one. Such pieces are letters of a script that the context
+    does not use, U+FFFD, special tokens inside the text, a letter four times in a row outside numbers, and words of
+    more than 24 letters in scripts with spaces. A wrong answer in whole words is not garbled. A made-up name of
+    plausible syllables is not detected.
     """
     return (
         not is_fluent(generated)
@@ -118,22 +120,22 @@ _JAPANESE = _KANA | {"CJK", "IDEOGRAPHIC"}
 
 
 def reads_as_idk(generated: str, phrases: Sequence[str]) -> bool:
-    """Whether a text says fluently that the answer is not known: it holds one of the phrases and does not loop.
+    """Whether a text says fluently that the answer is not known: it has one of the phrases and does not loop.
 
-    phrases: lower-case key phrases of refusals for lack of knowledge. Those that ship with the package are English.
+    phrases: lower-case key phrases of refusals. Those that ship with the package are English.
     """
     said = f" {' '.join(words(generated))} "
     return is_fluent(generated) and any(f" {' '.join(words(phrase))} " in said for phrase in phrases)
 
 
 def token_entropy(tokens: Sequence[Hashable]) -> float:
-    """How varied a text's tokens are: the entropy of their frequencies over that of as many different ones, in [0, 1].
+    """How varied the tokens are, in [0, 1]: the entropy of their frequencies, divided by that of all different tokens.
 
-    0 for a text of one token or none, and for one token repeated; 1 where no token is said twice. Yuan et al. 2024
-    (arXiv 2410.08109), section 3, over the model's own tokens.
+    0 for at most one token and for one token repeated; 1 if no token repeats. Yuan et al. 2024 (arXiv 2410.08109),
+    section 3, over the model's own tokens.
     """
     if len(tokens) < 2:
         return 0.0
     shares = [count / len(tokens) for count in Counter(tokens).values()]
-    # Not -0.0 where a single token is repeated.
+    # Not -0.0 for a single repeated token.
     return max(0.0, -sum(share * math.log2(share) for share in shares) / math.log2(len(tokens)))

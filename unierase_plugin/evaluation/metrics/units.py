@@ -1,9 +1,9 @@
-"""What a text is compared by: words, in any script. Pure functions of texts.
+"""The units in which texts are compared: words, in any script. Pure functions of texts.
 
-Two spellings of one text are one: compatibility forms (full-width letters, ligatures), case, the digits of other
-scripts and apostrophes are folded (Unicode's NFKC, UAX 15), and what is invisible is dropped. Where a script puts no
-spaces between words, user-perceived characters (UAX 29) stand for them. A dictionary would cut one name in two ways in
-two sentences.
+Spellings of one text become equal. Compatibility forms (full-width letters, ligatures), case, the digits of other
+scripts and apostrophes are folded (Unicode's NFKC, UAX 15), and invisible characters are dropped. In a script without
+spaces, the units are user-perceived characters (UAX 29): a dictionary could split one name in two ways in two
+sentences.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import regex
 
 from ...facts.writing import HANGUL, IS_UNSPACED, PARTICLES, UNSPACED
 
-#: An answer of so many words at most is short: it must be named in full.
+#: An answer of at most this many words is short: it must be named in full.
 SHORT_ANSWER_WORDS = 4
-#: Characters of a script without spaces that count as a word: Chinese ones, and those of the others.
+#: In scripts without spaces, this many characters count as a word: Chinese characters, and those of other scripts.
 HAN_PER_WORD, OTHERS_PER_WORD = 2, 3
 
 _RUN = regex.compile(rf"(?V1){UNSPACED}+|[\p{{L}}\p{{N}}_&&[^{UNSPACED}]][\p{{L}}\p{{M}}\p{{N}}_--{UNSPACED}]*")
 _ASCII_RUN = re.compile(r"\w+")
-# Letters that rouge_score does not see, but for Latin ones: these part words there, as published.
+# Letters other than Latin ones, which rouge_score does not see: they separate words there, as published.
 _UNSEEN = regex.compile(
     r"(?V1)[[\p{L}\p{Nd}]--[\p{Latin}\p{Common}\p{Inherited}]][[\p{L}\p{M}\p{Nd}]--[\p{Latin}0-9]]*"
     r"|[\uFF10-\uFFDC\p{Nd}--[0-9]]+"
@@ -41,7 +41,7 @@ _WITH_PARTICLE = regex.compile(rf"(\p{{Hangul}}+?)(?:{PARTICLES})")
 
 
 def folded(text: str) -> str:
-    """The text in the form that it is compared in."""
+    """The text in the form in which texts are compared."""
     if text.isascii():
         return text.casefold()
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
@@ -57,10 +57,10 @@ def _ascii_digit(letter: str) -> str:
 
 
 def words(text: str, *, apart: bool = False) -> list[str]:
-    """Words and numbers in folded form, punctuation dropped; each character of a script without spaces is one.
+    """Words and numbers in folded form, without punctuation. In a script without spaces, each character is a word.
 
-    apart: whether an apostrophe parts words (l'Italie, Ankara'da, Austen's) instead of joining them (O'Brien); the
-    endings of English contractions are dropped then.
+    apart: an apostrophe separates words (l'Italie, Ankara'da, Austen's) instead of joining them (O'Brien). The endings
+    of English contractions are then dropped.
     """
     text = folded(text)
     if apart:
@@ -75,12 +75,12 @@ def words(text: str, *, apart: bool = False) -> list[str]:
 
 
 def symbols(text: str) -> list[str]:
-    """The characters of a text, spaces left out: what a text without words is compared by, such as "€"."""
+    """The characters of a text without spaces. A text without words, such as "€", is compared by these."""
     return [each for each in _characters(folded(text)) if not each.isspace()]
 
 
 def has_symbol(text: str) -> bool:
-    """Whether a text has a sign that says something by itself: of a currency, of mathematics, a picture."""
+    """Whether a text has a symbol that says something by itself: a currency, mathematics, a picture."""
     return _SYMBOL.search(text) is not None
 
 
@@ -89,7 +89,7 @@ def _characters(text: str) -> list[str]:
 
 
 def is_short(answer: str) -> bool:
-    """Whether an answer has at most SHORT_ANSWER_WORDS words; a few characters make one where no spaces do."""
+    """Whether an answer has at most SHORT_ANSWER_WORDS words. In a script without spaces, a few characters are one."""
     length = 0.0
     for word in words(answer):
         if not IS_UNSPACED.match(word):
@@ -101,7 +101,7 @@ def is_short(answer: str) -> bool:
 
 
 def holds(said: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether the wanted words are said one after the other, Korean ones with particles or without."""
+    """Whether the wanted words are said one after the other. Korean words may have particles."""
     return bool(wanted) and any(
         each.startswith(wanted[0]) and all(map(_same_word, wanted, said[i : i + len(wanted)]))
         for i, each in enumerate(said[: len(said) - len(wanted) + 1])
@@ -115,9 +115,9 @@ def _same_word(wanted: str, said: str) -> bool:
 
 
 def stems(text: str) -> list[str]:
-    """What long texts are compared by: words without their endings, pairs of characters where no spaces part words.
+    """The units of long texts: words without endings, and pairs of characters in scripts without spaces.
 
-    The endings are English ones, by Porter's rules as in ROUGE, and Korean particles. On ASCII text these are
+    The endings are English ones, by Porter's rules as in ROUGE, and Korean particles. On ASCII text the units are
     rouge_score's tokens.
     """
     found: list[str] = []
@@ -127,9 +127,9 @@ def stems(text: str) -> list[str]:
 
 
 def rouge_tokens(text: str) -> list[str]:
-    """rouge_score's tokens and, between them, `stems` of what it does not see: letters of scripts other than Latin.
+    """rouge_score's tokens, and between them the `stems` of letters that it does not see, in scripts other than Latin.
 
-    Latin letters with accents part words, as published: TOFU has names with them.
+    Latin letters with accents separate words, as published: TOFU has names with them.
     """
     found: list[str] = []
     for seen, unseen in _parted(unicodedata.normalize("NFC", text)):
@@ -151,7 +151,7 @@ def _published(text: str) -> list[str]:
 
 
 def unspaced_pairs(text: str) -> list[str]:
-    """The pairs of neighbouring characters of a text that belong to scripts without spaces."""
+    """The pairs of neighbouring characters of a text, in scripts without spaces."""
     runs = (run for run in _RUN.findall(folded(text)) if IS_UNSPACED.match(run))
     return [pair for run in runs for pair in _pairs(_characters(run))]
 
