@@ -1,1 +1,1 @@
-"""Values of settings: read, and checked against their ranges."""
+"""Values of settings: reading them, and checking them against their ranges."""

@@ -1,4 +1,4 @@
-"""Ranges of numeric settings, and the words in which a value outside of one is refused."""
+"""Ranges of numeric settings, and the message for a value outside its range."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import HyperParamsError, shown
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `least` to `most`; `above` and `below` leave these themselves out."""
+    """Numbers from `least` to `most`. `above` and `below` exclude these two bounds."""
 
     least: float
     most: float = math.inf
@@ -23,7 +23,7 @@ class Range:
         return low and (value < self.most if self.below else value <= self.most)
 
     def __str__(self) -> str:
-        """In words that follow "must"."""
+        """The range in words that follow "must"."""
         if not self.above and self.least:
             top = f" to {self.most:.16g}" if self.most < math.inf else " on"
             return f"be from {self.least:.16g}{top}"
@@ -35,7 +35,7 @@ class Range:
         return f"{low}, nor {self.most:.16g} or more" if self.below else f"{low}, nor more than {self.most:.16g}"
 
     def check(self, name: str, value: float) -> None:
-        """Raises HyperParamsError that names the setting, its value and the range."""
+        """Raises HyperParamsError if the value is outside the range. The message names setting, value and range."""
         if value not in self:
             raise HyperParamsError(f"{name} = {shown(value)} must {self}.")
 
@@ -46,5 +46,5 @@ def positive(most: float = math.inf) -> Range:
 
 
 def weight(most: float = 1e12) -> Range:
-    """From 0, which switches off what is weighted, to `most`."""
+    """From 0 to `most`. 0 switches off what the weight applies to."""
     return Range(0, most)

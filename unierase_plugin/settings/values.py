@@ -1,4 +1,4 @@
-"""Values of hyper-parameters as the types that they are declared with; what fits none is refused."""
+"""Converts the values of hyper-parameters to their declared types, and refuses values that do not fit."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any, get_args, get_origin
 
 from ..errors import HyperParamsError, shown
 
-#: The largest seed that every library takes that draws with it; numpy's is the least.
+#: The largest seed that every library that draws with it accepts. numpy's limit is the lowest.
 MOST_SEED = 2**32 - 1
-#: What a chat template is given in any case.
+#: Arguments that this package or transformers always gives a chat template.
 TEMPLATE_OWN = ("self", "conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message")
 
 
 def checked_seed(seed: int) -> int:
-    """The seed; HyperParamsError where a library that draws with it would refuse it later."""
+    """The seed. Raises HyperParamsError if a library that draws with it would refuse it later."""
     if not 0 <= seed <= MOST_SEED:
         raise HyperParamsError(f"seed = {shown(seed)} must be a whole number from 0 to {MOST_SEED}.")
     return seed
 
 
 def coerced(name: str, value: Any, hint: Any) -> Any:
-    """The value as the declared type: YAML reads 1e-1 as text and lists where tuples are meant.
+    """The value in its declared type: YAML reads 1e-1 as text, and a tuple as a list.
 
-    Raises HyperParamsError for a value that has another type.
+    Raises HyperParamsError for a value of another type.
     """
     origin = get_origin(hint)
     try:
@@ -39,7 +39,7 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
                 raise TypeError
             return value
         if hint is int:
-            # Not by way of a float, which has no room for all digits of a seed.
+            # Not through a float: it has no room for all digits of a seed.
             if isinstance(value, int) and not isinstance(value, bool):
                 return _bounded(name, value)
             if isinstance(value, bool) or float(value) != int(float(value)):
@@ -59,7 +59,7 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
         raise HyperParamsError(f"Hyper-parameter {name} = {shown(value)} is not {in_words(hint)}.") from None
 
 
-#: Types as YAML knows them: one, and several.
+#: Types in YAML's words: for one value, and for several.
 _WORDS = {
     str: ("a text", "texts"), int: ("a whole number", "whole numbers"), float: ("a finite number", "finite numbers"),
     bool: ("true or false", "true or false"), dict: ("a mapping", "mappings"), list: ("a list", "lists"),
@@ -68,7 +68,7 @@ _WORDS = {
 
 
 def in_words(hint: Any, several: bool = False) -> str:
-    """A type as a message names it to those who write YAML: tuple[int, ...] is a list of whole numbers."""
+    """A type in words for people who write YAML: tuple[int, ...] is a list of whole numbers."""
     parts = get_args(hint)
     kind = get_origin(hint) or hint
     if kind not in _WORDS:
@@ -84,7 +84,7 @@ def _bounded(name: str, value: int) -> int:
 
 
 def checked_template_arguments(given: Mapping[str, Any]) -> None:
-    """HyperParamsError for an argument of a chat template that this package, or transformers, gives it."""
+    """Raises HyperParamsError for an argument of a chat template that this package, or transformers, already gives."""
     clash = [name for name in given if name in TEMPLATE_OWN]
     if clash:
         raise HyperParamsError(
@@ -94,7 +94,7 @@ def checked_template_arguments(given: Mapping[str, Any]) -> None:
 
 
 def _checked_argument(name: str, value: Any) -> Any:
-    """An argument for a chat template: what JSON knows, since it becomes a part of the keys in the cache."""
+    """An argument for a chat template. It must be a JSON value, since it becomes a part of the keys in the cache."""
     if isinstance(value, Mapping):
         return {key: _checked_argument(name, each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,1 +1,1 @@
-"""Files: read with care, written whole or not at all, kept for later runs."""
+"""Files: reading them with care, writing them whole or not at all, and keeping results for later runs."""

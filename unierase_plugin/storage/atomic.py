@@ -1,6 +1,6 @@
-"""Files and folders that are whole or not there: written beside their name, synced, and renamed.
+"""Files and folders that are whole or absent: written under another name, synced, and renamed.
 
-A process that is killed leaves at most a hidden `.<name>.writing-<pid>`, which the next one clears away.
+A killed process leaves at most a hidden `.<name>.writing-<pid>`. The next process removes it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def whole_file(path: Path, needed: int = 0) -> Iterator[Path]:
-    """Gives a name beside `path` to write to; what is there takes the place of `path` at the end of the `with` block.
+    """Gives a temporary name beside `path` to write to. At the end of the `with` block the file replaces `path`.
 
-    The file is synced before, so that under its name it is whole or not there. What a writer of this file that was
-    killed left beside it goes. `needed`: its size in bytes, for the message. Raises WriteError, with the old file as it
-    was, where the disk is full or the folder cannot be written.
+    The file is synced before, so under its name it is whole or absent. Files that killed writers of `path` left are
+    removed. `needed`: the size in bytes, for the message. Raises WriteError if the disk is full or the folder is not
+    writable; the old file is then unchanged.
     """
     partial = path.with_name(f".{path.name}.writing-{os.getpid()}-{threading.get_ident()}")
     try:
@@ -62,17 +62,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON (`plain`), whole or not at all (`whole_file`). What is no finite number becomes null."""
+    """Writes a value as JSON (`plain`), whole or not at all (`whole_file`). NaN and infinity become null."""
     write_text(path, json.dumps(plain(value), ensure_ascii=False, indent=1) + "\n")
 
 
 @contextmanager
 def replace_folder(folder: Path, needed: int, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """Gives an empty folder to fill, which takes the place of `folder` at the end of the `with` block.
+    """Gives an empty folder to fill. At the end of the `with` block it replaces `folder`.
 
-    Whatever goes wrong inside, the folder to fill is removed and `folder` is as it was. `needed` is the size in bytes
-    of what is to be written. `check` is called before the two are exchanged, and raises where that is not to be. An
-    OSError becomes a CheckpointError that says how much room there is.
+    On any error the new folder is removed and `folder` is unchanged. `needed`: the size in bytes of what is written.
+    `check` is called before the exchange; it raises to prevent it. An OSError becomes a CheckpointError that says how
+    much room there is.
     """
     folder = Path(folder).expanduser().resolve()
     staging = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
@@ -94,7 +94,7 @@ def replace_folder(folder: Path, needed: int, check: Callable[[], None] = lambda
 
 
 def _swap_in(staging: Path, folder: Path) -> None:
-    """Two renames; the first is taken back where the second fails. A kill between them is mended by the next run."""
+    """Two renames. If the second fails, the first is undone. If a kill comes between them, the next run repairs it."""
     aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     try:
         if folder.exists():
@@ -109,9 +109,10 @@ def _swap_in(staging: Path, folder: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what processes that are gone left beside `folder`, or puts it back where it is the only whole version.
+    """Removes what ended processes left beside `folder`, or puts it back if it is the only whole version.
 
-    A leftover with this process' own number is an earlier life's: in a container every run may have the same number.
+    A leftover with this process's own number is from an earlier process: in a container, every run may have the same
+    number.
     """
     folder = Path(folder).expanduser().resolve()
     for purpose in ("replaced", "writing"):
@@ -125,7 +126,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder, where there is one. A kill leaves it whole, or under a name that `clear_strays` knows."""
+    """Removes a folder, if there is one. After a kill it is whole, or has a name that `clear_strays` knows."""
     aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     _discard(aside)
     with suppress(OSError):
@@ -134,7 +135,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Removes a file or folder as far as that is possible."""
+    """Removes a file or folder as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -143,10 +144,10 @@ def _discard(path: Path) -> None:
 
 
 def clear_strays(folder: Path, name: str = "", *, busy: bool = False) -> None:
-    """Removes what processes that are gone left half written in `folder`: of the entry `name`, of any where empty.
+    """Removes what ended processes left half written in `folder`, for one entry `name` or, if empty, for all.
 
-    busy: whether this process may be writing there, in another thread. Else its own number is an earlier life's, as in
-    `clear_leftovers`.
+    busy: this process may be writing there in another thread. If not, a leftover with its own number is from an earlier
+    process, as in `clear_leftovers`.
     """
     for stray, pid in _leftovers(folder, name, "writing"):
         if _is_gone(pid, busy):
@@ -154,8 +155,10 @@ def clear_strays(folder: Path, name: str = "", *, busy: bool = False) -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """The folder as an absolute path, made where there is none. Raises CheckpointError where it is a file, and
-    WriteError where it cannot be made."""
+    """The folder as an absolute path, created if needed.
+
+    Raises CheckpointError if it is a file, and WriteError if it cannot be created.
+    """
     target = folder.expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise CheckpointError(
@@ -169,7 +172,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def _leftovers(parent: Path, name: str, purpose: str) -> list[tuple[Path, int]]:
-    """Hidden entries `.<name>.<purpose>-<pid>` with their process; any name where `name` is empty."""
+    """Hidden entries `.<name>.<purpose>-<pid>` with their process number; of any name if `name` is empty."""
     pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}\.{purpose}-(\d+)(?:-\d+)?")
     with suppress(OSError):
         matches = [(entry, pattern.fullmatch(entry.name)) for entry in parent.iterdir()]
@@ -178,12 +181,12 @@ def _leftovers(parent: Path, name: str, purpose: str) -> list[tuple[Path, int]]:
 
 
 def _is_gone(pid: int, busy: bool = False) -> bool:
-    """Whether a leftover's process has ended; with this one's number it has too, unless this one is `busy` there."""
+    """Whether a leftover's process has ended. This process's own number counts as ended unless it is `busy` there."""
     return not _is_running(pid) or (pid == os.getpid() and not busy)
 
 
 def _is_running(pid: int) -> bool:
-    # On Windows, os.kill with signal 0 is no question: it would end the process.
+    # On Windows, os.kill with signal 0 does not ask: it would end the process.
     if os.name == "nt":
         return True
     try:
@@ -204,7 +207,7 @@ def _sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Has the system write down a folder with all its files, before it takes its name."""
+    """Syncs a folder and all its files to the disk, before the folder gets its name."""
     entries = sorted(folder.rglob("*"))
     for file in (entry for entry in entries if entry.is_file()):
         _sync(file)
@@ -213,13 +216,13 @@ def sync_tree(folder: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    # Several network file systems, and Windows, cannot sync a folder; the rename itself is atomic there all the same.
+    # Several network file systems, and Windows, cannot sync a folder. The rename itself is still atomic there.
     with suppress(OSError):
         _sync(path)
 
 
 def _cannot_write(path: Path, needed: int, error: Exception) -> WriteError:
-    """Measured after the partial output is gone, so that the number is what a second try would find."""
+    """The free space is measured after the partial output is removed, so it is what a second try would find."""
     place, free = _free(path)
     return WriteError(
         f"{str(path)!r} could not be written ({error}); what was there before is as it was. It needs about "
@@ -228,9 +231,9 @@ def _cannot_write(path: Path, needed: int, error: Exception) -> WriteError:
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Raises WriteError where the disk that `path` is to lie on has fewer than `needed` bytes free.
+    """Raises WriteError if the disk of `path` has fewer than `needed` bytes free.
 
-    What `path` holds now does not count: the old state stays until the new one is whole.
+    The present size of `path` does not count: the old state stays until the new one is whole.
     """
     place, free = _free(path.expanduser().absolute())
     if free < needed:
@@ -241,12 +244,12 @@ def check_room(path: Path, needed: int) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether it says that a disk, or one's share of it, is full."""
+    """Whether an error says that a disk is full, or a quota used up."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def _free(path: Path) -> tuple[Path, int]:
-    """The folder nearest above `path` that exists, and the bytes free there."""
+    """The nearest existing folder above `path`, and its free bytes."""
     place = next((parent for parent in path.parents if parent.exists()), Path.cwd())
     return place, shutil.disk_usage(place).free
 

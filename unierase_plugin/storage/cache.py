@@ -1,6 +1,6 @@
 """The cache on disk: a `Store` keeps each result in one safetensors file.
 
-Statistics, tokens and values are expensive and reusable. The key of each is a digest of everything it depends on.
+Statistics, tokens and values are expensive and reusable. A result's key is a digest of everything that it depends on.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from .atomic import clear_strays, logger
 from .inputs import checked_path
 from .tensor_files import Packed, read_tensors, write_tensors
 
-#: Marks a warning as one of several that a command line tells in one line (`cli.console.our_log`).
+#: Marks a warning as one of several. A command line shows them in one line (`cli.console.our_log`).
 ONE_OF_NOT_KEPT = {"one_of": "results were not kept for later runs"}
 ONE_OF_DAMAGED = {"one_of": "damaged files of the cache were computed again"}
 
 
 def cache_folder(explicit: str = "") -> Path:
-    """Where reusable results live: `explicit`, else UNIERASE_CACHE, XDG_CACHE_HOME/unierase, or ~/.cache/unierase.
+    """The folder for reusable results: `explicit`, else UNIERASE_CACHE, XDG_CACHE_HOME/unierase, or ~/.cache/unierase.
 
-    Raises CheckpointError where no folder can be there: a file is in the way, or the home is not known.
+    Raises CheckpointError if no folder can be there: a file is in the way, or the home folder is unknown.
     """
     chosen = explicit or os.environ.get("UNIERASE_CACHE", "")
     base = os.environ.get("XDG_CACHE_HOME", "")
@@ -44,7 +44,7 @@ def cache_folder(explicit: str = "") -> Path:
 def _home() -> Path:
     with suppress(RuntimeError):
         home = Path.home()
-        # An empty HOME would be read as the root of the file system.
+        # An empty HOME would mean the root of the file system.
         if os.environ.get("HOME") != "" and home.is_absolute():
             return home
     raise CheckpointError(
@@ -56,8 +56,8 @@ def _home() -> Path:
 class Store:
     """A folder of results by kind and key: `<root>/<kind>/<key>.safetensors`.
 
-    It speeds a run up and must never end one: what cannot be read counts as absent and what cannot be written is left
-    out, each with a warning in the log.
+    The cache speeds up a run and never ends one. A result that cannot be read counts as absent. A result that cannot be
+    written is dropped. Both give a warning in the log.
     """
 
     def __init__(self, root: Path) -> None:
@@ -82,7 +82,7 @@ class Store:
             return None
 
     def cached(self, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:
-        """What is kept under this key; else what `compute` gives, which is then kept."""
+        """The result under this key. If there is none, the result of `compute`, which is then kept."""
         found = self.get(kind, key)
         if found is None:
             found = compute()

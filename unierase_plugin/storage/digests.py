@@ -1,4 +1,4 @@
-"""SHA-256 of tensors and of data, by which a file tells later whether it still holds what was written."""
+"""SHA-256 of tensors and data. A file uses them to tell later whether it still has what was written."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Bytes of a tensor that are copied at a time while it is hashed.
+#: Bytes of a tensor that are copied at a time for hashing.
 HASH_CHUNK = 1 << 24
 
 
 def content_digests(tensors: Collection[Tensor]) -> Iterator[bytes]:
-    """SHA-256 of each tensor's bytes in row-major order, as many at once as there are processors."""
+    """SHA-256 of each tensor's bytes in row-major order. As many tensors at once as there are processors."""
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors) < HASH_CHUNK:
-        yield from map(_content_digest, tensors)  # threads take longer to start
+        yield from map(_content_digest, tensors)  # starting threads would take longer
         return
-    # hashlib lets other threads run meanwhile.
+    # hashlib lets other threads run.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(_content_digest, tensors)
 
@@ -37,7 +37,7 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def data_digest(value: Any) -> str:
-    """Hex sha256 of what JSON can hold; the order of an object's keys and white space do not matter."""
+    """Hex sha256 of a JSON value. White space and the order of an object's keys do not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -62,7 +62,7 @@ class Seal:
         return json.dumps({"tensors": self.tensors, "texts": self.texts, "whole": self.whole}, sort_keys=True)
 
     def differences(self, stated: str) -> list[tuple[str, str]]:
-        """What is not as `stated` says, which `dumps` gave: ("tensor", "text" or "seal", name) and in that order."""
+        """The parts that differ from `stated` (from `dumps`): ("tensor", "text" or "seal", name), in that order."""
         try:
             wanted = json.loads(stated)
             parts = {"tensor": (self.tensors, wanted["tensors"]), "text": (self.texts, wanted["texts"])}
@@ -86,7 +86,7 @@ def _content_digest(tensor: Tensor) -> bytes:
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """The tensor's bytes in row-major order, a few rows at a time. As bytes, since NumPy knows no bfloat16."""
+    """The tensor's bytes in row-major order, a few rows at a time. NumPy has no bfloat16, so they are read as bytes."""
     rows = tensor if tensor.ndim else tensor[None]
     row_size = max(1, rows[:1].numel() * rows.element_size())
     for part in rows.split(max(1, HASH_CHUNK // row_size)):

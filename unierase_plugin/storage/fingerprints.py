@@ -1,4 +1,4 @@
-"""Digests that key what is kept: of values, of a model's weights, and of a tokenizer."""
+"""Digests that serve as cache keys: of values, of a model's weights, and of a tokenizer."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, did_you_mean
 from .digests import content_digests
 
-#: Part of every cache key: raised when what a phase computes changes.
+#: Part of every cache key. Raise it when a phase computes something else.
 CACHE_VERSION = "3"
 
 
 def digest(*parts: str | bytes | float | Mapping[Any, Any] | Sequence[Any]) -> str:
-    """Hex sha256 of the parts as canonical JSON: the order of a mapping's keys does not matter, a sequence's does.
+    """Hex sha256 of the parts as canonical JSON. The order matters in sequences, not in mappings.
 
-    Raises TypeError for a value whose text could differ from run to run.
+    Raises TypeError for a value whose text could differ between runs.
     """
     text = json.dumps(plain(parts, strict=True), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def model_fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> str:
-    """Hex sha256 over name, dtype, shape and sha256 of the parameters (all, or those named), and the model's type.
+    """Hex sha256 over the model's type and its parameters, all or those named: name, dtype, shape and sha256 of each.
 
-    The same on every device and however the modules are ordered; a tied parameter counts once, under the first of its
-    names in the alphabet. Raises CheckpointError for an unknown name and for weights that are offloaded.
+    It is the same on every device, and for every order of the modules. A tied parameter counts once, under the first of
+    its names in the alphabet. Raises CheckpointError for an unknown name and for offloaded weights.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     chosen = sorted(parameters) if names is None else sorted(set(names))
@@ -50,7 +50,7 @@ def model_fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> s
                 f"The weight {name!r} is not in memory (offloaded to disk or CPU). Load the model without offloading, "
                 "on a device that holds all of it."
             )
-        # Two parameters in one place are one, as they are in a file.
+        # Two parameters at one place in memory are one, as in a file.
         place = (tensor.data_ptr(), *tensor.shape)
         if tensor.data_ptr() and place in seen:
             continue
@@ -62,13 +62,13 @@ def model_fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> s
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hex sha256 of what a tokenizer does to text: vocabulary, merges, normalisation, special tokens, chat template."""
+    """Hex sha256 of a tokenizer: vocabulary, merges, normalisation, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: dict[str, Any] = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     else:
         rules = json.loads(backend.to_str())
-        # Both are left behind by the latest call rather than being part of the tokenizer.
+        # The latest call leaves both behind. They are no part of the tokenizer.
         rules.pop("truncation", None)
         rules.pop("padding", None)
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
@@ -76,9 +76,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def plain(value: Any, *, strict: bool = False) -> Any:
-    """The value as JSON can hold it: dataclasses and mappings as objects, tensors as lists, NaN and infinity as null.
+    """The value as JSON: dataclasses and mappings as objects, tensors as lists, NaN and infinity as null.
 
-    Anything else becomes its text, or a TypeError where `strict`.
+    Any other value becomes its text, or a TypeError if `strict`.
     """
     if value is None or isinstance(value, (str, bool, int)):
         return value

@@ -1,7 +1,7 @@
-"""Files and values that users give: read and parsed, or refused in one line that names the file and the line.
+"""Reads and parses files and values from users. A refusal is one line that names the file and the line.
 
-What a path, a text file, JSON or YAML can do to a program that trusts it ends here: names that no file system takes,
-text in another encoding, numbers without end, nesting without end, aliases that multiply.
+Nothing past this module needs to distrust a path, a text file, JSON or YAML: impossible file names, other encodings,
+endless numbers, endless nesting and multiplying aliases are refused here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import UniEraseError, did_you_mean, reason, shown
 
-#: Bytes of a YAML file, and values in it with its aliases put in, at most: settings take some thousand of either.
+#: Limits for YAML: bytes of a file, and values in it with all aliases expanded. Settings need some thousand of either.
 YAML_BYTES = 1 << 20
 YAML_VALUES = 20_000
 
@@ -26,11 +26,10 @@ _SPACE = re.compile(r"\s*")
 
 
 def checked_path(path: str | os.PathLike[str], kind: Refusal = UniEraseError, what: str = "path") -> Path:
-    """The path with `~` put in, where the file system can have such a name and lets it be looked at.
+    """The path with `~` expanded, if the file system accepts the name and lets it be looked at. It need not exist.
 
-    Whether there is anything is not asked. Raises `kind` for a name that is empty, which would be read as the working
-    folder, too long or not UTF-8, a loop of symbolic links, the home of an unknown user, and a folder that may not be
-    looked into.
+    Raises `kind` for an empty name (it would mean the working folder), a name that is too long or not UTF-8, a loop of
+    symbolic links, the home of an unknown user, and a folder that may not be read.
     """
     text = os.fspath(path)
     if not text:
@@ -53,14 +52,14 @@ def checked_path(path: str | os.PathLike[str], kind: Refusal = UniEraseError, wh
 
 
 def absolute_path(path: str | os.PathLike[str], kind: Refusal = UniEraseError) -> Path:
-    """`checked_path` from the root of the file system, symbolic links followed."""
+    """`checked_path` as an absolute path, with symbolic links followed."""
     return checked_path(path, kind).resolve()
 
 
 def no_folder(name: str | os.PathLike[str]) -> str:
-    """A sentence, with a space after it, that says where no folder of that name is, and what is; "" where it is one.
+    """A sentence and a space: where no such folder is, and what is there instead. "" if the folder exists.
 
-    For messages about what may be a folder or the id of something on the hub, and is neither.
+    For messages about a name that may be a folder or an id on the hub, and is neither.
     """
     path = Path(name)
     if path.is_dir():
@@ -76,10 +75,10 @@ def no_folder(name: str | os.PathLike[str]) -> str:
 
 
 def read_text(path: Path, kind: Refusal, largest: int | None = None) -> str:
-    """A UTF-8 file's text, line ends as they are, without the mark that spreadsheets put in front.
+    """The text of a UTF-8 file. Line ends stay; the byte-order mark that spreadsheets write is removed.
 
-    Raises FileNotFoundError, for the caller to say what else there is; `kind` for all else, among it a file of more
-    than `largest` bytes.
+    Raises FileNotFoundError, so that the caller can name alternatives. Raises `kind` for everything else, such as a
+    file of more than `largest` bytes.
     """
     try:
         with path.open("rb") as file:
@@ -96,7 +95,7 @@ def read_text(path: Path, kind: Refusal, largest: int | None = None) -> str:
 def decoded(path: Path, data: bytes, kind: Refusal, first_line: int = 1) -> str:
     """The bytes of a file, from its line `first_line` on, as text.
 
-    Raises `kind` with the line where they are not UTF-8 or hold a NUL character.
+    Raises `kind` with the line if they are not UTF-8 or have a NUL character.
     """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise kind(f"{path}, line {first_line}: not UTF-8 text but UTF-16. Save the file as UTF-8.")
@@ -117,15 +116,15 @@ def decoded(path: Path, data: bytes, kind: Refusal, first_line: int = 1) -> str:
 
 
 class _NotUsableError(ValueError):
-    """JSON that Python takes, and that is refused all the same."""
+    """JSON that Python accepts and this package refuses."""
 
 
 def parse_json(text: str, where: str, kind: Refusal, expected: str = "", first_line: int = 1, nan: bool = False) -> Any:
-    """What a JSON text holds. `where` is its file; `first_line` the line of the file at which the text begins.
+    """The value of a JSON text. `where` is its file; `first_line` is the line of the file at which the text begins.
 
-    Raises `kind` for malformed JSON, with `expected` as the remedy, and for what Python's parser lets through or
-    stumbles over: NaN and infinities, numbers of thousands of digits, nesting without end, a name that is given twice
-    with different values, half surrogate pairs. `nan` lets NaN and infinities be.
+    Raises `kind` for malformed JSON, with `expected` as the remedy, and for what Python's parser accepts or fails on:
+    NaN and infinities, numbers of thousands of digits, endless nesting, a name given twice with different values, half
+    surrogate pairs. `nan` allows NaN and infinities.
     """
     decoder = _LENIENT if nan else _STRICT
     try:
@@ -150,7 +149,7 @@ def _encodable(value: Any) -> None:
 
 
 def _first_refused(text: str, decoder: json.JSONDecoder) -> int:
-    """Where in a list the first item begins that is refused: a list may span many lines. 0 for all else."""
+    """The position of the first refused item of a list: a list may span many lines. 0 for everything else."""
     at = _after_space(text, 0)
     if text[at : at + 1] != "[":
         return 0
@@ -196,10 +195,10 @@ _LENIENT = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def parse_yaml(text: str, where: str, kind: Refusal) -> tuple[Any, Mapping[Any, int]]:
-    """What a YAML text holds, and the line of each name at its top.
+    """The value of a YAML text, and the line of each name at its top level.
 
-    Raises `kind` with the line for malformed YAML, aliases that stand for more than YAML_VALUES values or hold
-    themselves, nesting without end, a name that is given twice with different values, and values such as month 13.
+    Raises `kind` with the line for malformed YAML, aliases that expand to more than YAML_VALUES values or contain
+    themselves, endless nesting, a name given twice with different values, and values such as month 13.
     """
     import yaml
 
@@ -232,9 +231,9 @@ def _loaded(loader: Any) -> tuple[Any, Mapping[Any, int]]:
 
 
 def _size(node: Any, loader: Any, sizes: dict[int, int]) -> int:
-    """Values in a node with every alias put in, each node counted once and remembered. 0 stands for one under way.
+    """The number of values in a node with its aliases expanded. Nodes are remembered; 0 marks one in work.
 
-    Raises what the loader raises, and the same for a value that it stumbles over.
+    Raises what the loader raises, and the same error for a value on which the loader fails.
     """
     import yaml
 

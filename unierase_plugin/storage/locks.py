@@ -1,7 +1,7 @@
-"""One run at a time into a folder: a lock beside it, which the system takes back however the process ends.
+"""One run at a time into a folder: a lock file beside it. The system releases the lock however the process ends.
 
-The lock is advisory: it holds among runs of this package. The file `.<name>.lock` says who has it; what counts is the
-system's lock on the file, so that one that a dead process left is no obstacle.
+The lock is advisory: only runs of this package respect it. The file `.<name>.lock` says who has the lock. What counts
+is the system's lock on that file, so the file of a dead process is no obstacle.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from ..errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at a lock that another process holds, and how long it has to say who it is.
+#: Seconds between two looks at a lock of another process, and seconds that the other has to write its name.
 POLL, TELLING = 0.05, 1.0
-#: Times that a lock file is opened anew because who held it before took it away meanwhile.
+#: How often a lock file is opened again because its former holder removed it in the meantime.
 TRIES = 100
-#: What a file system without locks answers.
+#: The errors of a file system without locks.
 _UNKNOWN = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK, errno.EDEADLK}
 
 
 @contextmanager
 def folder_lock(folder: Path, patience: float = 0.0) -> Iterator[Callable[[], None]]:
-    """Holds the lock of `folder`, which need not exist, for the `with` block; its parents are made where missing.
+    """Holds the lock of `folder` for the `with` block. The folder need not exist; missing parents are created.
 
     patience  seconds to wait for another process
 
-    Gives a function that raises CheckpointError where another has the lock after all: somebody deleted the file of it.
+    Yields a function that raises CheckpointError if another process got the lock after all, because somebody deleted
+    the lock file.
 
-    Raises CheckpointError with the other's process number and start where it is held, also by this very process, and
-    where the lock file cannot be made. A file system that has no locks gives a warning, and no protection.
+    Raises CheckpointError with the other process's number and start time if the lock is held, also by this process, and
+    if the lock file cannot be created. On a file system without locks there is a warning and no protection.
     """
     path = folder.with_name(f".{folder.name}.lock")
     made = [place for place in path.parents if not place.exists()]
@@ -56,7 +57,7 @@ def folder_lock(folder: Path, patience: float = 0.0) -> Iterator[Callable[[], No
 
         yield check
     finally:
-        if os.getpid() == owner:  # a forked child leaves its parent's lock alone
+        if os.getpid() == owner:  # a forked child must not release its parent's lock
             if descriptor is not None:
                 _give_back(path, descriptor)
             for place in made:
@@ -65,16 +66,16 @@ def folder_lock(folder: Path, patience: float = 0.0) -> Iterator[Callable[[], No
 
 
 def _held(path: Path, folder: Path, until: float) -> int | None:
-    """A descriptor with the lock; None where there are no locks."""
+    """A descriptor with the lock; None if there are no locks."""
     try:
         for _ in range(TRIES):
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            except FileNotFoundError:  # who held it may take away the parents that it had made, too
+            except FileNotFoundError:  # the former holder may also remove the parents that it created
                 path.parent.mkdir(parents=True, exist_ok=True)
                 continue
             if _locked(descriptor, path, until):
-                # Who held it before may have taken the file away between the two: a lock on it would guard no name.
+                # The former holder may have removed the file in between: a lock on it would protect nothing.
                 if _is_at(descriptor, path):
                     _sign(descriptor)
                     return descriptor
@@ -108,7 +109,7 @@ def _locked(descriptor: int, path: Path, until: float) -> bool:
 if sys.platform == "win32":
     import msvcrt
 
-    #: Beyond the text, since others cannot read what is locked.
+    #: Beyond the text: others cannot read the locked bytes.
     _FAR = 1 << 20
 
     def _try_lock(descriptor: int) -> bool:
@@ -144,7 +145,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _sign(descriptor: int) -> None:
     started = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started})
-    with suppress(OSError):  # the lock holds without it
+    with suppress(OSError):  # the lock holds without the file
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, text.encode())

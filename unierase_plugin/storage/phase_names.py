@@ -1,4 +1,4 @@
-"""What the phases of a run are called where a person sees them."""
+"""Names of a run's phases, as people see them."""
 
 PHASES = {
     "load": "load the model",

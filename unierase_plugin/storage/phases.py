@@ -1,4 +1,4 @@
-"""What every run of some length needs: its phases timed, and those that are finished kept for the next start."""
+"""Times the phases of a long run, and keeps finished phases for the next start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tensor_files import Packed
 
 
 class Phases:
-    """Times what a run does, and keeps what is finished beside the output folder."""
+    """Times a run's phases, and keeps finished ones beside the output folder."""
 
     def __init__(self, work: Path | None) -> None:
         self.work = None if work is None else Store(work)

@@ -1,4 +1,4 @@
-"""A folder to which a command adds what it measured, call by call: by one process at a time, and over its own alone."""
+"""A folder to which a command adds results, call by call. One process at a time; other people's files are safe."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .locks import folder_lock
 
 @contextmanager
 def results_folder(out: str | os.PathLike[str], written: Sequence[str], ours: Callable[[Path], bool]) -> Iterator[None]:
-    """Holds the folder for this process alone while the `with` block lasts.
+    """Reserves the folder for this process while the `with` block lasts.
 
-    written  names of the files that are written there, or replaced
-    ours     whether those that the folder has are an earlier call's
+    written  names of the files that are written or replaced there
+    ours     whether the folder's files of these names are from an earlier call
 
-    Raises CheckpointError where another process holds it, and for a file of such a name that is somebody else's.
+    Raises CheckpointError if another process holds the folder, and for a file of such a name that is somebody else's.
     """
     target = absolute_path(out, CheckpointError)
     with folder_lock(target):

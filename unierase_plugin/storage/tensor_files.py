@@ -1,4 +1,4 @@
-"""Safetensors files with digests of what they hold, so that damage is seen when they are read."""
+"""Safetensors files with digests of their contents. Reading a file detects damage."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ..errors import CheckpointError
 from .atomic import whole_file
 from .digests import Seal
 
-#: Named tensors and the text that goes with them: what one file holds.
+#: The contents of one file: named tensors, and the text that belongs to them.
 Packed = tuple[dict[str, Tensor], dict[str, str]]
-#: Parts of a damaged file that an error names at most.
+#: An error names at most this many damaged parts of a file.
 NAMED = 3
-#: Name in a file's metadata of the digests of all else in it.
+#: The metadata entry that has the digests of everything else in the file.
 SEAL = "sha256"
 
 _Record = TypeVar("_Record")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Seal:
-    """Writes a safetensors file, whole or not at all (`whole_file`), with digests of what is in it, and returns these.
+    """Writes a safetensors file, whole or not at all (`whole_file`), and returns the digests of its contents.
 
-    Raises WriteError, with the old file as it was, where the disk is full or the folder cannot be written.
+    Raises WriteError if the disk is full or the folder is not writable; the old file is then unchanged.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     seal = Seal.of(tensors, metadata)
@@ -41,7 +41,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two of them in one storage, which safetensors refuses."""
+    """On the CPU, contiguous, and without shared storage, which safetensors refuses."""
     ready: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -54,20 +54,20 @@ def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a safetensors file holds, and what of it is not what was written."""
+    """The contents of a safetensors file, and which parts differ from what was written."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    #: Digests of the contents as they are.
+    #: Digests of the contents as they are now.
     seal: Seal
-    #: Whether the file says what its digests were; those of earlier versions do not.
+    #: Whether the file states its digests; files of earlier versions do not.
     sealed: bool
-    #: ("tensor", "text" or "seal", name) of what differs from that.
+    #: ("tensor", "text" or "seal", name) of each part that differs from them.
     differences: Sequence[tuple[str, str]]
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """A file with whatever of it can be read. Raises CheckpointError where it is missing, cut short or no such file."""
+    """Reads all that is readable. Raises CheckpointError for a file that is missing, cut short or of another kind."""
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -84,7 +84,7 @@ def open_tensors(path: Path) -> TensorFile:
 def read_tensors(path: Path) -> Packed:
     """The tensors and metadata of a file.
 
-    Raises CheckpointError where it is missing, cut short, or holds something else than was written to it.
+    Raises CheckpointError if the file is missing, cut short, or differs from what was written.
     """
     found = open_tensors(path)
     if found.differences:
@@ -94,7 +94,7 @@ def read_tensors(path: Path) -> Packed:
 
 
 def refuse_other(path: Path, record: str, what: str) -> None:
-    """Raises CheckpointError where there is something else at `path` than a file of such a record, before it goes."""
+    """Raises CheckpointError if `path` is something other than a file of such a record, before it is replaced."""
     if not os.path.lexists(path):
         return
     try:
@@ -107,9 +107,9 @@ def refuse_other(path: Path, record: str, what: str) -> None:
 
 
 def pack(record: Any) -> Packed:
-    """A dataclass as what one file holds.
+    """A dataclass as the contents of one file.
 
-    Fields that are tensors, or tensors by layer, go to tensors (`moments.3`); all others to one JSON text.
+    Fields that are tensors, or tensors by layer, become tensors (`moments.3`). All others become one JSON text.
     """
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
@@ -125,9 +125,9 @@ def pack(record: Any) -> Packed:
 
 
 def unpack(kind: type[_Record], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> _Record:
-    """A dataclass as `pack` gave it.
+    """The dataclass that `pack` packed.
 
-    Raises CheckpointError where the file holds another kind of record, or one of another version of this package.
+    Raises CheckpointError if the file has a record of another kind, or of another version of this package.
     """
     fields: dict[str, Any] = {}
     try:
@@ -136,7 +136,7 @@ def unpack(kind: type[_Record], tensors: Mapping[str, Tensor], metadata: Mapping
         for name, value in json.loads(metadata["fields"]).items():
             fields[name] = tuple(value) if isinstance(value, list) else value
         fields.update({name: tensor for name, tensor in tensors.items() if "." not in name})
-        # The file is in no useful order, and layers are gone through from the bottom.
+        # The file has no useful order, and layers are processed from the bottom up.
         by_layer = sorted((int(name.rpartition(".")[2]), name) for name in tensors if "." in name)
         for layer, name in by_layer:
             fields.setdefault(name.rpartition(".")[0], {})[layer] = tensors[name]
