@@ -1,1 +1,1 @@
-"""A model at hand: loading it, its structure, how it is asked, and passes through it."""
+"""The model: loading it, finding its parts, asking it, and running passes through it."""

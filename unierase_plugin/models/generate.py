@@ -1,4 +1,4 @@
-"""Greedy answers in batches, perplexity, and the token's leak, from any model and tokenizer."""
+"""Greedy answers in batches, perplexity, and the token's leak, for any model and tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .generation import generate
 from .prompts import encode, render
 from .trace import pad, run_batches, token_batches
 
-#: Bytes of float32 logits that a batch may hold.
+#: Bytes of float32 logits in one batch, at most.
 LOGIT_BYTES = 1 << 27
 
 
@@ -27,7 +27,7 @@ def answers(
     max_tokens: int = 8192,
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[str]:
-    """Greedy generations, special tokens other than the end kept, so that an unlearning token can be seen."""
+    """Greedy answers. Special tokens other than the end stay in the text, so that an unlearning token is visible."""
     prompts = [encode(tokenizer, render(tokenizer, question, form, template_kwargs), form) for question in questions]
     generated = continue_greedily(model, tokenizer, prompts, max_new_tokens, max_tokens, progress)
     pad_id = pad_token_id(model, tokenizer)
@@ -43,7 +43,7 @@ def continue_greedily(
     max_tokens: int = 8192,
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[list[int]]:
-    """The token ids that follow each prompt, ends and padding after them included."""
+    """The token ids that follow each prompt, with end tokens and the padding after them."""
     pad_id = pad_token_id(model, tokenizer)
     room = [[0] * (len(prompt) + max_new_tokens) for prompt in prompts]
     out: dict[int, list[int]] = {}
@@ -59,7 +59,7 @@ def continue_greedily(
 
 
 def decode_answer(model: Any, tokenizer: Any, ids: list[int], pad_id: int) -> str:
-    """The text of generated ids up to the first token that ends a turn, other special tokens kept."""
+    """The text of generated ids up to the first token that ends a turn. Other special tokens stay."""
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id, pad_id}
     stop = next((index for index, token in enumerate(ids) if token in ends), len(ids))
@@ -67,7 +67,7 @@ def decode_answer(model: Any, tokenizer: Any, ids: list[int], pad_id: int) -> st
 
 
 def pad_token_id(model: Any, tokenizer: Any) -> int:
-    """A token to pad with; masked everywhere, so any will do where the tokenizer names none."""
+    """A token for padding. It is masked everywhere, so any token serves if the tokenizer names none."""
     for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.config.get_text_config().pad_token_id):
         if isinstance(index, int):
             return index
@@ -75,18 +75,18 @@ def pad_token_id(model: Any, tokenizer: Any) -> int:
 
 
 def tokens_for_logits(model: Any) -> int:
-    """Tokens of a batch whose logits over the whole vocabulary are looked at: they outweigh all else in memory."""
+    """Tokens of a batch whose logits over the whole vocabulary are needed. The logits take most of the memory."""
     return max(1, LOGIT_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
 
 
 def context_limit(model: Any) -> int:
-    """How many tokens the model can take in; a number that no text reaches where it does not say."""
+    """The number of tokens that the model accepts; a number that no text reaches if the model does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
-    """exp of the mean negative log-likelihood a token over texts, each on its own and cut to the model's context."""
+    """exp of the mean negative log-likelihood per token over texts, each on its own and cut to the model's context."""
     total, count = 0.0, 0
     encoded = (tokenizer(text)["input_ids"][: context_limit(model)] for text in texts)
     sequences = [ids for ids in encoded if len(ids) > 1]
@@ -99,7 +99,7 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
         )
         counted = batch.mask[:, 1:].to(nll.device)
         total, count = total + float((nll * counted).sum()), count + int(counted.sum())
-    # Not math.exp, which raises where the result is infinite.
+    # Not math.exp: it raises if the result is infinite.
     return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
 
@@ -107,7 +107,7 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
 def mean_log_likelihoods(
     model: Any, tokenizer: Any, sequences: Sequence[Sequence[int]], starts: Sequence[int]
 ) -> list[float]:
-    """Log-likelihood a token (nats) of each sequence from its start on, given what stands before it."""
+    """Log-likelihood per token (nats) of each sequence from its start on, given the tokens before it."""
     out: dict[int, float] = {}
 
     def run(rows: list[int]) -> None:

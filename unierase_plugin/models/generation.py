@@ -1,4 +1,4 @@
-"""What a model writes, token by token, whatever its own settings for writing are."""
+"""Generates text token by token, independently of the model's own generation settings."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch import Tensor
 def generate(
     model: Any, ids: Tensor, mask: Tensor, room: int, pad_id: int, *, temperature: float = 0.0, **settings: Any
 ) -> Tensor:  # fmt: skip
-    """Ids (B, n) that follow prompts (B, T) padded on the left, n at most `room`, ends and padding after them included.
+    """Ids (B, n), n at most `room`, that follow left-padded prompts (B, T), with end tokens and padding after them.
 
-    Greedy at temperature 0, else drawn from the whole distribution. Of the model's own settings only the ends hold:
-    beams, penalties and forbidden repetitions would change what is measured. `settings` go to the model's `generate`.
+    Greedy at temperature 0, else sampled from the whole distribution. Of the model's own settings only the end tokens
+    count: beams, penalties and forbidden repetitions would change the measurement. `settings` go to the model's
+    `generate`.
     """
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     with ends_alone(model, pad_id):
@@ -27,7 +28,7 @@ def generate(
 
 @contextmanager
 def ends_alone(model: Any, pad_id: int) -> Iterator[None]:
-    """The model's settings are bare inside: a config that is passed along is filled up from the model's own."""
+    """Inside, the model's own settings are its end tokens alone: transformers fills up a given config from them."""
     from transformers import GenerationConfig
 
     own = model.generation_config

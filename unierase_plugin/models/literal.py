@@ -1,8 +1,8 @@
-"""Texts of users as texts: the name of a special token inside a question or an answer is not that token.
+"""Reads texts of users as plain text: the name of a special token in a question or answer is not that token.
 
-A tokenizer finds its special tokens in whatever it is given, so that a question about `<|im_end|>` would end its own
-turn. Here the tokens that a chat template writes stay what they are, and those names in what it is filled with are
-tokenised like any other text. A text without such a name is tokenised by the tokenizer itself.
+A tokenizer finds its special tokens in any text, so a question about `<|im_end|>` would end its own turn. Here only the
+tokens that the chat template itself writes are special tokens. Their names in a user's text are tokenised like any
+other text. A text without such a name is tokenised by the tokenizer itself.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ logger = logging.getLogger(__name__)
 
 Span = tuple[int, int]
 
-#: The first of the private letters that stand for special tokens, and of those that stand for what a user wrote.
+#: The first private letters: those that stand for special tokens, and those that stand for a user's text.
 _NAMES, _PARTS = 0xF0000, 0x10FF00
-#: How they are read here.
+#: How such names are read here.
 READ = (
     "They are read as text there, not as the tokens; a program that gives these texts to the tokenizer as they are "
     "reads the tokens."
 )
-#: Where a tokenizer keeps what is made of it here; another one after a token was added.
+#: The tokenizer's attribute that keeps what this module builds from it. It is rebuilt after a token was added.
 _KEPT = "_unierase_literal"
 
 
 class Rendered(str):
-    """A prompt, and the spans of it that users wrote, in which names of special tokens are texts."""
+    """A prompt, and the spans in it that users wrote. In these spans, names of special tokens are plain text."""
 
     spans: tuple[Span, ...] = ()
 
@@ -46,14 +46,15 @@ class Rendered(str):
 
 
 def special_names(tokenizer: Any, text: str) -> tuple[str, ...]:
-    """The special tokens whose names stand in a text, in the order of the vocabulary."""
+    """The special tokens whose names occur in a text, in the order of the vocabulary."""
     return tuple(name for name in _Literal.of(tokenizer).names if name in text)
 
 
 def rendered(tokenizer: Any, write: Callable[[Sequence[str]], str], parts: Sequence[str]) -> str:
-    """What `write` makes of a user's parts; `Rendered` where one of them has the name of a special token.
+    """The prompt that `write` makes of a user's texts; `Rendered` if one of them has the name of a special token.
 
-    `write` may put anything around the parts and take white space off their ends. RequestError where it does more.
+    `write` may put anything around the texts and strip white space from their ends. Raises RequestError if it changes
+    more.
     """
     text = write(parts)
     if not any(special_names(tokenizer, part) for part in parts):
@@ -68,7 +69,7 @@ def rendered(tokenizer: Any, write: Callable[[Sequence[str]], str], parts: Seque
 
 
 def spanned(write: Callable[[Sequence[str]], str], parts: Sequence[str]) -> Rendered | None:
-    """What `write` makes of a user's parts, and where they stand in it; None where it changes them."""
+    """The prompt that `write` makes of a user's texts, and their spans in it; None if it changes them."""
     text = write(parts)
     marks = [chr(_PARTS + index) for index in range(len(parts))]
     around = re.split("|".join(marks), write(marks))
@@ -81,7 +82,7 @@ def spanned(write: Callable[[Sequence[str]], str], parts: Sequence[str]) -> Rend
 
 
 def names_in_spans(tokenizer: Any, text: str) -> bool:
-    """Whether what users wrote in a text has the name of a special token. A text without spans has none."""
+    """Whether a user's text in the prompt has the name of a special token. A prompt without spans has none."""
     spans = text.spans if isinstance(text, Rendered) else ()
     return any(special_names(tokenizer, text[start:end]) for start, end in spans)
 
@@ -93,12 +94,12 @@ def _joined(around: Sequence[str], parts: Sequence[str]) -> str:
 
 
 def as_text(tokenizer: Any, text: str) -> str:
-    """The text itself; `Rendered` as a whole where it has the name of a special token."""
+    """The text itself; `Rendered` as a whole if it has the name of a special token."""
     return Rendered.of(text, [(0, len(text))]) if special_names(tokenizer, text) else text
 
 
 def literal_ids(tokenizer: Any, text: str, add_special_tokens: bool = False) -> tuple[list[int], list[Span]]:
-    """Token ids of a text, and the characters that each holds; [] for these where the tokenizer tells none."""
+    """Token ids of a text, and the characters of each token; [] for the characters if the tokenizer has no offsets."""
     if isinstance(text, Rendered):
         return _Literal.of(tokenizer).encode(text, add_special_tokens)
     told = bool(getattr(tokenizer, "is_fast", False))
@@ -107,12 +108,12 @@ def literal_ids(tokenizer: Any, text: str, add_special_tokens: bool = False) -> 
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a user's text, such as an answer, without what the tokenizer puts before and after it."""
+    """Token ids of a user's text, such as an answer, without the tokens that the tokenizer adds before and after."""
     return literal_ids(tokenizer, as_text(tokenizer, text))[0]
 
 
 def tell_special_names(tokenizer: Any, facts: Iterable[Any], more: Sequence[str] = (), read: str = READ) -> None:
-    """Says in the log that facts (requests, or an audit's) have names of special tokens, or one of `more`, as text.
+    """Logs that facts (requests, or an audit's) have names of special tokens, or one of `more`, as text.
 
     read   how these texts are read, in a sentence or two
     """
@@ -132,13 +133,13 @@ def tell_special_names(tokenizer: Any, facts: Iterable[Any], more: Sequence[str]
 
 
 class _Literal:
-    """The special tokens of a tokenizer, and a copy of it that knows them by private letters alone."""
+    """The special tokens of a tokenizer, and a copy of it that knows them only by private letters."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.size = len(tokenizer)
         self.tokenizer = tokenizer
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        # One that stands as a word of its own only is left to the tokenizer: whether it does cannot be seen here.
+        # A token that matches only as a whole word is left to the tokenizer: whether it matches is not visible here.
         self.names = tuple(
             token.content for token in added if token.special and not token.single_word and token.content.strip()
         )
@@ -160,7 +161,7 @@ class _Literal:
         return list(found.ids), list(found.offsets)
 
     def _lettered(self, text: Rendered) -> str:
-        """Special tokens outside the user's spans by their letters, as many as the name has: offsets stay."""
+        """The prompt. Special tokens outside the user's spans become as many private letters, so that offsets stay."""
         pattern = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))))
         pieces, at = [], 0
         for start, end in (*text.spans, (len(text), len(text))):
@@ -169,7 +170,7 @@ class _Literal:
         return "".join(pieces)
 
     def _make_copy(self) -> Any:
-        """The same tokenizer, vocabulary, merges and numbers, but for the names of its special tokens."""
+        """The same tokenizer (vocabulary, merges, numbers), except for the names of its special tokens."""
         from tokenizers import Tokenizer
 
         if not getattr(self.tokenizer, "is_fast", False):

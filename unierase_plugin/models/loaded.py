@@ -1,4 +1,4 @@
-"""A model at hand: the one type for it that every part of the package takes."""
+"""A loaded model. Every part of the package takes this one type."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .stored_dtype import as_stored, stored_dtype
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model of transformers on its device, with its tokenizer, and what tells them from others."""
+    """A causal language model of transformers on its device, its tokenizer, and the fingerprints that identify both."""
 
     model: Any
     tokenizer: Any
-    #: What the user calls it: a folder, a hub id, or a class where it came loaded.
+    #: The user's name for the model: a folder, a hub id, or a class if it came loaded.
     name: str
-    #: Tokens of one batch at most, padding included.
+    #: Tokens of one batch at most, including padding.
     max_tokens: int
-    #: SHA-256 over the parameters as they were when it was opened, which keys whatever is kept of them.
+    #: SHA-256 over the parameters when the model was opened. It is the cache key of everything computed from them.
     fingerprint: str
-    #: The same over the weights as they would be written, which may be in another dtype (`stored_dtype`).
+    #: The same over the weights as they would be written, possibly in another dtype (`stored_dtype`).
     saved_fingerprint: str
     #: The same over the tokenizer.
     tokenizer_fingerprint: str
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, name: str, max_tokens: int = 0) -> LoadedModel:
-        """A model and its tokenizer as they are now; max_tokens: what memory has room for where it is 0."""
+        """A model and its tokenizer as they are now. max_tokens: 0 takes what memory has room for."""
         fingerprint = model_fingerprint(model)
         with as_stored(model):
             saved = fingerprint if stored_dtype(model) is None else model_fingerprint(model)
@@ -46,10 +46,10 @@ class LoadedModel:
 
     @property
     def pad_id(self) -> int:
-        """The token that fills batches up."""
+        """The token for padding."""
         return pad_token_id(self.model, self.tokenizer)
 
     @property
     def context(self) -> int:
-        """Tokens that the model can take at most."""
+        """The number of tokens that the model accepts at most."""
         return context_limit(self.model)

@@ -1,4 +1,4 @@
-"""Loads a model and its tokenizer so that they can be edited, and says clearly why where they cannot."""
+"""Loads a model and its tokenizer for an edit. If that is not possible, the error says why."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .weight_files import stored_weights
 
 logger = logging.getLogger(__name__)
 
-#: Weights that an error names at most.
+#: An error names at most this many weights.
 NAMED = 3
-#: Settings of the methods that name blocks of the model.
+#: Settings of the methods that name layers of the model.
 BLOCKS = ("layers", "layer", "removal_layers", "removal_teacher_layers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str = "") -> str:
-    """The device as named, else the best there is. Raises UniEraseError for one that this machine does not have."""
+    """The device as named, else the best one. Raises UniEraseError for a device that this machine does not have."""
     available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if torch.backends.mps.is_available():
         available.append("mps")
@@ -42,7 +42,7 @@ def choose_device(name: str = "") -> str:
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype | str:
-    """The dtype to work in, as named; else the checkpoint's on a GPU, and float32 on a CPU, where others are slower."""
+    """The dtype to work in: as named, else the checkpoint's on a GPU and float32 on a CPU, where others are slow."""
     if not name:
         return torch.float32 if device == "cpu" else "auto"
     if name not in DTYPES:
@@ -53,12 +53,13 @@ def choose_dtype(name: str, device: str) -> torch.dtype | str:
 
 
 def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tuple[Any, Any]:
-    """(model, tokenizer) from a folder or hub id; device "auto" spreads the model over all GPUs (needs accelerate).
+    """(model, tokenizer) from a folder or hub id. Device "auto" spreads the model over all GPUs (needs accelerate).
 
-    A PEFT adapter is opened as its base model with the adapter merged into the weights. What is worked on in float32
-    without being asked for remembers the checkpoint's dtype (`stored`).
+    A PEFT adapter is opened as its base model with the adapter merged into the weights. A model that is loaded in
+    float32 without a request for it remembers the checkpoint's dtype (`stored_dtype`).
 
-    Raises ArchitectureError for what is no causal language model in plain weights, UniEraseError for what is not there.
+    Raises ArchitectureError for anything but a causal language model in plain weights, and UniEraseError if there is no
+    such model.
     """
     from transformers import AutoTokenizer
 
@@ -89,7 +90,7 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
 
 
 def read_config(name: str) -> Any:
-    """The config of a model, or of an adapter's base. Raises UniEraseError where there is none to be read."""
+    """The config of a model, or of an adapter's base. Raises UniEraseError if there is none to read."""
     from transformers import AutoConfig
 
     place = first_base(name) if adapter_base(name) else name
@@ -103,10 +104,10 @@ def read_config(name: str) -> Any:
 
 
 def check_stated_blocks(name: str, hparams: Any) -> None:
-    """ArchitectureError where the settings name blocks that the model's config does not count; loads no weights.
+    """Raises ArchitectureError if the settings name layers that the model's config does not have. Loads no weights.
 
-    So it is where the config is of a model that is not edited at all. What the config does not tell is left to
-    `Architecture.check_layers`.
+    It also refuses the config of a model that cannot be edited at all. `Architecture.check_layers` checks what the
+    config does not tell.
     """
     removes = getattr(hparams, "remove", True)
     used = [each for each in BLOCKS if hasattr(hparams, each) and (removes or not each.startswith("removal"))]
@@ -119,7 +120,7 @@ def check_stated_blocks(name: str, hparams: Any) -> None:
         config = read_config(name)
     except UniEraseError:
         if os.path.exists(name):
-            return  # loading says what is wrong with it
+            return  # loading reports the fault
         raise
     _refuse_config(name, config)
     blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -129,9 +130,9 @@ def check_stated_blocks(name: str, hparams: Any) -> None:
 
 
 def read_tokenizer(name: str) -> Any:
-    """The tokenizer of a model that can be edited, or of an adapter: its own, else its base's.
+    """The tokenizer of a model that can be edited. For an adapter, its own tokenizer, else its base's.
 
-    Raises ArchitectureError as `adapter_base` does, and what transformers raises.
+    Raises ArchitectureError as `adapter_base` does, and whatever transformers raises.
     """
     from transformers import AutoTokenizer
 
@@ -140,7 +141,7 @@ def read_tokenizer(name: str) -> Any:
 
 
 def tokenizer_place(name: str) -> str:
-    """Where the tokenizer of a model lies, or of an adapter: beside it, else with its base."""
+    """The place of a model's tokenizer. For an adapter: beside it, else with its base."""
     base = adapter_base(name, exported=True)
     if not base:
         return name
@@ -180,11 +181,11 @@ def _load_merged(name: str, base: str, device: str, dtype: str) -> tuple[Any, An
 
 
 def open_weights(name: str, kind: Any = None, *args: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
-    """The model as its weights are, and what transformers says of the keys; raises what transformers raises.
+    """The model with the weights of its files, and transformers' report on the keys. Raises what transformers raises.
 
-    kind   one of transformers' Auto classes; the one of causal language models where it is left out
+    kind   one of transformers' Auto classes; by default the one of causal language models
 
-    A head of its own stays one whatever the config says, and the model's config then says so too.
+    If the files have a head of their own, the model keeps it, whatever the config says. The config is then corrected.
     """
     from transformers import AutoModelForCausalLM
 
@@ -198,13 +199,13 @@ def open_weights(name: str, kind: Any = None, *args: Any, **options: Any) -> tup
 
 
 def _half(name: str) -> torch.dtype | None:
-    """bfloat16 or float16 where the files hold nothing else: a mixed checkpoint is in float32 without loss."""
+    """bfloat16 or float16 if the files have nothing else. A mixed checkpoint is loaded in float32, without loss."""
     kinds = {stored.dtype for stored in stored_weights(name).values()} - {None}
     return kinds.pop() if len(kinds) == 1 and kinds <= {torch.bfloat16, torch.float16} else None
 
 
 def _lost_its_head(name: str, model: Any) -> bool:
-    """transformers 4 ties where the config says so, also where the checkpoint has another head."""
+    """transformers 4 ties the head if the config says so, even if the checkpoint has another head."""
     if not is_tied(model):
         return False
     head = model.get_output_embeddings()
@@ -256,13 +257,13 @@ def _refuse_config(name: str, config: Any) -> None:
 
 
 def refuse_drawn(name: str, model: Any, found: Mapping[str, Any]) -> None:
-    """UniEraseError where `model` has weights that its checkpoint does not hold; `found` is transformers' loading info.
+    """Raises UniEraseError if `model` has weights that its checkpoint lacks. `found` is transformers' loading info.
 
-    transformers draws such weights at random, and says so in a table alone. A tied weight counts as held.
+    transformers draws such weights at random and reports it only in a table. A tied weight counts as present.
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
     drawn = {str(key) for key in found["missing_keys"]} & weights.keys()
-    # A tied weight is not in the file, and is the one that it is tied to.
+    # A tied weight is not in the file. It is the weight that it is tied to.
     held = {id(weight) for key, weight in weights.items() if key not in drawn}
     missing = sorted(key for key in drawn if id(weights[key]) not in held)
     if not missing:

@@ -1,4 +1,4 @@
-"""Sequences split at a position: what comes before it runs once and is kept, the rest runs as often as needed."""
+"""Splits sequences at a position. The part before it runs once and is kept; the rest runs as often as needed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .trace import TokenBatch, pad, run_blocks
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """Attention keys and values of prefixes, left-padded to one width P, a tensor (B, heads, P, head size) a block."""
+    """Attention keys and values of prefixes, left-padded to width P: (B, heads, P, head size) for each block."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    #: (B, P): 1 where a real token stands.
+    #: (B, P): 1 for a real token.
     mask: Tensor
 
     def fresh(self) -> Any:
-        """A transformers cache that starts with these prefixes and can grow without changing them."""
+        """A transformers cache that starts with these prefixes. It can grow without changing them."""
         if not self.keys:
             return None
         from transformers import DynamicCache
@@ -62,14 +62,14 @@ def cache_prefixes(arch: Architecture, prefixes: Sequence[Sequence[int]], pad_id
 
 
 def continue_from(prefix: PrefixCache, suffixes: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
-    """The suffixes, right-padded, placed after their prefixes."""
+    """The suffixes, right-padded, with positions after their prefixes."""
     batch = pad(suffixes, pad_id, "right", prefix.mask.device)
     mask = torch.cat([prefix.mask, batch.mask], dim=1)
     return TokenBatch(batch.ids, mask, prefix.mask.sum(1, keepdim=True) + batch.positions)
 
 
 def select_suffixes(prefix: PrefixCache, suffix: TokenBatch, rows: Tensor) -> TokenBatch:
-    """Some rows of a batch that `continue_from` made, no wider than the longest of them, after their own prefixes."""
+    """Some rows of a batch from `continue_from`, no wider than the longest of them, after their own prefixes."""
     rows = rows.to(suffix.ids.device)
     own = suffix.mask[rows, -suffix.ids.shape[1] :]
     width = int(own.sum(1).max())

@@ -1,9 +1,9 @@
-"""Matrix products of float32 on a CPU through oneDNN, where torch's default library is slower and no more exact.
+"""Float32 matrix products on a CPU through oneDNN, where torch's default library is slower and no more exact.
 
-torch sends them to MKL, which keeps to narrower instructions on processors of other makers: on a recent AMD core oneDNN
-takes 0.45 of the time. torch has no switch for the library alone. It turns to oneDNN where products may be rounded to
-bfloat16; oneDNN does so only with matrix units for bfloat16 and else computes in float32. Which of the two this machine
-does is looked at once, and where anything is rounded torch is left as it is.
+torch uses MKL, which avoids wide instructions on processors of other makers: on a recent AMD core oneDNN takes 0.45 of
+the time. torch has no switch for the library alone. It uses oneDNN if products may be rounded to bfloat16, and oneDNN
+rounds only with matrix units for bfloat16; otherwise it computes in float32. A test on this machine decides once: if
+anything is rounded, torch's setting stays.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-#: (rows, inner, columns) that are tried: a few and many rows, odd sizes.
+#: (rows, inner, columns) of the test products: few and many rows, odd sizes.
 PROBES = ((1, 96, 128), (7, 573, 331), (64, 256, 256), (300, 192, 640))
-#: Relative error up to which a product counts as float32; bfloat16 makes 2e-3.
+#: Relative error up to which a product counts as float32. bfloat16 has an error of 2e-3.
 FLOAT32_ERROR = 2e-6
 
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Inside, float32 products on the CPU go through oneDNN if that is exact here; usable as a decorator.
+    """Inside, float32 products on the CPU go through oneDNN if that is exact here. Also usable as a decorator.
 
-    Not for a whole model: attention on a CPU is made of many small products, which oneDNN is slower at.
+    Not for a whole model: attention on a CPU consists of many small products, and oneDNN is slower at those.
     """
     switch = _switch()
     if switch is None or not _is_exact():
@@ -43,7 +43,7 @@ def fast_products() -> Iterator[None]:
 
 @contextmanager
 def fast_linear_maps() -> Iterator[None]:
-    """Inside, frozen linear maps of a float32 model on the CPU, and their gradients, are `fast_products`."""
+    """Inside, frozen linear maps of a float32 model on the CPU, and their gradients, use `fast_products`."""
     if _switch() is None or not _is_exact():
         yield
         return
@@ -52,7 +52,7 @@ def fast_linear_maps() -> Iterator[None]:
 
 
 class _Mode(TorchFunctionMode):
-    """Takes the place of `torch.nn.functional.linear` where nothing but its input may need a gradient."""
+    """Replaces `torch.nn.functional.linear` if only its input may need a gradient."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.nn.functional.linear or not _is_plain(args, kwargs):
@@ -70,7 +70,7 @@ def _is_plain(args: Any, kwargs: Any) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, with a gradient for x alone."""
+    """x W^T, with a gradient for x only."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
@@ -85,14 +85,14 @@ class _Product(torch.autograd.Function):
 
 
 def _switch() -> Any:
-    """torch's setting for products through oneDNN; None where there is none (before torch 2.9, or without oneDNN)."""
+    """torch's setting for products through oneDNN; None if there is none (before torch 2.9, or without oneDNN)."""
     switch = getattr(torch.backends.mkldnn, "matmul", None)
     return switch if torch.backends.mkldnn.is_available() and hasattr(switch, "fp32_precision") else None
 
 
 @functools.cache
 def _is_exact() -> bool:
-    """Whether products that may be rounded to bfloat16 keep the precision of float32, forwards and transposed."""
+    """Whether products that may be rounded to bfloat16 keep float32 precision, also transposed."""
     switch = _switch()
     before = switch.fp32_precision
     generator = torch.Generator().manual_seed(0)

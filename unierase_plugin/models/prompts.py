@@ -1,4 +1,4 @@
-"""Where in a prompt a fact is held: the token that carries the edit, found by offsets through the chat template."""
+"""Prompts: how a question is written for the model, how an answer follows it, and their token ids."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def has_chat_template(tokenizer: Any) -> bool:
 def render(tokenizer: Any, question: str, form: str, template_kwargs: Mapping[str, Any] | None = None) -> str:
     """The text in which a question reaches the model, up to where its answer begins.
 
-    `form` is "chat", "plain", or "bare": the question alone, as editing harnesses ask it. Names of special tokens in
-    the question are text to `encode` (`literal`). UniEraseError where the template raises, or changes such a question.
+    `form` is "chat", "plain", or "bare" (the question alone, as editing harnesses ask it). `encode` reads names of
+    special tokens in the question as text (`literal`). Raises UniEraseError if the template raises, or changes such a
+    question.
     """
     if form == "bare":
         return as_text(tokenizer, question)
@@ -42,13 +43,13 @@ def encode(tokenizer: Any, text: str, form: str) -> list[int]:
 
 
 def begun(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that goes on: with what the tokenizer puts before it, without what it puts after it."""
+    """Token ids of a text to continue: with the tokens that the tokenizer adds before it, not those after it."""
     ids = literal_ids(tokenizer, text, add_special_tokens=True)[0]
     return ids[: len(ids) - closing(tokenizer)]
 
 
 def closing(tokenizer: Any) -> int:
-    """How many special tokens the tokenizer puts after a text; most put none."""
+    """The number of special tokens that the tokenizer adds after a text; mostly 0."""
     whole, bare = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
     starts = (at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
     return len(whole) - len(bare) - next(starts, len(whole) - len(bare))
@@ -57,14 +58,14 @@ def closing(tokenizer: Any) -> int:
 def answer_text(tokenizer: Any, answer: str, form: str) -> str:
     """An answer as it follows a prompt of that form.
 
-    A chat template ends with a line break or a mark of its own. After other text a word begins with its space, which
+    A chat template ends with a line break or a mark of its own. After other text a word begins with a space, which
     tokenizers make a part of its first token.
     """
     return answer if form == "chat" and has_chat_template(tokenizer) else f" {answer.strip()}"
 
 
 def encode_with_offsets(tokenizer: Any, text: str, form: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """Token ids of a rendered prompt, and the characters that each holds. RequestError where none are told."""
+    """Token ids of a rendered prompt, and the characters of each token. Raises RequestError without offsets."""
     if not getattr(tokenizer, "is_fast", False):
         raise RequestError(
             f"{type(tokenizer).__name__} gives no character offsets, so the subject cannot be located. "

@@ -1,4 +1,4 @@
-"""Whether a model keeps of earlier tokens their keys and values alone: an edit's passes go on from these."""
+"""Checks that a model keeps only keys and values of earlier tokens: the passes of an edit continue from these."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..errors import ArchitectureError, reason
 
-#: What is tried: two rows of three tokens.
+#: The test input: two rows of three tokens.
 ROWS = ((1, 2, 3), (3, 1, 2))
 
 
 @torch.no_grad()
 def refuse_recurrent(model: Any) -> None:
-    """ArchitectureError for a model that keeps of earlier tokens anything but their keys and values."""
+    """Raises ArchitectureError for a model that keeps anything but keys and values of earlier tokens."""
     kind = type(model).__name__
     with evaluating(model):
         ids = torch.tensor(ROWS, device=model.get_input_embeddings().weight.device)

@@ -1,7 +1,8 @@
-"""How much room on a disk a command will need, estimated before its work starts.
+"""Estimates how much disk space a command needs, before its work starts.
 
-What the files of a model say is known before it is loaded, and rules out a disk that cannot do. What else a run writes
-(weights as they were, factors, the token) depends on the method, and is counted once the model is there.
+The model's files tell a part of it before the model is loaded, which rules out a disk that is too small. The other
+things that a run writes (original weights, factors, the token) depend on the method. They are counted once the model is
+loaded.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from .weight_files import stored_weights
 
 
 def weights_size(model: str | os.PathLike[str], dtype: str = "") -> int:
-    """Bytes of a model's weights in a folder that a run writes: in `dtype`, or the checkpoint's where it is empty.
+    """Bytes of a model's weights in an output folder: in `dtype`, or in the checkpoint's dtype if it is empty.
 
-    Reads headers alone. 0 where that cannot be told: the model is not on this machine yet, or its files are no
-    safetensors files; whether they are any good is told when they are loaded.
+    Reads only file headers. 0 if the size cannot be told: the model is not on this machine yet, or its files are not
+    safetensors files. Loading finds out whether the files are good.
     """
     try:
         place = local_folder(model)
@@ -40,7 +41,7 @@ def weights_size(model: str | os.PathLike[str], dtype: str = "") -> int:
 
 
 def local_folder(model: str | os.PathLike[str]) -> Path:
-    """The folder itself, or the hub's copy of it on this machine. Raises what the hub's client raises without one."""
+    """The folder itself, or the hub's copy of it on this machine. Without one, raises what the hub's client raises."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -49,11 +50,11 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
 
 
 def model_size(model: Any, hparams: Any = None) -> int:
-    """Bytes of a loaded model in a folder; where `hparams` are of an edit, with the edited weights as they were."""
+    """Bytes of a loaded model in an output folder; if `hparams` are of an edit, with its original weights."""
     edited = []
     if hasattr(hparams, "rewrite_module_tmp"):
         arch = find_architecture(model, hparams.rewrite_module_tmp, hparams.layer_module_tmp)
-        # A removal has blocks of its own, and changes those instead.
+        # A removal has layers of its own, and changes those instead.
         removes = getattr(hparams, "remove", not hasattr(hparams, "layers"))
         layers = hparams.removal_layers if removes else hparams.layers
         edited = [arch.projections[layer].weight for layer in layers if 0 <= layer < len(arch.projections)]

@@ -1,7 +1,7 @@
-"""Tries on a few tokens, before anything takes time, what the passes of an edit rely on.
+"""Tries on a few tokens what the passes of an edit rely on, before anything takes time.
 
-Where a block's input lies, what it returns, what goes into its projection, and whether a pass can begin at a block or
-go on from the keys and values of earlier tokens: a model that lacks one of these is refused with that as the reason.
+It checks where a block's input is, what the block returns, what enters its projection, and whether a pass can start at
+a block or continue from keys and values of earlier tokens. A model that lacks one of these is refused with that reason.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .prefix import cache_prefixes, continue_from
 from .recurrent import ROWS, evaluating, refuse_recurrent
 from .trace import TokenBatch, pad, run_blocks
 
-#: How far logits of two ways may lie apart, in standard deviations of all logits: in float32, and in coarser types.
+#: How far the logits of two ways may differ, in standard deviations of all logits: in float32, and in coarser types.
 EXACT, COARSE = 0.01, 0.3
 
 
 def check_served(arch: Architecture) -> None:
-    """Raises ArchitectureError with the reason where a pass of an edit would fail or come out wrong."""
+    """Raises ArchitectureError with the reason if a pass of an edit would fail or give wrong results."""
     model = arch.model
     with evaluating(model), torch.no_grad():
         _check_parts(arch)
@@ -41,7 +41,7 @@ def check_served(arch: Architecture) -> None:
             ) from error
         allowed = (EXACT if whole.dtype == torch.float32 else COARSE) * whole.float().std()
         for way, found in ways.items():
-            # A NaN in the weights is said elsewhere.
+            # Another check reports NaN in the weights.
             if bool((found[:, -1].float() - whole[:, -1].float()).abs().max() > allowed):
                 raise ArchitectureError(
                     f"{type(model).__name__} gives other logits when a pass {way}, so that an edit cannot be computed. "
@@ -50,7 +50,7 @@ def check_served(arch: Architecture) -> None:
 
 
 def _check_parts(arch: Architecture) -> None:
-    """Looks at the shapes of what goes into and out of every block and projection."""
+    """Checks the shapes of everything that enters and leaves each block and projection."""
     seen: dict[str, Any] = {}
 
     def entering(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""The dtype of a checkpoint whose weights are worked on in float32: what is written has it.
+"""The checkpoint's dtype of a model that is edited in float32. The output is written in it.
 
-On a CPU half precision is far slower than float32, so that a model is worked on in float32 there. Its weights lie on
-the checkpoint's coarser grid all the same: what an edit or a training changed is rounded to it before it is measured,
-so that the figures are those of the weights that are written.
+On a CPU, half precision is far slower than float32, so a model is edited in float32 there. Still, its output has the
+checkpoint's coarser dtype. Changed weights are rounded to it before they are measured, so the figures are those of the
+written weights.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import nn
 
-#: Attribute of a loaded model that holds it.
+#: The attribute of a loaded model that has this dtype.
 ATTRIBUTE = "unierase_stored_dtype"
 
 
 def stored_dtype(model: Any) -> torch.dtype | None:
-    """What the model's weights are written in; None where that is what they are in."""
+    """The dtype in which the model's weights are written; None if it is the dtype that they have."""
     found = vars(model).get(ATTRIBUTE)
     return found if isinstance(found, torch.dtype) else None
 
 
 def set_stored_dtype(model: Any, dtype: torch.dtype | None) -> None:
-    """Notes on the model in which dtype its weights are written; None if they are written as they are."""
+    """Notes on the model the dtype in which its weights are written; None if it is the dtype that they have."""
     setattr(model, ATTRIBUTE, dtype)
 
 
 @torch.no_grad()
 def round_to_stored(model: Any) -> None:
-    """Gives every weight in float32 the value that it will have when it is written."""
+    """Gives every float32 weight the value that it will have once written."""
     dtype = stored_dtype(model)
     if dtype is not None:
         for weight in _wider(model):
@@ -40,7 +40,7 @@ def round_to_stored(model: Any) -> None:
 
 @contextmanager
 def as_stored(model: Any) -> Iterator[None]:
-    """The weights have inside the dtype that they are written in."""
+    """Inside, the weights have the dtype in which they are written."""
     dtype = stored_dtype(model)
     if dtype is None:
         yield

@@ -1,7 +1,7 @@
-"""Runs a part of a model: from the output of one block to the input of another, and only the logits that are looked at.
+"""Runs a part of a model: from the output of one block to the input of another, with only the logits that are needed.
 
-Everything is done with hooks on the model's own forward pass, so every family's masks, rotary embeddings, soft caps and
-caches are its own. Whatever is changed is restored when the pass ends, also by an exception.
+Everything uses hooks on the model's own forward pass, so each family keeps its masks, rotary embeddings, soft caps and
+caches. Every change is undone when the pass ends, also after an exception.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..errors import EditError
 from .architecture import Architecture
 
 Edit = Callable[[Tensor], Tensor]
-#: Sees a tensor; what it returns, unless None, takes the tensor's place.
+#: Receives a tensor. What it returns, unless None, replaces the tensor.
 Look = Callable[[Tensor], "Tensor | None"]
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids (B, T) with what the model needs to place them; with a cache of P positions the mask is (B, P + T)."""
+    """Token ids (B, T), and what the model needs to place them. With a cache of P positions the mask is (B, P + T)."""
 
     ids: Tensor
     mask: Tensor
@@ -37,9 +37,9 @@ class TokenBatch:
 
 @dataclass
 class Trace:
-    """What a partial pass brought back: tensors, or None where the pass did not come by."""
+    """The results of a partial pass: tensors, or None for parts that the pass did not reach."""
 
-    #: Output (B, T, d) of the last block that ran; None where the pass went through the head.
+    #: Output (B, T, d) of the last block that ran; None if the pass went through the head.
     hidden: Any = None
     #: Logits (N, V) at the positions asked for.
     logits: Any = None
@@ -56,7 +56,7 @@ class _Stop(Exception):  # noqa: N818 (no error: it ends a pass)
 
 
 def pad(sequences: Sequence[Sequence[int]], fill: int, side: str, device: torch.device) -> TokenBatch:
-    """Token ids as one rectangle, padded on the "left" or the "right"; positions count from the first real token."""
+    """Token ids as one rectangle, padded on the "left" or the "right". Positions count from the first real token."""
     width = max(len(sequence) for sequence in sequences)
     ids = torch.full((len(sequences), width), fill)
     mask = torch.zeros((len(sequences), width), dtype=torch.long)
@@ -69,7 +69,7 @@ def pad(sequences: Sequence[Sequence[int]], fill: int, side: str, device: torch.
 
 
 def token_batches(sequences: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of sequences, longest first, in batches of at most `max_tokens` padded tokens (one sequence at least)."""
+    """Indices of sequences, longest first, in batches of at most `max_tokens` padded tokens (at least one sequence)."""
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
     while order:
         size = max(1, max_tokens // max(1, len(sequences[order[0]])))
@@ -78,9 +78,9 @@ def token_batches(sequences: Sequence[Sequence[int]], max_tokens: int) -> Iterat
 
 
 def run_batches(sequences: Sequence[Sequence[int]], max_tokens: int, run: Callable[[list[int]], None]) -> None:
-    """Calls `run` with the rows of each batch; with halves of them where the memory does not hold a batch.
+    """Calls `run` with the rows of each batch; if memory runs out, with halves of the batch.
 
-    `run` must leave nothing behind where it fails. Raises EditError where one sequence alone is too much.
+    `run` must leave nothing behind if it fails. Raises EditError if a single sequence does not fit.
     """
     waiting = list(token_batches(sequences, max_tokens))
     while waiting:
@@ -92,7 +92,7 @@ def run_batches(sequences: Sequence[Sequence[int]], max_tokens: int, run: Callab
 
 
 def halves(rows: Sequence[int]) -> list[list[int]]:
-    """Two halves of a batch that the memory did not hold. Raises EditError where it is a single sequence."""
+    """Two halves of a batch that did not fit into memory. Raises EditError for a single sequence."""
     if len(rows) < 2:
         raise EditError(
             "The memory does not hold a single sequence of this length. Shorten it, use fewer contexts "
@@ -116,11 +116,11 @@ def run_blocks(
     embed: Edit | None = None,
     head_at: tuple[Tensor, Tensor] | None = None,
 ) -> Trace:
-    """One pass through blocks `first` to `last`, or on through the head where `last` is None.
+    """One pass through blocks `first` to `last`, or on through the head if `last` is None.
 
-    hidden      (B, T, d): the input of block `first`; the blocks below are passed over. Gradients flow through it.
-    cache       a transformers cache of P earlier positions; grown in place.
-    inputs_of   layers whose projection input is kept; `outputs_of`: whose block output is kept.
+    hidden      (B, T, d): the input of block `first`; the blocks below are skipped. Gradients flow through it.
+    cache       a transformers cache of P earlier positions; it grows in place.
+    inputs_of   layers whose projection input is kept; `outputs_of`: layers whose block output is kept.
     edit        (layer, function): replaces the output of that block.
     embed       replaces the output of the embedding.
     head_at     (rows, columns), each (N,): the only positions for which logits are computed.
@@ -131,7 +131,7 @@ def run_blocks(
             if hidden is None:
                 raise ValueError("run_blocks needs the input of block `first` to start above block 0")
             stack.enter_context(_passed_over(arch, arch.blocks[:first]))
-            # As the output of the last block passed over, so that `first` may lie above every block.
+            # As the output of the last skipped block, so that `first` may be any block.
             _hook(stack, arch.blocks[first - 1], post=lambda _: hidden)
         elif hidden is not None:
             _hook(stack, arch.blocks[0], pre=lambda _: hidden)
@@ -148,7 +148,7 @@ def run_blocks(
         _hook(stack, arch.head, pre=lambda x: _at_head(trace, x, head_at))
         try:
             logits = _call(arch, batch, cache).logits
-            # A view, unlike the choice of row 0, has a gradient that costs nothing.
+            # A view has a gradient at no cost; selecting row 0 does not.
             trace.logits = logits.squeeze(0) if head_at is not None else logits
         except _Stop:
             pass
@@ -183,7 +183,7 @@ def _at_head(trace: Trace, hidden: Tensor, head_at: tuple[Tensor, Tensor] | None
 
 
 def _hook(stack: ExitStack, module: nn.Module, pre: Look | None = None, post: Look | None = None) -> None:
-    """Looks at, or replaces, a module's input (`pre`) or output (`post`); None leaves it as it is."""
+    """Observes or replaces a module's input (`pre`) or output (`post`). A result of None changes nothing."""
 
     def before(look: Look, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = not args
@@ -206,7 +206,7 @@ def _hook(stack: ExitStack, module: nn.Module, pre: Look | None = None, post: Lo
 
 @contextmanager
 def _passed_over(arch: Architecture, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Makes blocks hand on their input, at no cost."""
+    """Makes blocks return their input unchanged, at no cost."""
 
     def hand_on(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -1,7 +1,7 @@
-"""Whether a model's head is its embedding. Its weights tell; its config may say something else, and is then wrong.
+"""Whether a model's head is its embedding. The weights decide; the config may be wrong.
 
-transformers goes by the config where it resizes a vocabulary and where it opens what it saved: it ties a head that is
-not tied, which is then lost, and draws one at random where the only copy was the embedding's.
+transformers follows the config when it resizes a vocabulary and when it opens a saved model. It then ties a head that
+is not tied, which loses the head. Or it draws a head at random, if the only copy was the embedding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def is_tied(model: Any) -> bool:
 
 
 def same_matrix(head: Tensor, embedding: Tensor) -> bool:
-    """Whether both are one in memory, be it as two parameters."""
+    """Whether both are one in memory, even as two parameters."""
     if head is embedding:
         return True
     return not head.is_meta and head.shape == embedding.shape and head.data_ptr() == embedding.data_ptr() != 0
@@ -35,13 +35,13 @@ def says_tied(config: Any) -> bool:
 
 
 def has_head_unlike_config(model: Any) -> bool:
-    """Whether the head is a matrix of its own and the config says that it is the embedding."""
+    """Whether the head is a matrix of its own while the config says that it is the embedding."""
     head = model.get_output_embeddings()
     return says_tied(model.config) and head is not None and not head.weight.is_meta and not is_tied(model)
 
 
 def settle_config(model: Any) -> None:
-    """Makes the config say what the weights say."""
+    """Corrects the config to match the weights."""
     tied = is_tied(model)
     for config in _parts(model.config):
         setattr(config, SETTING, tied)
@@ -49,7 +49,7 @@ def settle_config(model: Any) -> None:
 
 @contextmanager
 def settled_config(model: Any) -> Iterator[None]:
-    """The config says inside what the weights said at the start, and after it what it did before."""
+    """Inside, the config matches the weights as they were at the start. Afterwards it is as before."""
     before = [(config, getattr(config, SETTING, None)) for config in _parts(model.config)]
     settle_config(model)
     try:
@@ -63,11 +63,11 @@ def settled_config(model: Any) -> Iterator[None]:
 
 
 def resize_vocabulary(model: Any, rows: int) -> None:
-    """Gives embedding and head this many rows, tied as they were. New rows are to be filled by the caller."""
+    """Gives embedding and head this many rows, tied as before. The caller must fill the new rows."""
     with settled_config(model):
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _parts(config: Any) -> list[Any]:
-    """A model's config, and that of its language model where they are two."""
+    """A model's config, and that of its language model if they differ."""
     return list({id(each): each for each in (config, config.get_text_config(decoder=True))}.values())

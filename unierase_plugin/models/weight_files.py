@@ -1,4 +1,4 @@
-"""What the safetensors files of a model hold: names, types and shapes, read from their headers alone."""
+"""The contents of a model's safetensors files: names, types and shapes, read from the headers only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-#: The names that transformers gives a model's weights: one file, or the index of several.
+#: transformers' names for a model's weights: one file, or the index of several.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -24,7 +24,7 @@ class Stored:
     path: Path
     name: str
     shape: tuple[int, ...]
-    #: None where it is none of DTYPES.
+    #: None if the dtype is not one of DTYPES.
     dtype: torch.dtype | None
 
     def read(self) -> Tensor:
@@ -34,7 +34,7 @@ class Stored:
 
 
 def stored_weights(model: str | Path) -> dict[str, Stored]:
-    """The tensors of a model, a folder or the id of one on the hub, by name; none where it has no such files.
+    """The tensors of a model (a folder or a hub id) by name; none if it has no such files.
 
     Raises OSError, ValueError or a SafetensorError for files that are missing or damaged.
     """

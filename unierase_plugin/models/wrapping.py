@@ -1,4 +1,4 @@
-"""Tells a model whose own weights cannot be edited or saved as they are, since something stands before them."""
+"""Detects a model whose own weights cannot be edited or saved as they are, because something wraps them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import ArchitectureError
 
-#: Attributes of torch's wrappers that hold the model within, and what the wrapper does.
+#: Attributes of torch's wrappers that have the inner model, and what each wrapper does.
 WITHIN = {
     "_orig_mod": "compiled (torch.compile)",
     "module": "wrapped for data parallel training",
@@ -18,9 +18,9 @@ WITHIN = {
 
 
 def refuse_wrapped(model: Any) -> None:
-    """ArchitectureError, with the lines that undo it, for a model with an adapter, a wrapper or a parametrisation.
+    """Raises ArchitectureError, with the lines that help, for a model with an adapter, a wrapper or a parametrisation.
 
-    An edit would go beside the weights that are used, or what is saved would be a part of the model or not open.
+    An edit would change weights that are not used, or the saved model would be incomplete or would not open.
     """
     if not isinstance(model, nn.Module):
         return
