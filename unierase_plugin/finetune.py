@@ -75,10 +75,22 @@ def finetune(
 ) -> FineTuned:
     """Trains a model on facts, asks them, and writes a plain folder with `finetune.json`, a record of the training.
 
-    facts    a SPEC, or an iterable of ForgetRequest or mappings with question and answer
-    options  hyper-parameters by name that win over the file's
+    A run that was killed goes on from its last checkpoint.
 
-    A run that was killed goes on from its last checkpoint. Raises a UniEraseError that names value and remedy.
+    Args:
+        model: A folder or a hub id.
+        facts: A SPEC, or ForgetRequests, or mappings with question and answer.
+        out: The output folder.
+        hparams: An object, a YAML file, or a shipped file's stem.
+        options: Hyper-parameters by name; they win over the file's.
+        overwrite: Whether what an earlier run wrote to `out` may be replaced.
+        asked: How many facts are asked afterwards, at most.
+        device: cpu, cuda, cuda:1, mps or auto; empty chooses.
+        dtype: The folder's dtype; empty for the checkpoint's.
+        progress: Called with a phase, the share of it that is done, and a note.
+
+    Raises:
+        UniEraseError: Names the value and the remedy.
     """
     Range(0).check("asked", asked)
     requests = tuple(read_requests(facts, registry().readers))

@@ -82,28 +82,40 @@ def unlearn(
     max_batch_tokens: int = 0,
     progress: Progress = lambda phase, share, note: None,
 ) -> UnlearnResult:
-    """Makes a model forget given facts; by UniErase it answers with the unlearning token and "I don't know".
+    """Makes a model forget given facts. By UniErase it then answers with the unlearning token and "I don't know".
 
-    method    name of a registered method, see `unierase methods`, or a Method
-    model     folder, hub id, a loaded causal LM (then give `tokenizer` too; it is edited in place), or the result of an
-              earlier call, from which this one goes on; so it does from a folder that was edited before
-    forget    a SPEC, or an iterable of ForgetRequest or mappings with question, answer and optionally subject
-    retain    the same for facts to be kept: the method protects them (UniErase: by their keys), and they are judged
-    allow_overlap  whether a fact to keep may be one to forget too, or one that an earlier step forgot: it is then
-              pulled both ways, as given
-    hparams   an object, a YAML file, a shipped file's stem; without it the shipped file for this model, else defaults
-    corpus    text for the second moment, where the method takes one: "self", a text file, or a hub dataset as
-              name[:config[:column]]
-    harden    whether the edit is to withstand attacks, in the ways that earned it (docs/explanation/hardening.md): sets
-              `hparams.HARDENED`, whatever hparams says; UniErase's setting `harden` names single ways
-    remove    whether what the model knows of the facts is removed, and what it says instead learned after that
-              (docs/explanation/removal.md): sets `hparams.REMOVED`, whatever hparams says, the setting `remove` among
-              them; the method "removal" does the first alone
-    reverse   whether the way back from the answer to the subject is forgotten too; the hparams' when left out
-    out       output folder; without it nothing is written but the caches
-    judged    how many facts of each set are answered before and after, since generating takes time
+    Args:
+        model: A folder, a hub id, a loaded causal LM (then give `tokenizer` too; it is edited in place), or the result
+            of an earlier call. A result, and a folder that was edited before, get one more step.
+        forget: A SPEC such as `tofu:forget01`, or ForgetRequests, or mappings with question, answer and, if wanted,
+            subject.
+        method: Name of a registered method (see `unierase methods`), or a Method.
+        tokenizer: The tokenizer of a loaded model.
+        retain: Facts to keep, given like `forget`. The method protects them (UniErase: by their keys), and they are
+            judged.
+        allow_overlap: Whether a fact to keep may be one to forget too, or one that an earlier step forgot. It is then
+            pulled both ways.
+        hparams: An object, a YAML file, or a shipped file's stem. Without it: the shipped file for this model, else
+            the defaults.
+        corpus: Text for the second moment, where the method takes one: "self", a text file, or a hub dataset as
+            name[:config[:column]].
+        harden: Whether the edit is to withstand attacks. Sets `hparams.HARDENED`, whatever `hparams` says; the setting
+            `harden` names single ways.
+        remove: Whether what the model knows of the facts is removed, and what it says instead learned after that.
+            Sets `hparams.REMOVED`, whatever `hparams` says. The method "removal" does the first alone.
+        reverse: Whether the way back from the answer to the subject is forgotten too; as in `hparams` when left out.
+        out: The output folder. Without it nothing is written but the caches.
+        overwrite: Whether what an earlier run wrote to `out` may be replaced.
+        keep_requests: Whether the record holds the facts in the clear, beside their hashes.
+        judged: How many facts of each set are answered before and after, at most.
+        seed: Seed of everything random, in place of the one in `hparams`.
+        device: cpu, cuda, cuda:1, mps or auto; empty chooses.
+        dtype: The folder's dtype; empty for the checkpoint's.
+        max_batch_tokens: Tokens of one batch at most; 0 chooses by device.
+        progress: Called with a phase, the share of it that is done, and a note.
 
-    Raises a UniEraseError that names the value, the alternatives and the remedy; no projection is then changed.
+    Raises:
+        UniEraseError: Names the value, the alternatives and the remedy. No projection is changed then.
     """
     chosen = registry().methods.find(method) if isinstance(method, str) else method
     for name, value in (("judged", judged), ("max_batch_tokens", max_batch_tokens)):

@@ -41,17 +41,22 @@ def rows(page: str, section: str) -> list[list[str]]:
     return [[cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
-def keys(value: Any, above: str = "") -> Iterator[str]:
-    """Dotted names of everything in a JSON value; all numbers of blocks have one name, hyper-parameters too."""
+def leaves(value: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a JSON value by dotted name; all numbers of blocks have one name, hyper-parameters too."""
     if isinstance(value, dict) and not above.endswith("chat_template_kwargs"):
         for key, item in value.items():
             shown = "<block>" if key.isdigit() else "<name>" if above.endswith(("hparams.", "files.")) else key
             # A hyper-parameter's value may be a list; the page on hyper-parameters says so.
-            yield from [f"{above}<name>"] if shown == "<name>" else keys(item, f"{above}{shown}.")
+            yield from [(f"{above}<name>", item)] if shown == "<name>" else leaves(item, f"{above}{shown}.")
     elif isinstance(value, list):
-        yield from (key for item in value for key in keys(item, f"{above.removesuffix('.')}[]."))
+        yield from (leaf for item in value for leaf in leaves(item, f"{above.removesuffix('.')}[]."))
     else:
-        yield above.removesuffix(".")
+        yield above.removesuffix("."), value
+
+
+def reports(record: Path) -> list[Any]:
+    """Of both steps: the closed form's figures are those of an edit alone."""
+    return [json.loads((folder / "report.json").read_text()) for folder in (record, record.parents[1] / "one/unierase")]
 
 
 @pytest.mark.parametrize("file", ["report.json", "manifest.json", "ledger.jsonl", "digests.json"])
@@ -62,11 +67,18 @@ def test_the_page_on_reports_has_every_key_of_a_file_and_no_other(record: Path, 
     named = [row[0] for row in rows("report.md", file)]
     assert len(named) == len(set(named))
     if file == "report.json":
-        # The closed form's figures are those of an edit alone.
-        values.append(json.loads((record.parents[1] / "one/unierase" / file).read_text()))
-    found = {key for value in values for key in keys(value)}
+        values = reports(record)
+    found = {key for value in values for key, _ in leaves(value)}
     # A list that may be null has one row.
     assert set(named) == {key for key in found if f"{key}[]" not in found}
+
+
+def test_the_page_on_reports_has_the_type_of_every_figure(record: Path) -> None:
+    """report.json's schema, which the site has, is made from this table."""
+    kinds = {"integer": (int,), "number": (int, float, type(None)), "text": (str,)}
+    typed = {key: kinds[kind] for key, kind, _ in rows("report.md", "report.json")}
+    found = [leaf for report in reports(record) for leaf in leaves(report)]
+    assert [(key, value) for key, value in found if not isinstance(value, typed[key])] == []
 
 
 def test_the_page_on_hyper_parameters_has_every_field_in_order_with_its_default() -> None:

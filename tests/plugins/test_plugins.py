@@ -32,7 +32,8 @@ from unierase_plugin.plugins import hookspecs
 from unierase_plugin.plugins import registration as module
 from unierase_plugin.plugins.registration import BUILT_IN, load_registry
 
-PAGE = (ROOT / "docs" / "reference" / "plugins.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/reference/plugins.md").read_text(encoding="utf-8")
+TUTORIAL = (ROOT / "docs/tutorial/3-method.md").read_text(encoding="utf-8")
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("register_"))
 HEAD = """
 from unierase_plugin import ForgetRequest, hookimpl
@@ -553,8 +554,8 @@ def test_a_method_has_settings_that_can_be_read() -> None:
 # --- the package of the page -----------------------------------------------------------------------------------------
 
 
-def test_the_package_on_the_page_is_installed_and_its_method_runs(tmp_path: Path) -> None:
-    files = dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", PAGE, flags=re.DOTALL))
+def test_the_package_of_the_tutorial_is_installed_and_its_method_runs(tmp_path: Path) -> None:
+    files = dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", TUTORIAL, flags=re.DOTALL))
     assert files.keys() == {"pyproject.toml", "forget_by_ascent.py"}
     package = tmp_path / "forget-by-ascent"
     package.mkdir()

@@ -124,16 +124,30 @@ def audit(
 ) -> dict[str, Any]:
     """Attacks an edited model and its controls, and writes `audit.json` and `audit.html` into `out`.
 
-    model      the edited model, by whatever method: its folder, or the model at hand with its tokenizer, as a pair
-    allow_overlap  whether a fact may be in two of the three sets, and a kept or held-out one in the record
-    base       the unedited model, likewise; left out, it is the one that the folder's record names, or is taken back
-               from it
-    reference  a model trained on everything but the facts to forget, likewise
-    sizes      QUICK or FULL
-    attacks    names of attacks or groups; all where none is given
+    An audit that was stopped goes on when it is called again with the same arguments.
 
-    Returns what audit.json holds. An audit that was stopped goes on when it is called again with the same arguments.
-    Raises a UniEraseError that names the value and the remedy.
+    Args:
+        model: The edited model, by whatever method: its folder, or the model at hand with its tokenizer, as a pair.
+        forget: The facts that were to be forgotten.
+        out: The output folder.
+        retain: Facts that were to be kept.
+        holdout: Facts that the model never saw.
+        allow_overlap: Whether a fact may be in two of the three sets, and a kept or held-out one in the record.
+        base: The unedited model, given like `model`. Without it: the one that the folder's record names, or that is
+            taken back from it.
+        reference: A model trained on everything but the facts to forget, given like `model`.
+        sizes: QUICK or FULL.
+        attacks: Names of attacks or groups; all where none is given.
+        seed: Seed of everything random.
+        device: cpu, cuda, cuda:1, mps or auto; empty chooses.
+        dtype: The dtype that models are loaded in; empty for the checkpoint's.
+        progress: Called with a phase, the share of it that is done, and a note.
+
+    Returns:
+        What audit.json holds.
+
+    Raises:
+        UniEraseError: Names the value and the remedy.
     """
     checked_seed(seed)
     target = _output_folder(out, model)

@@ -123,14 +123,26 @@ def compare(
 ) -> dict[str, Any]:
     """Compares methods and writes `results.json`, `table.md`, `table.tex`, plots and `report.html` into `out`.
 
-    model      folder or hub id of the model that knows the facts
-    reference  one that was trained on everything but the facts to forget: forget quality needs it
-    allow_overlap  whether a fact may be both to be forgotten and to be kept
-    entries    the methods (`entries.parse_methods`); the unedited model is always a row
+    A comparison that was stopped goes on when it is called again with the same arguments. A method that fails is a row
+    that says so.
 
-    Returns what results.json holds. A comparison that was stopped goes on when it is called again with the same
-    arguments; a method that fails is a row that says so. Raises UniEraseError for what cannot be started at all, also
-    where another process compares into `out`.
+    Args:
+        model: Folder or hub id of the model that knows the facts.
+        forget: The facts to forget.
+        entries: The methods (`entries.parse_methods`). The unedited model is always a row.
+        out: The output folder.
+        retain: The facts to keep.
+        allow_overlap: Whether a fact may be both to be forgotten and to be kept.
+        reference: A model that was trained on everything but the facts to forget. Forget quality needs it.
+        options: What is run and measured; the defaults without it.
+        launch: Runs one method; by default in a process of its own.
+        progress: Called with a phase, the share of it that is done, and a note.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        UniEraseError: For what cannot be started at all, also where another process compares into `out`.
     """
     options = options or Options()
     options.check()
