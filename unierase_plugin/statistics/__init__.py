@@ -1,1 +1,1 @@
-"""Second moments of keys (the field's covariance statistics): counted, kept, imported and exported."""
+"""Covariance statistics: the second moments of keys. Computing, keeping, importing and exporting them."""

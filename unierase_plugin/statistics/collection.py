@@ -1,6 +1,7 @@
-"""The second moment of ordinary text: read or sampled, counted by one process or several, kept, resumed, imported.
+"""The second moment of ordinary text: the text is read or sampled, and counted by one process or several.
 
-`unierase run` and `unierase stats` both come here, so that what one leaves in the cache the other takes.
+A pass can be kept, resumed and replaced by an import. `unierase run` and `unierase stats` both use this module, so each
+finds what the other left in the cache.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from .second_moment import MomentSums, SecondMoment, add_sequences, begin_sums, 
 
 logger = logging.getLogger(__name__)
 
-#: Part of the key: raised when what is computed changes.
+#: Part of the cache key. Raise it when the computation changes.
 VERSION = "3"
-#: Kinds of files in the cache: what is finished, and what a pass under way goes on from.
+#: Kinds of files in the cache: finished moments, and the state of an unfinished pass.
 FINISHED, UNDER_WAY = "statistics", "statistics-under-way"
-#: Seconds between two saves of a pass under way.
+#: Seconds between two saves of an unfinished pass.
 KEEP_EVERY = 60.0
 
 #: Called with (share done from 0 to 1, note).
@@ -44,25 +45,25 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class CorpusMoment:
-    """The second moment of a corpus, the file that keeps it, where it is from, and what it took now."""
+    """The second moment of a corpus, the file that keeps it, its origin, and the seconds that it took in this call."""
 
     moment: SecondMoment
     file: Path
-    #: Settings of the corpus, or the files that it was imported from.
+    #: Settings of the corpus, or the files from which it was imported.
     source: dict[str, Any]
-    #: Seconds spent on reading or sampling text, and on the pass; both 0 where it was at hand.
+    #: Seconds for reading or sampling text, and for the pass. Both are 0 if the moments came from the cache.
     reading: float = 0.0
     counting: float = 0.0
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Ordinary text of a model, by its hyper-parameters `mom2_*`, `layers` and `seed`."""
+    """Ordinary text for a model, given by the hyper-parameters `mom2_*`, `layers` and `seed`."""
 
     loaded: LoadedModel
     hparams: UniEraseHyperParams
     cache: Store
-    #: Questions that sampled texts begin with, and prose that joins them.
+    #: Questions with which sampled texts begin, and prose that is added to them.
     openings: Sequence[str]
     prose: Sequence[str]
     progress: Progress = lambda share, note: None
@@ -77,7 +78,7 @@ class Corpus:
         )[:32]  # fmt: skip
 
     def kept(self) -> CorpusMoment | None:
-        """The moments from the cache, where they are at hand."""
+        """The moments from the cache; None if they are not there."""
         key = self.key()
         packed = self.cache.get(FINISHED, key)
         if packed is None:
@@ -90,7 +91,7 @@ class Corpus:
         return found
 
     def check_room(self, out: Path | None) -> None:
-        """Raises WriteError where the disk does not hold the sums of the pass with the moments, and a copy in `out`."""
+        """Raises WriteError if the disk has no room for the sums of the pass, the moments, and a copy in `out`."""
         if self.kept() is None:
             arch = self._architecture()
             size = sum(arch.mlp_width(layer) ** 2 for layer in self.hparams.layers)
@@ -99,7 +100,7 @@ class Corpus:
                 check_room(out, size * self.dtype.itemsize)
 
     def check(self) -> None:
-        """Raises for whatever is wrong with the corpus, by reading one text; not where the moments are at hand."""
+        """Raises if the corpus is wrong, by reading one text. Checks nothing if the moments are in the cache."""
         if self.hparams.mom2_dataset != "self" and not self.cache.path(FINISHED, self.key()).is_file():
             self.sequences(samples=1)
 
@@ -111,18 +112,18 @@ class Corpus:
             h.mom2_dataset, self.loaded.model, self.loaded.tokenizer, samples=samples, max_length=longest, seed=h.seed,
             openings=self.openings, progress=lambda share: self.progress(share / 2, "reading the corpus"),
         )  # fmt: skip
-        # Sampled text is what the model says; the bundled prose adds what others say to it.
+        # Sampled text is what the model says. The bundled prose adds what others say.
         return found + self._prose_ids(longest) if h.mom2_dataset == "self" else found
 
     def moment(self, team: Team | None = None) -> CorpusMoment:
-        """The moments from the cache, else computed by the whole team and kept by its first process.
+        """The moments from the cache. If they are not there, all processes compute them and the first one keeps them.
 
-        A pass that was stopped goes on from its last save, and gives the same bytes as one that was not.
+        A pass that was stopped continues from its last save, and gives the same bytes as an undisturbed one.
         """
         team, key = team or Team(), self.key()
         kept = team.agreed(self.kept)
         if kept is not None:
-            # Of a pass that was killed after it had kept them.
+            # Left by a pass that was killed after it had kept the moments.
             self._discard(key)
             return kept
         start = time.perf_counter()
@@ -135,10 +136,10 @@ class Corpus:
         return self._result(key, packed, read - start, time.perf_counter() - read)
 
     def take(self, sources: Sequence[Path]) -> CorpusMoment:
-        """Moments from files (`moment_files.read_moments`), kept as those of this corpus.
+        """Takes moments from files (`files.read_moments`) and keeps them as those of this corpus.
 
-        A file that says by a fingerprint that it is of this model is taken at its word; of all others the pattern is
-        looked at. Raises EditError where they are not of this model's blocks.
+        A file whose fingerprint says that it is of this model is trusted. For any other file, the pattern of strong and
+        weak neurons is compared. Raises EditError if the moments are not of this model's layers.
         """
         start, key = time.perf_counter(), self.key()
         arch = self._architecture()
@@ -158,7 +159,7 @@ class Corpus:
 
     def _count(self, key: str, ids: Mapping[str, Tensor], max_tokens: int, team: Team) -> SecondMoment:
         arch = self._architecture()
-        # Saved sums fit the same batches alone, and in a team each process has its own.
+        # Saved sums fit only the same batches. With several processes, each has its own.
         texts = [tensor.numpy().tobytes() for tensor in (ids["tokens"], ids["lengths"])]
         own = f"{key}-{digest(*texts, max_tokens, team.size, team.rank)[:16]}"
         sums = self._begun(arch, own)
@@ -174,7 +175,7 @@ class Corpus:
         return mean_moments(sums, self.dtype)
 
     def _begun(self, arch: Architecture, own: str) -> MomentSums:
-        """Zeros, or the sums of a pass that was stopped."""
+        """Zeros, or the sums of a stopped pass."""
         sums = begin_sums(arch, self.hparams.layers)
         saved = self.cache.get(UNDER_WAY, own)
         if saved is None:
@@ -185,10 +186,10 @@ class Corpus:
         return MomentSums(sums.sums, earlier.count, earlier.batches, earlier.tokens)
 
     def _read(self, key: str) -> Packed:
-        """The texts' token ids and the size of a batch, kept while the pass is under way.
+        """The texts' token ids and the batch size. Both are kept until the pass is finished.
 
-        Sampling takes as long as the pass itself; and where the size follows the memory that happens to be free, a
-        second start, or another process of the team, would divide the texts into other batches.
+        Sampling takes as long as the pass itself. And if the batch size followed the free memory of the moment, a
+        second start or another process would divide the texts into other batches.
         """
         kept = self.cache.get(UNDER_WAY, f"{key}-ids")
         if kept is None:
@@ -209,7 +210,7 @@ class Corpus:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products, and of the moments as kept."""
+        """The dtype of the products, and of the kept moments."""
         return torch.float64 if self.hparams.mom2_dtype == "float64" else torch.float32
 
     def _architecture(self) -> Architecture:

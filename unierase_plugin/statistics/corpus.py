@@ -1,4 +1,4 @@
-"""Text for the second moment C: from the hub, from a file, or sampled from the model itself; always as token ids."""
+"""Text for the second moment C, always as token ids: from the hub, from a file, or sampled from the model itself."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..models.prompts import begun, encode, has_chat_template, render
 from ..models.trace import pad
 from ..storage.inputs import checked_path, decoded
 
-#: Texts sampled together: wide enough to keep the machine busy, narrow enough for the cache of a small one.
+#: Texts sampled together: enough to keep the machine busy, few enough for the cache of a small one.
 SAMPLE_ROWS = 64
 #: Texts tokenised together.
 TEXT_GROUP = 256
-#: Where a dataset's text is looked for when no column is named.
+#: Columns in which a dataset's text is looked for if none is named.
 TEXT_COLUMNS = ("text", "content")
 
 
@@ -37,20 +37,20 @@ def corpus_tokens(
     openings: Sequence[str] = (),
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[Sequence[int]]:
-    """`samples` token sequences of at most `max_length`, or as many as there are: each is one text's beginning.
+    """`samples` sequences of at most `max_length` tokens, each the beginning of a text; fewer if texts run out.
 
-    spec: "self", a text file's path, or a hub dataset as "name", "name:config" or "name:config:column". No more of a
-    file or dataset is read than is needed. `openings` are questions that sampled texts start from. Raises EditError or
-    DependencyError with what to give instead.
+    spec: "self", a text file's path, or a hub dataset as "name", "name:config" or "name:config:column". Only the needed
+    part of a file or dataset is read. `openings` are questions with which sampled texts begin. Raises EditError or
+    DependencyError, which say what to give instead.
     """
     if spec == "self":
         return list(sample_from_model(model, tokenizer, samples, max_length, seed, openings, progress))
     texts = _file_texts(Path(spec)) if Path(spec).is_file() else _hub_texts(spec)
     found: list[Sequence[int]] = []
-    # In groups, since a tokenizer uses every core on a list of texts.
+    # In groups: a tokenizer uses every core on a list of texts.
     while group := list(itertools.islice(texts, min(TEXT_GROUP, samples - len(found)))):
         ids = tokenizer(group, truncation=True, max_length=max_length)["input_ids"]
-        # As arrays: a hundred thousand lists of Python's own integers take ten times the memory.
+        # As arrays: a hundred thousand lists of Python integers take ten times the memory.
         found += [array("i", sequence) for sequence in ids if len(sequence) > 1]
         progress(len(found) / samples)
     if not found:
@@ -59,9 +59,9 @@ def corpus_tokens(
 
 
 def check_corpus_file(spec: str, samples: int) -> None:
-    """EditError where the corpus is a file that gives no text, as far as it will be read. To be called before loading.
+    """Raises EditError if the corpus is a file without text in the part to be read. Call it before loading.
 
-    Whether a dataset of that name is on the hub is not asked.
+    It does not ask whether a dataset of that name is on the hub.
     """
     path = checked_path(spec, EditError, "corpus")
     if spec != "self" and path.is_file() and not any(1 for _ in itertools.islice(_file_texts(path), samples)):
@@ -69,7 +69,7 @@ def check_corpus_file(spec: str, samples: int) -> None:
 
 
 def corpus_identity(spec: str) -> list[str]:
-    """What tells a local corpus' content from another's under the same name: the file's sha256; empty for others."""
+    """The sha256 of a local file, which tells one content from another under the same name. Empty for other corpora."""
     path = Path(spec)
     if not path.is_file():
         return []
@@ -97,7 +97,7 @@ def _file_texts(path: Path) -> Iterator[str]:
 
 
 def _hub_texts(spec: str) -> Iterator[str]:
-    """Streams a hub dataset, so that nothing is kept on disk."""
+    """Streams a hub dataset, so that nothing is stored on disk."""
     name, config, column = (*spec.split(":"), "", "")[:3]
     try:
         from datasets import load_dataset
@@ -136,7 +136,7 @@ def sample_from_model(
     openings: Sequence[str],
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[list[int]]:
-    """Text the model itself writes at temperature 1: answers to `openings` in chat form, and free text, by turns."""
+    """Text that the model writes at temperature 1: answers to `openings` in chat form, and free text, in turn."""
     starts = list(itertools.islice(itertools.cycle(_starts(tokenizer, openings)), samples))
     pad_id = pad_token_id(model, tokenizer)
     device = model.get_input_embeddings().weight.device
@@ -167,7 +167,7 @@ def _starts(tokenizer: Any, openings: Sequence[str]) -> list[list[int]]:
 
 
 def _trim(ids: list[int], prompt_mask: list[int], width: int, pad_id: int) -> list[int]:
-    """Without the padding on the left, and without what follows the end on the right."""
+    """Without the padding on the left, and without everything after the end token."""
     body = ids[width:]
     end = next((index for index, token in enumerate(body) if token == pad_id), len(body))
     return [token for token, real in zip(ids[:width], prompt_mask, strict=True) if real] + body[:end]

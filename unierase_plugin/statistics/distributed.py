@@ -1,4 +1,4 @@
-"""Several processes at one piece of work, as `accelerate launch` and `torchrun` start them."""
+"""Several processes on one task, as `accelerate launch` and `torchrun` start them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UniEraseError
 
-#: The others wait this long while the first one reads a corpus; one that has died is noticed at once.
+#: How long the others wait while the first process reads a corpus. The death of a process is noticed at once.
 PATIENCE = timedelta(days=1)
 
 _Result = TypeVar("_Result")
@@ -22,7 +22,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Team:
-    """This process and those it works with; by itself unless told otherwise."""
+    """This process and the processes that it works with. By default it is alone."""
 
     rank: int = 0
     size: int = 1
@@ -32,7 +32,7 @@ class Team:
         return self.rank == 0
 
     def agreed(self, compute: Callable[[], _Result]) -> _Result:
-        """What `compute` gives in the first process, in all of them; an error of this package is raised in all."""
+        """The result of `compute` in the first process, for all. An error of this package is raised in all."""
         if self.size == 1:
             return compute()
         result: list[_Result | None] = [None]
@@ -67,9 +67,9 @@ class Team:
 
 @contextmanager
 def joined_team() -> Iterator[Team]:
-    """The processes that a launcher started together; by itself where none did.
+    """The processes that a launcher started together; without a launcher, this process alone.
 
-    They speak through gloo, also on GPUs: what is exchanged is text and one sum of matrices at the end.
+    They communicate through gloo, also on GPUs: they exchange only text and, at the end, one sum of matrices.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Team()

@@ -1,4 +1,4 @@
-"""Second moments that were computed elsewhere: ROME's, MEMIT's and EasyEdit's .npz files, and this package's own."""
+"""Files of second moments: the .npz files of ROME, MEMIT and EasyEdit, and this package's own."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .second_moment import SecondMoment
 
 #: `<module>_<precision>_<statistics>[_<samples>].npz`, in `<stats_dir>/<model>/<dataset>_stats/`.
 FILE_NAME = re.compile(r"(?P<module>.+)_float(?:16|32|64)_(?:[a-z0-9_]+-)*mom2(?:[-_].*)?\.npz")
-#: Diagonals of one model and block correlate by more than this many times 1 / sqrt(m), the spread of what chance gives.
-#: On SmolLM2-135M: chance 0.08 at most, source code against prose 0.17 at least, prose against prose 0.82 at least.
+#: Two diagonals of the same model and block correlate by more than this many times 1 / sqrt(m), the spread of chance.
+#: On SmolLM2-135M: chance at most 0.08, source code against prose at least 0.17, prose against prose at least 0.82.
 LEAST_LIKENESS = 4.0
-#: What a file of this package's own says of the model that it is of: digests of its weights, as they were worked on and
-#: as they are stored.
+#: How a file of this package names its model: digests of the weights as they were computed with, and as they are
+#: stored.
 FINGERPRINTS = ("fingerprint", "stored_fingerprint")
 
 
 def read_moments(
     sources: Sequence[Path], arch: Architecture, layers: Sequence[int], model_names: Sequence[str]
 ) -> tuple[SecondMoment, dict[int, str]]:
-    """The moments of `layers`, (m, m) each, and the file each came from.
+    """The moments of `layers`, each (m, m), and the file of each.
 
-    sources: .npz files, folders that hold them at any depth, or one .safetensors file that `unierase stats --out`
-    wrote. In a folder that has one of `model_names` as a subfolder, that one is looked through. Raises EditError for
-    what is missing, found twice, damaged, or of another width.
+    sources: .npz files, folders that contain them at any depth, or one .safetensors file from `unierase stats --out`.
+    In a folder that has one of `model_names` as a subfolder, only that one is searched. Raises EditError if a layer is
+    missing, found twice, damaged, or of another width.
     """
     if len(sources) == 1 and sources[0].suffix == ".safetensors":
         try:
@@ -59,9 +59,9 @@ def read_moments(
 
 
 def is_of_model(sources: Sequence[Path], fingerprints: Collection[str]) -> bool:
-    """Whether the statistics are one file of this package's own that says it is of a model with such a fingerprint.
+    """Whether the statistics are one file of this package that states one of the fingerprints.
 
-    fingerprints: of the model's weights as they are worked on, and as they are stored.
+    fingerprints: of the model's weights as they are computed with, and as they are stored.
     """
     if len(sources) != 1 or sources[0].suffix != ".safetensors":
         return False
@@ -70,13 +70,13 @@ def is_of_model(sources: Sequence[Path], fingerprints: Collection[str]) -> bool:
 
 
 def check_likeness(given: SecondMoment, own: SecondMoment, files: Mapping[int, str]) -> None:
-    """Raises EditError where `given` has not the pattern of strong and weak neurons that the model itself shows.
+    """Raises EditError if the pattern of strong and weak neurons in `given` differs from the model's own.
 
-    A file's name and width do not tell one model of a shape from another, nor a block from its neighbour.
+    A file's name and width do not tell apart two models of one shape, or a block from its neighbour.
     """
     for layer, moment in given.moments.items():
         likeness, least = diagonal_likeness(moment, own.moments[layer]), LEAST_LIKENESS / math.sqrt(len(moment))
-        if not likeness >= least:  # NaN where all neurons of one of the two are alike
+        if not likeness >= least:  # NaN if all neurons of one of the two are alike
             shown = "in no way" if math.isnan(likeness) else f"by {likeness:.2f}"
             raise EditError(
                 f"The statistics in {files[layer]!r} are not of block {layer} of this model: their diagonal correlates "
@@ -86,7 +86,7 @@ def check_likeness(given: SecondMoment, own: SecondMoment, files: Mapping[int, s
 
 
 def diagonal_likeness(a: Tensor, b: Tensor) -> float:
-    """Pearson correlation of the logarithms of two diagonals: 1 where each neuron is as active, relative to others."""
+    """Pearson correlation of the logarithms of two diagonals. 1 if each neuron is equally active, relative to others."""
     logs = torch.stack([moment.diagonal().double().clamp(min=1e-30).log() for moment in (a, b)])
     return float(torch.corrcoef(logs)[0, 1])
 
@@ -135,13 +135,13 @@ def _npz_files(source: Path, model_names: Sequence[str]) -> list[Path]:
 
 
 def _module(path: Path) -> str:
-    """The module that a file's name says its statistics are of; "" where it says nothing of the kind."""
+    """The module named in the file's name; "" if the name has another form."""
     match = FILE_NAME.fullmatch(path.name)
     return match["module"] if match else ""
 
 
 def _read(path: Path, arch: Architecture, layer: int) -> tuple[Tensor, int]:
-    """The sum of k k^T and the count of tokens, as RunningStats' `SecondMoment` within a `CombinedStat` keeps them."""
+    """The sum of k k^T and the token count, as RunningStats saves them: a `SecondMoment` in a `CombinedStat`."""
     try:
         with np.load(path) as file:
             names = list(file)

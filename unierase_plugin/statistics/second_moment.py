@@ -1,4 +1,4 @@
-"""Second moments C = E[k k^T] of the keys of ordinary text: one pass for all edited blocks, stopping at the last."""
+"""Second moments C = E[k k^T] of the keys of ordinary text. One pass serves all layers and ends at the last."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..models.architecture import Architecture
 from ..models.products import fast_linear_maps, fast_products
 from ..models.trace import halves, pad, run_blocks, token_batches
 
-#: k k^T is symmetric, so that of this many column panels only the parts from the diagonal on are computed: 58 % of all.
+#: k k^T is symmetric. Of this many column panels only the parts from the diagonal on are computed: 58 % of the work.
 PANELS = 6
-#: On a CPU a longer batch of keys leaves its cache, and a shorter one costs more in adding than it saves.
+#: On a CPU, a longer batch of keys does not fit into the cache, and a shorter one costs more additions than it saves.
 CPU_TOKENS = 1024
-#: A save takes at most this share of the time.
+#: Saving takes at most this share of the time.
 SAVING_SHARE = 0.05
 
 
@@ -46,9 +46,9 @@ def join_moments(first: SecondMoment, second: SecondMoment) -> SecondMoment:
 
 @dataclass
 class MomentSums:
-    """How far a pass has come: sums of k k^T by layer, each (m, m) float64 and right on and above the diagonal alone.
+    """The state of a pass: sums of k k^T by layer, each (m, m) float64, valid only on and above the diagonal.
 
-    `batches` and `tokens` are what the pass is through with; `count` those tokens that are in the sums.
+    `batches` and `tokens` are those already processed; `count` are the tokens that the sums include.
     """
 
     sums: dict[int, Tensor]
@@ -69,12 +69,12 @@ def second_moments(
     counted: Sequence[Sequence[int]] | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> SecondMoment:
-    """C of `layers` over all tokens of `sequences`, `skip_first` tokens of each left out.
+    """C of `layers` over all tokens of `sequences`, without the first `skip_first` tokens of each.
 
-    counted     positions that count, a list for each sequence, in the place of all.
+    counted     the positions to count instead, as a list for each sequence
 
-    The products of a batch are formed in `dtype`, in which C is given back as well; sums over batches are float64. The
-    peers make one pass a block; here one pass serves all of them. Sequences of like length share a batch.
+    The products of a batch, and the result, have the dtype `dtype`; sums over batches are float64. ROME, MEMIT and
+    EasyEdit make one pass for each layer; here one pass serves all. Sequences of similar length share a batch.
     """
     sums = begin_sums(arch, layers)
     add_sequences(arch, sequences, sums, max_tokens=max_tokens, dtype=dtype, pad_id=pad_id, skip_first=skip_first,
@@ -83,7 +83,7 @@ def second_moments(
 
 
 def begin_sums(arch: Architecture, layers: Sequence[int]) -> MomentSums:
-    """Zeros, each on the device of its layer's projection where that has room for all of them, else on the CPU."""
+    """Zeros. Each sum is on the device of its layer's projection if that has room for all of them, else on the CPU."""
     needed: dict[torch.device, int] = {}
     for layer in layers:
         device = arch.projections[layer].weight.device
@@ -98,7 +98,7 @@ def begin_sums(arch: Architecture, layers: Sequence[int]) -> MomentSums:
 
 
 def _home(device: torch.device, needed: int) -> torch.device:
-    """A CUDA device that keeps half of its free memory for the pass itself; others may lack float64 or share memory."""
+    """A CUDA device that keeps half its free memory for the pass. Others may lack float64 or share their memory."""
     fits = device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] // 2
     return device if fits else torch.device("cpu")
 
@@ -120,11 +120,12 @@ def add_sequences(
     keep_every: float = 60.0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Goes on with the pass that `sums` is in the middle of, up to the end; what it gives is the same to the bit.
+    """Continues the pass of `sums` to its end. The result is bit for bit that of one undisturbed pass.
 
-    counted     positions that count, a list for each sequence; None for all but the first `skip_first`.
-    share       (which, of how many): of the batches, only every `of how many`-th is this process' own.
-    keep        called between batches about every `keep_every` seconds, less often where it takes long.
+    counted     the positions to count, as a list for each sequence; None for all but the first `skip_first`
+    share       (index, processes): this process takes every `processes`-th batch, from batch `index` on
+    keep        called between batches about every `keep_every` seconds, less often if it takes long
+
     Raises EditError for sequences without a token.
     """
     places = [range(skip_first, len(sequence)) for sequence in sequences] if counted is None else counted
@@ -150,14 +151,14 @@ def add_sequences(
 
 
 class _Done(Exception):  # noqa: N818 (no error: it ends a pass)
-    """Ends a forward pass at the input of the last projection, which has no need to run itself."""
+    """Ends a forward pass at the input of the last projection, which does not need to run."""
 
 
 def _add_batch(
     arch: Architecture, sequences: Sequence[Sequence[int]], places: Sequence[Sequence[int]], sums: MomentSums,
     dtype: torch.dtype, pad_id: int,
 ) -> None:  # fmt: skip
-    """Adds the products of one batch at `places`; in halves where the memory does not hold it."""
+    """Adds the products of one batch at `places`; if memory runs out, in halves."""
     waiting = [(list(range(len(sequences))), tuple(sums.sums))]
     while waiting:
         rows, layers = waiting.pop(0)
@@ -184,11 +185,11 @@ def _mask(places: Sequence[Sequence[int]], like: Tensor) -> Tensor:
 def _adding(
     arch: Architecture, sums: dict[int, Tensor], counted: Tensor, dtype: torch.dtype, added: set[int]
 ) -> Iterator[None]:
-    """A pass inside adds the keys at the positions `counted` (B, T) and ends with those of the last layer.
+    """Inside, a pass adds the keys at the positions `counted` (B, T), and ends after those of the last layer.
 
-    Keys are added where they arise, so that those of one block alone are in memory; the layer then joins `added`.
+    Keys are added where they arise, so only those of one block are in memory. The layer then joins `added`.
     """
-    # All of them mostly, and then nothing needs to be copied.
+    # Usually all of them. Then nothing needs to be copied.
     rows = None if bool(counted.all()) else counted.flatten().nonzero().squeeze(1)
     last = max(sums)
 
@@ -211,9 +212,9 @@ def _adding(
 
 @fast_products()
 def _add_products(total: Tensor, keys: Tensor) -> None:
-    """Adds keys^T keys of (T, m) to (m, m), on and above the diagonal; what lies under it means nothing.
+    """Adds keys^T keys of (T, m) to (m, m), on and above the diagonal. Entries below it have no meaning.
 
-    Nothing is added where the memory does not hold the products.
+    Adds nothing if the memory does not hold the products.
     """
     width = -(-total.shape[0] // PANELS)
     starts = range(0, total.shape[0], width)
@@ -223,7 +224,7 @@ def _add_products(total: Tensor, keys: Tensor) -> None:
 
 
 def mean_moments(sums: MomentSums, dtype: torch.dtype, skip_first: int = 0) -> SecondMoment:
-    """The sums over their count, whole and on the CPU, in `dtype`.
+    """The sums divided by their count, as full matrices on the CPU, in `dtype`.
 
     Raises EditError for NaN, infinity, keys that are all zero, and no token.
     """
@@ -246,10 +247,10 @@ def mean_moments(sums: MomentSums, dtype: torch.dtype, skip_first: int = 0) -> S
 
 
 def unusable(found: SecondMoment) -> str:
-    """Why no edit can be computed from the moments, as their diagonals tell; empty where nothing speaks against it."""
+    """Why the moments are not usable for an edit, judged by their diagonals; empty if they are."""
     for layer, moment in found.moments.items():
         diagonal = moment.diagonal()
-        # Put so that NaN is refused as well.
+        # Written so that NaN is refused as well.
         if not (bool((diagonal >= 0).all()) and 0 < float(diagonal.double().sum()) < float("inf")):
             return f"The second moment of block {layer} is zero, negative or NaN on its diagonal"
     return ""
