@@ -86,7 +86,7 @@ def check_likeness(given: SecondMoment, own: SecondMoment, files: Mapping[int, s
 
 
 def diagonal_likeness(a: Tensor, b: Tensor) -> float:
-    """Pearson correlation of the logarithms of two diagonals. 1 if each neuron is equally active, relative to others."""
+    """Pearson correlation of the logarithms of two diagonals: 1 if each neuron is as active, relative to others."""
     logs = torch.stack([moment.diagonal().double().clamp(min=1e-30).log() for moment in (a, b)])
     return float(torch.corrcoef(logs)[0, 1])
 
