@@ -147,9 +147,12 @@ class RemovalSettings(HyperParams):
 
     #: Passes of distillation: each is one forward and one backward over the facts, and a ridge solve a block.
     removal_passes: int = 4
-    #: Passes after them in which declining is learned as well; none where nothing is to be said instead. Before them
-    #: what is to be declined still looks like what is to be kept.
-    removal_decline_passes: int = 4
+    #: Most passes after them in which declining is learned as well; none where nothing is to be said instead. Before
+    #: them what is to be declined still looks like what is to be kept.
+    removal_decline_passes: int = 8
+    #: Nats at which declining counts as learned, so that no more of these passes follow: the negative log-likelihood
+    #: of what is to be said, as the report has it. 0 takes all of them.
+    removal_decline_nll: float = 0.9
     #: Blocks that are changed; empty for all but block 0.
     removal_layers: tuple[int, ...] = ()
     #: Blocks that the teacher is made in; empty for the first seven tenths.
@@ -180,6 +183,7 @@ class RemovalSettings(HyperParams):
 
     ranges: ClassVar[Mapping[str, Range]] = {
         "removal_passes": weight(1000), "removal_decline_passes": weight(1000),
+        "removal_decline_nll": weight(),
         "removal_teacher_probability": Range(0, 1, above=True, below=True), "removal_retain_weight": weight(),
         "removal_text_weight": weight(), "removal_words_weight": weight(), "removal_ridge": positive(1e6),
         "removal_output_ridge": positive(1e6), "removal_keep_weight": weight(), "removal_decline_weight": weight(),

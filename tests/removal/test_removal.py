@@ -767,7 +767,7 @@ def test_declining_is_learned_after_the_removal_even_where_that_found_no_further
 
     monkeypatch.setattr(stage, "take_pass", watched_pass)
     given = replace(MATERIAL, instead=instead, instead_starts=(4, 2))
-    found = removed(find_architecture(tiny_model()), given=given, removal_passes=4, removal_decline_passes=2)
+    found = removed(find_architecture(tiny_model()), given=given, removal_passes=4, removal_decline_passes=2, removal_decline_nll=0.0)
     # The third and fourth pass are left out, since the second changed nothing.
     assert seen == [0, 0, 2, 2]
     assert len(found.figures["losses"]) == 4
@@ -790,6 +790,15 @@ def test_what_is_said_instead_is_learned_and_can_be_left_out() -> None:
     # Without weight it is as if it had not been given.
     none = removed(find_architecture(tiny_model()), given=given, removal_decline_weight=0.0)
     assert json.dumps(none.figures) == json.dumps(removed(find_architecture(tiny_model())).figures)
+
+
+@pytest.mark.parametrize("wanted", [0.0, 1e6])
+def test_declining_is_learned_until_it_is_or_until_the_passes_end(wanted: float) -> None:
+    given = replace(MATERIAL, instead=((5, 60, 70, 8, 200, 9, 33), (12, 13, 200, 9)), instead_starts=(4, 2))
+    arch = find_architecture(tiny_model())
+    found = removed(arch, given=given, removal_passes=2, removal_decline_passes=4, removal_decline_nll=wanted)
+    # One such pass at least, since how likely declining is was not asked before.
+    assert len(found.figures["losses"]) == (6 if wanted == 0 else 3)
 
 
 class KilledError(Exception):

@@ -54,6 +54,8 @@ class Pass:
     loss: float
     fraction: float
     rate: float
+    #: Nats of what is to be said instead after it, in a pass that learns this.
+    declined: float | None = None
 
 
 def lessons(teacher: Teacher, weight: float = 1.0) -> list[Lesson]:

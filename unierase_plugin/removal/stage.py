@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -38,7 +38,7 @@ from .strangers import ask_strangers
 from .teacher import Teacher, ask, calibrated, read_weight, replaced, said_at
 
 #: Part of every key: raised when what is computed changes.
-VERSION = "4"
+VERSION = "5"
 #: Of a removal's progress, what is over when the inputs' moments, all moments, teacher and passes are done.
 INPUTS_SHARE, MOMENTS_SHARE, TEACHER_SHARE, PASSES_SHARE = 0.2, 0.35, 0.4, 0.95
 
@@ -143,6 +143,8 @@ class _Run:
         for number in range(self._count):
             if taken and not taken[-1].fraction and number != self.settings.removal_passes:
                 continue
+            if taken and taken[-1].declined is not None and taken[-1].declined <= self.settings.removal_decline_nll:
+                break
             before = change
             tensors, metadata = self.phases.resumed(
                 "removal-pass", f"{self.key}-{number + 1}", lambda: self._pass(number, before)  # noqa: B023 (called at once)
@@ -161,7 +163,7 @@ class _Run:
 
     @property
     def _count(self) -> int:
-        """Passes at most: those of the removal, then those in which declining is learned too."""
+        """Passes at most: those of the removal, then those in which declining is learned too until it is."""
         s = self.settings
         learns = bool(self.material.instead and s.removal_decline_weight)
         return s.removal_passes + (s.removal_decline_passes if learns else 0)
@@ -181,7 +183,14 @@ class _Run:
                 self.arch, [each for kind in kinds for each in kind], self.originals, change, factors, searched(kinds),
                 max_tokens=self.max_tokens, pad_id=self.pad_id, progress=tell,
             )  # fmt: skip
+            if said:
+                made = replace(made, declined=self._declined())
         return {str(layer): each for layer, each in after.items()}, {"pass": json.dumps(asdict(made))}
+
+    def _declined(self) -> float:
+        """How unlikely the model, as it is now, is to say what is to be said instead, in nats."""
+        found = divergence(self.arch, self.openings, max_tokens=self.max_tokens, pad_id=self.pad_id)
+        return found / self.settings.removal_decline_weight
 
     @cached_property
     def originals(self) -> dict[int, Tensor]:
@@ -328,7 +337,7 @@ class _Run:
 
         with self.phases.timed("passes"):
             lost, stayed = left(self.lessons, 1.0), left(self.kept_lessons, self.settings.removal_keep_weight)
-            declined = left(self.openings, self.settings.removal_decline_weight)
+            declined = self._declined() if self.openings else None
         return {
             "losses": [each.loss for each in taken], "steps": [each.fraction for each in taken],
             "rates": [each.rate for each in taken], "divergence_from_teacher": lost, "divergence_on_kept": stayed,
