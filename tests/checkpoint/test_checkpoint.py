@@ -473,7 +473,7 @@ def test_a_failure_at_any_write_leaves_the_old_folder_alone(
     before = tree(out)
     monkeypatch.setattr(place, name, fail_at(number, getattr(place, name), error))
     full = isinstance(error, OSError)
-    message = r"No space left.*as it was.* needs about .*MB.* are free" if full else None
+    message = r"No space left.*unchanged.* needs about .*MB.* are free" if full else None
     with pytest.raises(CheckpointError if full else type(error), match=message):
         edited.save(out, overwrite=True)
     monkeypatch.undo()

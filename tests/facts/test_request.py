@@ -245,7 +245,7 @@ READ = (
 def test_a_question_that_the_rule_cannot_read_is_told(caplog: pytest.LogCaptureFixture, question: str) -> None:
     found = with_subjects([ForgetRequest(question, "x", case_id="one")])
     assert found[0].subject == find_subject(question)
-    said = "1 facts, and the rule that finds one reads nothing in their questions" in caplog.text
+    said = "1 facts have no subject, and the subject rule cannot read their questions" in caplog.text
     assert said is (question in UNREAD)
     caplog.clear()
     with_subjects([ForgetRequest(question, "x", subject=question[:3].strip())])
@@ -257,7 +257,7 @@ def test_questions_that_the_rule_cannot_read_are_told_once(caplog: pytest.LogCap
     with_subjects([*facts, ForgetRequest("Who is Ann?", "x")])
     [record] = caplog.records
     said = record.getMessage()
-    assert said.startswith("No subject is given for 9 of 10 facts")
+    assert said.startswith("9 of 10 facts have no subject")
     assert "'zh-0', 'zh-1', 'zh-2' and 6 more. Give each a 'subject'" in said
 
 

@@ -121,7 +121,7 @@ def cut_the_head(folder: Path) -> None:
         ({"rows": None}, r"tokens up to number 261, but its base model has 260 rows.*save_embedding_layers=True"),
         (
             {"tied": False, "trainable_token_indices": TOKENS, "saved": {"save_embedding_layers": False}},
-            r"grew from 260 rows to 262, and does not hold all of the new ones.*merge_and_unload",
+            r"grew from 260 rows to 262, and does not hold all of the new rows.*merge_and_unload",
         ),
         (
             {"trainable_token_indices": [261], "saved": {"save_embedding_layers": False}},

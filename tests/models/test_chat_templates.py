@@ -62,7 +62,7 @@ def test_a_template_that_cannot_be_rendered(
     said = capsys.readouterr().err.replace("\n", " ")
     assert ended.value.code == 1
     assert says in said
-    assert "save_pretrained" in said or "Give what it asks for by the setting chat_template_kwargs" in said
+    assert "save_pretrained" in said or "Give what it asks for in the setting chat_template_kwargs" in said
 
 
 def test_a_template_with_a_default_and_one_that_is_given_what_it_wants() -> None:
@@ -89,7 +89,7 @@ def test_a_question_at_which_a_template_raises_is_an_error_of_ours() -> None:
     "name", ["self", "conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message"]
 )
 def test_an_argument_that_every_template_is_given(name: str) -> None:
-    with pytest.raises(HyperParamsError, match=f"chat_template_kwargs has '{name}', which is given to every"):
+    with pytest.raises(HyperParamsError, match=f"chat_template_kwargs has '{name}', which every chat template gets"):
         UniEraseHyperParams(chat_template_kwargs={name: True})
     turns = [{"role": "user", "content": "?"}]
     with pytest.raises((TypeError, ValueError)):

@@ -767,7 +767,13 @@ def test_declining_is_learned_after_the_removal_even_where_that_found_no_further
 
     monkeypatch.setattr(stage, "take_pass", watched_pass)
     given = replace(MATERIAL, instead=instead, instead_starts=(4, 2))
-    found = removed(find_architecture(tiny_model()), given=given, removal_passes=4, removal_decline_passes=2, removal_decline_nll=0.0)
+    found = removed(
+        find_architecture(tiny_model()),
+        given=given,
+        removal_passes=4,
+        removal_decline_passes=2,
+        removal_decline_nll=0.0,
+    )
     # The third and fourth pass are left out, since the second changed nothing.
     assert seen == [0, 0, 2, 2]
     assert len(found.figures["losses"]) == 4

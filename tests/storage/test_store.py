@@ -374,7 +374,7 @@ def test_a_file_that_cannot_be_written_is_as_it_was(
     with monkeypatch.context() as patch:
         place, name = {"write": (Path, "write_bytes"), "sync": (os, "fsync"), "rename": (os, "replace")}[at]
         patch.setattr(place, name, no_room)
-        with pytest.raises(WriteError, match=r"No space left.*as it was.*are free"):
+        with pytest.raises(WriteError, match=r"No space left.*unchanged.*are free"):
             write_text(path, "new")
     assert os.listdir(tmp_path) == ([] if old is None else ["file"])
     assert old is None or path.read_bytes() == old

@@ -205,7 +205,7 @@ def _began(out: Path) -> bool:
 def _output_folder(out: str | os.PathLike[str], model: Source) -> Path:
     out = absolute_path(out, CheckpointError)
     if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{str(out)!r} is a file. Give the name of a folder, which is made where there is none.")
+        raise CheckpointError(f"{str(out)!r} is a file. Give the name of a folder. It is created if needed.")
     if not isinstance(model, tuple) and out == absolute_path(model):
         raise CheckpointError(
             f"{str(out)!r} is the model's own folder. Choose another --out, such as {out.name}-audit."

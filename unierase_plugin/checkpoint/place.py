@@ -53,9 +53,7 @@ class OutputFolder:
         """The part of the check that does not ask what the folder holds."""
         target = self.path
         if target.exists() and not target.is_dir():
-            raise CheckpointError(
-                f"{str(target)!r} is a file. Give the name of a folder, which is made where there is none."
-            )
+            raise CheckpointError(f"{str(target)!r} is a file. Give the name of a folder. It is created if needed.")
         for place in (target, *target.parents):
             if place.name == RECORD and (place / MANIFEST).is_file():
                 raise CheckpointError(f"{str(target)!r} lies in the record of an edit. Choose another output folder.")

@@ -114,9 +114,9 @@ def tell_unread(requests: Sequence[ForgetRequest]) -> None:
     unread = [request for request in requests if request.subject is None and is_unread(request.question)]
     if unread:
         logger.warning(
-            "No subject is given for %d of %d facts, and the rule that finds one reads nothing in their questions, so "
-            "that it takes nearly the whole question: %s%s. Give each a 'subject', the span of the question that names "
-            "what the fact is about.", len(unread), len(requests),
+            "%d of %d facts have no subject, and the subject rule cannot read their questions, so that it takes nearly "
+            "the whole question: %s%s. Give each a 'subject', the span of the question that names what the fact is "
+            "about.", len(unread), len(requests),
             ", ".join(request.label for request in unread[:SHOWN_FACTS]), _more(len(unread)),
         )  # fmt: skip
 
@@ -190,7 +190,7 @@ def check_overlap(one: Iterable[Asked], other: Iterable[Asked], first: str = TO_
         named = ", ".join(here if here == there else f"{here} (there {there})" for here, there in shared[:SHOWN_FACTS])
         raise RequestError(
             f"{_facts(len(shared))} {first} and {second} at once: {named}{_more(len(shared))}. Take "
-            f"{'it' if len(shared) == 1 else 'them'} out of one of the two sets. Where that is meant, allow it with "
+            f"{'it' if len(shared) == 1 else 'them'} out of one of the two sets. If that is intended, allow it with "
             "allow_overlap=True (--allow-overlap)."
         )
 
@@ -206,7 +206,7 @@ def check_not_forgotten(facts: Sequence[Asked], forgotten: Iterable[int], where:
             f"{_facts(len(labels))} {kept}, but {'was' if len(labels) == 1 else 'were'} forgotten in an earlier "
             f"step of {where}: {', '.join(labels[:SHOWN_FACTS])}{_more(len(labels))}. Leave "
             f"{'it' if len(labels) == 1 else 'them'} out, or take the request back first (unierase revert --request). "
-            "Where that is meant, allow it with allow_overlap=True (--allow-overlap)."
+            "If that is intended, allow it with allow_overlap=True (--allow-overlap)."
         )
 
 

@@ -115,8 +115,8 @@ def merged(name: str, base: Any) -> Any:
     merge: Callable[..., Any] | None = getattr(attached.base_model, "merge_and_unload", None)
     if merge is None:
         raise ArchitectureError(
-            f"The adapter {name!r} adds no change to weights ({_kind(attached)}), so that it cannot be merged, and an "
-            "edit of its base would not be what it was trained on. Give the base model."
+            f"The adapter {name!r} does not change weights ({_kind(attached)}), so it cannot be merged. Give the base "
+            "model to edit that one, without the adapter."
         )
     _check_fit(name, attached, held)
     asked = sorted({*range(1, 9), *range(had, min(rows, had + 8)), *trained[:8]})
@@ -127,9 +127,9 @@ def merged(name: str, base: Any) -> Any:
     far = float((_logits(whole, asked) - before).abs().max() / before.std())
     if not far < ROUNDING.get(whole.dtype, ROUNDING_HALF):
         raise ArchitectureError(
-            f"Merging the adapter {name!r} changes what the model says (a logit by {far:.2g} standard deviations), as "
-            "where it changes the embedding of a model whose head is tied to it. Train it anew without that, or give "
-            "its base model."
+            f"Merging the adapter {name!r} changes what the model says (a logit by {far:.2g} standard deviations). A "
+            "common cause: it changes the embedding, and the model's head is tied to the embedding. Train it again "
+            "without that, or give its base model."
         )
     settle_config(whole)
     return whole.eval()
@@ -145,7 +145,7 @@ def check_tokenizer(name: str, model: Any, tokenizer: Any) -> None:
         raise ArchitectureError(
             f"The tokenizer beside the adapter {name!r} has tokens up to number {largest}, but its base model has "
             f"{rows} rows, and the adapter holds no others. Save the adapter where it was trained with "
-            "save_pretrained(DIR, save_embedding_layers=True). Where those tokens were never trained, take the "
+            "save_pretrained(DIR, save_embedding_layers=True). If those tokens were never trained, take the "
             "tokenizer's files out of the folder: the base model's are then used."
         )
 
@@ -206,7 +206,7 @@ def _check_rows(name: str, whole: Any, had: int) -> None:
             if weight[had:].isnan().any():
                 raise ArchitectureError(
                     f"The adapter {name!r} was trained with a vocabulary that grew from {had} rows to {len(weight)}, "
-                    "and does not hold all of the new ones, of the embedding and of the head. Merge it where it was "
+                    "and does not hold all of the new rows of the embedding and the head. Merge it where it was "
                     "trained (merge_and_unload()), save that model with its tokenizer, and give its folder."
                 )
 

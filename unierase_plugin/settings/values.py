@@ -88,8 +88,8 @@ def checked_template_arguments(given: Mapping[str, Any]) -> None:
     clash = [name for name in given if name in TEMPLATE_OWN]
     if clash:
         raise HyperParamsError(
-            f"chat_template_kwargs has {clash[0]!r}, which is given to every chat template already. Leave it out: "
-            "chat_template_kwargs is for what the template alone knows, such as enable_thinking."
+            f"chat_template_kwargs has {clash[0]!r}, which every chat template gets already. Leave it out: "
+            "chat_template_kwargs is for the template's own arguments, such as enable_thinking."
         )
 
 

@@ -128,7 +128,7 @@ def _npz_files(source: Path, model_names: Sequence[str]) -> list[Path]:
         raise EditError(f"There is no file or folder {str(source)!r} to import statistics from.")
     if not _module(source):
         raise EditError(
-            f"The name of {str(source)!r} does not tell what it holds. It is to be "
+            f"The name of {str(source)!r} does not tell what it holds. Name it "
             "<module>_<precision>_mom2[_<samples>].npz, as in model.layers.4.mlp.down_proj_float32_mom2_100000.npz."
         )
     return [source]

@@ -161,9 +161,7 @@ def make_folder(folder: Path) -> Path:
     """
     target = folder.expanduser().resolve()
     if target.exists() and not target.is_dir():
-        raise CheckpointError(
-            f"{str(target)!r} is a file. Give the name of a folder, which is made where there is none."
-        )
+        raise CheckpointError(f"{str(target)!r} is a file. Give the name of a folder. It is created if needed.")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -225,7 +223,7 @@ def _cannot_write(path: Path, needed: int, error: Exception) -> WriteError:
     """The free space is measured after the partial output is removed, so it is what a second try would find."""
     place, free = _free(path)
     return WriteError(
-        f"{str(path)!r} could not be written ({error}); what was there before is as it was. It needs about "
+        f"{str(path)!r} could not be written ({error}); what was there before is unchanged. It needs about "
         f"{_size(needed)}, and {_size(free)} are free in {str(place)!r}. Free some room, or choose another place."
     )
 

@@ -85,7 +85,7 @@ def _held(path: Path, folder: Path, until: float) -> int | None:
             raise _taken(path, folder)
     except OSError as error:
         if error.errno in _UNKNOWN:
-            logger.warning("There are no locks where %s lies: nothing keeps two runs out of it at once.", str(folder))
+            logger.warning("The file system of %s has no locks: nothing prevents two runs in it at once.", str(folder))
             path.unlink(missing_ok=True)
             return None
         raise CheckpointError(

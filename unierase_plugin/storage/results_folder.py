@@ -26,6 +26,7 @@ def results_folder(out: str | os.PathLike[str], written: Sequence[str], ours: Ca
         taken = [name for name in written if os.path.lexists(target / name)]
         if taken and not ours(target):
             raise CheckpointError(
-                f"{str(target / taken[0])!r} would be replaced, and is no earlier result. Choose another output folder."
+                f"{str(target / taken[0])!r} is not an earlier result, and would be replaced. Choose another "
+                "output folder."
             )
         yield

@@ -103,7 +103,7 @@ def refuse_other(path: Path, record: str, what: str) -> None:
     except (SafetensorError, OSError, ValueError, RuntimeError):
         found = None
     if found != record:
-        raise CheckpointError(f"{str(path)!r} is there, holds no {what}, and is not replaced. Name another file.")
+        raise CheckpointError(f"{str(path)!r} exists and holds no {what}, so it is not replaced. Name another file.")
 
 
 def pack(record: Any) -> Packed:
