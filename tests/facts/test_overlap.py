@@ -142,7 +142,7 @@ def test_a_fact_to_keep_that_an_earlier_step_forgot_is_refused(base: Path, tmp_p
         _, earlier = change(model, FORGET, tokenizer=tokenizer, hparams=HPARAMS)
 
         def second(allow: bool) -> Any:
-            return change(model, FORGET_MORE, tokenizer=tokenizer, retain=[again], hparams=HPARAMS, earlier=earlier,
+            return change(model, FORGET_MORE, tokenizer=tokenizer, retain=[again], hparams=HPARAMS, history=earlier,
                           allow_overlap=allow)  # fmt: skip
     else:
         start: Any = first(tmp_path / "one" if "folder" in place else None)
