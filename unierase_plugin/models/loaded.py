@@ -17,11 +17,11 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
-    #: The user's name for the model: a folder, a hub id, or a class if it came loaded.
+    #: The user's name for the model: a folder, a hub id, or its class if the caller had loaded it.
     name: str
     #: Tokens of one batch at most, including padding.
     max_tokens: int
-    #: SHA-256 over the parameters when the model was opened. It is the cache key of everything computed from them.
+    #: SHA-256 over the parameters when the model was opened. Cache keys contain it.
     fingerprint: str
     #: The same over the weights as they would be written, possibly in another dtype (`stored_dtype`).
     saved_fingerprint: str
