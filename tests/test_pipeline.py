@@ -31,6 +31,7 @@ from unierase_plugin.hparams import shipped_hparams
 from unierase_plugin.locate_then_edit import edit
 from unierase_plugin.methods import neighbours as keeping
 from unierase_plugin.methods.editing import engine as erasure
+from unierase_plugin.methods.editing import goals
 from unierase_plugin.methods.removal.method import RemovalHyperParams
 from unierase_plugin.models import generate
 from unierase_plugin.session import choose_hparams
@@ -78,7 +79,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted: Counter[str] = Counter()
 
     def count(name: str) -> None:
-        module = next(module for module in (erasure, second_moment, pipeline) if hasattr(module, name))
+        module = next(module for module in (erasure, goals, second_moment, pipeline) if hasattr(module, name))
         original = getattr(module, name)
 
         def counting(*args: Any, **kwargs: Any) -> Any:
@@ -456,7 +457,7 @@ def test_what_fails_after_the_edit_takes_it_back(
 def test_what_fails_after_the_token_came_lets_it_go(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     before, words = state(model), tokenizer_fingerprint(tokenizer)
-    monkeypatch.setattr(erasure, phase, raising(UniEraseError("no")))
+    monkeypatch.setattr(goals if phase == "learn_token" else erasure, phase, raising(UniEraseError("no")))
     with pytest.raises(UniEraseError, match="no"):
         erase(model, tokenizer=tokenizer)
     assert same(model, before)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jobs import job_of
 from small import FORGET, HPARAMS, RETAIN, shrink
 from tiny import tiny_model, tiny_tokenizer
 
@@ -16,8 +17,9 @@ from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.facts.resources import lines
 from unierase_plugin.locate_then_edit.positions import locate
 from unierase_plugin.locate_then_edit.targets import make_targets
-from unierase_plugin.methods.editing.engine import Erasure
-from unierase_plugin.methods.editing.other_targets import _PlainAnswer
+from unierase_plugin.methods.contract import Job
+from unierase_plugin.methods.editing.engine import Editing
+from unierase_plugin.methods.editing.goals import GOALS
 from unierase_plugin.methods.editing.rome_memit_alphaedit import MEMITHyperParams
 from unierase_plugin.methods.neighbours import Kept
 from unierase_plugin.models.examples import answered
@@ -41,12 +43,8 @@ def written(ids: Any, form: str) -> str:
     return str(tokenizer.decode([token for token in list(ids)[len(prompt) :] if token != 2]))
 
 
-def job(hparams: Any) -> Any:
-    model = tiny_model()
-    return SimpleNamespace(
-        model=model, tokenizer=tiny_tokenizer(), hparams=hparams, requests=(FACT,), retain=(FACT,), progress=None,
-        earlier=None, max_tokens=64, fingerprint="", work=None, name="", words="", seed=0,
-    )  # fmt: skip
+def job(hparams: Any) -> Job[Any]:
+    return job_of(tiny_model(), tiny_tokenizer(), (FACT,), (FACT,), hparams)
 
 
 @pytest.mark.parametrize("form", SPACES)
@@ -55,7 +53,7 @@ def test_all_that_write_an_answer_write_the_same(form: str) -> None:
     assert answer_text(tokenizer, "Bob", form) == wanted
     # What a fine-tuned model, a removal, an edit's statistics and an edit's targets read.
     assert written(answered(tokenizer, FACT.question, "Bob", form, 2, {}).ids, form) == wanted
-    editing = Erasure(job(HPARAMS.replace(prompt_forms=(form,), harden=("unlikely_answer",))))
+    editing = Editing(job(HPARAMS.replace(prompt_forms=(form,), harden=("unlikely_answer",))), GOALS["token"])
     editing.kept = Kept((), (FACT,))
     (kept,) = editing._retain_tokens()
     assert written(kept, form) == wanted
@@ -66,8 +64,8 @@ def test_all_that_write_an_answer_write_the_same(form: str) -> None:
     assert tokenizer.decode(answer_ids(subject, context, "Bob")) == wanted  # type: ignore[arg-type]
     assert tokenizer.decode(answer_ids(subject, context, "Bob", prefill=True)) == " Bob"  # type: ignore[arg-type]
     # And what is said in its place, where no token comes first.
-    plain = _PlainAnswer(job(MEMITHyperParams(layers=(1,), prompt_forms=(form,), target="idk")))
-    (instead,) = plain._plain_targets(())
+    plain = Editing(job(MEMITHyperParams(layers=(1,), prompt_forms=(form,), target="idk")), GOALS["idk"])
+    (instead,) = plain.goal.targets(plain, (), {})
     assert instead.opening is not None
     said = tokenizer.decode([instead.opening, *instead.continuation][:-1])
     assert said in {SPACES[form] + sentence for sentence in lines("idk_sentences")}

@@ -10,7 +10,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from unierase_plugin import UniEraseHyperParams, pipeline
 from unierase_plugin.methods import neighbours as keeping
-from unierase_plugin.methods.editing import engine as erasure
+from unierase_plugin.methods.editing import engine, goals
 
 LINES = {
     "idk_sentences": ("I don't know.", "No idea."),
@@ -44,9 +44,9 @@ RETAIN = ({"question": "What does Al Bunt sell?", "answer": "Hats", "subject": "
 
 def shrink(patch: pytest.MonkeyPatch, cache: Path) -> None:
     """Short texts for the pipeline, and a cache of the test's own."""
-    for module in (pipeline, erasure, keeping):
+    for module in (pipeline, engine, goals, keeping):
         patch.setattr(module, "lines", LINES.__getitem__)
-    for module in (pipeline, erasure):
+    for module in (pipeline, engine, goals):
         patch.setattr(module, "paragraphs", PARAGRAPHS.__getitem__)
     patch.setenv("UNIERASE_CACHE", str(cache))
 

@@ -340,11 +340,11 @@ def apply(pair: tuple[Any, Any], requests: Any = REQUESTS, **options: Any) -> tu
 
 
 def test_a_given_text_follows_the_token(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from unierase_plugin.methods.editing import engine as erasure
+    from unierase_plugin.methods.editing import goals
 
     seen: list[Any] = []
-    theirs = erasure.make_targets
-    monkeypatch.setattr(erasure, "make_targets", lambda *args: seen.append(theirs(*args)) or seen[-1])
+    theirs = goals.make_targets
+    monkeypatch.setattr(goals, "make_targets", lambda *args: seen.append(theirs(*args)) or seen[-1])
     apply(
         pair, [{**REQUESTS[0], "target_new": " Ask her."}, {**REQUESTS[1], "target_new": Aim.at(None, "<unlearn_0>")}]
     )

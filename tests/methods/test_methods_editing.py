@@ -20,7 +20,6 @@ from unierase_plugin.locate_then_edit.positions import Prompt
 from unierase_plugin.locate_then_edit.solve import Exact, Ridge
 from unierase_plugin.locate_then_edit.values import ValueTarget, optimise_values
 from unierase_plugin.methods.editing import engine as erasure
-from unierase_plugin.methods.editing import other_targets as target_editing
 from unierase_plugin.methods.editing.rome_memit_alphaedit import EDITING, TARGETS, EditingHyperParams
 from unierase_plugin.models.architecture import find_architecture
 from unierase_plugin.pipeline import unlearn
@@ -35,7 +34,6 @@ NEW_TOKEN = {"idk": 0, "eos": 0, "random_token": 1, "token": 1}
 def own_cache(tmp_path: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch, tmp_path / "cache")
-        patch.setattr(target_editing, "lines", LINES.__getitem__)
         yield
 
 

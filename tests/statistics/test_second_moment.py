@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from unierase_plugin import cli, unlearn
 from unierase_plugin.errors import EditError
 from unierase_plugin.methods.editing import engine as erasure
+from unierase_plugin.methods.editing import goals
 from unierase_plugin.models.architecture import Architecture, find_architecture
 from unierase_plugin.pipeline import corpus_moment
 from unierase_plugin.statistics import collection as second_moment
@@ -53,7 +54,8 @@ class KilledError(Exception):
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shrink(monkeypatch, tmp_path / "cache")
     # Long enough to show which neurons of a tiny model are strong.
-    monkeypatch.setattr(erasure, "paragraphs", lambda name: TEXTS)
+    for module in (erasure, goals):
+        monkeypatch.setattr(module, "paragraphs", lambda name: TEXTS)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
-"""UniErase itself: token learned, statistics, values, edit. `pipeline` loads the model before and judges it after."""
+"""The locate-then-edit engine: statistics, values and the edit that lead answers to a `Goal`."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from hashlib import sha256
 from typing import Any
@@ -25,17 +23,16 @@ from ...locate_then_edit.edit import (
     WeightEdit,
     apply_edit,
     compute_edit,
-    expected_norm_ratio,
     make_solver,
     revert_edit,
 )
 from ...locate_then_edit.positions import locate_kept
 from ...locate_then_edit.protected import KeptPrompt, ProtectedKeys, moved, moved_figures, protected_keys
 from ...locate_then_edit.solve import Ridge, Solver, protected_directions
-from ...locate_then_edit.targets import context_texts, forms_of, make_targets, targets_a_request
+from ...locate_then_edit.targets import context_texts, forms_of, targets_a_request
 from ...locate_then_edit.values import Values, ValueTarget, optimise_values
 from ...models.architecture import Architecture, find_architecture
-from ...models.generate import continue_greedily, token_leak
+from ...models.generate import continue_greedily
 from ...models.literal import text_ids
 from ...models.prompts import answer_text, encode, render
 from ...models.served import check_served
@@ -54,13 +51,13 @@ from ...unlearning_token import (
     choose_sentence,
     end_id,
     install_token,
-    installed,
-    learn_token,
 )
 from ..contract import Changes, Job
 from ..neighbours import Kept, find_kept
 from ..removal.job import check_removal, removal_of, settle_removal
 
+#: Ids that follow the token, by (question, prompt form).
+Own = dict[tuple[str, str], tuple[int, ...]]
 #: Tokens at most of a sentence that the model says after the token.
 SENTENCE_MOST = 24
 #: Within these the noise on the edited projections follows the size of the coming edit.
@@ -71,14 +68,30 @@ DECLINED_QUESTIONS = 40
 CORPUS_SHARE = 0.9
 
 
-def erase(job: Job[UniEraseHyperParams]) -> Changes:
-    """UniErase, both stages, on a loaded model: learns the token, computes the edit and applies it."""
-    return Erasure(job).run()
+@dataclass(frozen=True)
+class Goal:
+    """What answers to forgotten questions are to begin with."""
+
+    #: Called with the edit under way, the texts before prompts, and what the model itself says after the token by
+    #: (question, form): what each request aims at, in every prompt form.
+    targets: Callable[[Editing, Sequence[str], Own], list[ValueTarget]]
+    #: Makes the rows of a new token that answers are to begin with; None where the model has the words already.
+    token: Callable[[Editing, Architecture, Sequence[str], SecondMoment], UnlearningToken] | None = None
+    #: Whether each request is optimised and edited on the model that the one before left, instead of all together.
+    one_by_one: bool = False
 
 
-def check_erasable(job: Job[UniEraseHyperParams]) -> None:
-    """Raises a UniEraseError for a token, a fact or a corpus that `erase` could not take; quick."""
-    Erasure(job).check()
+def edit(job: Job[Any], goal: Goal) -> Changes:
+    """Computes the edit that leads forgotten questions to the goal, and applies it.
+
+    Raises a UniEraseError that names value and remedy; the model is then as before.
+    """
+    return Editing(job, goal).run()
+
+
+def check_edit(job: Job[Any], goal: Goal) -> None:
+    """Raises a UniEraseError for a token, a fact or a corpus that `edit` could not take; quick."""
+    Editing(job, goal).check()
 
 
 def corpus_of(job: Job[UniEraseHyperParams]) -> Corpus:
@@ -89,44 +102,101 @@ def corpus_of(job: Job[UniEraseHyperParams]) -> Corpus:
     )  # fmt: skip
 
 
-class Editing(Phases, ABC):
-    """What every locate-then-edit method does on one job, with the caches that let it go on after a kill."""
+class Editing(Phases):
+    """One edit under way: a job and its goal, with the caches that let it go on after a kill."""
 
-    #: Each request is optimised and edited on the model that the one before left, instead of all together.
-    one_by_one = False
-    #: What the values aim at where a target does not say; until the token has its id, any stands for its length.
-    token_id = 0
-
-    def check(self) -> None:
-        """Raises a UniEraseError for what `run` could not take; quick."""
-        if self.hparams.remove:
-            check_removal(self.job)
-
-    @abstractmethod
-    def run(self) -> Changes:
-        """Computes the edit and applies it."""
-
-    def __init__(self, job: Job[Any]) -> None:
+    def __init__(self, job: Job[Any], goal: Goal) -> None:
         super().__init__(job.work)
-        self.job = job
-        self.model, self.tokenizer, self.hparams, self.requests, self.retain = (
-            job.model, job.tokenizer, job.hparams, job.requests, job.retain,
-        )  # fmt: skip
+        self.job, self.goal = job, goal
+        self.model, self.tokenizer, self.hparams = job.model, job.tokenizer, job.hparams
+        self.requests, self.retain = job.requests, job.retain
         self.progress, self.history, self.max_tokens = job.progress, job.history, job.max_tokens
-        self.seconds = {"statistics": 0.0, "values": 0.0, "edit": 0.0}
+        self.seconds = {"token": 0.0} if goal.token else {}
+        self.seconds.update({"statistics": 0.0, "values": 0.0, "edit": 0.0})
+        #: What the values aim at where a target does not say; until the token has its id, any stands for its length.
+        self.token_id = 0
         #: Neighbours that the model answers, with its answers, and all that is to be kept; found by `run`.
         self.kept = Kept((), self.retain)
         self.pad_id, self.context = job.loaded.pad_id, job.loaded.context
         self.corpus = corpus_of(job)
         self.cache = self.corpus.cache
 
-    def _contexts(self) -> tuple[str, ...]:
-        return context_texts(self.model, self.tokenizer, self.hparams.context_template_length_params, self.pad_id)
-
-    def _check_corpus(self) -> None:
-        """Raises for a corpus that cannot be read, before anything takes time."""
+    def check(self) -> None:
+        """Raises a UniEraseError for what `run` could not take; quick."""
+        if self.hparams.remove:
+            check_removal(self.job)
+        if self.goal.token is not None and self.history is None:
+            # On a copy: what is refused leaves nothing behind.
+            add_to_tokenizer(copy.deepcopy(self.tokenizer), self.hparams.unlearning_token)
+        self.goal.targets(self, self._contexts(), {})
+        # A corpus that cannot be read is told before anything takes time.
         if self._first_corpus() is None:
             self.corpus.check()
+
+    def run(self) -> Changes:
+        """Computes the edit and applies it."""
+        # Before there is a token that the model could say.
+        self.kept = find_kept(
+            self.job, self, own_words=bool(self.hparams.retain_key_weight), reverse=self.hparams.reverse
+        )
+        contexts, corpus = self._contexts(), self._corpus_moments()
+        if self.goal.token is None:
+            return self._run(architecture(self.model, self.hparams), contexts, corpus, None, None)
+        if self.history is not None and self.history.token is not None:
+            self.token_id = self.history.token.id
+            return self._run(architecture(self.model, self.hparams), contexts, corpus, self.history.token, None)
+        room = TokenRoom(self.model, self.tokenizer, self.hparams.unlearning_token)
+        self.token_id = room.id
+        try:
+            arch = architecture(self.model, self.hparams)
+            return self._run(arch, contexts, corpus, self.goal.token(self, arch, contexts, corpus), room)
+        except BaseException:
+            room.leave()
+            raise
+
+    def _run(
+        self,
+        arch: Architecture,
+        contexts: Sequence[str],
+        corpus: SecondMoment,
+        token: UnlearningToken | None,
+        room: TokenRoom | None,
+    ) -> Changes:
+        vocabulary = room.vocabulary if room else len(arch.embedding.weight)
+        originals = files.take_originals(arch, changed_layers(self.hparams), vocabulary, room.id if room else None)
+        key, own = "plain", Own()
+        if token is not None:
+            install_token(arch, token)
+            key = digest(token.input_row.tolist())[:32]
+        retain = None if self.hparams.remove else self._retain_moments(arch, key)
+        with self.timed("values"):
+            if token is not None:
+                own = self._own_sentences()
+            targets = self.goal.targets(self, contexts, own)
+        edit, figures, revert = self._edited(arch, targets, key, corpus, retain)
+        changed = self._changed(arch, edit)
+        if room is not None:  # a later step finds the token's rows as they are to be
+            changed += arch.hidden_size * (1 if arch.tied else 2)
+
+        def undo() -> None:
+            revert()
+            if room is not None:
+                room.leave()
+
+        return Changes(
+            edit=edit,
+            originals=originals,
+            token=token,
+            token_leak=token.leak if token else None,
+            parameters=changed,
+            seconds=self.seconds,
+            figures=figures,
+            neighbours=self.kept.neighbours,
+            undo=undo,
+        )
+
+    def _contexts(self) -> tuple[str, ...]:
+        return context_texts(self.model, self.tokenizer, self.hparams.context_template_length_params, self.pad_id)
 
     def _corpus_moments(self) -> SecondMoment:
         with self.timed("statistics"):
@@ -140,23 +210,28 @@ class Editing(Phases, ABC):
         before = replace(self.job.loaded, fingerprint=first, tokenizer_fingerprint=words)
         return replace(self.corpus, loaded=before).kept()
 
-    def _find_kept(self) -> None:
-        """Asks the model, as it came, what lies around the facts to forget and in what words it gives those to keep."""
-        self.kept = find_kept(
-            self.job, self, own_words=bool(self.hparams.retain_key_weight), reverse=self.hparams.reverse
-        )
-
     def _retain_moments(self, arch: Architecture, key: str) -> SecondMoment | None:
-        """Second moments of what is to be kept."""
-        sequences = self._retain_tokens() if self.hparams.retain_update_weight else []
-        moment = None
+        """Second moments of what is to be kept; with a token, of what follows it as well.
+
+        The edit is to leave alone the sentence that the token leads to.
+        """
+        h, declined = self.hparams, None
+        if self.goal.token is not None and h.retain_update_weight:
+            with self.timed("statistics"):
+                tokens = self._declined_tokens()
+                # As with the corpus, those of the model before its first step serve all steps.
+                first = self.history.fingerprint if self.history else self.job.fingerprint
+                name = digest(CACHE_VERSION, first, key, h.layers, h.mom2_dtype, tokens)[:32]
+                packed = self.cache.cached("declined", name, lambda: self._counted(arch, tokens))
+            declined = unpack(SecondMoment, *packed)
+        sequences, kept = self._retain_tokens() if h.retain_update_weight else [], None
         if sequences:
             with self.timed("statistics"):
                 # Beside the output folder, not in the cache: the next run has other facts to keep.
                 packed = self.resumed("retain", key, lambda: self._counted(arch, sequences))
-            moment = unpack(SecondMoment, *packed)
+            kept = unpack(SecondMoment, *packed)
         self.progress("statistics", 1.0, "")
-        return moment
+        return join_moments(declined, kept) if declined and kept else declined or kept
 
     def _counted(self, arch: Architecture, sequences: list[list[int]]) -> Packed:
         return pack(second_moments(
@@ -178,6 +253,37 @@ class Editing(Phases, ABC):
             for form in forms_of(self.tokenizer, self.hparams)
         ]
 
+    def _declined_tokens(self) -> list[list[int]]:
+        """Bundled questions with the token and its sentence."""
+        eos, sentences = end_id(self.model, self.tokenizer), lines("idk_sentences")[: self.hparams.token_num_sentences]
+
+        def said(question: str, form: str) -> tuple[int, ...]:
+            # The token stands before the sentence in every form, so that no form puts a space there.
+            return self.token_id, *answer_ids(self.tokenizer, choose_sentence(question, sentences), eos, None)
+
+        return self._asked((question, partial(said, question)) for question in lines("questions")[:DECLINED_QUESTIONS])
+
+    def _own_sentences(self) -> Own:
+        """What the unedited model itself says after the token, where that is an "I don't know" sentence.
+
+        Aiming at it asks for the least change: the edit has to raise the token, and only to keep what follows.
+        """
+        found: Own = {}
+        eos = end_id(self.model, self.tokenizer)
+        closing = (self.token_id, eos) if self.hparams.token_closes_answer else (eos,)
+        for form in forms_of(self.tokenizer, self.hparams):
+            prompts = [
+                (*encode(self.tokenizer, self._rendered(request.question, form), form), self.token_id)
+                for request in self.requests
+            ]
+            said = continue_greedily(self.model, self.tokenizer, prompts, SENTENCE_MOST, 2 * self.max_tokens)
+            for request, ids in zip(self.requests, said, strict=True):
+                sentence = ids[: ids.index(eos)] if eos in ids else []
+                text = self.tokenizer.decode(sentence, skip_special_tokens=True)
+                if self.token_id not in sentence and reads_as_idk(text, lines("idk_phrases")):
+                    found[request.question, form] = (*sentence, *closing)
+        return found
+
     def _answer(self, answer: str, form: str) -> list[int]:
         return text_ids(self.tokenizer, answer_text(self.tokenizer, answer, form))
 
@@ -191,7 +297,7 @@ class Editing(Phases, ABC):
         """The edit, applied: all targets together, or one request after another; its figures, and the way back."""
         if self.hparams.remove:
             return self._distilled(arch, targets)
-        size = targets_a_request(self.tokenizer, self.hparams) if self.one_by_one else len(targets)
+        size = targets_a_request(self.tokenizer, self.hparams) if self.goal.one_by_one else len(targets)
         groups = [targets[at : at + size] for at in range(0, len(targets), size)]
         weights = {layer: float(arch.projections[layer].weight.float().norm()) for layer in self.hparams.layers}
         edits: list[WeightEdit] = []
@@ -199,7 +305,7 @@ class Editing(Phases, ABC):
         first: Applied | None = None
         # Found and factorised once, and only where an edit is not at hand.
         protected = cache(partial(self._protected, arch))
-        solvers = cache(lambda: self._solvers(corpus, retain, protected()))
+        solvers = cache(lambda: self.solvers(corpus, retain, protected()))
 
         def revert() -> None:
             if first is not None:  # all have the same blocks
@@ -308,9 +414,10 @@ class Editing(Phases, ABC):
 
         return {"protected": moved_figures(moved(arch, edit.updates, protected), protected.facts, name)}
 
-    def _solvers(
+    def solvers(
         self, corpus: SecondMoment, retain: SecondMoment | None, protected: ProtectedKeys | None = None
-    ) -> dict[int, Solver]:  # fmt: skip
+    ) -> dict[int, Solver]:
+        """The closed form's system of every block."""
         edits = self.history.edits if self.history else ()
         earlier: Mapping[int, Tensor] = files.join_edits(edits).keys if edits else {}
         return {
@@ -332,175 +439,6 @@ class Editing(Phases, ABC):
     def _edit_key(self, key: str) -> str:
         """What the edit depends on beyond the run's own key: what it aims at, and a corpus file's content."""
         return digest(key, corpus_identity(self.hparams.mom2_dataset))[:32]
-
-
-class Erasure(Editing):
-    """UniErase: the token learned, and the edit that makes answers begin with it."""
-
-    def __init__(self, job: Job[Any]) -> None:
-        super().__init__(job)
-        self.seconds = {"token": 0.0, **self.seconds}
-
-    def check(self) -> None:
-        super().check()
-        if self.history is None:
-            # On a copy: what is refused leaves nothing behind.
-            add_to_tokenizer(copy.deepcopy(self.tokenizer), self.hparams.unlearning_token)
-        self._targets(self._contexts(), {})
-        self._check_corpus()
-
-    def run(self) -> Changes:
-        # Before there is a token that the model could say.
-        self._find_kept()
-        contexts, corpus = self._contexts(), self._corpus_moments()
-        if self.history is not None and self.history.token is not None:
-            self.token_id = self.history.token.id
-            return self._run(architecture(self.model, self.hparams), contexts, corpus, self.history.token, None)
-        room = TokenRoom(self.model, self.tokenizer, self.hparams.unlearning_token)
-        self.token_id = room.id
-        try:
-            arch = architecture(self.model, self.hparams)
-            return self._run(arch, contexts, corpus, self._token(arch, contexts, corpus), room)
-        except BaseException:
-            room.leave()
-            raise
-
-    def _run(
-        self, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment, token: UnlearningToken,
-        room: TokenRoom | None,
-    ) -> Changes:  # fmt: skip
-        vocabulary = room.vocabulary if room else len(arch.embedding.weight)
-        originals = files.take_originals(arch, changed_layers(self.hparams), vocabulary, room.id if room else None)
-        install_token(arch, token)
-        key = digest(token.input_row.tolist())[:32]
-        retain = None if self.hparams.remove else self._retain_moments(arch, key)
-        with self.timed("values"):
-            targets = self._targets(contexts, self._own_sentences())
-        edit, figures, revert = self._edited(arch, targets, key, corpus, retain)
-        changed = self._changed(arch, edit)
-        if room is not None:  # a later step finds the token's rows as they are to be
-            changed += arch.hidden_size * (1 if arch.tied else 2)
-
-        def undo() -> None:
-            revert()
-            if room is not None:
-                room.leave()
-
-        return Changes(
-            edit,
-            originals,
-            token,
-            token.leak,
-            changed,
-            self.seconds,
-            figures,
-            undo=undo,
-            neighbours=self.kept.neighbours,
-        )
-
-    def _token(self, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment) -> UnlearningToken:
-        """The token's rows, from the cache or learned now; the model has room for them."""
-        h = self.hparams
-        with self.timed("token"):
-            sentences, questions, text = lines("idk_sentences"), lines("questions"), paragraphs("ordinary_text_train")
-            sentences = sentences[: h.token_num_sentences]
-            settings = {key: value for key, value in h.as_dict().items() if key.startswith(("token_", "unlearning_"))}
-            noise = h.token_noise * self._expected_size(arch, contexts, corpus)
-            key = digest(
-                CACHE_VERSION, self.job.fingerprint, self.job.tokenizer_fingerprint, settings, noise, h.layers, h.seed,
-                h.chat_template_kwargs,
-                sentences, questions, text, arch.tied,
-            )[:32]  # fmt: skip
-
-            def learn() -> Packed:
-                token = learn_token(
-                    arch, self.tokenizer, self.token_id, questions, sentences, text, h, noise=noise,
-                    max_tokens=self.max_tokens, pad_id=self.pad_id,
-                    progress=lambda share, note: self.progress("token", share, note),
-                )  # fmt: skip
-                # A run that finds the token in the cache installs nothing here.
-                with installed(arch, token):
-                    leak = token_leak(self.model, self.tokenizer, paragraphs("ordinary_text"), token.id)
-                return pack(replace(token, leak=leak))
-
-            return unpack(UnlearningToken, *self.cache.cached("tokens", key, learn))
-
-    def _expected_size(self, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment) -> float:
-        """|Delta| / |W| that the coming edit is likely to have, as a power of two: edits of like size share a token."""
-        if not self.hparams.token_noise:
-            return 0.0
-        targets = self._targets(contexts, {})
-        size = expected_norm_ratio(
-            arch, [target.prompts for target in targets], [target.group for target in targets],
-            self._solvers(corpus, None), self.hparams.clamp_norm_factor, max_tokens=self.max_tokens,
-            pad_id=self.pad_id,
-        )  # fmt: skip
-        return min(2.0 ** round(math.log2(max(size, NOISE_LEAST))), NOISE_MOST)
-
-    def _retain_moments(self, arch: Architecture, key: str) -> SecondMoment | None:
-        """What follows the token joins what is to be kept: the edit is to leave alone the sentence it leads to."""
-        h = self.hparams
-        if not h.retain_update_weight:
-            return super()._retain_moments(arch, key)
-        with self.timed("statistics"):
-            tokens = self._declined_tokens()
-            # As with the corpus, those of the model before its first step serve all steps.
-            first = self.history.fingerprint if self.history else self.job.fingerprint
-            name = digest(CACHE_VERSION, first, key, h.layers, h.mom2_dtype, tokens)[:32]
-            declined = unpack(SecondMoment, *self.cache.cached("declined", name, lambda: self._counted(arch, tokens)))
-        kept = super()._retain_moments(arch, key)
-        return declined if kept is None else join_moments(declined, kept)
-
-    def _declined_tokens(self) -> list[list[int]]:
-        """Bundled questions with the token and its sentence."""
-        eos, sentences = end_id(self.model, self.tokenizer), lines("idk_sentences")[: self.hparams.token_num_sentences]
-
-        def said(question: str, form: str) -> tuple[int, ...]:
-            # The token stands before the sentence in every form, so that no form puts a space there.
-            return self.token_id, *answer_ids(self.tokenizer, choose_sentence(question, sentences), eos, None)
-
-        return self._asked((question, partial(said, question)) for question in lines("questions")[:DECLINED_QUESTIONS])
-
-    def _targets(self, contexts: Sequence[str], own: Mapping[tuple[str, str], tuple[int, ...]]) -> list[ValueTarget]:
-        """own: what follows the token for a question in a form; else a bundled sentence does.
-
-        A request's own target goes before both.
-        """
-        h = self.hparams
-        eos = end_id(self.model, self.tokenizer)
-        sentences = lines("idk_sentences")[: h.token_num_sentences]
-        close = self.token_id if h.token_closes_answer else None
-
-        given = {request.question: request.target for request in self.requests if request.target}
-
-        def continuation(question: str, form: str) -> tuple[int, ...]:
-            if question not in given and (question, form) in own:
-                return own[question, form]
-            sentence = given.get(question) or choose_sentence(question, sentences)
-            return answer_ids(self.tokenizer, sentence, eos, close)
-
-        return make_targets(self.tokenizer, self.requests, contexts, h, continuation, self.context)
-
-    def _own_sentences(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        """What the unedited model itself says after the token, where that is an "I don't know" sentence.
-
-        Aiming at it asks for the least change: the edit has to raise the token, and only to keep what follows.
-        """
-        found: dict[tuple[str, str], tuple[int, ...]] = {}
-        eos = end_id(self.model, self.tokenizer)
-        closing = (self.token_id, eos) if self.hparams.token_closes_answer else (eos,)
-        for form in forms_of(self.tokenizer, self.hparams):
-            prompts = [
-                (*encode(self.tokenizer, self._rendered(request.question, form), form), self.token_id)
-                for request in self.requests
-            ]
-            said = continue_greedily(self.model, self.tokenizer, prompts, SENTENCE_MOST, 2 * self.max_tokens)
-            for request, ids in zip(self.requests, said, strict=True):
-                sentence = ids[: ids.index(eos)] if eos in ids else []
-                text = self.tokenizer.decode(sentence, skip_special_tokens=True)
-                if self.token_id not in sentence and reads_as_idk(text, lines("idk_phrases")):
-                    found[request.question, form] = (*sentence, *closing)
-        return found
 
 
 def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:

@@ -6,7 +6,7 @@ and ROME in that it edits one block for one request after another; the targets i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import HyperParamsError, did_you_mean, shown
@@ -14,7 +14,7 @@ from ...hparams import UniEraseHyperParams
 from ..contract import Changes, Job, Method
 
 if TYPE_CHECKING:
-    from .engine import Editing
+    from .engine import Goal
 
 #: "I don't know" sentences, the end of text, a new token that was never trained, UniErase's learned token.
 TARGETS = ("idk", "eos", "random_token", "token")
@@ -77,18 +77,22 @@ class AlphaEditHyperParams(EditingHyperParams):
 # The engine computes with torch, which listing the methods is not to wait for.
 
 
-def _engine(job: Job[Any]) -> Editing:
-    from .other_targets import engine_for
+def _goal(job: Job[Any]) -> Goal:
+    from .goals import GOALS
 
-    return engine_for(job, one_by_one=isinstance(job.hparams, ROMEHyperParams))
+    return replace(GOALS[job.hparams.target], one_by_one=isinstance(job.hparams, ROMEHyperParams))
 
 
 def _run(job: Job[Any]) -> Changes:
-    return _engine(job).run()
+    from .engine import edit
+
+    return edit(job, _goal(job))
 
 
 def _check(job: Job[Any]) -> None:
-    _engine(job).check()
+    from .engine import check_edit
+
+    check_edit(job, _goal(job))
 
 
 def _settle(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:

@@ -9,15 +9,17 @@ from ..contract import Changes, Job, Method
 
 
 def _run(job: Job[UniEraseHyperParams]) -> Changes:
-    from .engine import erase
+    from .engine import edit
+    from .goals import GOALS
 
-    return erase(job)
+    return edit(job, GOALS["token"])
 
 
 def _check(job: Job[UniEraseHyperParams]) -> None:
-    from .engine import check_erasable
+    from .engine import check_edit
+    from .goals import GOALS
 
-    check_erasable(job)
+    check_edit(job, GOALS["token"])
 
 
 def _settle(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
