@@ -397,3 +397,30 @@ def test_the_only_whole_version_is_put_back(tmp_path: Path) -> None:
     atomic.clear_leftovers(tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["old"]
+
+
+@pytest.mark.parametrize("removal", ["replace_folder", "remove_folder"])
+def test_a_stop_while_a_folder_goes_leaves_nothing_of_it(
+    removal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, unlink, calls = tmp_path / "out", os.unlink, []
+    folder.mkdir()
+    for name in "abc":
+        (folder / name).write_text("old")
+
+    def stopped(*args: object, **kwargs: object) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        unlink(*args, **kwargs)  # type: ignore[arg-type]
+
+    def replaced() -> None:
+        with replace_folder(folder, 0) as staging:
+            (staging / "new").write_text("new")
+
+    monkeypatch.setattr(os, "unlink", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        atomic.remove_folder(folder) if removal == "remove_folder" else replaced()
+    left = [] if removal == "remove_folder" else ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert removal == "remove_folder" or [path.name for path in folder.iterdir()] == ["new"]

@@ -104,8 +104,10 @@ def _swap_in(staging: Path, folder: Path) -> None:
         if aside.exists() and not folder.exists():
             os.rename(aside, folder)
         raise
-    _sync_folder(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _sync_folder(folder.parent)
+    finally:
+        _discard(aside)
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -135,9 +137,13 @@ def remove_folder(folder: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Removes a file or folder as far as possible."""
+    """Removes a file or folder as far as that is possible. A stop in between takes effect once it is gone."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
     else:
         with suppress(OSError):
             path.unlink()
