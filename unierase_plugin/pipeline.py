@@ -208,7 +208,7 @@ def corpus_moment(
 ) -> CorpusMoment:
     """The second moment of ordinary text alone, left where a later `unlearn` with the same settings finds it.
 
-    sources   files to import it from instead (`moment_files.read_moments`)
+    sources   files to import it from instead (`statistics.files.read_moments`)
     out       file that the moments are written to as well, by the first process
     team      processes that share the work; each calls this with the same arguments
     The rest is as for `unlearn`. Raises a UniEraseError for a corpus or files that do not do.

@@ -108,7 +108,7 @@ class WholeHF(HFLM):  # type: ignore[misc]
 
 @register_model(MODEL_TYPE)
 class HFWithSpecialTokens(WholeHF):
-    """Decodes as `evaluation.generate.answers` does and tells tokens apart.
+    """Decodes as `models.generate.answers` does and tells tokens apart.
 
     All figures are those of lm-eval's `hf`, but for models that come with beams or penalties and tokenizers that put an
     end token after a text: here neither counts. Nothing is computed a second time: the most likely tokens are read off
