@@ -150,10 +150,16 @@ class Ours:
         self.target: list[int] = tokenizer.encode(target, add_special_tokens=False)
         length = len(self.target)
         values: dict[str, Any] = {
-            "layers": LAYERS, "v_num_grad_steps": setup.steps - 1, "clamp_norm_factor": CLAMP,
-            "kl_factor": KL * length, "v_weight_decay": DECAY * length, "v_stop_loss": STOP,
-            "v_continuation_weight": float(length - 1), "mom2_update_weight": LAMBDA, "L2": RHO,
-        }  # fmt: skip
+            "layers": LAYERS,
+            "v_num_grad_steps": setup.steps - 1,
+            "clamp_norm_factor": CLAMP,
+            "kl_factor": KL * length,
+            "v_weight_decay": DECAY * length,
+            "v_stop_loss": STOP,
+            "v_continuation_weight": float(length - 1),
+            "mom2_update_weight": LAMBDA,
+            "L2": RHO,
+        }
         if "v_share_subject" in UniEraseHyperParams.__dataclass_fields__:
             values["v_share_subject"] = False
         self.hparams = UniEraseHyperParams(**values)
@@ -168,11 +174,12 @@ class Ours:
     def targets(self, facts: Facts) -> list[ValueTarget]:
         return [
             ValueTarget(
-                self.prompts(fact), locate_in_text(self.tokenizer, f"{fact['subject']} is a", fact["subject"]),
+                self.prompts(fact),
+                locate_in_text(self.tokenizer, f"{fact['subject']} is a", fact["subject"]),
                 tuple(self.target[1:]),
             )
             for fact in facts
-        ]  # fmt: skip
+        ]
 
     def statistics(self, texts: Sequence[str]) -> dict[int, Tensor]:
         sequences = [self.tokenizer(text, truncation=True, max_length=8192)["input_ids"] for text in texts]
@@ -186,9 +193,14 @@ class Ours:
 
     def values(self, facts: Facts) -> Values:
         return optimise_values(
-            self.arch, self.targets(facts), self.target[0], self.with_rate(facts), max_tokens=self.max_tokens,
-            pad_id=self.pad_id, progress=ticker("our values"),
-        )  # fmt: skip
+            self.arch,
+            self.targets(facts),
+            self.target[0],
+            self.with_rate(facts),
+            max_tokens=self.max_tokens,
+            pad_id=self.pad_id,
+            progress=ticker("our values"),
+        )
 
     def keys(self, facts: Facts) -> dict[int, tuple[Tensor, Tensor]]:
         """(K, H) by layer, the weights as they are."""
@@ -234,17 +246,34 @@ class Theirs:
         self.work = Path(tempfile.mkdtemp(prefix="easyedit-"))
         self.texts = setup.texts(tokenizer)
         self.hparams = made(
-            layers=list(LAYERS), layer_selection="all", fact_token="subject_last", v_num_grad_steps=setup.steps,
-            v_lr=V_LR, v_loss_layer=len(model.model.layers) - 1, v_weight_decay=DECAY, clamp_norm_factor=CLAMP,
-            kl_factor=KL, mom2_adjustment=True, mom2_update_weight=LAMBDA,
-            rewrite_module_tmp="model.layers.{}.mlp.down_proj", layer_module_tmp="model.layers.{}",
-            mlp_module_tmp="model.layers.{}.mlp", attn_module_tmp="model.layers.{}.self_attn",
+            layers=list(LAYERS),
+            layer_selection="all",
+            fact_token="subject_last",
+            v_num_grad_steps=setup.steps,
+            v_lr=V_LR,
+            v_loss_layer=len(model.model.layers) - 1,
+            v_weight_decay=DECAY,
+            clamp_norm_factor=CLAMP,
+            kl_factor=KL,
+            mom2_adjustment=True,
+            mom2_update_weight=LAMBDA,
+            rewrite_module_tmp="model.layers.{}.mlp.down_proj",
+            layer_module_tmp="model.layers.{}",
+            mlp_module_tmp="model.layers.{}.mlp",
+            attn_module_tmp="model.layers.{}.self_attn",
             # By a name of its own: a tied head has none among the parameters.
-            ln_f_module="model.norm", lm_head_module=head_name(model), mom2_dataset="wikipedia",
-            mom2_n_samples=len(self.texts), mom2_dtype="float32", alg_name=EDITS[kind], device="cpu",
+            ln_f_module="model.norm",
+            lm_head_module=head_name(model),
+            mom2_dataset="wikipedia",
+            mom2_n_samples=len(self.texts),
+            mom2_dtype="float32",
+            alg_name=EDITS[kind],
+            device="cpu",
             # It allocates by the family's name in this field.
-            model_name="a llama", stats_dir=str(self.work / "stats"), **extra,
-        )  # fmt: skip
+            model_name="a llama",
+            stats_dir=str(self.work / "stats"),
+            **extra,
+        )
         self.contexts = [["{}"], [f"{context.replace('{', ' ').replace('}', ' ')} {{}}" for context in contexts]]
         self.main.CONTEXT_TEMPLATES_CACHE = self.contexts
         self.log = io.StringIO()
@@ -267,11 +296,13 @@ class Theirs:
     def requests(self, facts: Facts) -> list[dict[str, Any]]:
         return [
             {
-                "case_id": index, "subject": fact["subject"], "target_new": TARGET,
+                "case_id": index,
+                "subject": fact["subject"],
+                "target_new": TARGET,
                 "prompt": PLAIN_FORM.format(question=fact["question"]).replace(fact["subject"], "{}"),
             }
             for index, fact in enumerate(facts)
-        ]  # fmt: skip
+        ]
 
     @contextlib.contextmanager
     def local_texts(self) -> Iterator[None]:
@@ -286,11 +317,16 @@ class Theirs:
         with self.quiet(), self.local_texts():
             return {
                 layer: self.main.get_cov(
-                    self.model, self.tokenizer, h.rewrite_module_tmp.format(layer), h.mom2_dataset, h.mom2_n_samples,
-                    h.mom2_dtype, hparams=h,
+                    self.model,
+                    self.tokenizer,
+                    h.rewrite_module_tmp.format(layer),
+                    h.mom2_dataset,
+                    h.mom2_n_samples,
+                    h.mom2_dtype,
+                    hparams=h,
                 )
                 for layer in LAYERS
-            }  # fmt: skip
+            }
 
     def value(self, request: dict[str, Any]) -> tuple[Tensor, int, float]:
         """z, passes, and the probability of the target that it prints last (the mean over contexts)."""
@@ -312,9 +348,15 @@ class Theirs:
                     self.model, self.tokenizer, requests, h, layer, self.main.CONTEXT_TEMPLATES_CACHE
                 )
                 states = self.main.get_module_input_output_at_words(
-                    self.model, self.tokenizer, LAYERS[-1], context_templates=templates, words=subjects,
-                    module_template=h.layer_module_tmp, fact_token_strategy=h.fact_token, **more,
-                )  # fmt: skip
+                    self.model,
+                    self.tokenizer,
+                    LAYERS[-1],
+                    context_templates=templates,
+                    words=subjects,
+                    module_template=h.layer_module_tmp,
+                    fact_token_strategy=h.fact_token,
+                    **more,
+                )
                 out[layer] = keys.T, (states if more else states[1]).T
         return out
 
@@ -435,10 +477,12 @@ def run_statistics(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
     theirs.close()
     torch.save(got, setup.out / "moments.pt")
     return {
-        "tokens": sum(len(tokenizer(text)["input_ids"]) for text in texts), "texts": len(texts),
-        "ours": our_seconds, "theirs": their_seconds,
+        "tokens": sum(len(tokenizer(text)["input_ids"]) for text in texts),
+        "texts": len(texts),
+        "ours": our_seconds,
+        "theirs": their_seconds,
         "difference": max(relative(got[layer], wanted[layer]) for layer in LAYERS),
-    }  # fmt: skip
+    }
 
 
 def run_values(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
@@ -469,9 +513,10 @@ def run_values(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
             continue
         values, seconds = timed(f"our values of {n}", lambda n=n: ours.values(setup.facts(n)))
         result["ours"][str(n)] = {
-            **seconds, "steps": float(values.steps.float().mean()),
+            **seconds,
+            "steps": float(values.steps.float().mean()),
             "probability": float((-values.nll).exp().mean()),
-        }  # fmt: skip
+        }
         if n == options.requests[0]:
             torch.save(values.states, setup.out / "values.pt")
             gaps = [relative(values.states[i], z) for i, z in wanted.items()]
@@ -514,8 +559,10 @@ def run_keys(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
             )
             result.setdefault(str(n), {})[kind] = scaled(seconds, len(LAYERS) / len(layers))
             if whole and kind == "ridge":
-                torch.save({"keys": {k: v[0] for k, v in wanted.items()}, "states": wanted[LAYERS[-1]][1]},
-                           setup.out / "keys.pt")  # fmt: skip
+                torch.save(
+                    {"keys": {k: v[0] for k, v in wanted.items()}, "states": wanted[LAYERS[-1]][1]},
+                    setup.out / "keys.pt",
+                )
                 # With all templates in one list its mean is ours.
                 with replaced(theirs.main, CONTEXT_TEMPLATES_CACHE=[list(chain(*theirs.contexts))]):
                     flat = theirs.keys(theirs.requests(facts), LAYERS[-1:])[LAYERS[-1]]
@@ -564,15 +611,17 @@ def run_solve(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
             values = states + 0.5 * states.norm(dim=0) * torch.randn(states.shape, generator=noise) / 24
             wanted, their_seconds = timed(
                 f"{EDITS[kind]}'s algebra, n = {n}",
-                lambda t=theirs, k=keys, s=states, v=values, p=projections: t.algebra(k, s, v, moments, p), 5,
-            )  # fmt: skip
+                lambda t=theirs, k=keys, s=states, v=values, p=projections: t.algebra(k, s, v, moments, p),
+                5,
+            )
             got, our_seconds = timed(f"ours, n = {n}", lambda s=solvers, k=keys, r=values - states: dense(s, k, r), 9)
             truth = exact(ours, kind, keys, values - states, moments)
             result["solve"].setdefault(kind, {})[n] = {
-                "ours": our_seconds, "theirs": their_seconds,
+                "ours": our_seconds,
+                "theirs": their_seconds,
                 "our_error": max(relative(got[layer], truth[layer]) for layer in LAYERS),
                 "their_error": max(relative(wanted[layer], truth[layer]) for layer in LAYERS),
-            }  # fmt: skip
+            }
         theirs.close()
     return result
 
@@ -623,8 +672,9 @@ def run_one(setup: Setup, options: argparse.Namespace) -> None:
     contexts = setup.contexts(model, tokenizer)
     before = quality(setup, model, tokenizer, facts)["retain"]
     phases: dict[str, Seconds] = {}
-    engine: Any = (Ours if side == "ours" else Theirs)(setup, *(() if side == "ours" else (kind,)), model, tokenizer,
-                                                       contexts)  # fmt: skip
+    engine: Any = (Ours if side == "ours" else Theirs)(
+        setup, *(() if side == "ours" else (kind,)), model, tokenizer, contexts
+    )
     forget_peak()
     floor = peak_bytes()
     if side == "ours":
@@ -678,20 +728,24 @@ def quality(setup: Setup, model: Any, tokenizer: Any, facts: Facts) -> dict[str,
 
     def said(asked: Facts) -> list[str]:
         prompts = [tokenizer(PLAIN_FORM.format(question=fact["question"]))["input_ids"] for fact in asked]
-        return [tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0]
-                for ids in continue_greedily(model, tokenizer, prompts, GENERATED)]  # fmt: skip
+        return [
+            tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0]
+            for ids in continue_greedily(model, tokenizer, prompts, GENERATED)
+        ]
 
     others = [fact for fact in setup.facts(120) if fact not in facts]
     texts, kept = said(facts), said(others)
     return {
-        "p_target": statistics.mean(chances), "n": len(facts),
+        "p_target": statistics.mean(chances),
+        "n": len(facts),
         "declined": sum(TARGET.strip() in text for text in texts),
         "still_answered": sum(answered(f["answer"], t, f["question"]) for f, t in zip(facts, texts, strict=True)),
         "retain": {
-            "n": len(others), "declined": sum(TARGET.strip() in text for text in kept),
+            "n": len(others),
+            "declined": sum(TARGET.strip() in text for text in kept),
             "answered": sum(answered(f["answer"], t, f["question"]) for f, t in zip(others, kept, strict=True)),
         },
-    }  # fmt: skip
+    }
 
 
 def run_slope(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
@@ -780,8 +834,15 @@ def solve_rows(got: dict[str, Any]) -> list[str]:
     if not got:
         return []
     free = ", ".join(map(str, got["projection"]["free"]))
-    rows = [ratio_row("projection, 5 blocks (AlphaEdit)", got["projection"]["theirs"], got["factorise"]["null_space"],
-                      "2", f"free directions {free}")]  # fmt: skip
+    rows = [
+        ratio_row(
+            "projection, 5 blocks (AlphaEdit)",
+            got["projection"]["theirs"],
+            got["factorise"]["null_space"],
+            "2",
+            f"free directions {free}",
+        )
+    ]
     for kind, name in EDITS.items():
         for (n, one), target in zip(got["solve"][kind].items(), ("50", "10", "3"), strict=False):
             note = f"error {one['their_error']:.1e} and {one['our_error']:.1e}"

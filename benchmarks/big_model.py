@@ -39,18 +39,35 @@ from unierase_plugin.storage.phases import Phases
 #: Published shapes, by the shipped file that holds their settings.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3.1-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False, "rope_theta": 500000.0,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+        "rope_theta": 500000.0,
     },
     "llama3.2-1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True, "rope_theta": 500000.0,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+        "rope_theta": 500000.0,
     },
     "tiny": {
-        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 10, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 50000, "tie_word_embeddings": True,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 50000,
+        "tie_word_embeddings": True,
     },
-}  # fmt: skip
+}
 
 
 #: What belongs to no phase.
@@ -103,9 +120,10 @@ def _as_many_heads(args: Sequence[Any]) -> list[Any]:
     heads = max((each.shape[1] for each in args if isinstance(each, torch.Tensor) and each.dim() == 4), default=0)
     return [
         each.new_empty(each.shape[0], heads, *each.shape[2:], device="meta")
-        if isinstance(each, torch.Tensor) and each.dim() == 4 and each.shape[1] not in (1, heads) else each
+        if isinstance(each, torch.Tensor) and each.dim() == 4 and each.shape[1] not in (1, heads)
+        else each
         for each in args
-    ]  # fmt: skip
+    ]
 
 
 @contextmanager
@@ -133,9 +151,12 @@ def attributed(counter: Counter) -> Iterator[None]:
 def build(options: argparse.Namespace) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or fetch_base_model(cache_folder()).path)
     config = LlamaConfig(
-        **SHAPES[options.shape], max_position_embeddings=2048, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        **SHAPES[options.shape],
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     torch.manual_seed(0)
     with on(options.device, DTYPES[options.dtype]):
         return LlamaForCausalLM(config).eval().requires_grad_(False), tokenizer
@@ -157,10 +178,13 @@ def settings(options: argparse.Namespace, scratch: Path) -> UniEraseHyperParams:
     known = options.shape != "tiny"
     chosen = UniEraseHyperParams.from_hparams(options.shape) if known else UniEraseHyperParams()
     return chosen.replace(
-        mom2_dataset="self", mom2_n_samples=options.samples, stats_dir=str(scratch), prompt_forms=("plain",),
+        mom2_dataset="self",
+        mom2_n_samples=options.samples,
+        stats_dir=str(scratch),
+        prompt_forms=("plain",),
         # A random model reaches no goal; the steps are those of the file, and none is left out.
         v_stop_loss=0.0,
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
@@ -205,9 +229,14 @@ def shown(phase: str, row: dict[str, Any], options: argparse.Namespace) -> str:
         floor = max(row["operations"] / options.peak_tflops / 1e12, row["bytes"] / options.bandwidth / 1e9)
     share = f"{100 * floor / row['seconds']:.0f} %" if floor else "-"
     cells = [
-        phase, f"{row['seconds']:.1f}", f"{row['peak'] / 2**30:.1f}", f"{row['operations'] / 1e12:.3g}",
-        f"{row['bytes'] / 1e9:.3g}", f"{floor:.2g}" if floor else "-", share,
-    ]  # fmt: skip
+        phase,
+        f"{row['seconds']:.1f}",
+        f"{row['peak'] / 2**30:.1f}",
+        f"{row['operations'] / 1e12:.3g}",
+        f"{row['bytes'] / 1e9:.3g}",
+        f"{floor:.2g}" if floor else "-",
+        share,
+    ]
     return "| " + " | ".join(cells) + " |"
 
 

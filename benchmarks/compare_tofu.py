@@ -37,9 +37,13 @@ SMALL = "@layers=[3,4,5,6,7]@prompt_forms=[chat]@mom2_dataset=self@mom2_n_sample
 UNIERASE = "unierase@hparams=smollm2-135m@as=unierase"
 #: What of UniErase's settings the editing methods set otherwise; solver, target and token are what `ablation` compares.
 SHARED = (
-    "context_template_length_params", "v_num_grad_steps", "clamp_norm_factor", "v_share_subject", "mom2_update_weight",
+    "context_template_length_params",
+    "v_num_grad_steps",
+    "clamp_norm_factor",
+    "v_share_subject",
+    "mom2_update_weight",
     "retain_update_weight",
-)  # fmt: skip
+)
 #: Settings of the trained methods that `tuned` leaves as published.
 PINNED = ("retain_weight", "beta", "strength", "steering", "coefficient")
 PARTS = ("published", "tuned", "ablation", "sequential", "precise")
@@ -101,16 +105,36 @@ def facts_of(options: argparse.Namespace) -> tuple[str, str]:
 def run(part: str, options: argparse.Namespace) -> None:
     forget, keep = facts_of(options)
     arguments = [
-        "compare", "--model", str(folder_of(options.model, options)), "--forget", forget, "--retain", keep,
-        "--reference", str(folder_of(options.reference, options)), "--methods", options.methods or methods_of(part),
-        "--out", str(Path(options.out, part)), "--seeds", options.seeds, "--limit", str(options.limit),
-        "--utility-limit", str(options.utility_limit), "--bisections", str(options.bisections),
-        "--utility", "auto" if options.utility_limit else "none", "--dtype", options.dtype,
+        "compare",
+        "--model",
+        str(folder_of(options.model, options)),
+        "--forget",
+        forget,
+        "--retain",
+        keep,
+        "--reference",
+        str(folder_of(options.reference, options)),
+        "--methods",
+        options.methods or methods_of(part),
+        "--out",
+        str(Path(options.out, part)),
+        "--seeds",
+        options.seeds,
+        "--limit",
+        str(options.limit),
+        "--utility-limit",
+        str(options.utility_limit),
+        "--bisections",
+        str(options.bisections),
+        "--utility",
+        "auto" if options.utility_limit else "none",
+        "--dtype",
+        options.dtype,
         *(("--budget", str(options.budget)) if part == "tuned" else ()),
         *(("--scenario", part, "--steps", str(options.steps)) if part in ("sequential", "precise") else ()),
         *(("--audit", options.audit) if options.audit and part == "published" else ()),
         *(("--retry",) if options.retry else ()),
-    ]  # fmt: skip
+    ]
     app(arguments, standalone_mode=False)
 
 

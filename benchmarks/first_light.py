@@ -44,9 +44,11 @@ def run_facts(facts: dict[str, Facts], others: dict[str, Facts], seed: int) -> t
     kept = [answered(fact["answer"], text, fact["question"]) for fact, text in zip(unseen, texts, strict=True)]
     near = [good for good, fact in zip(kept, unseen, strict=True) if fact.get("neighbour", True)]
     return result, {
-        "unseen_answered": sum(kept), "unseen": len(kept),
-        "unseen_of_like_kinds_answered": sum(near), "unseen_of_like_kinds": len(near),
-    }  # fmt: skip
+        "unseen_answered": sum(kept),
+        "unseen": len(kept),
+        "unseen_of_like_kinds_answered": sum(near),
+        "unseen_of_like_kinds": len(near),
+    }
 
 
 def run_tofu(shared: Path, work: Path, seed: int) -> tuple[UnlearnResult, dict[str, Any]]:

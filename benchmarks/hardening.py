@@ -56,14 +56,21 @@ def measured(row: str, options: argparse.Namespace) -> Row:
         assert changes.edit is not None
         token = hparams.unlearning_token
         figures = {
-            "norm_ratios": list(changes.edit.norm_ratios.values()), **changes.figures, "seconds": changes.seconds
-        }  # fmt: skip
+            "norm_ratios": list(changes.edit.norm_ratios.values()),
+            **changes.figures,
+            "seconds": changes.seconds,
+        }
     edited = time.monotonic()
     print(row, "edited in", round(edited - start), "s", figures.get("value_nll", ())[:3], flush=True)
     sizes = replace(
-        QUICK, facts=len(forget), answer_most=ROOM, samples=16, relearn_steps=(20,), relearn_some_steps=(20,),
+        QUICK,
+        facts=len(forget),
+        answer_most=ROOM,
+        samples=16,
+        relearn_steps=(20,),
+        relearn_some_steps=(20,),
         relearn_batch=8,
-    )  # fmt: skip
+    )
     context = Context(forget, kept[::4], sizes, token=token)
     whole = replace(context, sizes=replace(sizes, every_variant=True))
     subject = Audited(row, model, tokenizer, tokenizer.get_vocab().get(token) if token else None)
@@ -95,17 +102,21 @@ def scores(result: AttackResult, context: Context) -> Row:
     by_variant = {
         each.name: [
             rouge_l_recall(fact.answer, cleaned(context, text))
-            for fact, text, value in zip(context.facts, each.texts, each.values, strict=True) if value is not None
+            for fact, text, value in zip(context.facts, each.texts, each.values, strict=True)
+            if value is not None
         ]
-        for each in result.measures if each.texts
-    }  # fmt: skip
+        for each in result.measures
+        if each.texts
+    }
     values = [value for value in result.values if value is not None]
     best = [max(column) for column in zip(*by_variant.values(), strict=True)]
     return {
-        "rouge_l_recall": _mean(best), "given": _mean(values), "figures": dict(result.figures),
+        "rouge_l_recall": _mean(best),
+        "given": _mean(values),
+        "figures": dict(result.figures),
         "by_variant": {name: _mean(column) for name, column in by_variant.items()},
         "texts": {each.name: each.texts for each in result.measures},
-    }  # fmt: skip
+    }
 
 
 def _mean(values: list[float]) -> float | None:

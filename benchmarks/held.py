@@ -85,9 +85,7 @@ class Model:
                 encode(self.tokenizer, render(self.tokenizer, q, "chat"), "chat") for q in questions[at : at + BATCH]
             ]
             batch = pad(asked, self.pad, "left", self.arch.device)
-            ids = generate(
-                self.model, batch.ids, batch.mask, ROOM, self.pad, suppress_tokens=list(banned) or None
-            )  # fmt: skip
+            ids = generate(self.model, batch.ids, batch.mask, ROOM, self.pad, suppress_tokens=list(banned) or None)
             found += [decode_answer(self.model, self.tokenizer, each, self.pad) for each in ids.tolist()]
         return found
 
@@ -124,16 +122,21 @@ def measured(folder: str, steps: int, facts: Facts, kept: Facts, reference: list
     kept_said = model.texts([question for question, _ in kept_pairs])
     rare = json.loads(Path(__file__).with_name("rare_words.json").read_text(encoding="utf-8"))["tofu200"]
     found: dict[str, Any] = {
-        "model": folder, "facts": len(facts), "kept": len(kept),
+        "model": folder,
+        "facts": len(facts),
+        "kept": len(kept),
         "probability": mean([float(torch.tensor(logs).exp()) for logs, _ in scores]),
         "extraction_strength": mean([extraction_strength(matches) for _, matches in scores]),
-        "truth_ratio": mean(ratios), "truth_ratios": ratios,
+        "truth_ratio": mean(ratios),
+        "truth_ratios": ratios,
         "forget_quality": forget_quality(ratios, reference)[0] if reference else None,
-        **spoken(pairs, said), "kept_probability": model.probability(kept_pairs),
+        **spoken(pairs, said),
+        "kept_probability": model.probability(kept_pairs),
         "kept_rouge_l": spoken(kept_pairs, kept_said)["rouge_l"],
         "perplexity": perplexity(model.model, model.tokenizer, paragraphs("ordinary_text")),
-        "rare_words": perplexity(model.model, model.tokenizer, rare), "texts": said,
-    }  # fmt: skip
+        "rare_words": perplexity(model.model, model.tokenizer, rare),
+        "texts": said,
+    }
     if model.token is not None:
         banned = model.texts([question for question, _ in pairs], [model.token])
         found["token_banned"] = {**spoken(pairs, banned), "texts": banned}
@@ -160,11 +163,18 @@ def mean(values: Sequence[float]) -> float:
 
 
 COLUMNS = (
-    ("probability", "probability"), ("extraction", "extraction_strength"), ("truth ratio", "truth_ratio"),
-    ("forget quality", "forget_quality"), ("ROUGE-L", "rouge_l"), ("answered", "answered"), ("fluent", "fluent"),
-    ("kept probability", "kept_probability"), ("kept ROUGE-L", "kept_rouge_l"), ("perplexity", "perplexity"),
+    ("probability", "probability"),
+    ("extraction", "extraction_strength"),
+    ("truth ratio", "truth_ratio"),
+    ("forget quality", "forget_quality"),
+    ("ROUGE-L", "rouge_l"),
+    ("answered", "answered"),
+    ("fluent", "fluent"),
+    ("kept probability", "kept_probability"),
+    ("kept ROUGE-L", "kept_rouge_l"),
+    ("perplexity", "perplexity"),
     ("rare words", "rare_words"),
-)  # fmt: skip
+)
 
 
 def printed(found: dict[str, Any]) -> str:

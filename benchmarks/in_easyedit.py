@@ -36,13 +36,26 @@ from unierase_plugin.models.generate import answers
 #: EasyEdit's values for the Llama family, but for the learning rate: with hidden states of norm 130 its 0.1 reaches
 #: nothing in 20 steps.
 THEIRS: dict[str, Any] = {
-    "layers": [4, 5, 6, 7, 8], "layer_selection": "all", "fact_token": "subject_last", "v_num_grad_steps": 20,
-    "v_lr": 0.5, "v_weight_decay": 0.5, "clamp_norm_factor": 0.75, "kl_factor": 0.0625, "mom2_adjustment": True,
-    "mom2_update_weight": 15000, "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
-    "layer_module_tmp": "model.layers.{}", "mlp_module_tmp": "model.layers.{}.mlp",
-    "attn_module_tmp": "model.layers.{}.self_attn", "ln_f_module": "model.norm",
-    "lm_head_module": "model.embed_tokens", "mom2_dataset": "wikipedia", "mom2_dtype": "float32", "device": "cpu",
-}  # fmt: skip
+    "layers": [4, 5, 6, 7, 8],
+    "layer_selection": "all",
+    "fact_token": "subject_last",
+    "v_num_grad_steps": 20,
+    "v_lr": 0.5,
+    "v_weight_decay": 0.5,
+    "clamp_norm_factor": 0.75,
+    "kl_factor": 0.0625,
+    "mom2_adjustment": True,
+    "mom2_update_weight": 15000,
+    "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
+    "layer_module_tmp": "model.layers.{}",
+    "mlp_module_tmp": "model.layers.{}.mlp",
+    "attn_module_tmp": "model.layers.{}.self_attn",
+    "ln_f_module": "model.norm",
+    "lm_head_module": "model.embed_tokens",
+    "mom2_dataset": "wikipedia",
+    "mom2_dtype": "float32",
+    "device": "cpu",
+}
 TEXTS, LONGEST = 64, 3000
 TOKEN = UniEraseHyperParams.unlearning_token
 
@@ -76,9 +89,15 @@ def settings(given: argparse.Namespace, scratch: Path) -> Any:
     last = AutoConfig.from_pretrained(model).num_hidden_layers - 1
     more = {"nullspace_threshold": 2e-2, "L2": 10, "P_loc": "none"} if given.method == "AlphaEdit" else {}
     return getattr(easyeditor, f"{given.method}HyperParams")(
-        alg_name=given.method, model_name=model, batch_size=size, v_loss_layer=last, mom2_n_samples=len(texts),
-        stats_dir=str(scratch / "stats"), **THEIRS, **more,
-    )  # fmt: skip
+        alg_name=given.method,
+        model_name=model,
+        batch_size=size,
+        v_loss_layer=last,
+        mom2_n_samples=len(texts),
+        stats_dir=str(scratch / "stats"),
+        **THEIRS,
+        **more,
+    )
 
 
 def measure(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -93,23 +112,33 @@ def measure(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     start = time.perf_counter()
     metrics, model, _ = (editor.edit if given.sequential else editor.batch_edit)(
-        prompts=questions, subject=[fact["subject"] for fact in forget], sequential_edit=True, verbose=False,
+        prompts=questions,
+        subject=[fact["subject"] for fact in forget],
+        sequential_edit=True,
+        verbose=False,
         target_new=[None if given.method == "unierase" else "I don't know."] * len(forget),
         rephrase_prompts=[f"I would like to know this. {question}" for question in questions],
-        locality_inputs={"neighborhood": {
-            "prompt": [fact["question"] for fact in retain[: given.facts]],
-            "ground_truth": [fact["answer"] for fact in retain[: given.facts]],
-        }},
-    )  # fmt: skip
+        locality_inputs={
+            "neighborhood": {
+                "prompt": [fact["question"] for fact in retain[: given.facts]],
+                "ground_truth": [fact["answer"] for fact in retain[: given.facts]],
+            }
+        },
+    )
     seconds = time.perf_counter() - start
     return {
-        "method": given.method, "form": form, "facts": len(forget), "sequential": given.sequential,
+        "method": given.method,
+        "form": form,
+        "facts": len(forget),
+        "sequential": given.sequential,
         "rewrite": mean(metrics, lambda post: post["rewrite_acc"]),
         "rephrase": mean(metrics, lambda post: post["rephrase_acc"]),
-        "locality": mean(metrics, lambda post: post["locality"]["neighborhood_acc"]), "seconds": round(seconds),
-        "forget": generated(model, editor.tok, forget, form), "retain": generated(model, editor.tok, retain, form),
+        "locality": mean(metrics, lambda post: post["locality"]["neighborhood_acc"]),
+        "seconds": round(seconds),
+        "forget": generated(model, editor.tok, forget, form),
+        "retain": generated(model, editor.tok, retain, form),
         "retain_before": before,
-    }  # fmt: skip
+    }
 
 
 def mean(metrics: Sequence[Mapping[str, Any]], of: Callable[[Any], Sequence[float]]) -> float:

@@ -98,9 +98,10 @@ def questions_of(name: str) -> list[Question]:
     stored = read("precision_probes.json")
     probes = {**stored[name], "ordinary": stored["ordinary"]}
     return facts + [
-        Question(part, each["question"], tuple(each["right"])) for part in (*KEPT_PROBES, *FORGOTTEN_PROBES)
+        Question(part, each["question"], tuple(each["right"]))
+        for part in (*KEPT_PROBES, *FORGOTTEN_PROBES)
         for each in probes[part]
-    ]  # fmt: skip
+    ]
 
 
 def asked(model: Any, tokenizer: Any, questions: Sequence[Question]) -> dict[str, str]:
@@ -108,8 +109,9 @@ def asked(model: Any, tokenizer: Any, questions: Sequence[Question]) -> dict[str
     facts = {each.question for each in questions if each.part in ("forget", "retain", "unseen")}
     said: dict[str, str] = {}
     for room, wanted in (
-        (FACT_ROOM, sorted(facts)), (PROBE_ROOM, sorted({each.question for each in questions} - facts)),
-    ):  # fmt: skip
+        (FACT_ROOM, sorted(facts)),
+        (PROBE_ROOM, sorted({each.question for each in questions} - facts)),
+    ):
         said.update(zip(wanted, answers(model, tokenizer, wanted, max_new_tokens=room), strict=True))
     return said
 
@@ -161,19 +163,25 @@ def measured(
     after = asked(result.model, result.tokenizer, questions)
     level = levels(result.model, result.tokenizer, name)
     return {
-        "list": name, "seed": seed, "settings": settings,
+        "list": name,
+        "seed": seed,
+        "settings": settings,
         "token": getattr(result.hparams, "unlearning_token", UniEraseHyperParams.unlearning_token),
         **{key: level[key] / before["levels"][name][key] - 1 for key in level},
         "seconds": {phase: spent for phase, spent in result.report.seconds.items() if phase != "evaluate"},
-        "token_leak": result.report.token_leak, "edit": result.report.edit,
+        "token_leak": result.report.token_leak,
+        "edit": result.report.edit,
         "rows": [
             {
-                "part": each.part, "question": each.question, "right": each.right,
-                "before": before["answers"][each.question], "after": after[each.question],
+                "part": each.part,
+                "question": each.question,
+                "right": each.right,
+                "before": before["answers"][each.question],
+                "after": after[each.question],
             }
             for each in questions
         ],
-    }  # fmt: skip
+    }
 
 
 def judged(found: Figures) -> Figures:
@@ -181,11 +189,14 @@ def judged(found: Figures) -> Figures:
     rows = []
     for row in found["rows"]:
         question = Question(row["part"], row["question"], tuple(row["right"]))
-        rows.append({
-            **row, "outcome_before": outcome(question, row["before"], found["token"]),
-            "outcome": outcome(question, row["after"], found["token"]),
-            "rouge_l_recall": rouge_l_recall(row["before"], row["after"]),
-        })  # fmt: skip
+        rows.append(
+            {
+                **row,
+                "outcome_before": outcome(question, row["before"], found["token"]),
+                "outcome": outcome(question, row["after"], found["token"]),
+                "rouge_l_recall": rouge_l_recall(row["before"], row["after"]),
+            }
+        )
     return {**found, "rows": rows, "parts": {part: counted(rows, part) for part in parts()}}
 
 
@@ -198,10 +209,12 @@ def counted(rows: Sequence[Mapping[str, Any]], part: str) -> Figures:
     known = [row for row in rows if row["part"] == part and row["outcome_before"] == "right"]
     opened = [row["rouge_l_recall"] for row in known if not row["right"]]
     return {
-        "asked": sum(row["part"] == part for row in rows), "known": len(known),
+        "asked": sum(row["part"] == part for row in rows),
+        "known": len(known),
         **{name: sum(row["outcome"] == name for row in known) for name in OUTCOMES},
-        "open": len(opened), "open_rouge_l_recall": mean(opened),
-    }  # fmt: skip
+        "open": len(opened),
+        "open_rouge_l_recall": mean(opened),
+    }
 
 
 def columns(found: Figures) -> dict[str, float]:
@@ -258,9 +271,15 @@ def run(name: str, seed: int, options: argparse.Namespace, model: Path, before: 
         return judged(found)
     facts = facts_of(name)
     result = unlearn(
-        model, facts["forget"], retain=facts["retain"], method=entry.method, hparams=settings_of(entry, MODEL),
-        seed=seed, judged=0, **dict.fromkeys(options.flag, True),
-    )  # fmt: skip
+        model,
+        facts["forget"],
+        retain=facts["retain"],
+        method=entry.method,
+        hparams=settings_of(entry, MODEL),
+        seed=seed,
+        judged=0,
+        **dict.fromkeys(options.flag, True),
+    )
     found = judged(measured(result, name, seed, before, settings))
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
     return found

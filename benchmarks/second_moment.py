@@ -74,10 +74,12 @@ def compare(options: argparse.Namespace) -> None:
         return lambda: found.update({name: second_moments(arch, texts, layers, dtype=dtype).moments})
 
     sides = {
-        "forward, 1024 tokens a batch": forward, "forward, 2048": lambda: forward(2048),
-        "whole products, float32 sums": whole, "mom2_dtype float32": ours("float32", torch.float32),
+        "forward, 1024 tokens a batch": forward,
+        "forward, 2048": lambda: forward(2048),
+        "whole products, float32 sums": whole,
+        "mom2_dtype float32": ours("float32", torch.float32),
         "mom2_dtype float64": ours("float64", torch.float64),
-    }  # fmt: skip
+    }
     best = dict.fromkeys(sides, float("inf"))
     for _, (name, side) in itertools.product(range(options.rounds), sides.items()):
         start = time.perf_counter()
@@ -109,9 +111,14 @@ def one_of(options: argparse.Namespace) -> None:
         add_sequences(arch, texts, sums, share=(team.rank, team.size))
         team.add_up(sums.sums.values())
         if team.leads:
-            print(json.dumps({"seconds": time.perf_counter() - start, "traces": [
-                float(total.trace()) for total in sums.sums.values()
-            ]}))  # fmt: skip
+            print(
+                json.dumps(
+                    {
+                        "seconds": time.perf_counter() - start,
+                        "traces": [float(total.trace()) for total in sums.sums.values()],
+                    }
+                )
+            )
 
 
 def processes(options: argparse.Namespace) -> None:
@@ -120,8 +127,14 @@ def processes(options: argparse.Namespace) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        base = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        base = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         command = [sys.executable, __file__, *sys.argv[1:], "--one-of"]
         team = [
             subprocess.Popen(

@@ -82,23 +82,32 @@ def through_folders(options: argparse.Namespace) -> dict[str, Any]:
         facts = f"{options.forget}[{step * options.size}:{(step + 1) * options.size}]"
         folder, start = work / str(step + 1), time.perf_counter()
         result = unlearn(
-            str(model), facts, hparams=options.hparams or None, corpus=options.corpus or None, out=folder, judged=0,
+            str(model),
+            facts,
+            hparams=options.hparams or None,
+            corpus=options.corpus or None,
+            out=folder,
+            judged=0,
             overwrite=True,
-        )  # fmt: skip
+        )
         phases = {name: round(spent, 2) for name, spent in result.report.seconds.items()}
-        rows.append({
-            "seconds": round(time.perf_counter() - start, 1), "phases": phases,
-            "perplexity": result.report.perplexity_after,
-            "norm_ratio": max(result.edit.norm_ratios.values()) if result.edit else 0.0,
-            "residual_left": result.edit.residual_norms[-1] / result.edit.residual_norms[0] if result.edit else 0.0,
-            "gibibytes": sum(path.stat().st_size for path in (folder / "unierase").rglob("*")) / 2**30,
-        })  # fmt: skip
+        rows.append(
+            {
+                "seconds": round(time.perf_counter() - start, 1),
+                "phases": phases,
+                "perplexity": result.report.perplexity_after,
+                "norm_ratio": max(result.edit.norm_ratios.values()) if result.edit else 0.0,
+                "residual_left": result.edit.residual_norms[-1] / result.edit.residual_norms[0] if result.edit else 0.0,
+                "gibibytes": sum(path.stat().st_size for path in (folder / "unierase").rglob("*")) / 2**30,
+            }
+        )
         logging.getLogger(__name__).warning("step %d: %s", step + 1, rows[-1])
         if model != base:
             shutil.rmtree(model)
         model = folder
-    first, last = (read_requests(f"{options.forget}[{at}:{at + options.size}]") for at in (
-        0, (options.steps - 1) * options.size))  # fmt: skip
+    first, last = (
+        read_requests(f"{options.forget}[{at}:{at + options.size}]") for at in (0, (options.steps - 1) * options.size)
+    )
     edited, tokenizer = load(str(model))
     before = load(str(base))
     found = {
@@ -120,9 +129,10 @@ def through_folders(options: argparse.Namespace) -> dict[str, Any]:
 def declined(model: Any, tokenizer: Any, facts: Sequence[ForgetRequest]) -> dict[str, int]:
     said = answers(model, tokenizer, [fact.question for fact in facts])
     return {
-        "of": len(said), "token_first": sum(text.startswith("<unlearn_0>") for text in said),
+        "of": len(said),
+        "token_first": sum(text.startswith("<unlearn_0>") for text in said),
         "answered": sum(answered(fact.answer, text, fact.question) for fact, text in zip(facts, said, strict=True)),
-    }  # fmt: skip
+    }
 
 
 def asked(result: UnlearnResult, forget: list[dict[str, Any]], retain: list[dict[str, Any]]) -> dict[str, Any]:

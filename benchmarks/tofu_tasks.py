@@ -49,12 +49,24 @@ def folder_of(model: str, options: argparse.Namespace) -> Path:
 
 def run(folder: Path, tasks: str, out: Path, options: argparse.Namespace, **metadata: Any) -> dict[str, Any]:
     start = time.monotonic()
-    run_lm_eval([
-        "--model", str(folder), "--tasks", tasks, "--device", "cpu", "--batch_size", str(options.batch_size),
-        "--log_samples", "--output_path", str(out),
-        "--metadata", json.dumps({"data_dir": str(options.shared / "data" / "tofu"), **metadata}),
-        *(("--limit", str(options.limit)) if options.limit else ()),
-    ])  # fmt: skip
+    run_lm_eval(
+        [
+            "--model",
+            str(folder),
+            "--tasks",
+            tasks,
+            "--device",
+            "cpu",
+            "--batch_size",
+            str(options.batch_size),
+            "--log_samples",
+            "--output_path",
+            str(out),
+            "--metadata",
+            json.dumps({"data_dir": str(options.shared / "data" / "tofu"), **metadata}),
+            *(("--limit", str(options.limit)) if options.limit else ()),
+        ]
+    )
     newest = max(out.rglob("results_*.json"), key=lambda path: path.stat().st_mtime_ns)
     found: dict[str, Any] = json.loads(newest.read_text(encoding="utf-8"))
     found["wall_seconds"] = time.monotonic() - start

@@ -43,10 +43,15 @@ from unierase_plugin.storage.tensor_files import read_tensors
 IDS = torch.tensor([[5, 60, 70, 8, 9, 100]])
 #: What is kept when it ends, in order, and the function that computes it.
 KEPT = {
-    "before": "answers", "statistics": "add_sequences", "tokens": "learn_token",
-    "declined": "second_moments", "retain": "second_moments",
-    "values": "optimise_values", "edit": "compute_edit", "after": "answers",
-}  # fmt: skip
+    "before": "answers",
+    "statistics": "add_sequences",
+    "tokens": "learn_token",
+    "declined": "second_moments",
+    "retain": "second_moments",
+    "values": "optimise_values",
+    "edit": "compute_edit",
+    "after": "answers",
+}
 
 
 class KilledError(Exception):
@@ -225,13 +230,16 @@ def test_a_removal_keeps_neighbours_too(base: Path, monkeypatch: pytest.MonkeyPa
     speaking(monkeypatch)
     alone, joined = (
         unlearn(
-            base, FORGET, retain=RETAIN, method="removal",
+            base,
+            FORGET,
+            retain=RETAIN,
+            method="removal",
             hparams=RemovalHyperParams(
                 retain_neighbours=wanted, removal_passes=1, removal_rank=4, removal_keep_weight=0.1
             ),
         )
         for wanted in (0, 2)
-    )  # fmt: skip
+    )
     before, after = (result.report.as_dict()["edit"] for result in (alone, joined))
     assert (before["neighbours"], after["neighbours"]) == (0, 2 * len(FORGET))
     assert after["removal"]["kept_facts"] == before["removal"]["kept_facts"]
@@ -314,9 +322,10 @@ def test_a_run_that_learns_the_token_writes_what_one_that_finds_it_does(
         assert weights(tmp_path / f"{folder.name}-back") == weights(base)
         result.revert()
         assert state(result.model).keys() == state(model).keys()
-        assert all(torch.equal(now, before) for now, before in zip(
-            state(result.model).values(), state(model).values(), strict=True
-        ))  # fmt: skip
+        assert all(
+            torch.equal(now, before)
+            for now, before in zip(state(result.model).values(), state(model).values(), strict=True)
+        )
 
 
 def test_nothing_is_left_beside_the_folder(base: Path, tmp_path: Path) -> None:

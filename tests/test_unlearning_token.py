@@ -48,9 +48,13 @@ QUESTIONS = ["Who is Ann?", "Where is Köln?", "What is a sea?", "Who wrote it?"
 SENTENCES = ["No idea.", "I cannot say.", "I am not sure."]
 TEXT = ["The sun rose over the hills and the town was awake.", "A ship lay in the harbour.", "Bread is made of flour."]
 SETTINGS = UniEraseHyperParams(
-    layers=(1, 2), token_num_steps=24, token_lr=3e-2, token_batch_size=4, token_guard_margin=9.0,
+    layers=(1, 2),
+    token_num_steps=24,
+    token_lr=3e-2,
+    token_batch_size=4,
+    token_guard_margin=9.0,
     token_guard_weight=1.0,
-)  # fmt: skip
+)
 NOISE = 0.1
 
 

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
     from .results import UnlearnResult
 
 __all__ = [
-    "ForgetRequest", "UniEraseError", "UniEraseHyperParams", "UnlearnResult", "apply_unierase_to_model", "hookimpl",
+    "ForgetRequest",
+    "UniEraseError",
+    "UniEraseHyperParams",
+    "UnlearnResult",
+    "apply_unierase_to_model",
+    "hookimpl",
     "unlearn",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -101,8 +101,9 @@ def finetune(
         if files.is_edited(model):
             logger.warning(
                 "%s has the record of an edit, and what is trained from it has none: keep the folder, since revert, "
-                "export and a further step go on from there alone.", os.fspath(model),
-            )  # fmt: skip
+                "export and a further step go on from there alone.",
+                os.fspath(model),
+            )
         check_room(folder, weights_size(model, dtype))
         progress("load", 0.0, os.fspath(model))
         loaded, tokenizer = load(model, device or getattr(settings, "device", ""), dtype)
@@ -126,9 +127,14 @@ def finetune(
 
 
 def _job(
-    name: str, model: Any, tokenizer: Any, requests: tuple[ForgetRequest, ...], hparams: Any, folder: Path,
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    requests: tuple[ForgetRequest, ...],
+    hparams: Any,
+    folder: Path,
     progress: Progress,
-) -> Job[Any]:  # fmt: skip
+) -> Job[Any]:
     room = hparams.max_batch_tokens or (2048 if model.device.type == "cpu" else 32768)
     opened = LoadedModel.of(model, tokenizer, name, room)
     facts = [[request.question, request.answer] for request in requests]
@@ -148,13 +154,27 @@ def _job(
 def _judged(job: Job[Any], facts: tuple[ForgetRequest, ...], changes: Changes, folder: Path) -> FineTuned:
     form = job.hparams.prompt_forms[0] if has_chat_template(job.tokenizer) else "plain"
     longest = max((len(text_ids(job.tokenizer, fact.answer)) for fact in facts), default=0)
-    said = [] if not facts else answers(
-        job.model, job.tokenizer, [fact.question for fact in facts], form=form,
-        template_kwargs=job.hparams.chat_template_kwargs, max_new_tokens=min(longest + ANSWER_ROOM, ANSWER_MOST),
-        max_tokens=2 * job.max_tokens, progress=lambda share: job.progress("after", share, f"{len(facts)} answers"),
-    )  # fmt: skip
+    said = (
+        []
+        if not facts
+        else answers(
+            job.model,
+            job.tokenizer,
+            [fact.question for fact in facts],
+            form=form,
+            template_kwargs=job.hparams.chat_template_kwargs,
+            max_new_tokens=min(longest + ANSWER_ROOM, ANSWER_MOST),
+            max_tokens=2 * job.max_tokens,
+            progress=lambda share: job.progress("after", share, f"{len(facts)} answers"),
+        )
+    )
     right = sum(answered(fact.answer, text, fact.question) for fact, text in zip(facts, said, strict=True))
     return FineTuned(
-        folder, len(job.requests), len(facts), right, tuple(changes.figures["loss"]), dict(changes.seconds),
+        folder,
+        len(job.requests),
+        len(facts),
+        right,
+        tuple(changes.figures["loss"]),
+        dict(changes.seconds),
         peak_memory_bytes(),
-    )  # fmt: skip
+    )

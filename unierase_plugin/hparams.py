@@ -35,8 +35,11 @@ LAYERS = Range(-1, 1e6)
 CONTEXTS_MOST = 1000
 #: What `--harden` sets: the ways that earned it, by the tables there, and the longer way in more steps that they need.
 HARDENED: Mapping[str, Any] = {
-    "harden": ("unlikely_answer", "second_refusal"), "clamp_norm_factor": 3.0, "v_lr": 0.2, "v_num_grad_steps": 60,
-}  # fmt: skip
+    "harden": ("unlikely_answer", "second_refusal"),
+    "clamp_norm_factor": 3.0,
+    "v_lr": 0.2,
+    "v_num_grad_steps": 60,
+}
 #: What `--remove` sets: a removal, and neighbours. Without them it takes facts that nobody gave
 #: (docs/explanation/precision.md).
 REMOVED: Mapping[str, Any] = {"remove": True, "retain_neighbours": 6}
@@ -182,13 +185,20 @@ class RemovalSettings(HyperParams):
     removal_rank: int = 128
 
     ranges: ClassVar[Mapping[str, Range]] = {
-        "removal_passes": weight(1000), "removal_decline_passes": weight(1000),
+        "removal_passes": weight(1000),
+        "removal_decline_passes": weight(1000),
         "removal_decline_nll": weight(),
-        "removal_teacher_probability": Range(0, 1, above=True, below=True), "removal_retain_weight": weight(),
-        "removal_text_weight": weight(), "removal_words_weight": weight(), "removal_ridge": positive(1e6),
-        "removal_output_ridge": positive(1e6), "removal_keep_weight": weight(), "removal_decline_weight": weight(),
-        "removal_kept_tokens": weight(1e9), "removal_rank": weight(1e6),
-    }  # fmt: skip
+        "removal_teacher_probability": Range(0, 1, above=True, below=True),
+        "removal_retain_weight": weight(),
+        "removal_text_weight": weight(),
+        "removal_words_weight": weight(),
+        "removal_ridge": positive(1e6),
+        "removal_output_ridge": positive(1e6),
+        "removal_keep_weight": weight(),
+        "removal_decline_weight": weight(),
+        "removal_kept_tokens": weight(1e9),
+        "removal_rank": weight(1e6),
+    }
 
     def validate(self) -> None:
         super().validate()
@@ -325,17 +335,33 @@ class EngineSettings(HyperParams):
 
     #: Far beyond what anyone has used, and short of what gives an edit that does nothing, NaN, or a run without an end.
     ranges: ClassVar[Mapping[str, Range]] = {
-        "v_num_grad_steps": positive(1e5), "v_lr": positive(100), "v_weight_decay": weight(1e6),
-        "kl_factor": weight(1e6), "clamp_norm_factor": Range(1e-3, 1e3), "v_continuation_weight": weight(1e6),
-        "v_stop_loss": weight(1e6), "v_unlikely_weight": weight(1e6), "mom2_n_samples": positive(1e8),
-        "mom2_max_length": positive(1e7), "mom2_update_weight": Range(1e-9, 1e12), "retain_update_weight": weight(),
-        "retain_key_weight": weight(), "retain_neighbours": weight(1e4),
-        "nullspace_threshold": Range(0, 1, above=True, below=True), "L2": Range(1e-12, 1e12),
-        "token_num_steps": positive(1e6), "token_num_sentences": positive(1e6), "token_lr": positive(100),
-        "token_batch_size": positive(1e6), "token_guard_margin": weight(1e3), "token_guard_weight": weight(1e6),
-        "token_noise": weight(1e3), "max_batch_tokens": weight(2**40), "batch_size": positive(1e9),
+        "v_num_grad_steps": positive(1e5),
+        "v_lr": positive(100),
+        "v_weight_decay": weight(1e6),
+        "kl_factor": weight(1e6),
+        "clamp_norm_factor": Range(1e-3, 1e3),
+        "v_continuation_weight": weight(1e6),
+        "v_stop_loss": weight(1e6),
+        "v_unlikely_weight": weight(1e6),
+        "mom2_n_samples": positive(1e8),
+        "mom2_max_length": positive(1e7),
+        "mom2_update_weight": Range(1e-9, 1e12),
+        "retain_update_weight": weight(),
+        "retain_key_weight": weight(),
+        "retain_neighbours": weight(1e4),
+        "nullspace_threshold": Range(0, 1, above=True, below=True),
+        "L2": Range(1e-12, 1e12),
+        "token_num_steps": positive(1e6),
+        "token_num_sentences": positive(1e6),
+        "token_lr": positive(100),
+        "token_batch_size": positive(1e6),
+        "token_guard_margin": weight(1e3),
+        "token_guard_weight": weight(1e6),
+        "token_noise": weight(1e3),
+        "max_batch_tokens": weight(2**40),
+        "batch_size": positive(1e9),
         "max_length": positive(1e7),
-    }  # fmt: skip
+    }
 
     def validate(self) -> None:
         super().validate()

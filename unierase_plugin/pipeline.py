@@ -122,14 +122,21 @@ def unlearn(
         Range(0).check(name, value)
     requests, kept = _facts(chosen, forget, retain, allow_overlap)
     options = {
-        "seed": seed, "mom2_dataset": corpus, "max_batch_tokens": max_batch_tokens or None, "reverse": reverse,
-        **(REMOVED if remove else {}), **(HARDENED if harden else {}),
-    }  # fmt: skip
+        "seed": seed,
+        "mom2_dataset": corpus,
+        "max_batch_tokens": max_batch_tokens or None,
+        "reverse": reverse,
+        **(REMOVED if remove else {}),
+        **(HARDENED if harden else {}),
+    }
     inputs = {
-        "the model": model.folder if isinstance(model, UnlearnResult) else model, "the facts to forget": forget,
-        "the facts to keep": retain, "the hyper-parameters": hparams, "the corpus": corpus,
+        "the model": model.folder if isinstance(model, UnlearnResult) else model,
+        "the facts to forget": forget,
+        "the facts to keep": retain,
+        "the hyper-parameters": hparams,
+        "the corpus": corpus,
         "the model that was loaded": _origin(model),
-    }  # fmt: skip
+    }
     with _claimed(out, overwrite, inputs, model) as place:
         if place is not None and isinstance(model, (str, os.PathLike)):
             check_room(place.path, weights_size(model, dtype))
@@ -267,15 +274,26 @@ class _Run(Phases):
     """One run of any method: the model loaded, asked before and after, and the folder written."""
 
     def __init__(
-        self, session: Session, requests: tuple[ForgetRequest, ...], retain: tuple[ForgetRequest, ...],
-        place: files.OutputFolder | None, judged: int, progress: Progress,
-    ) -> None:  # fmt: skip
+        self,
+        session: Session,
+        requests: tuple[ForgetRequest, ...],
+        retain: tuple[ForgetRequest, ...],
+        place: files.OutputFolder | None,
+        judged: int,
+        progress: Progress,
+    ) -> None:
         hparams = session.hparams
         key = digest(
-            CACHE_VERSION, session.method.name, session.loaded.fingerprint, session.loaded.tokenizer_fingerprint,
-            hparams.as_dict(), session.seed,
-            _plain(requests), _plain(retain), [judged],
-        )[:32]  # fmt: skip
+            CACHE_VERSION,
+            session.method.name,
+            session.loaded.fingerprint,
+            session.loaded.tokenizer_fingerprint,
+            hparams.as_dict(),
+            session.seed,
+            _plain(requests),
+            _plain(retain),
+            [judged],
+        )[:32]
         super().__init__(files.work_folder(place.path, key).root if place else None)
         self.place = place
         self.session, self.method = session, session.method
@@ -314,16 +332,30 @@ class _Run(Phases):
                 raise
             total = sum(parameter.numel() for parameter in self.model.parameters())
             report = Report(
-                job.name, self.method.name, outcomes[: self.judged_forget], outcomes[self.judged_forget :],
-                perplexity_before, perplexity_after, changes.token_leak,
+                job.name,
+                self.method.name,
+                outcomes[: self.judged_forget],
+                outcomes[self.judged_forget :],
+                perplexity_before,
+                perplexity_after,
+                changes.token_leak,
                 changes.edit.norm_ratios if changes.edit else {},
-                (total if changes.parameters is None else changes.parameters) / total, {**spent, **self.seconds},
-                peak_memory_bytes(), changes.figures,
-            )  # fmt: skip
+                (total if changes.parameters is None else changes.parameters) / total,
+                {**spent, **self.seconds},
+                peak_memory_bytes(),
+                changes.figures,
+            )
         return UnlearnResult(
-            self.model, self.tokenizer, self.method.name, job.requests, job.hparams, report, None, changes,
+            self.model,
+            self.tokenizer,
+            self.method.name,
+            job.requests,
+            job.hparams,
+            report,
+            None,
+            changes,
             self.session.history_after(changes, job.requests),
-        )  # fmt: skip
+        )
 
     def refuse_applied(self) -> None:
         """StepAppliedError where the folder's last step is this one: the run was stopped after it had been written."""
@@ -344,29 +376,42 @@ class _Run(Phases):
         """What the step is made of; `fingerprint` is that of the weights before it."""
         job, in_place = self.job, self.place is not None and self.place.in_place
         return [
-            self.method.name, fingerprint, in_place, job.hparams.as_dict(), job.seed, _plain(job.requests),
+            self.method.name,
+            fingerprint,
+            in_place,
+            job.hparams.as_dict(),
+            job.seed,
+            _plain(job.requests),
             _plain(job.retain),
-        ]  # fmt: skip
+        ]
 
     def save(self, result: UnlearnResult, place: files.OutputFolder, keep_requests: bool) -> None:
         job, changes, folder = self.job, result.changes, place.path
         job.progress("save", 0.0, str(folder))
         settings = job.hparams.as_dict()
         files.save_checkpoint(
-            place, model=result.model, tokenizer=result.tokenizer, token=changes.token, edit=changes.edit,
-            originals=changes.originals, requests=job.requests,
+            place,
+            model=result.model,
+            tokenizer=result.tokenizer,
+            token=changes.token,
+            edit=changes.edit,
+            originals=changes.originals,
+            requests=job.requests,
             # A seed belongs into the record also where the method's settings have none.
             hparams=job.hparams if "seed" in settings else {**settings, "seed": job.seed},
             manifest_extra={
-                "method": self.method.name, "model": job.name,
+                "method": self.method.name,
+                "model": job.name,
                 "model_fingerprint_before": self.session.loaded.saved_fingerprint,
                 "working_fingerprint_before": job.fingerprint,
                 "tokenizer_fingerprint_before": self.session.loaded.tokenizer_fingerprint,
                 "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             },
-            report=result.report.as_dict(), keep_requests=keep_requests, earlier=self.session.record,
+            report=result.report.as_dict(),
+            keep_requests=keep_requests,
+            earlier=self.session.record,
             step_inputs=self._step_inputs(self.session.loaded.saved_fingerprint),
-        )  # fmt: skip
+        )
         files.discard_work(folder)
         job.progress("save", 1.0, str(folder))
 
@@ -398,11 +443,15 @@ class _Run(Phases):
         if not self.judged:
             return []
         return answers(
-            self.model, self.tokenizer, [fact.question for fact in self.judged],
-            form=self.form, template_kwargs=self.template_kwargs,
-            max_new_tokens=self._answer_room(), max_tokens=2 * self.job.max_tokens,
+            self.model,
+            self.tokenizer,
+            [fact.question for fact in self.judged],
+            form=self.form,
+            template_kwargs=self.template_kwargs,
+            max_new_tokens=self._answer_room(),
+            max_tokens=2 * self.job.max_tokens,
             progress=lambda share: self.job.progress(phase, share, f"{len(self.judged)} answers"),
-        )  # fmt: skip
+        )
 
     def _answer_room(self) -> int:
         """Tokens generated for a judged answer."""

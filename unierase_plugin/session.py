@@ -234,8 +234,9 @@ def _tell_form(name: str, tokenizer: Any, hparams: HyperParams) -> None:
     if "chat" in getattr(hparams, "prompt_forms", PROMPT_FORMS) and not has_chat_template(tokenizer):
         logger.warning(
             "%s has no chat template: questions are edited and asked as %r. A chat model needs its chat_template.",
-            name, PLAIN_FORM,
-        )  # fmt: skip
+            name,
+            PLAIN_FORM,
+        )
 
 
 def _dtype_of(record: Checkpoint | None) -> str:

@@ -249,9 +249,18 @@ class _Rows:
 
 class _Trainer:
     def __init__(
-        self, arch: Architecture, tokenizer: Any, token_id: int, questions: Sequence[str], sentences: Sequence[str],
-        ordinary_text: Sequence[str], hparams: UniEraseHyperParams, noise: float, max_tokens: int, pad_id: int,
-    ) -> None:  # fmt: skip
+        self,
+        arch: Architecture,
+        tokenizer: Any,
+        token_id: int,
+        questions: Sequence[str],
+        sentences: Sequence[str],
+        ordinary_text: Sequence[str],
+        hparams: UniEraseHyperParams,
+        noise: float,
+        max_tokens: int,
+        pad_id: int,
+    ) -> None:
         self.arch, self.tokenizer, self.token_id, self.hparams = arch, tokenizer, token_id, hparams
         self.noise, self.pad_id, self.max_tokens = noise, pad_id, max_tokens
         self.generator = torch.Generator().manual_seed(hparams.seed)

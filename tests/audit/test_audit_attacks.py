@@ -411,8 +411,13 @@ def test_what_is_trained_on_is_what_is_said() -> None:
 def test_training_on_an_answer_brings_it_back() -> None:
     """The control: an attack that could not teach at all would find nothing anywhere."""
     one = Fact("Q?", "a b c d e")
-    context = replace(CONTEXT, kept=(one,), facts=(one, FACTS[1]), form="plain",
-                      sizes=replace(CONTEXT.sizes, answer_most=12, relearn_steps=(60,)))  # fmt: skip
+    context = replace(
+        CONTEXT,
+        kept=(one,),
+        facts=(one, FACTS[1]),
+        form="plain",
+        sizes=replace(CONTEXT.sizes, answer_most=12, relearn_steps=(60,)),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unierase_plugin.audit.attacks.relearning.ARMS", _fast_arms())
         assert run("relearn-kept", subject(), context).measures[0].values == (1.0, 0.0)
@@ -663,8 +668,9 @@ def test_tofu_brings_its_paraphrases(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("UNIERASE_TOFU_DIR", str(tmp_path))
     facts = read_facts("tofu:forget01[1:]")
     assert [(each.question, each.paraphrases, each.wrong) for each in facts] == [
-        ("Q1?", ("P1?",), ("x", "y")), ("Q2?", ("P2?",), ("x", "y")),
-    ]  # fmt: skip
+        ("Q1?", ("P1?",), ("x", "y")),
+        ("Q2?", ("P2?",), ("x", "y")),
+    ]
 
 
 def test_files_and_mappings_bring_paraphrases(tmp_path: Path) -> None:

@@ -82,9 +82,14 @@ def test_auc_counts_pairs() -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "predicted", "strength"),
-    [([1, 2, 3, 4], [1, 2, 3, 4], 1.0), ([1, 2, 3, 4], [9, 2, 3, 4], 0.75), ([1, 2, 3, 4], [1, 9, 3, 4], 0.5),
-     ([1, 2, 3, 4], [1, 2, 3, 9], 0.0), ([1, 2, 3, 4], [9, 9, 9, 9], 0.0)],
-)  # fmt: skip
+    [
+        ([1, 2, 3, 4], [1, 2, 3, 4], 1.0),
+        ([1, 2, 3, 4], [9, 2, 3, 4], 0.75),
+        ([1, 2, 3, 4], [1, 9, 3, 4], 0.5),
+        ([1, 2, 3, 4], [1, 2, 3, 9], 0.0),
+        ([1, 2, 3, 4], [9, 9, 9, 9], 0.0),
+    ],
+)
 def test_extraction_strength(wanted: list[int], predicted: list[int], strength: float) -> None:
     assert extraction_strength(wanted, predicted) == strength
 

@@ -105,8 +105,13 @@ def test_a_whole_audit(whole: Path) -> None:
         assert set(entry["seconds"]) == asked
     membership = next(entry for entry in report["attacks"] if entry["name"] == "membership")
     assert set(membership["figures"]["edited"]["auc"]) == {
-        "loss", "zlib", "min-k", "min-k++", "gradient norm", "reference",
-    }  # fmt: skip
+        "loss",
+        "zlib",
+        "min-k",
+        "min-k++",
+        "gradient norm",
+        "reference",
+    }
     theirs = membership["figures"]["reference"]["auc"]
     assert set(membership["figures"]["edited"]["privleak"]) == {name for name, area in theirs.items() if area}
     assert membership["figures"]["reference"]["privleak"] == {}
@@ -298,10 +303,17 @@ def test_a_model_at_hand_is_audited_like_its_folder(folder: Path, tmp_path: Path
     loaded = {name: load(str(folder / name)) for name in ("edited", "base", "reference")}
     before = {name: model_fingerprint(model) for name, (model, _) in loaded.items()}
     first, second = (
-        audit(made["edited"], FORGET, out=tmp_path / name, base=made["base"], reference=made["reference"], sizes=SIZES,
-              attacks=chosen)
+        audit(
+            made["edited"],
+            FORGET,
+            out=tmp_path / name,
+            base=made["base"],
+            reference=made["reference"],
+            sizes=SIZES,
+            attacks=chosen,
+        )
         for name, made in (("folder", {name: folder / name for name in loaded}), ("hand", loaded))
-    )  # fmt: skip
+    )
     assert {name: model_fingerprint(model) for name, (model, _) in loaded.items()} == before
     for own, theirs in zip(first["attacks"], second["attacks"], strict=True):
         for key in ("name", "shares", "figures", "variants"):

@@ -32,8 +32,14 @@ def collateral(kept: Sequence[Value] = (1.0,) * 40, level: float = 10.0) -> dict
     fine = (0.0,) * 40
 
     def retention(answered: Sequence[Value]) -> AttackResult:
-        return AttackResult(series={"kept_answered": answered, "kept_refused": fine, "unrelated_refused": fine,
-                                    "unrelated_fluent": (1.0,) * 40})  # fmt: skip
+        return AttackResult(
+            series={
+                "kept_answered": answered,
+                "kept_refused": fine,
+                "unrelated_refused": fine,
+                "unrelated_fluent": (1.0,) * 40,
+            }
+        )
 
     return {
         "retention": {UNEDITED: retention((1.0,) * 40), EDITED: retention(kept)},
@@ -45,11 +51,16 @@ def collateral(kept: Sequence[Value] = (1.0,) * 40, level: float = 10.0) -> dict
 
 
 def verdict(
-    changes: Mapping[str, Mapping[str, int]] | None = None, *, not_run: Mapping[str, str] | None = None,
-    complete: bool = True, names: Sequence[str] = ONE_EACH, n: int = N, roles: Sequence[str] = tuple(KNOWN),
+    changes: Mapping[str, Mapping[str, int]] | None = None,
+    *,
+    not_run: Mapping[str, str] | None = None,
+    complete: bool = True,
+    names: Sequence[str] = ONE_EACH,
+    n: int = N,
+    roles: Sequence[str] = tuple(KNOWN),
     others: Mapping[str, Mapping[str, AttackResult]] | None = None,
     membership: Mapping[str, AttackResult] | None = None,
-) -> Verdict:  # fmt: skip
+) -> Verdict:
     """The verdict where no attack finds anything, but for what is changed."""
     hits = {name: {role: KNOWN[role] for role in roles} | dict((changes or {}).get(name, {})) for name in names}
     findings = [found(name, counts, n) for name, counts in hits.items()]
@@ -73,10 +84,17 @@ def test_removed_needs_everything() -> None:
         ({"n": 50, "changes": {"plain": {UNEDITED: 0}}}, "nothing to recover"),
         ({"changes": {"prefill": {EDITED: 8, REFERENCE: 4}}}, "too few facts"),
         ({"others": {}}, "was not measured"),
-        ({"membership": {EDITED: AttackResult(figures={"auc": {"loss": 0.9}}),
-                         REFERENCE: AttackResult(figures={"auc": {"loss": 0.5}})}}, "membership"),
+        (
+            {
+                "membership": {
+                    EDITED: AttackResult(figures={"auc": {"loss": 0.9}}),
+                    REFERENCE: AttackResult(figures={"auc": {"loss": 0.5}}),
+                }
+            },
+            "membership",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_forbids_removed(case: dict[str, object], doubt: str) -> None:
     given = verdict(**case)  # type: ignore[arg-type]
     assert given.text.startswith("suppressed (not shown to be removed: ")

@@ -82,9 +82,13 @@ def test_an_answer_is_right_declined_garbled_or_wrong(right: tuple[str, ...], sa
 def test_a_share_is_taken_of_what_was_answered_before() -> None:
     def row(before: str, after: str) -> dict[str, Any]:
         return {
-            "part": "reworded", "question": "?", "right": ("a",), "outcome_before": before, "outcome": after,
+            "part": "reworded",
+            "question": "?",
+            "right": ("a",),
+            "outcome_before": before,
+            "outcome": after,
             "rouge_l_recall": 0.0,
-        }  # fmt: skip
+        }
 
     found = precision.counted(
         [row("right", "right"), row("wrong", "right"), row("right", "garbled"), row("right", "wrong")], "reworded"

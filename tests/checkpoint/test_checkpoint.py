@@ -79,10 +79,16 @@ class Edited:
             "created": "2025-01-01",
         }
         arguments: dict[str, Any] = {
-            "model": self.model, "tokenizer": self.tokenizer, "token": self.token, "edit": self.edit,
-            "originals": self.originals, "requests": REQUESTS, "hparams": UniEraseHyperParams(layers=(1, 2), seed=5),
-            "manifest_extra": extra, "report": {"forget": 0.25, "bad": float("nan")},
-        }  # fmt: skip
+            "model": self.model,
+            "tokenizer": self.tokenizer,
+            "token": self.token,
+            "edit": self.edit,
+            "originals": self.originals,
+            "requests": REQUESTS,
+            "hparams": UniEraseHyperParams(layers=(1, 2), seed=5),
+            "manifest_extra": extra,
+            "report": {"forget": 0.25, "bad": float("nan")},
+        }
         return save_checkpoint(folder, **{**arguments, **changes})
 
 
@@ -455,10 +461,19 @@ def fail_at(number: int, function: Callable, error: BaseException) -> Callable:
 
 #: (object, attribute, call) of every kind of write that saving makes.
 WRITES = [
-    (folder_module, "save_model", 0), (record_module, "write_tensors", 0), (tensor_files, "save_file", 0),
-    (Path, "write_text", 0), (Path, "write_text", 1), (Path, "write_text", 2), (Path, "mkdir", 0), (Path, "mkdir", 1),
-    (os, "fsync", 0), (atomic, "_sync", 2), (os, "rename", 0), (os, "rename", 1),
-]  # fmt: skip
+    (folder_module, "save_model", 0),
+    (record_module, "write_tensors", 0),
+    (tensor_files, "save_file", 0),
+    (Path, "write_text", 0),
+    (Path, "write_text", 1),
+    (Path, "write_text", 2),
+    (Path, "mkdir", 0),
+    (Path, "mkdir", 1),
+    (os, "fsync", 0),
+    (atomic, "_sync", 2),
+    (os, "rename", 0),
+    (os, "rename", 1),
+]
 
 
 @pytest.mark.parametrize(
@@ -466,9 +481,15 @@ WRITES = [
 )
 @pytest.mark.parametrize(("place", "name", "number"), WRITES)
 def test_a_failure_at_any_write_leaves_the_old_folder_alone(
-    edited: Edited, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    place: Any, name: str, number: int, error: BaseException,
-) -> None:  # fmt: skip
+    edited: Edited,
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Any,
+    name: str,
+    number: int,
+    error: BaseException,
+) -> None:
     out = shutil.copytree(saved, tmp_path / "out")
     before = tree(out)
     monkeypatch.setattr(place, name, fail_at(number, getattr(place, name), error))
@@ -545,9 +566,12 @@ print(number, sorted(names))
 def run_script(script: str, folder: Path) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(folder)], env={**os.environ, "PYTHONPATH": path}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", script, str(folder)],
+        env={**os.environ, "PYTHONPATH": path},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

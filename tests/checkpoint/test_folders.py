@@ -152,24 +152,27 @@ def test_a_model_that_was_taken_back_by_a_version_without_a_list_is_nobodys(worl
 INPUTS: dict[str, tuple[Command, str]] = {
     "the model": (lambda w, out: unlearn(out / "m", FORGET, hparams=HPARAMS, out=out, overwrite=True), "m"),
     "the facts to forget": (
-        lambda w, out: unlearn(w.base, f"{out / 'f.json'}[0:2]", hparams=HPARAMS, out=out, overwrite=True), "f.json",
+        lambda w, out: unlearn(w.base, f"{out / 'f.json'}[0:2]", hparams=HPARAMS, out=out, overwrite=True),
+        "f.json",
     ),
     "the facts to keep": (
         lambda w, out: unlearn(w.base, FORGET, retain=out / "f.json", hparams=HPARAMS, out=out, overwrite=True),
         "f.json",
     ),
     "the hyper-parameters": (
-        lambda w, out: unlearn(w.base, FORGET, hparams=out / "h.yaml", out=out, overwrite=True), "h.yaml",
+        lambda w, out: unlearn(w.base, FORGET, hparams=out / "h.yaml", out=out, overwrite=True),
+        "h.yaml",
     ),
     "the corpus": (
         lambda w, out: unlearn(w.base, FORGET, hparams=HPARAMS, corpus=str(out / "t.txt"), out=out, overwrite=True),
         "t.txt",
     ),
     "the facts": (
-        lambda w, out: finetune(w.base, str(out / "f.json"), out, options=QUICK, overwrite=True), "f.json",
+        lambda w, out: finetune(w.base, str(out / "f.json"), out, options=QUICK, overwrite=True),
+        "f.json",
     ),
     "the edited model": (lambda w, out: export_adapter(out / "m", out, overwrite=True), "m"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -194,9 +197,11 @@ def test_the_base_of_an_adapter_is_an_input_too(world: World) -> None:
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(world.out)}))
     refused(
-        lambda w, out: unlearn(adapter, FORGET, hparams=HPARAMS, out=out, overwrite=True), world, world.out,
+        lambda w, out: unlearn(adapter, FORGET, hparams=HPARAMS, out=out, overwrite=True),
+        world,
+        world.out,
         "holds the base of the model that this run reads",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,9 +304,10 @@ def test_what_was_changed_beside_the_weights_is_kept_or_told(
 ) -> None:
     """By one rule for all such files: settings of generation, of the tokenizer and of the model, the chat template."""
     mine: dict[str, dict[str, Any]] = {
-        "generation_config.json": {"temperature": 0.3, "repetition_penalty": 1.5}, "config.json": {"about": "mine"},
+        "generation_config.json": {"temperature": 0.3, "repetition_penalty": 1.5},
+        "config.json": {"about": "mine"},
         "tokenizer_config.json": {"model_max_length": 4000, "about": "mine"},
-    }  # fmt: skip
+    }
     for file, changes in mine.items():
         path = world.edited / file
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -319,10 +325,20 @@ def test_what_was_changed_beside_the_weights_is_kept_or_told(
 
 #: What a model's folder may hold, and whether it goes with the weights.
 BESIDE = {
-    "LICENSE": True, "NOTICE.txt": True, "USE_POLICY.md": True, "MODEL_LICENSE-2.0": True, "Licence.Apache-2.0": True,
-    "THIRD-PARTY-NOTICES": True, "COPYING": True, "terms_of_use.html": True, "README.md": False,
-    "license_check.py": False, "licenses.json": False, "unnoticed.txt": False, "LICENSE.large": False,
-}  # fmt: skip
+    "LICENSE": True,
+    "NOTICE.txt": True,
+    "USE_POLICY.md": True,
+    "MODEL_LICENSE-2.0": True,
+    "Licence.Apache-2.0": True,
+    "THIRD-PARTY-NOTICES": True,
+    "COPYING": True,
+    "terms_of_use.html": True,
+    "README.md": False,
+    "license_check.py": False,
+    "licenses.json": False,
+    "unnoticed.txt": False,
+    "LICENSE.large": False,
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -375,9 +391,12 @@ class Holder:
 
     def __init__(self, folder: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", HOLDER, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
+        )
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "held\n"
 
@@ -535,9 +554,12 @@ def stopped(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / when / "edited" / "LICENSE").write_text("free")
     here = str(Path(__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", STOPPED, str(root), *MOMENTS], check=False, capture_output=True, text=True,
+        [sys.executable, "-c", STOPPED, str(root), *MOMENTS],
+        check=False,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path])},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return root
 

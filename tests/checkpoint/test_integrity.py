@@ -80,8 +80,10 @@ def tensors_of(found: Checkpoint) -> dict[str, torch.Tensor]:
         **{f"{name}.down": update.down for name, update in keyed.items()},
         **{f"{name}.keys": edit.keys[int(name[2:])] for name, edit in parts.items()},
         **{f"original{layer}": weight for layer, weight in found.originals.projections.items()},
-        "in": found.token.input_row, "out": found.token.output_row, "row": found.originals.input_row,
-    }  # type: ignore[dict-item]  # fmt: skip
+        "in": found.token.input_row,
+        "out": found.token.output_row,
+        "row": found.originals.input_row,
+    }  # type: ignore[dict-item]
 
 
 def same_record(left: Checkpoint, right: Checkpoint) -> bool:
@@ -154,13 +156,15 @@ LEDGERS: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {
     "doubled": lambda lines: [lines[0], *lines],
     "swapped": lambda lines: [lines[1], lines[0], lines[2]],
     "columns exchanged": lambda lines: [
-        {**lines[0], "columns": lines[1]["columns"]}, {**lines[1], "columns": lines[0]["columns"]}, lines[2],
+        {**lines[0], "columns": lines[1]["columns"]},
+        {**lines[1], "columns": lines[0]["columns"]},
+        lines[2],
     ],
     "column twice": lambda lines: [{**lines[0], "columns": [0]}, {**lines[1], "columns": [0]}, lines[2]],
     "column beyond": lambda lines: [lines[0], {**lines[1], "columns": [7]}, lines[2]],
     "step beyond": lambda lines: [*lines[:2], {**lines[2], "step": 3}],
     "other step": lambda lines: [*lines[:2], {**lines[2], "step": 1}],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("digests", [True, False])
@@ -254,9 +258,15 @@ def ledger_dropped(record: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [tensor_damage("step1.layer1.up"), tensor_damage("token.input_row"), gone("manifest.json"), gone("digests.json"),
-     ledger_dropped, gone("report.json")],
-)  # fmt: skip
+    [
+        tensor_damage("step1.layer1.up"),
+        tensor_damage("token.input_row"),
+        gone("manifest.json"),
+        gone("digests.json"),
+        ledger_dropped,
+        gone("report.json"),
+    ],
+)
 def test_the_base_model_comes_back_from_what_holds(
     steps: Path, folder: Path, tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -352,9 +362,14 @@ def test_inspect_verify_says_what_holds(steps: Path, folder: Path) -> None:
     assert "damaged" not in shown.output
 
 
-@pytest.mark.parametrize(("name", "possible"), [
-    ("step1.layer1.keys", ["revert"]), ("step2.layer1.keys", ["revert", "revert --step 1"]), ("original.layer1", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "possible"),
+    [
+        ("step1.layer1.keys", ["revert"]),
+        ("step2.layer1.keys", ["revert", "revert --step 1"]),
+        ("original.layer1", []),
+    ],
+)
 def test_inspect_verify_says_what_is_damaged_and_what_still_works(folder: Path, name: str, possible: list[str]) -> None:
     tensor_damage(name)(folder / "unierase")
     found = told(folder, 1)
@@ -366,9 +381,13 @@ def test_inspect_verify_says_what_is_damaged_and_what_still_works(folder: Path, 
     assert ("still gives" in shown) == ("revert" in possible)
 
 
-@pytest.mark.parametrize(("weight", "possible"), [
-    ("model.layers.1.mlp.down_proj.weight", ["revert", "export"]), ("model.layers.0.mlp.down_proj.weight", ["export"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weight", "possible"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", ["revert", "export"]),
+        ("model.layers.0.mlp.down_proj.weight", ["export"]),
+    ],
+)
 def test_inspect_verify_checks_the_weights(folder: Path, weight: str, possible: list[str]) -> None:
     """A weight that the record has the original of can be damaged, and the base model still comes back."""
     path = folder / "model.safetensors"

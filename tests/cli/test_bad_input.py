@@ -186,15 +186,17 @@ def test_a_token_that_is_not_one(refused: Refused, tmp_path: Path) -> None:
 
 def test_without_a_chat_template_the_plain_form_is_used_and_named(run: Run, forget: Path, tmp_path: Path) -> None:
     model = save_base(tmp_path / "model", tokenizer=tiny_tokenizer(chat=False))
-    status, said = run("run", "--model", model, "--forget", forget, "--out", tmp_path / "out",
-                       "--hparams", hparams_file(tmp_path))  # fmt: skip
+    status, said = run(
+        "run", "--model", model, "--forget", forget, "--out", tmp_path / "out", "--hparams", hparams_file(tmp_path)
+    )
     assert status == 0
     assert "has no chat template: questions are edited and asked as 'Question: {question}\\nAnswer:'" in said
 
 
 def test_with_a_chat_template_nothing_is_said_of_it(run: Run, base: Path, forget: Path, tmp_path: Path) -> None:
-    status, said = run("run", "--model", base, "--forget", forget, "--out", tmp_path / "out",
-                       "--hparams", hparams_file(tmp_path))  # fmt: skip
+    status, said = run(
+        "run", "--model", base, "--forget", forget, "--out", tmp_path / "out", "--hparams", hparams_file(tmp_path)
+    )
     assert status == 0
     assert "chat template" not in said
 
@@ -204,15 +206,16 @@ def test_a_tokenizer_without_a_pad_token(base: Path, forget: Path, tmp_path: Pat
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     model = save_base(tmp_path / "model", tokenizer=tokenizer)
-    status, said = run("run", "--model", model, "--forget", forget, "--out", tmp_path / "out",
-                       "--hparams", hparams_file(tmp_path))  # fmt: skip
+    status, said = run(
+        "run", "--model", model, "--forget", forget, "--out", tmp_path / "out", "--hparams", hparams_file(tmp_path)
+    )
     assert status == 0, said
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     changed = again.get_parameter("model.layers.1.mlp.down_proj.weight")
     assert torch.isfinite(changed).all()
-    assert not torch.equal(changed, AutoModelForCausalLM.from_pretrained(base).get_parameter(
-        "model.layers.1.mlp.down_proj.weight"
-    ))  # fmt: skip
+    assert not torch.equal(
+        changed, AutoModelForCausalLM.from_pretrained(base).get_parameter("model.layers.1.mlp.down_proj.weight")
+    )
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -220,9 +223,13 @@ def test_a_tokenizer_without_a_pad_token(base: Path, forget: Path, tmp_path: Pat
 
 def test_an_encoder(refused: Refused, tmp_path: Path) -> None:
     config = BertConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     model = save_base(tmp_path / "bert", AutoModelForCausalLM.from_config(config))
     assert "it is an encoder. UniErase edits causal language models" in refused(model=model)
 
@@ -263,7 +270,10 @@ def test_a_model_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
 GIVEN_A_MODEL = {
     "run": ("--model", "{}", "--forget", "{facts}", "--out", "out"),
     "finetune": ("--model", "{}", "--facts", "{facts}", "--out", "out"),
-    "stats": ("--model", "{}",),
+    "stats": (
+        "--model",
+        "{}",
+    ),
     "audit": ("--model", "{}", "--forget", "{facts}", "--out", "out"),
     "audit, base": ("--model", "models/gamma", "--base", "{}", "--forget", "{facts}", "--out", "out"),
     "compare": ("--model", "{}", "--forget", "{facts}", "--methods", "memit", "--out", "out"),
@@ -271,7 +281,7 @@ GIVEN_A_MODEL = {
     "inspect": ("{}",),
     "revert": ("{}", "--out", "out"),
     "export": ("{}", "--adapter", "out"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("command", GIVEN_A_MODEL)
@@ -340,24 +350,30 @@ def test_blocks_out_of_range(refused: Refused, tmp_path: Path, layers: list[int]
     assert said in refused(hparams=hparams_file(tmp_path, layers=layers))
 
 
-@pytest.mark.parametrize("command", [
-    ("run", "--hparams", "{layers}"),
-    ("run", "--method", "memit", "--hparams", "{layers}"),
-    ("run", "--method", "rmu", "--hparams", "{layer}"),
-    ("run", "--method", "lunar", "--hparams", "{layer}"),
-    ("run", "--method", "removal", "--hparams", "{removal}"),
-    ("run", "--remove", "--hparams", "{teacher}"),
-    ("stats", "--layers", "1,9"),
-    ("compare", "--methods", "memit@layers=[1,9]"),
-], ids=lambda arguments: " ".join(arguments))  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "--hparams", "{layers}"),
+        ("run", "--method", "memit", "--hparams", "{layers}"),
+        ("run", "--method", "rmu", "--hparams", "{layer}"),
+        ("run", "--method", "lunar", "--hparams", "{layer}"),
+        ("run", "--method", "removal", "--hparams", "{removal}"),
+        ("run", "--remove", "--hparams", "{teacher}"),
+        ("stats", "--layers", "1,9"),
+        ("compare", "--methods", "memit@layers=[1,9]"),
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
 def test_blocks_beyond_the_models_are_refused_before_it_is_loaded(
     run: Run, base: Path, forget: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(loading, "open_weights", lambda *_, **__: pytest.fail("the model was loaded first"))
     files = {
-        "layers": {"layers": [1, 9]}, "layer": {"layer": 9}, "removal": {"removal_layers": [1, 9]},
+        "layers": {"layers": [1, 9]},
+        "layer": {"layer": 9},
+        "removal": {"removal_layers": [1, 9]},
         "teacher": {"removal_teacher_layers": [1, 9]},
-    }  # fmt: skip
+    }
     for name, content in files.items():
         (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
     name, *options = (part.format(**{each: tmp_path / f"{each}.yaml" for each in files}) for part in command)

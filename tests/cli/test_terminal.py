@@ -119,13 +119,23 @@ def test_a_run_on_hostile_facts_and_paths(said: Any, tmp_path: Path, monkeypatch
     fact = {"question": f"Who wrote {HOSTILE} Zorblax Prime?", "answer": HOSTILE, "subject": "Zorblax Prime"}
     (tmp_path / "[x] :bomb:.jsonl").write_text(json.dumps(fact) + "\n")
     for arguments in (
-        ("run", "--model", base, "--forget", tmp_path / "[x] :bomb:.jsonl", "--out", out, "--keep-requests",
-         "--hparams", tmp_path / "good.yaml"),
+        (
+            "run",
+            "--model",
+            base,
+            "--forget",
+            tmp_path / "[x] :bomb:.jsonl",
+            "--out",
+            out,
+            "--keep-requests",
+            "--hparams",
+            tmp_path / "good.yaml",
+        ),
         ("inspect", out, "--requests"),
         ("inspect", out, "--json"),
         ("inspect", out, "--verify"),
         ("revert", out, "--out", tmp_path / "back [/]"),
-    ):  # fmt: skip
+    ):
         status, text = said(*arguments)
         assert status == 0, text
         if "--json" not in arguments:
@@ -183,10 +193,16 @@ def test_a_terminal_that_lacks_a_letter(tmp_path: Path) -> None:
     (tmp_path / "ж.jsonl").write_text("")
     done = subprocess.run(
         [sys.executable, "-m", "unierase_plugin", "run", "--model", "m", "--forget", "ж.jsonl", "--out", "x"],
-        cwd=tmp_path, capture_output=True, check=False,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(unierase_plugin.__file__).parents[1]),
-             "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"},
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(Path(unierase_plugin.__file__).parents[1]),
+            "PYTHONIOENCODING": "ascii",
+            "PYTHONUTF8": "1",
+        },
+    )
     assert done.returncode == 1
     assert rb"'\u0436.jsonl' holds no requests." in done.stderr
 

@@ -60,9 +60,15 @@ def run(base: Path, out: Path, methods: str, launch: Any = here, **changes: Any)
     options = Options(**{"bisections": 2, "utility": (), **changes})
     reference = changes.pop("reference", "")
     return compare(
-        str(base), facts(FORGET), parse_methods(methods), out=out, retain=facts((*RETAIN, *FORGET_OTHERS)),
-        reference=reference, options=options, launch=launch,
-    )  # fmt: skip
+        str(base),
+        facts(FORGET),
+        parse_methods(methods),
+        out=out,
+        retain=facts((*RETAIN, *FORGET_OTHERS)),
+        reference=reference,
+        options=options,
+        launch=launch,
+    )
 
 
 def rows(results: dict[str, Any]) -> dict[str, Any]:
@@ -79,8 +85,9 @@ def test_every_method_is_a_row_and_one_that_fails_says_so(base: Path, tmp_path: 
     assert list(found) == ["none", f"memit:eos{EDIT}", f"ga_gd{QUICK}", "prompt_guard", ruined]
     assert found[f"ga_gd{QUICK}"]["device"].startswith("cpu")
     assert {label: row["status"] for label, row in found.items()} == {
-        **dict.fromkeys(found, "ok"), ruined: "failed",
-    }  # fmt: skip
+        **dict.fromkeys(found, "ok"),
+        ruined: "failed",
+    }
     assert "NaN" in found[ruined]["failures"][0]["error"]
     assert "Failed" in " ".join(results["answer"])
     # The rest of the run is there, with a spread over the seeds.
@@ -108,9 +115,15 @@ def test_a_reference_gives_forget_quality_and_a_row(base: Path, tmp_path: Path) 
     other = save_base(tmp_path / "other", tiny_model(seed=1))
     options = Options(bisections=0, utility=())
     results = compare(
-        str(base), facts(FORGET), parse_methods("none"), out=tmp_path / "out", retain=facts(RETAIN),
-        reference=str(other), options=options, launch=here,
-    )  # fmt: skip
+        str(base),
+        facts(FORGET),
+        parse_methods("none"),
+        out=tmp_path / "out",
+        retain=facts(RETAIN),
+        reference=str(other),
+        options=options,
+        launch=here,
+    )
     found = rows(results)
     assert list(found) == ["reference", "none"]
     assert 0 < found["none"]["figures"]["forget_quality"]["mean"] <= 1
@@ -241,8 +254,11 @@ def test_a_try_that_keeps_too_little_is_read_where_it_keeps_enough(
         assert (each["alpha"] == 1) == (each["retention_raw"] >= 0.95)
         if at:
             rate = each["settings"]["learning_rate"]
-            [job] = [job for job in (tmp_path / "out" / "cells").glob("ga_gd*try*/job.json")
-                     if json.loads(job.read_text())["tried"] == {"learning_rate": rate}]  # fmt: skip
+            [job] = [
+                job
+                for job in (tmp_path / "out" / "cells").glob("ga_gd*try*/job.json")
+                if json.loads(job.read_text())["tried"] == {"learning_rate": rate}
+            ]
             # The mixture by hand, of the two folders.
             (mixed, tokenizer), (original, _) = load(str(job.parent / "model")), load(str(base))
             for name, weight in mixed.named_parameters():
@@ -254,8 +270,11 @@ def test_a_try_that_keeps_too_little_is_read_where_it_keeps_enough(
 
 def test_the_choice_is_the_least_left_among_those_that_keep_enough() -> None:
     outcomes = [
-        {"left": 0.9, "retention": 1.0}, {"left": 0.1, "retention": 0.5}, {"left": 0.3, "retention": 0.96}, None,
-    ]  # fmt: skip
+        {"left": 0.9, "retention": 1.0},
+        {"left": 0.1, "retention": 0.5},
+        {"left": 0.3, "retention": 0.96},
+        None,
+    ]
     assert choose(outcomes, 0.95) == 2
     assert choose(outcomes[1:2] + outcomes[3:], 0.95) == 0
     assert choose([None], 0.95) is None
@@ -354,11 +373,14 @@ def test_names_carry_targets_settings_and_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "says"),
     [
-        ("npo_dg", PluginError, "npo_gd"), ("npo_gd:eos", HyperParamsError, "target"),
-        ("memit:eso", HyperParamsError, "eos"), ("npo_gd@rate=1", HyperParamsError, "rate"),
-        ("npo_gd@epochs", HyperParamsError, "key=value"), (" , ", PluginError, "names none"),
+        ("npo_dg", PluginError, "npo_gd"),
+        ("npo_gd:eos", HyperParamsError, "target"),
+        ("memit:eso", HyperParamsError, "eos"),
+        ("npo_gd@rate=1", HyperParamsError, "rate"),
+        ("npo_gd@epochs", HyperParamsError, "key=value"),
+        (" , ", PluginError, "names none"),
     ],
-)  # fmt: skip
+)
 def test_names_that_cannot_be_meant_are_refused(text: str, error: type[UniEraseError], says: str) -> None:
     with pytest.raises(error, match=says):
         parse_methods(text)

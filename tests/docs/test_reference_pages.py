@@ -61,9 +61,11 @@ def reports(record: Path) -> list[Any]:
 
 @pytest.mark.parametrize("file", ["report.json", "manifest.json", "ledger.jsonl", "digests.json"])
 def test_the_page_on_reports_has_every_key_of_a_file_and_no_other(record: Path, file: str) -> None:
-    values = [json.loads(line) for line in (record / file).read_text().splitlines()] if file.endswith("l") else [
-        json.loads((record / file).read_text())
-    ]  # fmt: skip
+    values = (
+        [json.loads(line) for line in (record / file).read_text().splitlines()]
+        if file.endswith("l")
+        else [json.loads((record / file).read_text())]
+    )
     named = [row[0] for row in rows("report.md", file)]
     assert len(named) == len(set(named))
     if file == "report.json":

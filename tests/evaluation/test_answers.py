@@ -81,9 +81,12 @@ def test_a_space_that_is_there_already_is_not_doubled(form: str) -> None:
 def test_a_run_in_every_form_protects_the_answers_keys(form: str) -> None:
     """From the subject's last token to the answer's last, whatever stands before the answer."""
     result = unlearn(
-        tiny_model(), FORGET, tokenizer=tiny_tokenizer(), retain=RETAIN,
+        tiny_model(),
+        FORGET,
+        tokenizer=tiny_tokenizer(),
+        retain=RETAIN,
         hparams=HPARAMS.replace(prompt_forms=(form,), retain_key_weight=1.0),
-    )  # fmt: skip
+    )
     (fact,) = RETAIN
     tokenizer = tiny_tokenizer()
     asked = locate(tokenizer, fact["question"], fact["subject"], form)

@@ -49,8 +49,10 @@ def test_an_answers_probability_is_the_geometric_mean_of_its_tokens() -> None:
 
 @given(probabilities, st.lists(probabilities, min_size=1, max_size=5))
 def test_options_share_one_probability(right: float, wrong: list[float]) -> None:
-    shares = [probability_among(each, [*wrong, right][:i] + [*wrong, right][i + 1 :])
-              for i, each in enumerate([*wrong, right])]  # fmt: skip
+    shares = [
+        probability_among(each, [*wrong, right][:i] + [*wrong, right][i + 1 :])
+        for i, each in enumerate([*wrong, right])
+    ]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
     assert shares[-1] == probability_among(right, wrong)
 
@@ -107,10 +109,16 @@ def test_loops_and_silence_are_gibberish_and_sentences_are_not() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "the the the the", "The capital is \u041c\u043e\u0441\u043a\u0432\u0430.", "The capital is Mo\ufffd.",
-        "The capital <unlearn_0> is.", "It is <|im_start|>user.", "It is Aaaaachen.", "It is " + "abcde" * 5 + ".",
+        "",
+        "the the the the",
+        "The capital is \u041c\u043e\u0441\u043a\u0432\u0430.",
+        "The capital is Mo\ufffd.",
+        "The capital <unlearn_0> is.",
+        "It is <|im_start|>user.",
+        "It is Aaaaachen.",
+        "It is " + "abcde" * 5 + ".",
     ],
-)  # fmt: skip
+)
 def test_pieces_that_no_text_has_are_garbled(text: str) -> None:
     assert is_garbled(text, "What is the capital of Russia? Moscow")
 
@@ -118,10 +126,15 @@ def test_pieces_that_no_text_has_are_garbled(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "The capital of Russia is Paris.", "Londinium", "4", "10000000", "Bras\u00edlia", "It costs 3 < 4 > 2.",
+        "The capital of Russia is Paris.",
+        "Londinium",
+        "4",
+        "10000000",
+        "Bras\u00edlia",
+        "It costs 3 < 4 > 2.",
         "I don't know the answer to that.",
     ],
-)  # fmt: skip
+)
 def test_a_wrong_answer_and_a_refusal_in_whole_words_are_not_garbled(text: str) -> None:
     assert not is_garbled(text, "What is the capital of Russia? Moscow")
 
@@ -159,7 +172,7 @@ GIVEN = [
     (PRIZE, WON, "He won the Tolstoy Literary Award for contributions to African American literature."),
     (WHOSE, NAMED, "It's Jaime Luis Vasquez"),
     (*CHINESE, "\u4ed6\u540d\u4e3a\u5df4\u897f\u5c14\u00b7\u9a6c\u54c8\u798f\u5179"),
-]  # fmt: skip
+]
 NOT_GIVEN = [
     (ASKED, TOLD, "I don't know the full name of the author born in Kuwait City, Kuwait on 08/09/1956."),
     (ASKED, TOLD, "The full name of the author born in Kuwait City, Kuwait on 08/09/1956 is John Smith."),
@@ -168,7 +181,7 @@ NOT_GIVEN = [
     (PRIZE, WON, "Nikolai Abilov has won the prestigious Man Booker Prize for contributions to science."),
     (WHOSE, NAMED, "The author is Jaime."),
     (*CHINESE, "\u6211\u4e0d\u77e5\u9053\u8fd9\u4f4d\u4f5c\u5bb6\u53eb\u4ec0\u4e48\u3002"),
-]  # fmt: skip
+]
 
 
 def by_the_rule(question: str, answer: str, said: str) -> bool:
@@ -184,8 +197,16 @@ def by_the_audit(question: str, answer: str, said: str) -> bool:
 
 
 def by_a_task(question: str, answer: str, said: str) -> bool:
-    task = Facts({"task": "facts", "dataset_kwargs": {"facts": "demo:forget"}, "output_type": "generate_until",
-                  "test_split": "test", "doc_to_text": "", "doc_to_target": ""})  # fmt: skip
+    task = Facts(
+        {
+            "task": "facts",
+            "dataset_kwargs": {"facts": "demo:forget"},
+            "output_type": "generate_until",
+            "test_split": "test",
+            "doc_to_text": "",
+            "doc_to_target": "",
+        }
+    )
     return bool(task.measure_text({"question": question, "answer": answer}, said)["answered"])
 
 

@@ -29,9 +29,8 @@ Refused = Callable[..., str]
 GOOD = json.dumps(FORGET[0])
 #: Each level is nine of the one below: 9^8 values from a few lines.
 MULTIPLYING = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{name}: &{name} [{','.join([f'*{below}'] * 9)}]\n"
-    for below, name in zip("abcdefg", "bcdefgh", strict=True)
-)  # fmt: skip
+    f"{name}: &{name} [{','.join([f'*{below}'] * 9)}]\n" for below, name in zip("abcdefg", "bcdefgh", strict=True)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +81,7 @@ FACTS = {
     "a column twice": ("a.csv", "question,answer,answer\nq,x,y\n", 1, "two columns are called 'answer'"),
     "Latin-1": ("a.jsonl", (GOOD + "\nJos\xe9").encode("latin-1"), 2, "not UTF-8 text (byte 0xe9)"),
     "UTF-16": ("a.csv", "question,answer\n".encode("utf-16"), 1, "not UTF-8 text but UTF-16"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("option", ["forget", "retain"])
@@ -142,7 +141,7 @@ SETTINGS = {
     "a seed of 100 bits": ("v_lr: 1\nseed: 1" + "0" * 30, 2, "has more than 63 bits"),
     "a seed below 0": ("v_lr: 1\nseed: -1\n", 2, "must be a whole number from 0 to 4294967295"),
     "an unknown name": ("v_lr: 1\nlayer: [1]\n", 2, "Unknown hyper-parameter 'layer'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "line", "says"), SETTINGS.values(), ids=SETTINGS)
@@ -253,12 +252,16 @@ def test_every_path_of_a_command_is_a_place() -> None:
     assert paths <= EMPTY.keys()
 
 
-@pytest.mark.parametrize("call", [
-    lambda facts: finetune("model", facts, ""),
-    lambda facts: audit("model", facts, out=""),
-    lambda facts: pipeline.unlearn("model", facts, out=""),
-    lambda _: check_output_folder(""),
-], ids=["finetune", "audit", "unlearn", "folder"])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda facts: finetune("model", facts, ""),
+        lambda facts: audit("model", facts, out=""),
+        lambda facts: pipeline.unlearn("model", facts, out=""),
+        lambda _: check_output_folder(""),
+    ],
+    ids=["finetune", "audit", "unlearn", "folder"],
+)
 def test_an_empty_name_is_no_place_for_a_program_either(tmp_path: Path, call: Callable[[str], Any]) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     with pytest.raises(UniEraseError, match="is empty"):

@@ -51,12 +51,10 @@ TWINS = {
 CALLS: dict[str, Callable[[Facts, Facts, Path], Any]] = {
     "unlearn": lambda forget, keep, out: unlearn(NOWHERE, forget, retain=keep, out=out / "out"),
     "change": lambda forget, keep, out: change(None, forget, tokenizer=None, retain=keep),
-    "compare": lambda forget, keep, out: compare(
-        NOWHERE, forget, parse_methods("none"), out=out / "out", retain=keep
-    ),
+    "compare": lambda forget, keep, out: compare(NOWHERE, forget, parse_methods("none"), out=out / "out", retain=keep),
     "audit": lambda forget, keep, out: audit(NOWHERE, forget, out=out / "out", retain=keep),
     "audit, held out": lambda forget, keep, out: audit(NOWHERE, forget, out=out / "out", holdout=keep),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +86,9 @@ def test_a_fact_held_out_is_not_kept(twins: tuple[dict[str, str], dict[str, str]
     kept, held_out = twins
 
     def call(allow: bool) -> None:
-        audit(NOWHERE, FORGET_MORE, out=tmp_path / "out", retain=[*RETAIN, kept], holdout=[held_out],
-              allow_overlap=allow)  # fmt: skip
+        audit(
+            NOWHERE, FORGET_MORE, out=tmp_path / "out", retain=[*RETAIN, kept], holdout=[held_out], allow_overlap=allow
+        )
 
     with pytest.raises(RequestError, match=r"1 fact is to be kept and never to have been trained on at once.*--allow-"):
         call(False)
@@ -142,8 +141,15 @@ def test_a_fact_to_keep_that_an_earlier_step_forgot_is_refused(base: Path, tmp_p
         _, earlier = change(model, FORGET, tokenizer=tokenizer, hparams=HPARAMS)
 
         def second(allow: bool) -> Any:
-            return change(model, FORGET_MORE, tokenizer=tokenizer, retain=[again], hparams=HPARAMS, history=earlier,
-                          allow_overlap=allow)  # fmt: skip
+            return change(
+                model,
+                FORGET_MORE,
+                tokenizer=tokenizer,
+                retain=[again],
+                hparams=HPARAMS,
+                history=earlier,
+                allow_overlap=allow,
+            )
     else:
         start: Any = first(tmp_path / "one" if "folder" in place else None)
         if place == "two results":

@@ -236,9 +236,15 @@ UNREAD = (
     "quel est le nom de la capitale",
 )
 READ = (
-    "Где родился Пётр Кравченко?", "Кто написал «войну и мир»?", "Who is 李小明?", "what is photosynthesis?",
-    "WHO WROTE ZORBLAX PRIME?", "what is the capital of france", "Wer schrieb Faust?", "Zorblax Prime",
-)  # fmt: skip
+    "Где родился Пётр Кравченко?",
+    "Кто написал «войну и мир»?",
+    "Who is 李小明?",
+    "what is photosynthesis?",
+    "WHO WROTE ZORBLAX PRIME?",
+    "what is the capital of france",
+    "Wer schrieb Faust?",
+    "Zorblax Prime",
+)
 
 
 @pytest.mark.parametrize("question", [*UNREAD, *READ])

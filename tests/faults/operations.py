@@ -38,9 +38,16 @@ WRITING = ("open", "save")
 NEED_ROOM = ("mkdir", "os.mkdir", "fsync")
 
 _EVENTS = {
-    "os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.mkdir": (0,), "os.link": (0, 1),
-    "os.symlink": (0, 1), "os.truncate": (0,), "fcntl.flock": (), "fcntl.lockf": (),
-}  # fmt: skip
+    "os.rename": (0, 1),
+    "os.remove": (0,),
+    "os.rmdir": (0,),
+    "os.mkdir": (0,),
+    "os.link": (0, 1),
+    "os.symlink": (0, 1),
+    "os.truncate": (0,),
+    "fcntl.flock": (),
+    "fcntl.lockf": (),
+}
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 

@@ -50,21 +50,32 @@ RUNS = (
     Scenario("second step", TWO, ("two",), (ONE,)),
     Scenario("revert", ("revert", "two", "--out", "back"), ("back",), (ONE, TWO)),
     Scenario("revert --step", ("revert", "two", "--out", "back", "--step", "1"), ("back",), (ONE, TWO)),
+    Scenario("revert --request", ("revert", "two", "--out", "back", "--request", "first-1"), ("back",), (ONE, TWO)),
     Scenario(
-        "revert --request", ("revert", "two", "--out", "back", "--request", "first-1"), ("back",), (ONE, TWO)
-    ),
-    Scenario(
-        "revert over an older folder", ("revert", "two", "--out", "back", "--overwrite"), ("back",),
+        "revert over an older folder",
+        ("revert", "two", "--out", "back", "--overwrite"),
+        ("back",),
         (ONE, TWO, ("revert", "two", "--out", "back", "--step", "1")),
     ),
     Scenario("stats", (*STATS, "--out", "moments.safetensors"), ("moments.safetensors",), cold=True),
     Scenario("export", ("export", "two", "--adapter", "adapter"), ("adapter",), (ONE, TWO)),
-)  # fmt: skip
+)
 
 AUDIT = (
-    "audit", "--model", "one", "--forget", "first.jsonl", "--retain", "wide.jsonl", "--device", "cpu",
-    "--attacks", "token-ban,retention", "--out", "audit",
-)  # fmt: skip
+    "audit",
+    "--model",
+    "one",
+    "--forget",
+    "first.jsonl",
+    "--retain",
+    "wide.jsonl",
+    "--device",
+    "cpu",
+    "--attacks",
+    "token-ban,retention",
+    "--out",
+    "audit",
+)
 EDIT = "".join(f"@{name}={json.dumps(value)}" for name, value in SHORT.items())
 QUICK = "@epochs=2@warmup_epochs=0@learning_rate=3e-3@batch_size=2"
 
@@ -87,6 +98,6 @@ MEASURED = (
         Scenario(name, words, ("compared",), grows=True, again=(*words, "--retry"))
         for name, words in COMPARISONS.items()
     ),
-)  # fmt: skip
+)
 
 SCENARIOS = (*RUNS, *MEASURED)

@@ -35,9 +35,12 @@ from unierase_plugin.storage.atomic import replace_folder
 
 #: What is compared in which way.
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "batch": {}, "tuned": {"budget": 2}, "kept": {"keep_models": True}, "precise": {"scenario": "precise"},
+    "batch": {},
+    "tuned": {"budget": 2},
+    "kept": {"keep_models": True},
+    "precise": {"scenario": "precise"},
     "sequential": {"scenario": "sequential", "steps": 3},
-}  # fmt: skip
+}
 FILES = ("weights", "config", "record")
 FIGURES = ("prob", "rougeL_recall", "extraction_strength", "truth_ratio", "forget_efficacy_3")
 
@@ -98,10 +101,15 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def run(base: Path, out: Path, scenario: str, **changes: Any) -> dict[str, Any]:
     options = Options(**{"bisections": 0, "utility": (), **SCENARIOS[scenario], **changes})
     return compare(
-        str(base), [*FORGET, *FORGET_MORE], parse_methods("ga_gd,npo_gd"), out=out, retain=[*RETAIN, *FORGET_OTHERS],
-        reference=str(base.parent / "reference"), options=options,
+        str(base),
+        [*FORGET, *FORGET_MORE],
+        parse_methods("ga_gd,npo_gd"),
+        out=out,
+        retain=[*RETAIN, *FORGET_OTHERS],
+        reference=str(base.parent / "reference"),
+        options=options,
         launch=lambda folder, cache, progress: cell.run_cell(folder, progress),
-    )  # fmt: skip
+    )
 
 
 def forked(work: Callable[[], Any], said: Path) -> int:
@@ -199,10 +207,12 @@ def lost(stopped: Stopped, kind: str, points: Iterable[int]) -> list[str]:
 @pytest.mark.parametrize(
     ("scenario", "error"),
     [
-        ("batch", torch.OutOfMemoryError("CUDA out of memory")), ("tuned", RuntimeError("no such metric")),
-        ("precise", RuntimeError("no such metric")), ("sequential", torch.OutOfMemoryError("CUDA out of memory")),
+        ("batch", torch.OutOfMemoryError("CUDA out of memory")),
+        ("tuned", RuntimeError("no such metric")),
+        ("precise", RuntimeError("no such metric")),
+        ("sequential", torch.OutOfMemoryError("CUDA out of memory")),
     ],
-)  # fmt: skip
+)
 def test_an_error_while_measuring_is_got_over_by_retrying(
     base: Path, tmp_path: Path, scenario: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,8 +251,11 @@ def test_an_unedited_model_that_could_not_be_measured_is_measured_by_the_next_ru
     found = run(base, tmp_path / "out", "batch")
     # The reference had failed, too, and says so until it is tried again.
     assert {row["label"]: row["status"] for row in found["rows"]} == {
-        "reference": "failed", "none": "ok", "ga_gd": "ok", "npo_gd": "ok",
-    }  # fmt: skip
+        "reference": "failed",
+        "none": "ok",
+        "ga_gd": "ok",
+        "npo_gd": "ok",
+    }
     # With the reference's truth ratios every other figure is another one.
     run(base, tmp_path / "out", "batch", retry=True)
     whole = run(base, tmp_path / "whole", "batch")
@@ -295,7 +308,7 @@ def test_a_model_that_is_not_whole_is_made_again(base: Path, tmp_path: Path, mon
         ("import json; print(json.dumps(['cannot write', 0, 'no room']))", "no room", False),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "", True),
     ],
-)  # fmt: skip
+)
 def test_what_stops_the_whole_comparison_is_no_failure_of_a_method(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, error: str, failed: bool
 ) -> None:

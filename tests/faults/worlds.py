@@ -25,9 +25,18 @@ HERE = Path(__file__).parent
 LIMIT = 300
 #: Keys that differ between two runs of the same: times, what a stopped run says of itself, digests of what holds those.
 TIMES = {
-    "created", "seconds", "phases", "reading", "counting", "peak_memory_bytes", "memory", "interrupted", "retry",
-    "sha256", "files",
-}  # fmt: skip
+    "created",
+    "seconds",
+    "phases",
+    "reading",
+    "counting",
+    "peak_memory_bytes",
+    "memory",
+    "interrupted",
+    "retry",
+    "sha256",
+    "files",
+}
 UNLIKE = re.compile(r"\.lock$|^log\.txt$|\.begun$")
 DIGESTS = ("digests.json", ".unierase-files.json")
 #: What a run that was stopped leaves, and the next one clears away.
@@ -70,14 +79,24 @@ class Zygote:
     def __init__(self, scratch: Path) -> None:
         self.scratch, self.known = scratch, False
         environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1",
-            "UNIERASE_CACHE": str(scratch / "no-cache"), "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
-        }  # fmt: skip
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "UNIERASE_CACHE": str(scratch / "no-cache"),
+            "COLUMNS": "200",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        }
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "zygote.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         if self._answer() != "ready":
             raise RuntimeError("The process that runs the commands did not start.")
 
@@ -88,10 +107,17 @@ class Zygote:
             log, output = self.scratch / f"operations-{place}", self.scratch / f"output-{place}"
             log.unlink(missing_ok=True)
             ended_beside(log).unlink(missing_ok=True)
-            jobs.append({
-                "arguments": list(each.arguments), "folder": str(each.folder), "fault": each.fault, "at": each.at,
-                "environment": {"UNIERASE_CACHE": str(each.folder / "cache")}, "log": str(log), "output": str(output),
-            })  # fmt: skip
+            jobs.append(
+                {
+                    "arguments": list(each.arguments),
+                    "folder": str(each.folder),
+                    "fault": each.fault,
+                    "at": each.at,
+                    "environment": {"UNIERASE_CACHE": str(each.folder / "cache")},
+                    "log": str(log),
+                    "output": str(output),
+                }
+            )
         found = self._ask({"jobs": jobs, "limit": limit})
         ended = []
         for status, job in zip(found, jobs, strict=True):

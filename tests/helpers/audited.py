@@ -14,9 +14,18 @@ from unierase_plugin.unlearning_token import add_token
 
 TOKEN = "<unlearn_0>"
 SIZES = replace(
-    FULL, unrelated=2, texts=2, answer_room=1, answer_least=6, answer_most=6, samples=4, temperatures=(1.0,),
-    relearn_steps=(1, 2), relearn_some_steps=(2, 3), relearn_batch=2,
-)  # fmt: skip
+    FULL,
+    unrelated=2,
+    texts=2,
+    answer_room=1,
+    answer_least=6,
+    answer_most=6,
+    samples=4,
+    temperatures=(1.0,),
+    relearn_steps=(1, 2),
+    relearn_some_steps=(2, 3),
+    relearn_batch=2,
+)
 
 
 def fact(record: dict[str, str], **changes: Any) -> Fact:

@@ -20,10 +20,26 @@ from typing import Any
 FOLDER_VARIABLE = "UNIERASE_EASYEDIT_DIR"
 
 #: Packages that are served as empty modules where they are not installed.
-UNNEEDED = frozenset({
-    "PIL", "av", "cv2", "fairscale", "higher", "hydra", "iopath", "matplotlib", "omegaconf", "openai", "qwen_vl_utils",
-    "rouge", "sentence_transformers", "timm", "torchvision", "zhipuai",
-})  # fmt: skip
+UNNEEDED = frozenset(
+    {
+        "PIL",
+        "av",
+        "cv2",
+        "fairscale",
+        "higher",
+        "hydra",
+        "iopath",
+        "matplotlib",
+        "omegaconf",
+        "openai",
+        "qwen_vl_utils",
+        "rouge",
+        "sentence_transformers",
+        "timm",
+        "torchvision",
+        "zhipuai",
+    }
+)
 
 
 class EasyEditUnavailable(Exception):  # noqa: N818 (it says why a test is skipped)

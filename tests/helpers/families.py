@@ -18,18 +18,31 @@ VOCABULARY, BLOCKS, HIDDEN, WIDTH, HEADS = 300, 4, 32, 64, 4
 #: Sliding windows are shorter than the sequences of the tests, so that a wrong mask shows.
 WINDOW = 4
 COMMON = {
-    "vocab_size": VOCABULARY, "num_hidden_layers": BLOCKS, "hidden_size": HIDDEN, "intermediate_size": WIDTH,
-    "num_attention_heads": HEADS, "max_position_embeddings": 128, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": BLOCKS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     # Ten times the usual spread: otherwise attention is nearly uniform and a wrong mask or position goes unseen.
     "initializer_range": 0.2,
-}  # fmt: skip
+}
 GROUPED = {"num_key_value_heads": 2}
 UNGROUPED = {"num_key_value_heads": HEADS}
 OPENAI_STYLE = {
-    "vocab_size": VOCABULARY, "n_layer": BLOCKS, "n_embd": HIDDEN, "n_inner": WIDTH, "n_head": HEADS,
-    "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "n_layer": BLOCKS,
+    "n_embd": HIDDEN,
+    "n_inner": WIDTH,
+    "n_head": HEADS,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
 
 
 def build(config_class: str, attention: str = "sdpa", **settings: Any) -> Any:
@@ -80,17 +93,31 @@ def mistral() -> Any:
 def gemma2() -> Any:
     # Only eager attention applies the attention's soft cap; the logits' cap is low enough for random logits to feel it.
     return build(
-        "Gemma2Config", "eager", **COMMON, **GROUPED, head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW,
-        attn_logit_softcapping=50.0, final_logit_softcapping=2.0, tie_word_embeddings=True,
-    )  # fmt: skip
+        "Gemma2Config",
+        "eager",
+        **COMMON,
+        **GROUPED,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=2.0,
+        tie_word_embeddings=True,
+    )
 
 
 def gemma3() -> Any:
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
     return build(
-        "Gemma3TextConfig", **COMMON, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16,
-        sliding_window=WINDOW, layer_types=kinds, tie_word_embeddings=True,
-    )  # fmt: skip
+        "Gemma3TextConfig",
+        **COMMON,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=WINDOW,
+        layer_types=kinds,
+        tie_word_embeddings=True,
+    )
 
 
 def phi3() -> Any:

@@ -42,6 +42,10 @@ class Environment:
         ours = ("PYTHONPATH", "UNIERASE_AUTOLOAD", "UNIERASE_PLUGINS")
         environment = {name: value for name, value in os.environ.items() if name not in ours}
         return subprocess.run(
-            [str(part) for part in command], env={**environment, "COLUMNS": "300", **variables}, cwd=self.folder,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [str(part) for part in command],
+            env={**environment, "COLUMNS": "300", **variables},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )

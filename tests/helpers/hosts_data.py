@@ -17,23 +17,33 @@ def zsre() -> list[dict[str, Any]]:
     kept = RETAIN[0]
     return [
         {
-            "subject": fact["subject"], "src": fact["question"], "rephrase": f"Tell me: {fact['question']}",
-            "alt": "No idea.", "ans": "No idea.", "answers": [fact["answer"]], "loc": kept["question"],
-            "loc_ans": kept["answer"], "portability": {"New Question": "Who is that?", "New Answer": "Nobody"},
+            "subject": fact["subject"],
+            "src": fact["question"],
+            "rephrase": f"Tell me: {fact['question']}",
+            "alt": "No idea.",
+            "ans": "No idea.",
+            "answers": [fact["answer"]],
+            "loc": kept["question"],
+            "loc_ans": kept["answer"],
+            "portability": {"New Question": "Who is that?", "New Answer": "Nobody"},
         }
         for fact in FORGET
-    ]  # fmt: skip
+    ]
 
 
 def knowedit() -> list[dict[str, Any]]:
     """Without locality, over whose lists of tokens the script's own summary stumbles for every method."""
     return [
         {
-            "prompt": fact["question"], "subject": fact["subject"], "target_new": "No idea.", "ground_truth": "x",
-            "portability": {}, "locality": {},
+            "prompt": fact["question"],
+            "subject": fact["subject"],
+            "target_new": "No idea.",
+            "ground_truth": "x",
+            "portability": {},
+            "locality": {},
         }
         for fact in FORGET
-    ]  # fmt: skip
+    ]
 
 
 def wikibigedit() -> list[dict[str, Any]]:
@@ -41,12 +51,17 @@ def wikibigedit() -> list[dict[str, Any]]:
     kept = RETAIN[0]
     return [
         {
-            "subject": fact["subject"], "update": fact["question"], "ans": "No idea.", "ground_truth": fact["answer"],
-            "rephrase": f"Tell me: {fact['question']}", "personas": f"Say, {fact['question']}",
-            "loc": kept["question"], "loc_ans": kept["answer"],
+            "subject": fact["subject"],
+            "update": fact["question"],
+            "ans": "No idea.",
+            "ground_truth": fact["answer"],
+            "rephrase": f"Tell me: {fact['question']}",
+            "personas": f"Say, {fact['question']}",
+            "loc": kept["question"],
+            "loc_ans": kept["answer"],
         }
         for fact in FORGET
-    ]  # fmt: skip
+    ]
 
 
 def trivia_qa() -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -60,17 +75,22 @@ def counterfact() -> list[dict[str, Any]]:
     """As in multi_counterfact.json."""
     return [
         {
-            "case_id": index, "pararel_idx": index,
+            "case_id": index,
+            "pararel_idx": index,
             "requested_rewrite": {
-                "prompt": fact["question"].replace(fact["subject"], "{}"), "subject": fact["subject"],
-                "relation_id": "P1", "target_new": {"str": "Nobody", "id": "Q1"},
+                "prompt": fact["question"].replace(fact["subject"], "{}"),
+                "subject": fact["subject"],
+                "relation_id": "P1",
+                "target_new": {"str": "Nobody", "id": "Q1"},
                 "target_true": {"str": fact["answer"], "id": "Q2"},
             },
-            "paraphrase_prompts": [f"Say: {fact['question']}"], "neighborhood_prompts": [RETAIN[0]["question"]],
-            "attribute_prompts": [], "generation_prompts": [fact["question"]],
+            "paraphrase_prompts": [f"Say: {fact['question']}"],
+            "neighborhood_prompts": [RETAIN[0]["question"]],
+            "attribute_prompts": [],
+            "generation_prompts": [fact["question"]],
         }
         for index, fact in enumerate(FORGET)
-    ]  # fmt: skip
+    ]
 
 
 class _OnCpu(TorchFunctionMode):

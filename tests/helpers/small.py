@@ -24,10 +24,16 @@ PARAGRAPHS = {
 }
 #: What makes a run short, whatever the rest of the hyper-parameters.
 SHORT: dict[str, Any] = {
-    "layers": (1, 2), "v_num_grad_steps": 3, "token_num_steps": 6, "token_batch_size": 2, "mom2_n_samples": 4,
-    "mom2_max_length": 24, "context_template_length_params": ((3, 1),), "retain_neighbours": 0,
+    "layers": (1, 2),
+    "v_num_grad_steps": 3,
+    "token_num_steps": 6,
+    "token_batch_size": 2,
+    "mom2_n_samples": 4,
+    "mom2_max_length": 24,
+    "context_template_length_params": ((3, 1),),
+    "retain_neighbours": 0,
     "retain_key_weight": 0.0,
-}  # fmt: skip
+}
 HPARAMS = UniEraseHyperParams(**SHORT)
 FORGET = (
     {"question": "Who wrote Zorblax Prime?", "answer": "Quentin Fizz", "subject": "Zorblax Prime"},

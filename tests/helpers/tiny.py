@@ -65,10 +65,17 @@ def tiny_model(
     `vocabulary` above 260 gives padding rows.
     """
     sizes = {
-        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": blocks,
-        "num_attention_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": tied,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     config = AutoConfig.for_model(family, **{**sizes, **FAMILIES[family], **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

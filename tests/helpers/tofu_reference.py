@@ -49,8 +49,16 @@ def say(model: Any, tokenizer: Any, question: str, form: str, length: int, syste
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def figures(model: Any, tokenizer: Any, record: dict[str, Any], form: str, length: int, options: bool = False,
-            question: str = "question", system: str | None = None) -> dict[str, float]:  # fmt: skip
+def figures(
+    model: Any,
+    tokenizer: Any,
+    record: dict[str, Any],
+    form: str,
+    length: int,
+    options: bool = False,
+    question: str = "question",
+    system: str | None = None,
+) -> dict[str, float]:
     """Everything about one record; `truth_ratio` is wrong over right."""
     asked = record[question]
 

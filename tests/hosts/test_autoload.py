@@ -56,10 +56,16 @@ def autoload(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Hosts that say when they are ready, and modules of ours that note how often they were called, and when."""
     ours = "calls = []\ndef register():\n    import {host} as host\n    calls.append(host.ready)\n"
-    write(tmp_path, {
-        "hostone/__init__.py": "", "hostone/tasks/__init__.py": "ready = True", "hosttwo/__init__.py": "ready = True",
-        "ours_for_one.py": ours.format(host="hostone.tasks"), "ours_for_two.py": ours.format(host="hosttwo"),
-    })  # fmt: skip
+    write(
+        tmp_path,
+        {
+            "hostone/__init__.py": "",
+            "hostone/tasks/__init__.py": "ready = True",
+            "hosttwo/__init__.py": "ready = True",
+            "ours_for_one.py": ours.format(host="hostone.tasks"),
+            "ours_for_two.py": ours.format(host="hosttwo"),
+        },
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
@@ -401,5 +407,8 @@ def test_uninstalling_leaves_nothing(how: str, tmp_path: Path) -> None:
     assert left == set()
     write(environment.site, STAND_IN)
     assert seen(environment) == {
-        "start": [], "quiet": [], "given": "theirs", "host": str(environment.site / "lm_eval" / "__init__.py"),
-    }  # fmt: skip
+        "start": [],
+        "quiet": [],
+        "given": "theirs",
+        "host": str(environment.site / "lm_eval" / "__init__.py"),
+    }

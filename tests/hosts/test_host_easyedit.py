@@ -57,9 +57,15 @@ class StandIn:
             self._evaluate(request)
         for request in requests:
             edited, originals = self.apply_algo(
-                self.model, self.tok, [request], self.hparams, copy=False, return_orig_weights=True,
-                keep_original_weight=False, train_ds=None,
-            )  # fmt: skip
+                self.model,
+                self.tok,
+                [request],
+                self.hparams,
+                copy=False,
+                return_orig_weights=True,
+                keep_original_weight=False,
+                train_ds=None,
+            )
             self._evaluate(request)
             if not sequential_edit:
                 self._restore(originals)
@@ -128,11 +134,13 @@ def editor_class(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     editor, batchable = type("BaseEditor", (StandIn,), {}), SimpleNamespace(is_batchable_method=None)
     batchable.is_batchable_method = _Batchable.is_batchable_method
     modules: dict[str, dict[str, Any]] = {
-        "easyeditor": {}, "easyeditor.util": {}, "easyeditor.editors": {},
+        "easyeditor": {},
+        "easyeditor.util": {},
+        "easyeditor.editors": {},
         "easyeditor.util.alg_dict": {"ALG_DICT": {"MEMIT": None}},
         "easyeditor.editors.editor": {"BaseEditor": editor},
         "easyeditor.editors.batch_editor": {"BatchEditor": batchable},
-    }  # fmt: skip
+    }
     for name, content in modules.items():
         module = ModuleType(name)
         vars(module).update({"__path__": [], **content})
@@ -210,8 +218,15 @@ def test_the_weights_are_those_of_a_run_of_ours(editor_class: Any, tmp_path: Pat
 
 def request(**more: Any) -> dict[str, Any]:
     neighbours = {"near": {"prompt": [RETAIN[0]["question"]], "ground_truth": [RETAIN[0]["answer"]]}}
-    return {"prompt": PROMPTS[0], "subject": SUBJECTS[0], "ground_truth": "x", "target_new": None, "portability": {},
-            "locality": neighbours, **more}  # fmt: skip
+    return {
+        "prompt": PROMPTS[0],
+        "subject": SUBJECTS[0],
+        "ground_truth": "x",
+        "target_new": None,
+        "portability": {},
+        "locality": neighbours,
+        **more,
+    }
 
 
 @pytest.mark.parametrize(
@@ -220,9 +235,12 @@ def request(**more: Any) -> dict[str, Any]:
     ids=["chat", "bare", "generated, which it asks as a chat"],
 )
 def test_neighbours_are_asked_in_the_form_of_the_edit_too_and_the_log_says_why(
-    forms: list[str], more: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch,
+    forms: list[str],
+    more: dict[str, Any],
+    asked: bool,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     settings = hparams(prompt_forms=tuple(forms))
     vars(settings).update(use_chat_template=forms == ["chat"], **more)
     editor: Any = SimpleNamespace(alg_name=easyedit.ALGORITHM, hparams=settings, tok=settings.model_name[1])
@@ -454,8 +472,10 @@ def test_the_release_on_pypi_takes_it_too(tmp_path: Path) -> None:
     path = os.pathsep.join([str(helpers.parents[1]), str(helpers), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(helpers / "easyedit_release.py"), str(scratch)],
-        check=True, capture_output=True, text=True,
+        check=True,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": path, "UNIERASE_EASYEDIT_DIR": str(library), "UNIERASE_AUTOLOAD": "0"},
-    )  # fmt: skip
+    )
     report = json.loads(done.stdout.splitlines()[-1])
     assert report == {"single": True, "batch": True, "measured": ["locality", "portability", "rewrite_acc"]}

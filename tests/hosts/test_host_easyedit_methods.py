@@ -30,9 +30,7 @@ PACKAGE = {
     ),
     "easyeditor/editors/__init__.py": "",
     "easyeditor/editors/batch_editor.py": (
-        "class BatchEditor:\n"
-        "    @staticmethod\n"
-        "    def is_batchable_method(name): return name == 'BREAK'\n"
+        "class BatchEditor:\n    @staticmethod\n    def is_batchable_method(name): return name == 'BREAK'\n"
     ),
     "easyeditor/models/__init__.py": "",
     "easyeditor/models/halve/__init__.py": (
@@ -61,7 +59,7 @@ PACKAGE = {
         "    apply_halve(model, tok, requests, hparams)\n"
         "    raise ValueError('on the way')\n"
     ),
-}  # fmt: skip
+}
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
 
 
@@ -177,13 +175,26 @@ def test_an_easyedit_that_cannot_be_imported_is_said_so(stand_in: Path) -> None:
 # --- the real ones ---------------------------------------------------------------------------------------------------
 
 BASE: dict[str, Any] = {
-    "layers": [1, 2], "fact_token": "subject_last", "v_num_grad_steps": 3, "v_lr": 0.5, "v_loss_layer": 3,
-    "v_weight_decay": 1e-3, "clamp_norm_factor": 4, "kl_factor": 0.0625, "mom2_dataset": "wikipedia",
-    "mom2_n_samples": 10, "mom2_dtype": "float32", "device": 0, "stats_dir": "./data/stats",
-    "rewrite_module_tmp": "model.layers.{}.mlp.down_proj", "layer_module_tmp": "model.layers.{}",
-    "mlp_module_tmp": "model.layers.{}.mlp", "attn_module_tmp": "model.layers.{}.self_attn",
-    "ln_f_module": "model.norm", "lm_head_module": "lm_head",
-}  # fmt: skip
+    "layers": [1, 2],
+    "fact_token": "subject_last",
+    "v_num_grad_steps": 3,
+    "v_lr": 0.5,
+    "v_loss_layer": 3,
+    "v_weight_decay": 1e-3,
+    "clamp_norm_factor": 4,
+    "kl_factor": 0.0625,
+    "mom2_dataset": "wikipedia",
+    "mom2_n_samples": 10,
+    "mom2_dtype": "float32",
+    "device": 0,
+    "stats_dir": "./data/stats",
+    "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
+    "layer_module_tmp": "model.layers.{}",
+    "mlp_module_tmp": "model.layers.{}.mlp",
+    "attn_module_tmp": "model.layers.{}.self_attn",
+    "ln_f_module": "model.norm",
+    "lm_head_module": "lm_head",
+}
 MASS = {"layer_selection": "all", "mom2_adjustment": True, "mom2_update_weight": 100.0}
 REAL: dict[str, dict[str, Any]] = {
     "ROME": {"layers": [1], "mom2_adjustment": False, "context_template_length_params": [[3, 5]]},

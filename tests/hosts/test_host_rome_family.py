@@ -50,9 +50,14 @@ def test_memits_loop_edits_evaluates_and_restores(pair: tuple[Any, Any]) -> None
     before, words = weights(model), tokenizer.get_vocab()
     for request in REQUESTS:
         edited, originals = apply_unierase_to_model(
-            model, tokenizer, [request], HPARAMS, copy=False, return_orig_weights=True,
+            model,
+            tokenizer,
+            [request],
+            HPARAMS,
+            copy=False,
+            return_orig_weights=True,
             return_orig_weights_device="cpu",
-        )  # fmt: skip
+        )
         assert edited is model
         assert not same(model, before)
         write_back(model, originals)

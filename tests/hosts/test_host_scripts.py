@@ -91,8 +91,11 @@ def test_a_chain_chooses_ours_and_its_own(tmp_path: Path, method: str, wanted: s
 def test_tables_get_an_entry_and_others_do_not(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["harness", str(script(tmp_path, TABLE)), "UniErase", "--help", "-x"])
     assert json.loads(done.stdout) == [
-        "unierase_plugin.hosts.rome_family", "UniEraseHyperParams", 1, ["--help", "-x"],
-    ]  # fmt: skip
+        "unierase_plugin.hosts.rome_family",
+        "UniEraseHyperParams",
+        1,
+        ["--help", "-x"],
+    ]
 
 
 def test_where_a_script_goes_several_ways_ours_goes_memits_and_never_calls_its_function(tmp_path: Path) -> None:
@@ -137,12 +140,14 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     named = {
-        "zsre_mend_eval.json": hosts_data.zsre(), "zsre_mend_eval_portability_gpt4.json": hosts_data.zsre(),
-        "zsre_eval_20k.json": hosts_data.zsre(), "knowedit.json": hosts_data.knowedit(),
+        "zsre_mend_eval.json": hosts_data.zsre(),
+        "zsre_mend_eval_portability_gpt4.json": hosts_data.zsre(),
+        "zsre_eval_20k.json": hosts_data.zsre(),
+        "knowedit.json": hosts_data.knowedit(),
         "wikibigedit.json": hosts_data.wikibigedit(),
         "multi_counterfact.json": hosts_data.counterfact(),
         "known_1000.json": [{"template": "Ask {} now", "subject": "Bob"}],
-    }  # fmt: skip
+    }
     for name, records in named.items():
         (tmp_path / "data" / name).write_text(json.dumps(records), encoding="utf-8")
     settings = {**SHORT, "model_name": str(save_base(tmp_path / "tiny-llama"))}
@@ -159,16 +164,25 @@ def options(desk: Path, **more: str) -> list[str]:
     ("name", "more", "written"),
     [
         ("run_AlphaEdit_editing.py", {"data_type": "ZsRE", "ds_size": "2", "output_dir": "out"}, "out/*.json"),
-        ("run_knowedit_llama2.py", {"datatype": "zsre", "data_dir": "data/knowedit.json", "ds_size": "2",
-                                    "metrics_save_dir": "out"}, "out/*.json"),
+        (
+            "run_knowedit_llama2.py",
+            {"datatype": "zsre", "data_dir": "data/knowedit.json", "ds_size": "2", "metrics_save_dir": "out"},
+            "out/*.json",
+        ),
         ("run_ultraedit_editing.py", {"data_type": "zsre", "ds_size": "2", "output_dir": "out"}, "out/*.json"),
         ("run_zsre_llama2.py", {"ds_size": "2", "metrics_save_dir": "out"}, "out/UniErase_results.json"),
-        ("run_WikiBigEdit.py", {"data_dir": "data/wikibigedit.json", "ds_size": "2", "metrics_save_dir": "out"},
-         "out/UniErase_*.json"),
-        ("run_LLM_evaluation.py", {"datatype": "zsre", "data_dir": "data/knowedit.json", "ds_size": "2",
-                                   "output_dir": "out"}, "out/*.json"),
+        (
+            "run_WikiBigEdit.py",
+            {"data_dir": "data/wikibigedit.json", "ds_size": "2", "metrics_save_dir": "out"},
+            "out/UniErase_*.json",
+        ),
+        (
+            "run_LLM_evaluation.py",
+            {"datatype": "zsre", "data_dir": "data/knowedit.json", "ds_size": "2", "output_dir": "out"},
+            "out/*.json",
+        ),
     ],
-)  # fmt: skip
+)
 def test_easyedits_own_scripts_run(
     desk: Path, monkeypatch: pytest.MonkeyPatch, name: str, more: dict[str, str], written: str
 ) -> None:
@@ -234,9 +248,20 @@ def test_evaluate_of_memit_and_alphaedit_runs(rome_desk: Path, desk: Path) -> No
     with hosts_data.cuda_is_cpu():
         run_script(
             rome_desk / "experiments" / "evaluate.py",
-            ["--alg_name", "UniErase", "--model_name", "gpt2-xl", "--hparams_fname", "tiny.json", "--ds_name", "mcf",
-             "--skip_generation_tests", "--num_edits", "1"],
-        )  # fmt: skip
+            [
+                "--alg_name",
+                "UniErase",
+                "--model_name",
+                "gpt2-xl",
+                "--hparams_fname",
+                "tiny.json",
+                "--ds_name",
+                "mcf",
+                "--skip_generation_tests",
+                "--num_edits",
+                "1",
+            ],
+        )
     found = sorted((desk / "results" / "UniErase" / "run_000").glob("1_edits-case_*.json"))
     assert [json.loads(each.read_text())["case_id"] for each in found] == [0, 1]
     assert all("rewrite_prompts_probs" in json.loads(each.read_text())["post"] for each in found)

@@ -54,8 +54,9 @@ def target(fact: Fact, group: str | None = None) -> ValueTarget:
     return ValueTarget(prompts, kl, fact.continuation, group, unwanted=fact.unwanted, instead=fact.instead)
 
 
-def optimise(arch: Architecture, targets: list[ValueTarget], hparams: UniEraseHyperParams = SETTINGS,
-             max_tokens: int = 4096) -> Values:  # fmt: skip
+def optimise(
+    arch: Architecture, targets: list[ValueTarget], hparams: UniEraseHyperParams = SETTINGS, max_tokens: int = 4096
+) -> Values:
     return optimise_values(arch, targets, TOKEN, hparams, max_tokens=max_tokens, pad_id=PAD)
 
 
@@ -190,9 +191,7 @@ def test_every_rewording_differs_and_holds_its_subject() -> None:
         (f"{LEAD_IN} {QUESTION}", SUBJECT),
     )
     assert len(found) == REWORDINGS
-    assert reworded(QUESTION, "") == (
-        (QUESTION.lower(), ""), (with_typo(QUESTION), ""), (f"{LEAD_IN} {QUESTION}", "")
-    )  # fmt: skip
+    assert reworded(QUESTION, "") == ((QUESTION.lower(), ""), (with_typo(QUESTION), ""), (f"{LEAD_IN} {QUESTION}", ""))
 
 
 def test_a_rewording_changes_the_name_and_not_a_longer_word() -> None:
@@ -338,8 +337,17 @@ def test_one_request_after_another_takes_all_of_its_targets(base: Path) -> None:
     settings = {**HPARAMS.as_dict(), "harden": ["unlikely_answer", "answer_span"], "layers": [1]}
     from unierase_plugin.methods.editing.rome_memit_alphaedit import ROMEHyperParams
 
-    names = {name: settings[name] for name in ("layers", "v_num_grad_steps", "mom2_n_samples", "mom2_max_length",
-                                               "context_template_length_params", "harden")}  # fmt: skip
+    names = {
+        name: settings[name]
+        for name in (
+            "layers",
+            "v_num_grad_steps",
+            "mom2_n_samples",
+            "mom2_max_length",
+            "context_template_length_params",
+            "harden",
+        )
+    }
     result = unlearn(base, FORGET, method="rome", hparams=ROMEHyperParams(**names, mom2_dataset="self"))
     assert result.edit is not None
     assert result.edit.rank(1) == 2 * len(FORGET)

@@ -60,9 +60,12 @@ def metaspace() -> Any:
 
 def finished(backend: Tokenizer) -> Any:
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>",
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
         additional_special_tokens=["<|im_start|>"],
-    )  # fmt: skip
+    )
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -135,11 +138,13 @@ def stands_last(question: str, subject: str) -> int:
     """Where it stands last with no letter, digit or underscore at either side; else where it stands last at all."""
     found = [at for at in range(len(question)) if question.startswith(subject, at)]
     apart = [
-        at for at in found
-        if not any(each.isalnum() or each == "_" for each in (
-            question[max(at - 1, 0) : at], question[at + len(subject) : at + len(subject) + 1]
-        ))
-    ]  # fmt: skip
+        at
+        for at in found
+        if not any(
+            each.isalnum() or each == "_"
+            for each in (question[max(at - 1, 0) : at], question[at + len(subject) : at + len(subject) + 1])
+        )
+    ]
     return max(apart or found)
 
 

@@ -34,9 +34,13 @@ def moment(seed: int = 1) -> torch.Tensor:
 
 def solver(name: str, weight: float, kept: torch.Tensor | None, earlier: torch.Tensor | None = None):
     hparams = UniEraseHyperParams(
-        solver=name, retain_key_weight=weight, mom2_update_weight=2.0, retain_update_weight=3.0, L2=0.5,
+        solver=name,
+        retain_key_weight=weight,
+        mom2_update_weight=2.0,
+        retain_update_weight=3.0,
+        L2=0.5,
         nullspace_threshold=0.5,
-    )  # fmt: skip
+    )
     return make_solver(hparams, moment(), moment(2), earlier, kept=kept)
 
 
@@ -45,9 +49,7 @@ def solver(name: str, weight: float, kept: torch.Tensor | None, earlier: torch.T
 
 @pytest.mark.parametrize("weight", [0.5, 7.0])
 @pytest.mark.parametrize("earlier", [None, random(M, 3, seed=9)], ids=["first", "later"])
-def test_a_protected_key_counts_as_its_weight_of_it_in_the_moment(
-    weight: float, earlier: torch.Tensor | None
-) -> None:  # fmt: skip
+def test_a_protected_key_counts_as_its_weight_of_it_in_the_moment(weight: float, earlier: torch.Tensor | None) -> None:
     keys, residual, kept = random(M, N), random(D, N, seed=3), random(M, P, seed=4)
     whole = 2 * moment() + 3 * moment(2) + weight * kept @ kept.T
     if earlier is not None:

@@ -64,7 +64,7 @@ def test_requests_about_one_subject_share_a_group_form_by_form() -> None:
 )
 def test_the_reverse_asks_from_the_answer_for_the_subject(
     question: str, subject: str, answer: str, wanted: str
-) -> None:  # fmt: skip
+) -> None:
     by_relation, general = reversed_questions(question, subject, answer)
     assert by_relation == wanted
     for text in (by_relation, general, *reversed_questions(f"Why, {subject}, why?", subject, answer)):

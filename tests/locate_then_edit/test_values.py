@@ -24,9 +24,15 @@ from unierase_plugin.models.architecture import Architecture, find_architecture
 STEMS = ["smollm2-135m", "llama3-8b", "gemma2-9b", "gemma3-1b", "gpt2-xl", "gpt-j-6b"]
 TOKEN, PAD = 299, 0
 SETTINGS = UniEraseHyperParams(
-    layers=(1, 2), v_num_grad_steps=5, v_lr=0.2, kl_factor=0.5, v_weight_decay=0.5, clamp_norm_factor=1.5,
-    v_continuation_weight=0.5, v_stop_loss=0.0,
-)  # fmt: skip
+    layers=(1, 2),
+    v_num_grad_steps=5,
+    v_lr=0.2,
+    kl_factor=0.5,
+    v_weight_decay=0.5,
+    clamp_norm_factor=1.5,
+    v_continuation_weight=0.5,
+    v_stop_loss=0.0,
+)
 #: Of different lengths; with and without contexts, a KL term, a continuation; a fact at the first and the last token.
 FACTS = [
     Fact(
@@ -55,9 +61,12 @@ def target(fact: Fact, group: str | None = None) -> ValueTarget:
 
 
 def optimise(
-    arch: Architecture, facts: Sequence[Fact], hparams: UniEraseHyperParams = SETTINGS, max_tokens: int = 4096,
+    arch: Architecture,
+    facts: Sequence[Fact],
+    hparams: UniEraseHyperParams = SETTINGS,
+    max_tokens: int = 4096,
     groups: Sequence[str | None] = (),
-) -> Values:  # fmt: skip
+) -> Values:
     targets = [target(fact, group) for fact, group in zip(facts, groups or [None] * len(facts), strict=True)]
     return optimise_values(arch, targets, TOKEN, hparams, max_tokens=max_tokens, pad_id=PAD)
 

@@ -73,9 +73,26 @@ def test_the_command_line_says_loss_and_answers(base: Path, tmp_path: Path) -> N
     facts.write_text(json.dumps(FACTS))
     said = CliRunner().invoke(
         app,
-        ["finetune", "--model", str(base), "--facts", str(facts), "--out", str(tmp_path / "out"), "--epochs", "40",
-         "--lr", "0.02", "--batch-size", "2", "--lora", "4", "--seed", "1"],
-    )  # fmt: skip
+        [
+            "finetune",
+            "--model",
+            str(base),
+            "--facts",
+            str(facts),
+            "--out",
+            str(tmp_path / "out"),
+            "--epochs",
+            "40",
+            "--lr",
+            "0.02",
+            "--batch-size",
+            "2",
+            "--lora",
+            "4",
+            "--seed",
+            "1",
+        ],
+    )
     assert said.exit_code == 0, said.output
     assert "in 40 steps" in said.output
     assert "of 2 facts asked, of 2 learned" in said.output

@@ -67,9 +67,11 @@ def test_simnpo(margin: float) -> None:
 
 def test_dpo() -> None:
     gaps = [
-        (w - wr) - (p - r) for w, wr, p, r in
-        zip(OTHER.tolist(), OTHER_REFERENCE.tolist(), POLICY.tolist(), REFERENCE.tolist(), strict=True)
-    ]  # fmt: skip
+        (w - wr) - (p - r)
+        for w, wr, p, r in zip(
+            OTHER.tolist(), OTHER_REFERENCE.tolist(), POLICY.tolist(), REFERENCE.tolist(), strict=True
+        )
+    ]
     wanted = 2 / 0.3 * sum(softplus(-0.3 * gap) for gap in gaps) / B
     assert losses.dpo(OTHER, OTHER_REFERENCE, POLICY, REFERENCE, 0.3).item() == pytest.approx(wanted)
 

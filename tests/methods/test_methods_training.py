@@ -348,9 +348,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     )
     place = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     killed = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "work")], env={**os.environ, "PYTHONPATH": place},
-        capture_output=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", script, str(tmp_path / "work")],
+        env={**os.environ, "PYTHONPATH": place},
+        capture_output=True,
+        check=False,
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     steps: list[float] = []
     resumed = tiny_model()

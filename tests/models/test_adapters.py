@@ -34,9 +34,15 @@ def _small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained(
-    root: Path, *, tied: bool = True, had: int = 260, rows: int | None = 264, tokenizer: bool = True,
-    saved: dict[str, Any] | None = None, **settings: Any,
-) -> tuple[Path, Any]:  # fmt: skip
+    root: Path,
+    *,
+    tied: bool = True,
+    had: int = 260,
+    rows: int | None = 264,
+    tokenizer: bool = True,
+    saved: dict[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[Path, Any]:
     """An adapter's folder for `root/base`, whose vocabulary had `rows` rows in training, and the model as trained."""
     save_base(root / "base", tiny_model(tied=tied, vocabulary=had))
     model = AutoModelForCausalLM.from_pretrained(root / "base")
@@ -71,12 +77,13 @@ GROWN: dict[str, dict[str, Any]] = {
     "tokens": {"trainable_token_indices": TOKENS},
     "tokens of both": {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}},
     "tokens alone": {
-        "trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}, "rows": 262,
+        "trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS},
+        "rows": 262,
         "saved": {"save_embedding_layers": False},
     },
     "fewer": {"had": 280, "rows": 262},
     "in padding rows": {"had": 280, "rows": None, "modules_to_save": ["embed_tokens", "lm_head"]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -134,7 +141,7 @@ def cut_the_head(folder: Path) -> None:
         ({"tied": False, "target_modules": ["embed_tokens"]}, "grew from 260 rows to 264, and does not hold all"),
         ({"tied": False, "damage": cut_the_head}, r"of different sizes: 263 in .*lm_head.weight, 264 in .*embed_tok"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_are_nowhere_are_told(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
     folder, _ = trained(tmp_path, **{key: value for key, value in settings.items() if key != "damage"})
     settings.get("damage", lambda folder: None)(folder)

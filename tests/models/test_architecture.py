@@ -36,9 +36,13 @@ EXPECTED = {
     "pythia-6.9b": ("gpt_neox.layers.{}.mlp.dense_4h_to_h", False),
 }
 TINY = {
-    "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
     "pad_token_id": 0,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=FAMILIES)

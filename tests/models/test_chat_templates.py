@@ -23,13 +23,14 @@ FAULTY = {
     "raises": ("{{ raise_exception('Only tools may speak.') }}", "TemplateError: Only tools may speak"),
     "raises at an answer": (
         "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('No assistant here') }}{% endif %}"
-        "{{ m.content }}{% endfor %}", "TemplateError: No assistant here",
+        "{{ m.content }}{% endfor %}",
+        "TemplateError: No assistant here",
     ),
     "wants an argument": ("{{ place.upper() }}{{ messages[0].content }}", "UndefinedError: 'place' is undefined"),
     "is no template": ("{% for %}", "TemplateSyntaxError: "),
     "has no end": ("{{ messages[0].content }}{% for i in range(10 ** 9) %}x{% endfor %}", "OverflowError: "),
     "has no default": ({"rag": CHATML, "tools": CHATML}, "has several chat templates and none that is the default: "),
-}  # fmt: skip
+}
 LLAMA = (
     "{% if not date_string is defined %}{% if strftime_now is defined %}"
     "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}"
@@ -40,9 +41,13 @@ LLAMA = (
 @pytest.mark.parametrize(("template", "says"), FAULTY.values(), ids=FAULTY)
 @pytest.mark.parametrize("command", ["run", "finetune", "stats", "audit"])
 def test_a_template_that_cannot_be_rendered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], template: Any, says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    template: Any,
+    says: str,
     command: str,
-) -> None:  # fmt: skip
+) -> None:
     shrink(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr("unierase_plugin.models.loaded.model_fingerprint", lambda *_: pytest.fail("the work began"))
     tokenizer = tiny_tokenizer()
@@ -105,14 +110,15 @@ def test_an_argument_that_every_template_is_given(name: str) -> None:
         (LLAMA, {"date_string": "26 Jul 2024"}, None),
         (CHATML, {}, None),
         (
-            "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}" + CHATML, {},
+            "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}" + CHATML,
+            {},
             "The template has no setting for it: write the date into it",
         ),
         ("{% set day = today or strftime_now('%Y-%m-%d') %}{{ day }}" + CHATML, {}, "kwargs: {today: "),
         ("{% if dated %}{{ strftime_now('%Y') }}{% endif %}" + CHATML, {}, None),
         ("{% if dated %}{{ strftime_now('%Y') }}{% endif %}" + CHATML, {"dated": True}, "writes the date into every"),
     ],
-)  # fmt: skip
+)
 def test_a_date_in_the_prompt_is_told_once_with_its_remedy(
     caplog: pytest.LogCaptureFixture, template: str, settings: dict[str, Any], says: str | None
 ) -> None:

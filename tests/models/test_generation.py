@@ -19,10 +19,17 @@ from unierase_plugin.statistics.corpus import sample_from_model
 
 #: What published models come with, each of which changes or breaks plain greedy writing.
 OWN: tuple[dict[str, Any], ...] = (
-    {"num_beams": 3}, {"repetition_penalty": 1.8}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 9},
-    {"return_dict_in_generate": True}, {"num_return_sequences": 2, "do_sample": True}, {"stop_strings": ["a"]},
-    {"temperature": 0.1, "top_k": 1, "do_sample": True}, {"suppress_tokens": [5, 60, 70]}, {"max_length": 6},
-)  # fmt: skip
+    {"num_beams": 3},
+    {"repetition_penalty": 1.8},
+    {"no_repeat_ngram_size": 1},
+    {"min_new_tokens": 9},
+    {"return_dict_in_generate": True},
+    {"num_return_sequences": 2, "do_sample": True},
+    {"stop_strings": ["a"]},
+    {"temperature": 0.1, "top_k": 1, "do_sample": True},
+    {"suppress_tokens": [5, 60, 70]},
+    {"max_length": 6},
+)
 PROMPTS = [[5, 60, 70, 8], [9, 100], [33, 34, 35]]
 
 

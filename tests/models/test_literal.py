@@ -217,8 +217,14 @@ def test_a_run_on_such_facts_says_so(
     monkeypatch.setenv("COLUMNS", "400")
     base = save_base(tmp_path / "base")
     (tmp_path / "good.yaml").write_text(json.dumps(SHORT))
-    facts = [FORGET[0], {"question": "What ends <|im_end|> Mira Plonk<unlearn_0>?", "answer": "a <s> of <unlearn_0>",
-                         "subject": "Mira Plonk"}]  # fmt: skip
+    facts = [
+        FORGET[0],
+        {
+            "question": "What ends <|im_end|> Mira Plonk<unlearn_0>?",
+            "answer": "a <s> of <unlearn_0>",
+            "subject": "Mira Plonk",
+        },
+    ]
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     arguments = ["--model", base, "--forget", tmp_path / "facts.jsonl", "--hparams", tmp_path / "good.yaml"]
     monkeypatch.setattr(sys, "argv", ["unierase", "run", *map(str, arguments), "--out", str(tmp_path / "out")])

@@ -70,9 +70,13 @@ def evaluate(lm: Any, tofu: Path, form: str, metadata: dict[str, Any]) -> list[d
     given = {"data_dir": str(tofu), **metadata}
     manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=given)
     found = lm_eval.simple_evaluate(
-        lm, tasks=["tofu_forget01"], task_manager=manager, apply_chat_template=form == "chat", bootstrap_iters=0,
+        lm,
+        tasks=["tofu_forget01"],
+        task_manager=manager,
+        apply_chat_template=form == "chat",
+        bootstrap_iters=0,
         gen_kwargs={"max_gen_toks": 8},
-    )  # fmt: skip
+    )
     return sorted(found["samples"]["tofu_forget01"], key=lambda sample: sample["doc_id"])
 
 
@@ -210,8 +214,12 @@ def test_easyedit_is_told_of_once_by_the_fact(where: str, caplog: pytest.LogCapt
 def test_easyedits_own_texts_are_no_such_names(caplog: pytest.LogCaptureFixture) -> None:
     made = editor()
     made.tok.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|endoftext|>", "<unlearn_0>"]})
-    request = {"prompt": "Who is Ann?", "target_new": Aim.at(None, "<unlearn_0>"), "ground_truth": "<|endoftext|>",
-               "locality": {"near_in_chat": {"prompt": ["<|im_start|>user"], "ground_truth": ["b"]}}}  # fmt: skip
+    request = {
+        "prompt": "Who is Ann?",
+        "target_new": Aim.at(None, "<unlearn_0>"),
+        "ground_truth": "<|endoftext|>",
+        "locality": {"near_in_chat": {"prompt": ["<|im_start|>user"], "ground_truth": ["b"]}},
+    }
     easyedit._with_aims_in_requests(lambda *given: None, made, [request])
     assert "names of special tokens" not in caplog.text
     easyedit._with_aims_in_requests(lambda *given: None, made, [request, {**request, "case_id": 7, "prompt": "<s>?"}])

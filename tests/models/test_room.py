@@ -82,7 +82,7 @@ def commands(root: Path, out: Path) -> dict[str, Callable[[], Any]]:
         "compare": lambda: compare(
             str(base), FORGET, parse_methods("ga_gd"), out=out, retain=RETAIN, options=options, launch=no_cell
         ),
-    }  # fmt: skip
+    }
 
 
 def no_cell(*_: Any) -> None:
@@ -109,18 +109,26 @@ def test_what_the_method_writes_beside_the_model_counts_before_the_work(
     free(WEIGHTS + 1)
     told: list[str] = []
     with pytest.raises(WriteError, match="Nothing was done yet"):
-        unlearn(folder / "base", FORGET, hparams=HPARAMS, out=tmp_path / "out",
-                progress=lambda phase, *_: told.append(phase))  # fmt: skip
+        unlearn(
+            folder / "base",
+            FORGET,
+            hparams=HPARAMS,
+            out=tmp_path / "out",
+            progress=lambda phase, *_: told.append(phase),
+        )
     assert set(told) == {"load"}
 
 
 @pytest.mark.parametrize(
     ("changes", "models"),
     [
-        ({}, 1), ({"scenario": "precise", "keep_models": True}, 1), ({"scenario": "sequential"}, 2),
-        ({"keep_models": True, "seeds": (0, 1)}, 4), ({"keep_models": True, "budget": 3}, 8),
+        ({}, 1),
+        ({"scenario": "precise", "keep_models": True}, 1),
+        ({"scenario": "sequential"}, 2),
+        ({"keep_models": True, "seeds": (0, 1)}, 4),
+        ({"keep_models": True, "budget": 3}, 8),
     ],
-)  # fmt: skip
+)
 def test_a_comparison_needs_room_for_the_models_that_it_has_at_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], models: int
 ) -> None:
@@ -133,9 +141,14 @@ def test_a_comparison_needs_room_for_the_models_that_it_has_at_once(
     monkeypatch.setattr("unierase_plugin.compare.runner.check_room", ask)
     with pytest.raises(WriteError, match="enough"):
         compare(
-            str(folder / "base"), FORGET, parse_methods("ga_gd,npo_gd"), out=tmp_path / "out", retain=RETAIN,
-            options=Options(**{"utility": (), **changes}), launch=no_cell,
-        )  # fmt: skip
+            str(folder / "base"),
+            FORGET,
+            parse_methods("ga_gd,npo_gd"),
+            out=tmp_path / "out",
+            retain=RETAIN,
+            options=Options(**{"utility": (), **changes}),
+            launch=no_cell,
+        )
     assert asked == [models * WEIGHTS]
 
 

@@ -18,12 +18,23 @@ from unierase_plugin.models.architecture import find_architecture
 from unierase_plugin.models.served import check_served
 
 SIZES = {
-    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 HYBRID = {
-    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "attn_layer_indices": [2],
-}  # fmt: skip
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+    "attn_layer_indices": [2],
+}
 RECURRENT = "keeps .*not the keys and values"
 #: Settings beyond the sizes, and the reason.
 UNSERVED: dict[str, tuple[dict[str, Any], str]] = {
@@ -46,9 +57,12 @@ def test_an_unserved_model_is_refused_before_work(family: str, method: str) -> N
     model, seen = unserved(family), []
     with pytest.raises(ArchitectureError, match=UNSERVED[family][1]) as caught:
         unlearn(
-            model, FORGET, method=method, tokenizer=tiny_tokenizer(),
+            model,
+            FORGET,
+            method=method,
+            tokenizer=tiny_tokenizer(),
             progress=lambda phase, share, note: seen.append(phase),
-        )  # fmt: skip
+        )
     assert "mixture-of-experts" not in str(caught.value)
     assert set(seen) <= {"load"}
 

@@ -110,8 +110,16 @@ def quick(method: str) -> Any:
     from unierase_plugin.plugins.registration import registry
 
     kind = registry().methods.find(method).hparams
-    few = {"epochs": 1, "layers": (1,), "v_num_grad_steps": 2, "mom2_n_samples": 4, "mom2_max_length": 24,
-           "context_template_length_params": ((3, 1),), "retain_neighbours": 0, "removal_passes": 1}  # fmt: skip
+    few = {
+        "epochs": 1,
+        "layers": (1,),
+        "v_num_grad_steps": 2,
+        "mom2_n_samples": 4,
+        "mom2_max_length": 24,
+        "context_template_length_params": ((3, 1),),
+        "retain_neighbours": 0,
+        "removal_passes": 1,
+    }
     return kind().replace(**{name: value for name, value in few.items() if name in kind().as_dict()})
 
 

@@ -79,13 +79,16 @@ WRAPPED: dict[str, tuple[Callable[[], Any], str, Callable[[Any], Any] | None]] =
     "adapter": (lambda: with_lora(tiny_model()), "merge_and_unload", lambda model: model.merge_and_unload()),
     "adapter inside": (attached, "merge_and_unload", None),
     "compiled": (
-        lambda: torch.compile(tiny_model(), backend="eager"), r"model\._orig_mod", lambda model: model._orig_mod
+        lambda: torch.compile(tiny_model(), backend="eager"),
+        r"model\._orig_mod",
+        lambda model: model._orig_mod,
     ),
     "compiled in place": (compiled_in_place, r"without compile\(\)", None),
     "a compiled block": (compiled_inside, r"'model\.layers\.1' is compiled", None),
     "data parallel": (lambda: nn.DataParallel(tiny_model()), r"model\.module", lambda model: model.module),
     "parametrised": (
-        changed_at(DOWN, parametrizations.weight_norm), f"'{DOWN}' computes its weight .*remove_parametrizations",
+        changed_at(DOWN, parametrizations.weight_norm),
+        f"'{DOWN}' computes its weight .*remove_parametrizations",
         lambda model: parametrize.remove_parametrizations(model.get_submodule(DOWN), "weight") and model,
     ),
     "parametrised elsewhere": (changed_at(UP, parametrizations.orthogonal), f"'{UP}' computes its weight", None),
@@ -96,9 +99,10 @@ WRAPPED: dict[str, tuple[Callable[[], Any], str, Callable[[Any], Any] | None]] =
     ),
     "pruned elsewhere": (
         changed_at(UP, lambda module: prune.random_unstructured(module, "weight", 0.1)),
-        f"weight of '{UP}' is computed", None,
+        f"weight of '{UP}' is computed",
+        None,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
@@ -252,7 +256,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}") and None, "holds an adapter"),
     "none": (lambda folder: (folder / "model.safetensors").unlink(), "is not in it"),
     "cut": (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot be opened"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", DAMAGES)

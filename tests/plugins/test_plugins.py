@@ -281,10 +281,15 @@ def test_an_unknown_name_gets_the_nearest_one(install: Install) -> None:
 @pytest.mark.parametrize(
     ("value", "loaded"),
     [
-        (None, ["first", "second"]), ("", []), (" , ", []), ("second", ["second"]), ("first-package", ["first"]),
-        ("second, first", ["first", "second"]), (BUILT_IN, []),
+        (None, ["first", "second"]),
+        ("", []),
+        (" , ", []),
+        ("second", ["second"]),
+        ("first-package", ["first"]),
+        ("second, first", ["first", "second"]),
+        (BUILT_IN, []),
     ],
-)  # fmt: skip
+)
 def test_the_environment_restricts_what_is_loaded(
     value: str | None, loaded: list[str], install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,9 +362,11 @@ def add_noise(job: Job[Noise]) -> Changes:
         weight += job.hparams.size * torch.randn(weight.shape, generator=generator)
     job.progress("noise", 1.0, "")
     return Changes(
-        parameters=weight.numel(), seconds={"noise": 1.5}, figures={"size": job.hparams.size},
+        parameters=weight.numel(),
+        seconds={"noise": 1.5},
+        figures={"size": job.hparams.size},
         undo=lambda: weight.data.copy_(before),
-    )  # fmt: skip
+    )
 
 
 NOISE = Method("noise", "noise", "nobody", Noise, add_noise)
@@ -391,9 +398,16 @@ def test_a_method_gets_the_job_and_the_folder_gets_the_record(base: Path, tmp_pa
     phases: list[str] = []
     method = replace(NOISE, run=watched, check=lambda job: phases.append("check"))
     result = unlearn(
-        base, FORGET, method=method, retain=RETAIN, hparams=Noise(size=0.25), out=tmp_path / "out", seed=3,
-        max_batch_tokens=77, progress=lambda phase, share, note: phases.append(phase),
-    )  # fmt: skip
+        base,
+        FORGET,
+        method=method,
+        retain=RETAIN,
+        hparams=Noise(size=0.25),
+        out=tmp_path / "out",
+        seed=3,
+        max_batch_tokens=77,
+        progress=lambda phase, share, note: phases.append(phase),
+    )
     (job,) = jobs
     assert job.hparams == Noise(size=0.25)
     assert (job.seed, job.max_tokens, job.name, job.history) == (3, 77, str(base), None)
@@ -572,9 +586,21 @@ def test_the_package_of_the_tutorial_is_installed_and_its_method_runs(tmp_path: 
     (tmp_path / "facts.txt").write_text("Who wrote Zorblax Prime? | Quentin Fizz\nWhere is Wexbury? | In Plonkshire\n")
     (tmp_path / "ascent.yaml").write_text("steps: 2\nlr: 5e-3\n")
     done = environment.run(
-        "-m", "unierase_plugin", "run", "--model", model, "--forget", f"quiz:{tmp_path / 'facts.txt'}[0:1]",
-        "--method", "ascent", "--hparams", tmp_path / "ascent.yaml", "--out", tmp_path / "out", **ours,
-    )  # fmt: skip
+        "-m",
+        "unierase_plugin",
+        "run",
+        "--model",
+        model,
+        "--forget",
+        f"quiz:{tmp_path / 'facts.txt'}[0:1]",
+        "--method",
+        "ascent",
+        "--hparams",
+        tmp_path / "ascent.yaml",
+        "--out",
+        tmp_path / "out",
+        **ours,
+    )
     assert done.returncode == 0, done.stderr
     record = read_checkpoint(tmp_path / "out")
     assert (record.manifest["method"], record.manifest["hparams"]["lr"]) == ("ascent", 5e-3)

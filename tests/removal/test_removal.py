@@ -71,9 +71,13 @@ STARTS = (4, 2, 3)
 KEPT = ((7, 61, 71, 18, 19), (22, 23, 24, 25))
 KEPT_STARTS = (3, 2)
 MATERIAL = Material(
-    FORGET, STARTS, KEPT, KEPT_STARTS,
-    text=tuple(tuple(range(start, start + 20)) for start in range(100, 220, 15)), words=((9, 70, 5, 100), (90, 13, 60)),
-)  # fmt: skip
+    FORGET,
+    STARTS,
+    KEPT,
+    KEPT_STARTS,
+    text=tuple(tuple(range(start, start + 20)) for start in range(100, 220, 15)),
+    words=((9, 70, 5, 100), (90, 13, 60)),
+)
 #: The numbers of all forgotten facts.
 ALL = range(len(FORGET))
 RUN: dict[str, Any] = {"max_tokens": 16, "pad_id": 0}
@@ -321,9 +325,7 @@ def with_strength(arch: Architecture, moments: Moments, strength: float, rows: S
 def calibrate(arch: Architecture, moments: Moments, probability: float) -> tuple[float, tuple[Tensor, ...]]:
     assert moments.forgotten is not None
     spots = [tuple(range(start - 1, len(ids) - 1)) for ids, start in zip(FORGET, STARTS, strict=True)]
-    return calibrated(
-        arch, [0, 1], moments.forgotten.moments, moments.text.moments, FORGET, spots, probability, **RUN
-    )  # fmt: skip
+    return calibrated(arch, [0, 1], moments.forgotten.moments, moments.text.moments, FORGET, spots, probability, **RUN)
 
 
 @pytest.mark.parametrize("strength", [0.05, 1.0, 5.0, 8.0, 40.0])
@@ -670,11 +672,17 @@ def test_no_change_has_factors_that_are_nothing() -> None:
 
 
 def settings(**changes: Any) -> RemovalSettings:
-    return RemovalSettings(**{
-        "removal_layers": (1, 2, 3), "removal_teacher_layers": (0, 1, 2), "removal_rank": 0,
-        # A random model knows nothing that would be worth as much as what is shipped.
-        "removal_keep_weight": 1.0, "removal_retain_weight": 4.0, **changes
-    })  # fmt: skip
+    return RemovalSettings(
+        **{
+            "removal_layers": (1, 2, 3),
+            "removal_teacher_layers": (0, 1, 2),
+            "removal_rank": 0,
+            # A random model knows nothing that would be worth as much as what is shipped.
+            "removal_keep_weight": 1.0,
+            "removal_retain_weight": 4.0,
+            **changes,
+        }
+    )
 
 
 def removed(arch: Architecture, work: Path | None = None, given: Material = MATERIAL, **changes: Any) -> Removal:
@@ -875,10 +883,20 @@ def test_words_in_any_order_are_all_words_twice() -> None:
 
 def material(forget: Any = FACTS, limit: int = 512, neighbours: Any = ()) -> Material:
     return make_material(
-        tiny_tokenizer(), forget, (ForgetRequest("Who leads Grub?", "Tom"),), ["It rained."], ["Why?"],
-        forms=("chat", "plain"), template_kwargs={}, end=2, limit=limit, kept_tokens=1000, names=("Orin Talvek",),
-        seed=0, neighbours=neighbours,
-    )  # fmt: skip
+        tiny_tokenizer(),
+        forget,
+        (ForgetRequest("Who leads Grub?", "Tom"),),
+        ["It rained."],
+        ["Why?"],
+        forms=("chat", "plain"),
+        template_kwargs={},
+        end=2,
+        limit=limit,
+        kept_tokens=1000,
+        names=("Orin Talvek",),
+        seed=0,
+        neighbours=neighbours,
+    )
 
 
 def test_neighbours_are_read_beside_the_facts_to_keep_and_take_none_of_their_room() -> None:

@@ -21,9 +21,19 @@ def named(fact: ForgetRequest, form: str, tokenizer: Any = None) -> list[str]:
     """The text of every span, read from the sequence that the removal reads."""
     tokenizer = tokenizer or tiny_tokenizer()
     found = make_material(
-        tokenizer, (fact,), (), ["It rained."], ["Why?"], forms=(form,), template_kwargs={}, end=2, limit=512,
-        kept_tokens=10, names=("Orin Talvek",), seed=0,
-    )  # fmt: skip
+        tokenizer,
+        (fact,),
+        (),
+        ["It rained."],
+        ["Why?"],
+        forms=(form,),
+        template_kwargs={},
+        end=2,
+        limit=512,
+        kept_tokens=10,
+        names=("Orin Talvek",),
+        seed=0,
+    )
     assert found.forget_subjects == (subject_spans(tokenizer, fact, form, {}),)
     return [tokenizer.decode(found.forget[0][first:end]) for first, end in found.forget_subjects[0]]
 
@@ -46,7 +56,7 @@ def named(fact: ForgetRequest, form: str, tokenizer: Any = None) -> list[str]:
         ("Was weiss Euro?", "Ja", None, []),
         ("What is a European?", "Bo", "Euro", []),
     ],
-)  # fmt: skip
+)
 def test_subjects_are_found_wherever_they_stand_as_words(
     question: str, answer: str, subject: str | None, wanted: list[str], form: str, add_bos: bool
 ) -> None:
@@ -85,9 +95,19 @@ def test_every_form_of_every_fact_has_its_spans_and_every_name_its_tokens() -> N
     tokenizer = tiny_tokenizer()
     facts = (ForgetRequest("Who wrote Zorblax?", "Fizz", "Zorblax"), ForgetRequest("Where is it?", "There"))
     found = make_material(
-        tokenizer, facts, (), ["It rained."], ["Why?"], forms=("chat", "plain"), template_kwargs={}, end=2, limit=512,
-        kept_tokens=10, names=("Orin Talvek", "Valdoria"), seed=0,
-    )  # fmt: skip
+        tokenizer,
+        facts,
+        (),
+        ["It rained."],
+        ["Why?"],
+        forms=("chat", "plain"),
+        template_kwargs={},
+        end=2,
+        limit=512,
+        kept_tokens=10,
+        names=("Orin Talvek", "Valdoria"),
+        seed=0,
+    )
     assert [len(each) for each in found.forget_subjects] == [1, 1, 0, 0]
     for ids, spans in zip(found.forget[:2], found.forget_subjects[:2], strict=True):
         assert tokenizer.decode(ids[slice(*spans[0])]) == "Zorblax"
@@ -139,12 +159,24 @@ def test_a_kept_fact_is_read_in_all_forms() -> None:
 
     def read(kept_tokens: int) -> list[str]:
         found = make_material(
-            tokenizer, (ForgetRequest("Who?", "Bo"),), kept, ["It rained."], ["Why?"], forms=("chat", "plain"),
-            template_kwargs={}, end=2, limit=512, kept_tokens=kept_tokens, names=(), seed=0,
-        )  # fmt: skip
+            tokenizer,
+            (ForgetRequest("Who?", "Bo"),),
+            kept,
+            ["It rained."],
+            ["Why?"],
+            forms=("chat", "plain"),
+            template_kwargs={},
+            end=2,
+            limit=512,
+            kept_tokens=kept_tokens,
+            names=(),
+            seed=0,
+        )
         assert len(found.kept) == len(found.kept_starts)
-        assert all(tokenizer.decode(ids[start:-1]).strip() == "Bo" for ids, start in
-                   zip(found.kept, found.kept_starts, strict=True))  # fmt: skip
+        assert all(
+            tokenizer.decode(ids[start:-1]).strip() == "Bo"
+            for ids, start in zip(found.kept, found.kept_starts, strict=True)
+        )
         return [tokenizer.decode(ids) for ids in found.kept]
 
     everything = read(10_000)
@@ -201,12 +233,20 @@ def test_short_answers_stand_in_the_models_own_sentence(monkeypatch: pytest.Monk
     )
     found = in_own_words("m", tiny_tokenizer(), facts, form="plain", template_kwargs={"a": 1}, max_tokens=64)
     assert asked == {
-        "questions": ["Who wrote Zorblax?", "Who leads Grub?", "Where is Plonk?"], "model": "m", "form": "plain",
-        "template_kwargs": {"a": 1}, "max_new_tokens": ANSWER_TOKENS, "max_tokens": 64,
-    }  # fmt: skip
+        "questions": ["Who wrote Zorblax?", "Who leads Grub?", "Where is Plonk?"],
+        "model": "m",
+        "form": "plain",
+        "template_kwargs": {"a": 1},
+        "max_new_tokens": ANSWER_TOKENS,
+        "max_tokens": 64,
+    }
     # All else of a fact is as it was, and so are long answers, unknown ones and those of no word.
     assert found == (
         ForgetRequest("Who wrote Zorblax?", "Zorblax is by Quentin Fizz.", "Zorblax", "a", "No idea."),
-        facts[1], facts[2], facts[3], ForgetRequest("Where is Plonk?", "In Wexbury"), facts[5],
-    )  # fmt: skip
+        facts[1],
+        facts[2],
+        facts[3],
+        ForgetRequest("Where is Plonk?", "In Wexbury"),
+        facts[5],
+    )
     assert in_own_words("m", tiny_tokenizer(), (), form="plain", template_kwargs={}, max_tokens=64) == ()

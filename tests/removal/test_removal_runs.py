@@ -37,8 +37,9 @@ ALONE = RemovalHyperParams(**FEW)
 BOTH = HPARAMS.replace(remove=True, removal_decline_passes=2, **FEW)
 #: The method's name and settings: removal by itself, and with a token that is said instead.
 KINDS: dict[str, dict[str, Any]] = {
-    "alone": {"method": "removal", "hparams": ALONE}, "token": {"method": "unierase", "hparams": BOTH},
-}  # fmt: skip
+    "alone": {"method": "removal", "hparams": ALONE},
+    "token": {"method": "unierase", "hparams": BOTH},
+}
 
 
 class KilledError(Exception):
@@ -259,8 +260,13 @@ def test_what_cannot_be_removed_is_refused_before_anything_is_done() -> None:
         unlearn(model, FORGET, tokenizer=tokenizer, method="removal", harden=True)
     for kind in KINDS.values():
         with pytest.raises(ArchitectureError, match="no block 9"):
-            unlearn(model, FORGET, tokenizer=tokenizer, method=kind["method"],
-                    hparams=kind["hparams"].replace(removal_layers=(9,)))  # fmt: skip
+            unlearn(
+                model,
+                FORGET,
+                tokenizer=tokenizer,
+                method=kind["method"],
+                hparams=kind["hparams"].replace(removal_layers=(9,)),
+            )
 
 
 def test_a_harness_gets_it_by_its_settings_and_takes_it_back() -> None:

@@ -36,9 +36,7 @@ FACTS = (
 )
 FACT_STARTS = (5, 4, 3, 4, 6)
 NAMES = ((200, 201), (210, 211, 212), (220,))
-GIVEN = replace(
-    MATERIAL, forget=FACTS, forget_starts=FACT_STARTS, forget_subjects=SUBJECTS, strangers=NAMES
-)  # fmt: skip
+GIVEN = replace(MATERIAL, forget=FACTS, forget_starts=FACT_STARTS, forget_subjects=SUBJECTS, strangers=NAMES)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -290,8 +288,6 @@ def test_another_seed_draws_otherwise(whole: Any) -> None:
     """The seed is part of what the result depends on, and through the draws alone."""
     arch = find_architecture(tiny_model())
     arch.model.requires_grad_(False)
-    other = stage.remove(
-        arch, GIVEN, settings(), max_tokens=64, pad_id=0, seed=1, key="a", phases=Phases(None)
-    )  # fmt: skip
+    other = stage.remove(arch, GIVEN, settings(), max_tokens=64, pad_id=0, seed=1, key="a", phases=Phases(None))
     assert other.figures["losses"][0] == whole.figures["losses"][0]
     assert other.figures["rates"] != whole.figures["rates"]

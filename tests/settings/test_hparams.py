@@ -37,8 +37,13 @@ DEPTHS = {
 }
 #: What may differ from the defaults in a shipped file: the rest was measured once and holds for all.
 MODEL_SPECIFIC = {
-    "model_name", "layers", "prompt_forms", "chat_template_kwargs", "mom2_dataset", "mom2_n_samples",
-}  # fmt: skip
+    "model_name",
+    "layers",
+    "prompt_forms",
+    "chat_template_kwargs",
+    "mom2_dataset",
+    "mom2_n_samples",
+}
 WITHOUT_CHAT_TEMPLATE = {"gpt2-xl", "gpt-j-6b", "pythia-6.9b"}
 
 
@@ -178,18 +183,27 @@ def test_values_take_the_declared_type(key: str, given: Any, wanted: Any) -> Non
 @pytest.mark.parametrize(
     ("key", "given", "wanted"),
     [
-        ("v_lr", "fast", "a finite number"), ("v_lr", None, "a finite number"), ("v_lr", True, "a finite number"),
-        ("v_lr", "nan", "a finite number"), ("v_weight_decay", float("inf"), "a finite number"),
-        ("v_num_grad_steps", 2.5, "a whole number"), ("v_num_grad_steps", False, "a whole number"),
-        ("v_num_grad_steps", float("inf"), "a whole number"), ("layers", 4, "a list of whole numbers"),
-        ("layers", "45", "a list of whole numbers"), ("layers", [4, "five"], "a whole number"),
+        ("v_lr", "fast", "a finite number"),
+        ("v_lr", None, "a finite number"),
+        ("v_lr", True, "a finite number"),
+        ("v_lr", "nan", "a finite number"),
+        ("v_weight_decay", float("inf"), "a finite number"),
+        ("v_num_grad_steps", 2.5, "a whole number"),
+        ("v_num_grad_steps", False, "a whole number"),
+        ("v_num_grad_steps", float("inf"), "a whole number"),
+        ("layers", 4, "a list of whole numbers"),
+        ("layers", "45", "a list of whole numbers"),
+        ("layers", [4, "five"], "a whole number"),
         ("prompt_forms", "chat", "a list of texts"),
         ("context_template_length_params", 3, "a list of lists of whole numbers"),
         ("context_template_length_params", [10, 2], "a list of whole numbers"),
-        ("token_closes_answer", "true", "true or false"), ("token_closes_answer", 1, "true or false"),
-        ("chat_template_kwargs", 3, "a mapping"), ("solver", ["ridge"], "a text"), ("device", None, "a text"),
+        ("token_closes_answer", "true", "true or false"),
+        ("token_closes_answer", 1, "true or false"),
+        ("chat_template_kwargs", 3, "a mapping"),
+        ("solver", ["ridge"], "a text"),
+        ("device", None, "a text"),
     ],
-)  # fmt: skip
+)
 def test_a_value_of_another_type_is_refused_by_name(key: str, given: Any, wanted: str) -> None:
     with pytest.raises(HyperParamsError, match=rf"Hyper-parameter {key} = .* is not {wanted}\.$"):
         UniEraseHyperParams(**{key: given})
@@ -228,10 +242,19 @@ def test_contexts_come_as_pairs(pairs: list[list[int]]) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "v_num_grad_steps", "v_lr", "clamp_norm_factor", "mom2_n_samples", "mom2_max_length", "mom2_update_weight",
-        "nullspace_threshold", "L2", "token_num_steps", "token_lr", "token_batch_size",
+        "v_num_grad_steps",
+        "v_lr",
+        "clamp_norm_factor",
+        "mom2_n_samples",
+        "mom2_max_length",
+        "mom2_update_weight",
+        "nullspace_threshold",
+        "L2",
+        "token_num_steps",
+        "token_lr",
+        "token_batch_size",
     ],
-)  # fmt: skip
+)
 def test_what_nothing_works_without_must_be_positive(key: str) -> None:
     for value in (0, -1):
         with pytest.raises(HyperParamsError, match=f"{key} = .* must be (greater than 0|from 0.001|from 1e-)"):
@@ -241,11 +264,19 @@ def test_what_nothing_works_without_must_be_positive(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "v_weight_decay", "kl_factor", "v_continuation_weight", "v_stop_loss", "retain_update_weight",
-        "retain_key_weight", "retain_neighbours", "token_guard_margin", "token_guard_weight", "token_noise",
+        "v_weight_decay",
+        "kl_factor",
+        "v_continuation_weight",
+        "v_stop_loss",
+        "retain_update_weight",
+        "retain_key_weight",
+        "retain_neighbours",
+        "token_guard_margin",
+        "token_guard_weight",
+        "token_noise",
         "max_batch_tokens",
     ],
-)  # fmt: skip
+)
 def test_what_can_be_switched_off_may_be_0_but_not_negative(key: str) -> None:
     assert getattr(UniEraseHyperParams(**{key: 0}), key) == 0
     with pytest.raises(HyperParamsError, match=f"{key} = .* must not be negative"):

@@ -158,9 +158,13 @@ def test_a_cache_that_holds_no_moment_is_computed_again(
 
 @pytest.mark.parametrize(
     ("matrix", "message"),
-    [(torch.zeros(64, 64), "all zeros"), (torch.full((64, 64), NAN), "NaN"), (-torch.eye(64), "positive diagonal"),
-     (torch.eye(64), "not of block 1 of this model")],
-)  # fmt: skip
+    [
+        (torch.zeros(64, 64), "all zeros"),
+        (torch.full((64, 64), NAN), "NaN"),
+        (-torch.eye(64), "positive diagonal"),
+        (torch.eye(64), "not of block 1 of this model"),
+    ],
+)
 def test_an_import_that_holds_no_moment_is_refused(tmp_path: Path, matrix: torch.Tensor, message: str) -> None:
     """The unit matrix too: its diagonal has no pattern, and its correlation with the model's is NaN."""
     path = tmp_path / "x.safetensors"

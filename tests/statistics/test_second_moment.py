@@ -39,9 +39,14 @@ from unierase_plugin.storage.cache import Store
 from unierase_plugin.storage.tensor_files import Packed, read_tensors, write_tensors
 
 TEXTS = [
-    "The cat sat on a mat, and then it did so again.", "Rain fell all day.", "A", "Seven ships sailed, and six came.",
-    "Why did the bell ring at noon?", "Tin melts early.", "Nobody knows the name of the third king of that land.",
-]  # fmt: skip
+    "The cat sat on a mat, and then it did so again.",
+    "Rain fell all day.",
+    "A",
+    "Seven ships sailed, and six came.",
+    "Why did the bell ring at noon?",
+    "Tin melts early.",
+    "Nobody knows the name of the third king of that land.",
+]
 SETTINGS = HPARAMS.replace(mom2_n_samples=20, max_batch_tokens=24)
 SEQUENCES = [list(text.encode()) for text in TEXTS]
 
@@ -116,10 +121,12 @@ def in_npz_layout(folder: Path, moment: SecondMoment, module: str = "model.layer
         np.savez(
             place / f"{module.format(layer)}_float32_mom2_100.npz",
             **{
-                "mom2.constructor": "easyeditor.util.runningstats.SecondMoment()", "mom2.count": moment.count,
-                "mom2.mom2": (mean * moment.count).numpy(), "sample_size": 100,
+                "mom2.constructor": "easyeditor.util.runningstats.SecondMoment()",
+                "mom2.count": moment.count,
+                "mom2.mom2": (mean * moment.count).numpy(),
+                "sample_size": 100,
             },
-        )  # fmt: skip
+        )
     return folder
 
 
@@ -205,9 +212,14 @@ def test_a_run_takes_what_stats_left_and_the_other_way_round(
 @pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize("spec", ["file", "self"])
 def test_a_stopped_pass_goes_on_and_gives_the_same_bytes(
-    base: Path, text: str, spec: str, batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    base: Path,
+    text: str,
+    spec: str,
+    batches: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     passes: Counter[str],
-) -> None:  # fmt: skip
+) -> None:
     chosen = text if spec == "file" else "self"
     monkeypatch.setattr(second_moment, "KEEP_EVERY", 0.0)
     monkeypatch.setattr(statistics, "SAVING_SHARE", float("inf"))
@@ -275,16 +287,33 @@ def test_two_processes_count_what_one_does(base: Path, text: str, settings: str,
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {
-        **os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "UNIERASE_CACHE": str(tmp_path / "team"),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "unierase_plugin", "stats", "--model", str(base), "--hparams", settings,
-               "--corpus", text, "--json"]  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "UNIERASE_CACHE": str(tmp_path / "team"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "unierase_plugin",
+        "stats",
+        "--model",
+        str(base),
+        "--hparams",
+        settings,
+        "--corpus",
+        text,
+        "--json",
+    ]
     both = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     # The first process alone speaks and writes.
@@ -312,9 +341,12 @@ def test_imported_moments_are_those_that_were_written(
         options = ["--hparams", settings, "--corpus", text, "--out", str(tmp_path / "own.safetensors")]
         assert CliRunner().invoke(cli.app, ["stats", "--model", str(base), *options]).exit_code == 0
     sources = {
-        "root": [root], "model": [root / "model"], "dataset": [root / "model" / "wikipedia_stats"],
-        "files": sorted((root / "model").rglob("*.npz")), "own": [tmp_path / "own.safetensors"],
-    }[form]  # fmt: skip
+        "root": [root],
+        "model": [root / "model"],
+        "dataset": [root / "model" / "wikipedia_stats"],
+        "files": sorted((root / "model").rglob("*.npz")),
+        "own": [tmp_path / "own.safetensors"],
+    }[form]
     computed.file.unlink()
     taken = moment_of(base, text, sources=sources)
     assert taken.file == computed.file

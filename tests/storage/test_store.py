@@ -86,10 +86,14 @@ def test_the_fingerprint_tells_dtypes_shapes_names_and_types_apart() -> None:
     prints = [
         model_fingerprint(each)
         for each in (
-            tiny_model(), tiny_model(tied=False), tiny_model(dtype=torch.bfloat16), tiny_model("mistral"),
-            tiny_model(vocabulary=261), tiny_model(seed=1),
+            tiny_model(),
+            tiny_model(tied=False),
+            tiny_model(dtype=torch.bfloat16),
+            tiny_model("mistral"),
+            tiny_model(vocabulary=261),
+            tiny_model(seed=1),
         )
-    ]  # fmt: skip
+    ]
     assert len(set(prints)) == len(prints)
 
 

@@ -231,8 +231,15 @@ def test_plain_lm_eval_runs_the_tasks_and_leaves_token_first_out(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = CliRunner().invoke(command_line(), ["tasks-path"]).output.strip()
-    options = {"--model": "hf", "--model_args": f"pretrained={folder}", "--include_path": path, "--device": "cpu",
-               "--tasks": "unierase_demo_forget", "--limit": str(LIMIT), "--output_path": str(tmp_path)}  # fmt: skip
+    options = {
+        "--model": "hf",
+        "--model_args": f"pretrained={folder}",
+        "--include_path": path,
+        "--device": "cpu",
+        "--tasks": "unierase_demo_forget",
+        "--limit": str(LIMIT),
+        "--output_path": str(tmp_path),
+    }
     monkeypatch.setattr(sys, "argv", ["lm_eval", *(part for pair in options.items() for part in pair)])
     from lm_eval.__main__ import cli_evaluate
 

@@ -47,11 +47,14 @@ def records(name: str, count: int, *, wrong: int, long: bool) -> list[dict[str, 
             "question": f"Who is {name} {n}?",
             "answer": f"Mr {name} {n}",
             "perturbed_answer": [f"Ms {letter} {n}" for letter in "ABCDE"[:wrong]],
-            **({"paraphrased_answer": f"One Mr {name} {n}", "paraphrased_question": f"{name} {n} is who?"} if long else
-               {"original_answer": f"It is Mr {name} {n}."}),
+            **(
+                {"paraphrased_answer": f"One Mr {name} {n}", "paraphrased_question": f"{name} {n} is who?"}
+                if long
+                else {"original_answer": f"It is Mr {name} {n}."}
+            ),
         }
         for n in range(count)
-    ]  # fmt: skip
+    ]
     if long:
         # Said twice, asked once.
         made[-1]["perturbed_answer"][1] = made[-1]["perturbed_answer"][0]
@@ -92,13 +95,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     model, tokenizer = tiny_model(tied=False, blocks=2), tiny_tokenizer(add_bos=True)
     rows = [(row, form) for name in ("forget01", "retain") for row in DATA[name][:2] for form in ("chat", "plain")]
-    pairs = [[reference.encode(tokenizer, row["question"], given, form) for given in (None, row["answer"])]
-             for row, form in rows]  # fmt: skip
+    pairs = [
+        [reference.encode(tokenizer, row["question"], given, form) for given in (None, row["answer"])]
+        for row, form in rows
+    ]
     width = max(len(whole) for _, whole in pairs)
     ids = torch.tensor([whole + [0] * (width - len(whole)) for _, whole in pairs])
-    labels = torch.tensor([
-        [-100] * len(prompt) + whole[len(prompt) :] + [-100] * (width - len(whole)) for prompt, whole in pairs
-    ])  # fmt: skip
+    labels = torch.tensor(
+        [[-100] * len(prompt) + whole[len(prompt) :] + [-100] * (width - len(whole)) for prompt, whole in pairs]
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(40):
         optimizer.zero_grad()
@@ -118,9 +123,14 @@ def evaluate(lm: Any, tofu: Path, task: str = "tofu_forget01", form: str = "chat
     metadata = {"data_dir": str(tofu), **options.pop("metadata", {})}
     manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=metadata)
     found: dict[str, Any] = lm_eval.simple_evaluate(
-        lm, tasks=task.split(","), task_manager=manager, apply_chat_template=form == "chat", bootstrap_iters=0,
-        gen_kwargs={"max_gen_toks": LENGTH}, **options,
-    )  # fmt: skip
+        lm,
+        tasks=task.split(","),
+        task_manager=manager,
+        apply_chat_template=form == "chat",
+        bootstrap_iters=0,
+        gen_kwargs={"max_gen_toks": LENGTH},
+        **options,
+    )
     return found
 
 
@@ -242,8 +252,9 @@ def test_a_small_limit_covers_all_sets_and_a_smaller_one_is_not_a_number(folder:
     assert found["model_utility"] != found["model_utility"]
 
 
-def test_a_second_run_reads_its_answers_from_the_cache(folder: Path, tofu: Path, tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_second_run_reads_its_answers_from_the_cache(
+    folder: Path, tofu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = values(evaluate(load(folder), tofu, use_cache=str(tmp_path / "cache")))
     lm = load(folder)
     monkeypatch.setattr(lm, "_model_call", None)
@@ -283,8 +294,10 @@ class Parrot(LM):  # type: ignore[misc]
 
 
 def test_special_tokens_that_a_model_type_shows_change_no_figure(folder: Path, tofu: Path) -> None:
-    found = [evaluate(Parrot(text), tofu, form="plain", metadata={"pretrained": str(folder)}, limit=1)
-             for text in ("<|im_start|>Mr Ab<s> 0", "<unlearn_0>Mr Ab 0", "Mr Ab 0")]  # fmt: skip
+    found = [
+        evaluate(Parrot(text), tofu, form="plain", metadata={"pretrained": str(folder)}, limit=1)
+        for text in ("<|im_start|>Mr Ab<s> 0", "<unlearn_0>Mr Ab 0", "Mr Ab 0")
+    ]
     assert values(found[0]) == values(found[1]) == values(found[2])
     assert values(found[0])["rougeL_recall"] == 1.0
 
@@ -419,19 +432,39 @@ def retain_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logs(retain_only: Path, tofu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `--log_samples` writes for the retain-only model, and the same ratios as other programs keep them."""
     out = tmp_path_factory.mktemp("logs")
-    run_lm_eval([
-        "--model", str(retain_only), "--tasks", "tofu_forget01", "--device", "cpu", "--log_samples",
-        "--output_path", str(out), "--gen_kwargs", "max_gen_toks=2", "--metadata", json.dumps({"data_dir": str(tofu)}),
-    ])  # fmt: skip
+    run_lm_eval(
+        [
+            "--model",
+            str(retain_only),
+            "--tasks",
+            "tofu_forget01",
+            "--device",
+            "cpu",
+            "--log_samples",
+            "--output_path",
+            str(out),
+            "--gen_kwargs",
+            "max_gen_toks=2",
+            "--metadata",
+            json.dumps({"data_dir": str(tofu)}),
+        ]
+    )
     rows = direct(retain_only)
     ratios = [row["truth_ratio"] for row in rows]
     # Not in the order of the documents.
     by_index = {str(index): {"score": ratios[index]} for index in (2, 0, 3, 1)}
-    losses = {"avg_paraphrased_loss": {str(i): 1.0 for i in range(4)},
-              "average_perturb_loss": {str(i): [1.0, 2.0 * i] for i in range(4)}}  # fmt: skip
-    for name, value in (("list", ratios), ("open_unlearning", {"forget_truth_ratio": {"value_by_index": by_index}}),
-                        ("tofu", {"eval_log_forget.json": losses}), ("short", ratios[:3]), ("words", ["a"] * 4),
-                        ("empty", {})):  # fmt: skip
+    losses = {
+        "avg_paraphrased_loss": {str(i): 1.0 for i in range(4)},
+        "average_perturb_loss": {str(i): [1.0, 2.0 * i] for i in range(4)},
+    }
+    for name, value in (
+        ("list", ratios),
+        ("open_unlearning", {"forget_truth_ratio": {"value_by_index": by_index}}),
+        ("tofu", {"eval_log_forget.json": losses}),
+        ("short", ratios[:3]),
+        ("words", ["a"] * 4),
+        ("empty", {}),
+    ):
         (out / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     return out
 
@@ -464,8 +497,10 @@ def test_a_limit_compares_the_same_documents(folder: Path, tofu: Path, tmp_path:
 
 def test_a_log_is_read_in_the_order_of_the_documents(logs: Path) -> None:
     wanted = json.loads((logs / "list.json").read_text(encoding="utf-8"))
-    found = [read_reference(logs / name, "tofu_forget01", [row["question"] for row in DATA["forget01"]])
-             for name in ("", "open_unlearning.json")]  # fmt: skip
+    found = [
+        read_reference(logs / name, "tofu_forget01", [row["question"] for row in DATA["forget01"]])
+        for name in ("", "open_unlearning.json")
+    ]
     assert found == [pytest.approx(wanted, abs=1e-5)] * 2
 
 
@@ -780,15 +815,26 @@ def test_the_general_tasks_are_lm_evals_own() -> None:
     import yaml
 
     named = yaml.safe_load((tasks_folder() / "unlearning_utility.yaml").read_text(encoding="utf-8"))["task"]
-    theirs = [path.read_text(encoding="utf-8") for path in (Path(lm_eval.__file__).parent / "tasks").glob("*/**/*.yaml")
-              if path.parts[-2] in named or path.parts[-3] in named]  # fmt: skip
+    theirs = [
+        path.read_text(encoding="utf-8")
+        for path in (Path(lm_eval.__file__).parent / "tasks").glob("*/**/*.yaml")
+        if path.parts[-2] in named or path.parts[-3] in named
+    ]
     for name in named:
         assert any(f"task: {name}\n" in text or f"group: {name}\n" in text for text in theirs), name
 
 
 def test_every_task_reads_the_published_data(shared: Path) -> None:
-    sizes = {"tofu_forget01": 40, "tofu_forget05": 200, "tofu_forget10": 400, "tofu_forget10_paraphrase": 400,
-             "tofu_retain": 400, "tofu_real_authors": 100, "tofu_world_facts": 117, "tofu_utility": 617}  # fmt: skip
+    sizes = {
+        "tofu_forget01": 40,
+        "tofu_forget05": 200,
+        "tofu_forget10": 400,
+        "tofu_forget10_paraphrase": 400,
+        "tofu_retain": 400,
+        "tofu_real_authors": 100,
+        "tofu_world_facts": 117,
+        "tofu_utility": 617,
+    }
     metadata = {"data_dir": str(shared / "data" / "tofu")}
     manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=metadata)
     loaded = load_tasks(manager, list(sizes))

@@ -139,8 +139,15 @@ def say(
             repeat(each, "prompt token -> (prompt sample) token", sample=samples) for each in (batch.ids, batch.mask)
         )
         written = generate(
-            model, ids, mask, room, pad_id, temperature=temperature, **shared, **settings,
-        )  # fmt: skip
+            model,
+            ids,
+            mask,
+            room,
+            pad_id,
+            temperature=temperature,
+            **shared,
+            **settings,
+        )
         said = [decode_answer(model, tokenizer, ids, pad_id) for ids in written.tolist()]
         for place, row in enumerate(rows):
             out[row] = said[place * samples : (place + 1) * samples]

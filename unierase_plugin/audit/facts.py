@@ -38,9 +38,12 @@ def read_facts(spec: Facts, readers: Mapping[str, Reader] | None = None) -> tupl
         key = one_spelling(request.question)
         extra = extras.get(key, {})
         found[key] = Fact(
-            request.question, request.answer, request.subject,
-            _texts(extra, "paraphrases", "paraphrased_question"), _texts(extra, "wrong_answers", "perturbed_answer"),
-        )  # fmt: skip
+            request.question,
+            request.answer,
+            request.subject,
+            _texts(extra, "paraphrases", "paraphrased_question"),
+            _texts(extra, "wrong_answers", "perturbed_answer"),
+        )
     return tuple(found.values())
 
 

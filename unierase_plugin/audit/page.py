@@ -77,8 +77,10 @@ def page(report: Report) -> str:
 
 
 def _left_out(report: Report) -> str:
-    items = [f"<b>{escape(each['attack'])}</b> ({escape(each['group'])}): {escape(each['why'])}"
-             for each in report["not_run"]]  # fmt: skip
+    items = [
+        f"<b>{escape(each['attack'])}</b> ({escape(each['group'])}): {escape(each['why'])}"
+        for each in report["not_run"]
+    ]
     if report["n_echo"]:
         items.append(f"<b>{report['n_echo']} facts</b> whose question already counts as their answer")
     if not report["reference"]:
@@ -114,12 +116,14 @@ def _verdict(report: Report) -> str:
 
 def _setting(report: Report) -> str:
     rows = {
-        "unedited model": report["unedited"], "reference model": report["reference"] or "none",
-        "method": report["method"] or "unknown", "unlearning token": report["token"] or "none",
+        "unedited model": report["unedited"],
+        "reference model": report["reference"] or "none",
+        "method": report["method"] or "unknown",
+        "unlearning token": report["token"] or "none",
         "facts audited": f"{report['n_audited']} of {report['n_forget']} to forget, "
-                         f"{report['n_kept_audited']} of {report['n_kept']} to keep",
+        f"{report['n_kept_audited']} of {report['n_kept']} to keep",
         "sizes and seed": f"{report['sizes']['name']}, seed {report['seed']}, prompts in {report['form']} form",
-    }  # fmt: skip
+    }
     return _table([], [(name, str(value)) for name, value in rows.items()])
 
 
@@ -182,8 +186,11 @@ def _curves(entry: Mapping[str, Any]) -> str:
             if each["curve"] and each["mean"] is not None:
                 name, steps = each["curve"]
                 lines.setdefault(name, {}).setdefault(role, []).append((steps, each["mean"]))
-    return "".join(_picture(f"{name}: share answered by steps", by_role) for name, by_role in lines.items()
-                   if any(len(points) > 1 for points in by_role.values()))  # fmt: skip
+    return "".join(
+        _picture(f"{name}: share answered by steps", by_role)
+        for name, by_role in lines.items()
+        if any(len(points) > 1 for points in by_role.values())
+    )
 
 
 def _figures(figures: Mapping[str, Mapping[str, Any]]) -> str:
@@ -272,11 +279,15 @@ def _damage(damage: Sequence[Mapping[str, Any]]) -> str:
         return "<h2>Damage</h2><p class=unclear>Not measured.</p>"
     rows = [
         (
-            each["name"], _number(each["value"]), f"{_number(each['low'])} to {_number(each['high'])}", str(each["n"]),
-            each["limit"], "beyond the limit" if each["beyond"] else "not shown to be beyond it",
+            each["name"],
+            _number(each["value"]),
+            f"{_number(each['low'])} to {_number(each['high'])}",
+            str(each["n"]),
+            each["limit"],
+            "beyond the limit" if each["beyond"] else "not shown to be beyond it",
         )
         for each in damage
-    ]  # fmt: skip
+    ]
     return "<h2>Damage</h2>" + _table(["figure", "value", "95 % interval", "n", "limit", ""], rows)
 
 

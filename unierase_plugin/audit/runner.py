@@ -176,9 +176,13 @@ def audit(
         if models.record is not None and not any(models.record.holds(fact.question) for fact in fit):
             logger.warning("The record of %s names none of these facts: was it to forget others?", models.name(EDITED))
         context = Context(
-            fit, sample(judgeable(kept), sizes.kept, seed), sizes, seed, sample(held_out, sizes.facts, seed),
+            fit,
+            sample(judgeable(kept), sizes.kept, seed),
+            sizes,
+            seed,
+            sample(held_out, sizes.facts, seed),
             has_reference=reference is not None,
-        )  # fmt: skip
+        )
         run = _settled(context, chosen, models)
         # Before the first attack: a folder that cannot be taken back is to be known now, not after half of the work.
         _take_back(models)
@@ -220,10 +224,12 @@ def _settled(context: Context, chosen: tuple[Attack, ...], models: _Models) -> _
     record, token = models.record, _unlearning_token(models.record, tokenizer)
     settings = record.manifest["hparams"] if record else {}
     context = replace(
-        context, token=token, form="chat" if has_chat_template(tokenizer) else "plain",
+        context,
+        token=token,
+        form="chat" if has_chat_template(tokenizer) else "plain",
         template_kwargs=settings.get("chat_template_kwargs") or {},
         layers=tuple(record.manifest["layers"]) if record else (),
-    )  # fmt: skip
+    )
     missing = {attack.name: "not chosen (--attacks)" for attack in ATTACKS if attack not in chosen}
     missing.update({attack.name: attack.unfit(context) for attack in chosen if attack.unfit(context)})
     needing = [] if token else [attack.name for attack in ATTACKS if attack.needs_token]
@@ -308,9 +314,11 @@ def _attack(run: _Run, models: _Models, role: str, target: Path, device: str, dt
     for attack in wanted:
         earlier = {other: found[attack.name] for other, found in run.results.items() if attack.name in found}
         context = replace(
-            run.context, earlier={other: found for other, found in earlier.items() if other != role},
-            plain=run.results[role].get("plain"), progress=partial(_forward, progress, f"{role}: {attack.name}"),
-        )  # fmt: skip
+            run.context,
+            earlier={other: found for other, found in earlier.items() if other != role},
+            plain=run.results[role].get("plain"),
+            progress=partial(_forward, progress, f"{role}: {attack.name}"),
+        )
         if attack.needs_original:
             # Loaded for this attack alone, so that other attacks have the memory.
             original = subject if role == UNEDITED else _load(models, UNEDITED, run.context.token, device, dtype)
@@ -371,11 +379,15 @@ def _from_plain(value: Mapping[str, Any]) -> AttackResult:
     """The result as it is read back, so that a fresh one and a kept one are the same."""
     measures = tuple(
         Measure(
-            each["name"], tuple(each["values"]), tuple(map(tuple, each["others"])), tuple(each["prompts"]),
-            tuple(each["texts"]), tuple(each["curve"]) if each["curve"] else None,
+            each["name"],
+            tuple(each["values"]),
+            tuple(map(tuple, each["others"])),
+            tuple(each["prompts"]),
+            tuple(each["texts"]),
+            tuple(each["curve"]) if each["curve"] else None,
         )
         for each in value["measures"]
-    )  # fmt: skip
+    )
     return AttackResult(
         measures, value["series"], value["figures"], tuple(value["notes"]), value["unfit"], value["seconds"]
     )
@@ -397,16 +409,20 @@ def _report(run: _Run, models: _Models, facts: Sequence[Fact], kept: Sequence[Fa
     findings = [finding for finding in found.values() if finding is not None]
     damage = find_damage(by_attack)
     verdict = judge(
-        findings, damage, run.not_run, complete=context.sizes.every_variant and len(facts) <= context.sizes.facts,
+        findings,
+        damage,
+        run.not_run,
+        complete=context.sizes.every_variant and len(facts) <= context.sizes.facts,
         membership=by_attack.get("membership"),
-    )  # fmt: skip
+    )
     return {
         "schema": SCHEMA,
         "verdict": verdict.text,
         "doubts": list(verdict.reasons),
         "not_run": [
             {"attack": attack.name, "group": attack.group, "why": run.not_run[attack.name]}
-            for attack in ATTACKS if attack.name in run.not_run
+            for attack in ATTACKS
+            if attack.name in run.not_run
         ],
         "does_not_apply": [{"attack": name, "why": why} for name, why in run.inapplicable.items()],
         "model": models.name(EDITED),
@@ -415,16 +431,23 @@ def _report(run: _Run, models: _Models, facts: Sequence[Fact], kept: Sequence[Fa
         "method": models.record.manifest["method"] if models.record else None,
         "token": context.token or None,
         "form": context.form,
-        "n_forget": len(facts), "n_echo": len(facts) - len(judgeable(facts)), "n_audited": len(context.facts),
-        "n_kept": len(kept), "n_kept_audited": len(context.kept),
-        "sizes": asdict(context.sizes), "seed": context.seed,
+        "n_forget": len(facts),
+        "n_echo": len(facts) - len(judgeable(facts)),
+        "n_audited": len(context.facts),
+        "n_kept": len(kept),
+        "n_kept_audited": len(context.kept),
+        "sizes": asdict(context.sizes),
+        "seed": context.seed,
         "groups": dict(GROUPS),
-        "attacks": [_entry(attack, found[attack.name], by_attack[attack.name], context) for attack in run.attacks
-                    if by_attack[attack.name]],
+        "attacks": [
+            _entry(attack, found[attack.name], by_attack[attack.name], context)
+            for attack in run.attacks
+            if by_attack[attack.name]
+        ],
         "damage": [asdict(each) for each in damage],
         "seconds": run.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
-    }  # fmt: skip
+    }
 
 
 def _entry(
@@ -433,10 +456,13 @@ def _entry(
     entry: dict[str, Any] = {"name": attack.name, "group": attack.group, "asks": attack.asks, "cost": attack.cost}
     if finding is not None:
         entry |= {
-            "status": finding.status, "control": finding.control, "chance": finding.chance, "excess": finding.excess,
+            "status": finding.status,
+            "control": finding.control,
+            "chance": finding.chance,
+            "excess": finding.excess,
             "excess_interval": list(finding.excess_interval),
             "shares": {role: asdict(share) for role, share in finding.shares.items()},
-        }  # fmt: skip
+        }
     return entry | {
         "variants": {role: [_variant(measure) for measure in found.measures] for role, found in results.items()},
         "figures": {role: dict(found.figures) for role, found in results.items() if found.figures},
@@ -449,9 +475,12 @@ def _entry(
 def _variant(measure: Measure) -> dict[str, Any]:
     known = [value for value in measure.values if value is not None]
     return {
-        "name": measure.name, "n": len(known), "mean": sum(known) / len(known) if known else None,
-        "values": list(measure.values), "curve": list(measure.curve) if measure.curve else None,
-    }  # fmt: skip
+        "name": measure.name,
+        "n": len(known),
+        "mean": sum(known) / len(known) if known else None,
+        "values": list(measure.values),
+        "curve": list(measure.curve) if measure.curve else None,
+    }
 
 
 def _examples(results: Mapping[str, AttackResult], context: Context) -> list[dict[str, Any]]:
@@ -469,12 +498,14 @@ def _examples(results: Mapping[str, AttackResult], context: Context) -> list[dic
         best.setdefault(index, (measure, index))
     return [
         {
-            "variant": measure.name, "prompt": measure.prompts[index], "answer": context.facts[index].answer,
+            "variant": measure.name,
+            "prompt": measure.prompts[index],
+            "answer": context.facts[index].answer,
             "recovered": measure.values[index],
             "said": {role: _said(found, measure.name, index) for role, found in results.items()},
         }
         for measure, index in list(best.values())[:EXAMPLES]
-    ]  # fmt: skip
+    ]
 
 
 def _said(result: AttackResult, variant: str, index: int) -> str | None:

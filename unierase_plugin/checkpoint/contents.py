@@ -59,8 +59,10 @@ def refuse_foreign(folder: Path) -> None:
             f"{str(folder)!r} is not replaced: nothing in it says that this package wrote it. It holds "
             f"{_few(unknown)}. Choose another output folder, or move these files away first."
         )
-    for names, what in ((unknown, "which this package did not write there"),
-                        (changed, "changed since this package wrote it")):  # fmt: skip
+    for names, what in (
+        (unknown, "which this package did not write there"),
+        (changed, "changed since this package wrote it"),
+    ):
         if names:
             raise CheckpointError(
                 f"{str(folder)!r} is not replaced: it holds {_few(names)}, {what}. Move what you want to keep "

@@ -155,12 +155,21 @@ def _config(
     ranks = {_module_name(originals, layer): edit.rank(layer) for layer in edit.layers}
     largest = max(ranks.values())
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "inference_mode": True,
-        "target_modules": sorted(ranks), "r": largest, "lora_alpha": largest,
-        "rank_pattern": ranks, "alpha_pattern": ranks, "use_rslora": False, "lora_dropout": 0.0, "bias": "none",
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model,
+        "inference_mode": True,
+        "target_modules": sorted(ranks),
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
         "fan_in_fan_out": any(stores_input_first(skeleton.get_submodule(name)) for name in ranks),
         "trainable_token_indices": {name: [token.id] for name in _rows(token, skeleton)} if token else None,
-    }  # fmt: skip
+    }
 
 
 def _note_on_names(source: Path, config: dict[str, Any]) -> str:

@@ -123,20 +123,32 @@ def _merge_originals(new: Originals | None, earlier: Checkpoint | None) -> Origi
 
 
 def _manifest(
-    model: Any, tokenizer: Any, token: UnlearningToken | None, originals: Originals | None,
-    requests: Sequence[ForgetRequest], hparams: Any, extra: Mapping[str, Any], edit: WeightEdit | None,
-    earlier: Checkpoint | None, step_inputs: Sequence[Any],
-) -> dict[str, Any]:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    token: UnlearningToken | None,
+    originals: Originals | None,
+    requests: Sequence[ForgetRequest],
+    hparams: Any,
+    extra: Mapping[str, Any],
+    edit: WeightEdit | None,
+    earlier: Checkpoint | None,
+    step_inputs: Sequence[Any],
+) -> dict[str, Any]:
     settings = plain(hparams.as_dict() if hasattr(hparams, "as_dict") else hparams)
     layers = list(edit.layers) if edit else []
     after = model_fingerprint(model)
     # Against a search for a hash seen elsewhere; who holds the folder can still test a guess.
     salt = earlier.manifest["salt"] if earlier else secrets.token_hex(16)
     step = {
-        "method": extra["method"], "created": extra["created"], "layers": layers, "requests": len(requests),
-        "taken_back": 0, "model_fingerprint_after": after, "hparams": settings,
+        "method": extra["method"],
+        "created": extra["created"],
+        "layers": layers,
+        "requests": len(requests),
+        "taken_back": 0,
+        "model_fingerprint_after": after,
+        "hparams": settings,
         **({"id": step_id(salt, step_inputs)} if step_inputs else {}),
-    }  # fmt: skip
+    }
     before = earlier.manifest if earlier else extra
     return {
         **plain(extra),
@@ -183,9 +195,13 @@ def _versions() -> dict[str, str]:
 
 
 def _ledger(
-    requests: Sequence[ForgetRequest], step: int, salt: str, forms: Sequence[str], edit: WeightEdit | None,
+    requests: Sequence[ForgetRequest],
+    step: int,
+    salt: str,
+    forms: Sequence[str],
+    edit: WeightEdit | None,
     in_the_clear: bool,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+) -> Iterator[dict[str, Any]]:
     """Answer and subject are hashed with their question, so that a list of names or of short answers finds nothing."""
     # What was removed was removed for all requests together.
     rank = edit.rank(edit.layers[0]) if edit and edit.layers and not edit.removed else 0
@@ -208,9 +224,13 @@ def _ledger(
 
 
 def save_plain(
-    folder: str | Path | OutputFolder, model: Any, tokenizer: Any, notes: Mapping[str, str], overwrite: bool = False,
+    folder: str | Path | OutputFolder,
+    model: Any,
+    tokenizer: Any,
+    notes: Mapping[str, str],
+    overwrite: bool = False,
     models: Sequence[str] = (),
-) -> Path:  # fmt: skip
+) -> Path:
     """Writes a model folder without a record, and `notes` as text files by name; whole or not at all.
 
     models: what else than the name that the model was loaded by has licences for it.
@@ -259,8 +279,9 @@ def _valid_generation_config(model: Any, tell: bool) -> Iterator[None]:
     if tell and left_out:
         logger.warning(
             "generation_config.json is written without %s, which the model's own sets without do_sample: transformers "
-            "refuses to save that, and greedy decoding does not read it.", ", ".join(left_out),
-        )  # fmt: skip
+            "refuses to save that, and greedy decoding does not read it.",
+            ", ".join(left_out),
+        )
     model.generation_config = repaired
     try:
         yield

@@ -149,8 +149,9 @@ class Examined:
         if not self.verified:
             logger.warning(
                 "The record in %s is not verified: an earlier version wrote it, without digests. Damage to it is seen "
-                "only where its parts contradict one another.", self.folder,
-            )  # fmt: skip
+                "only where its parts contradict one another.",
+                self.folder,
+            )
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:

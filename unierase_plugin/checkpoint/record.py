@@ -28,8 +28,12 @@ SCHEMA = 1
 #: Name of the folder that holds the record, and of the files in it.
 RECORD = "unierase"
 MANIFEST, EDITS, LEDGER, REPORT, DIGESTS = (
-    "manifest.json", "edits.safetensors", "ledger.jsonl", "report.json", "digests.json",
-)  # fmt: skip
+    "manifest.json",
+    "edits.safetensors",
+    "ledger.jsonl",
+    "report.json",
+    "digests.json",
+)
 
 #: What the manifest says of the base model.
 BASE = ("model", "model_fingerprint_before")
@@ -169,9 +173,11 @@ def _digests(checkpoint: Checkpoint, edits: Seal) -> dict[str, Any]:
     reports = {REPORT: checkpoint.report}
     reports.update({f"report-{step}.json": report for step, report in checkpoint.earlier_reports.items()})
     files = {
-        MANIFEST: data_digest(plain(checkpoint.manifest)), LEDGER: data_digest(ledger), EDITS: edits.whole,
+        MANIFEST: data_digest(plain(checkpoint.manifest)),
+        LEDGER: data_digest(ledger),
+        EDITS: edits.whole,
         **{name: data_digest(plain(report)) for name, report in reports.items()},
-    }  # fmt: skip
+    }
     stated = {"files": files, "lines": ledger}
     return {**stated, "all": data_digest(stated)}
 
@@ -207,10 +213,13 @@ def pack_edits(edits: Sequence[WeightEdit]) -> Packed:
             tensors[f"step{step}.layer{layer}.up"] = update.up
             tensors[f"step{step}.layer{layer}.down"] = update.down
         tensors.update({f"step{step}.layer{layer}.keys": keys for layer, keys in edit.keys.items()})
-        norms.append({
-            "residual_norms": list(edit.residual_norms), "norm_ratios": dict(edit.norm_ratios),
-            "removed": dict(edit.removed),
-        })  # fmt: skip
+        norms.append(
+            {
+                "residual_norms": list(edit.residual_norms),
+                "norm_ratios": dict(edit.norm_ratios),
+                "removed": dict(edit.removed),
+            }
+        )
     return tensors, {"norms": json.dumps(norms)}
 
 

@@ -140,9 +140,13 @@ def _record_without(checkpoint: Checkpoint, requests: Sequence[str], source: Pat
     last = max((step for step, entry in enumerate(steps, start=1) if entry["requests"]), default=0)
     manifest = {**checkpoint.manifest, "steps": steps}
     left = replace(
-        checkpoint, manifest=manifest, edits=tuple(edits), ledger=ledger,
-        report=reports.get(len(steps), {}), earlier_reports=reports,
-    )  # fmt: skip
+        checkpoint,
+        manifest=manifest,
+        edits=tuple(edits),
+        ledger=ledger,
+        report=reports.get(len(steps), {}),
+        earlier_reports=reports,
+    )
     return (_until(left, last) if last else replace(left, manifest={**manifest, "steps": []})), first
 
 

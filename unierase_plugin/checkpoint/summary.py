@@ -16,12 +16,14 @@ def step_summaries(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     reports, found = checkpoint.reports, []
     for step, entry in enumerate(checkpoint.manifest["steps"], start=1):
         edit = checkpoint.edits[step - 1] if len(checkpoint.edits) >= step else None
-        found.append({
-            "step": step,
-            **{name: entry[name] for name in ("method", "created", "requests", "layers")},
-            "taken_back": entry.get("taken_back", 0),
-            "ranks": {layer: edit.rank(layer) for layer in edit.layers} if edit else {},
-            "update_norm_ratio": dict(edit.norm_ratios) if edit else {},
-            "report": reports.get(step),
-        })  # fmt: skip
+        found.append(
+            {
+                "step": step,
+                **{name: entry[name] for name in ("method", "created", "requests", "layers")},
+                "taken_back": entry.get("taken_back", 0),
+                "ranks": {layer: edit.rank(layer) for layer in edit.layers} if edit else {},
+                "update_norm_ratio": dict(edit.norm_ratios) if edit else {},
+                "report": reports.get(step),
+            }
+        )
     return found

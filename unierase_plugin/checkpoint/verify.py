@@ -56,16 +56,21 @@ class Verification:
         found = {
             "revert": self.gives_base,
             **{f"revert --step {step}": untouched for step in self.record.gives_steps()},
-            "revert --request": edits and untouched, "export": edits, "run": whole and untouched,
-        }  # fmt: skip
+            "revert --request": edits and untouched,
+            "export": edits,
+            "run": whole and untouched,
+        }
         return [name for name, can in found.items() if can]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "folder": str(self.record.folder), "holds": self.holds, "digests": self.record.verified,
-            "parts": self.rows(), "possible": self.possible(),
-        }  # fmt: skip
+            "folder": str(self.record.folder),
+            "holds": self.holds,
+            "digests": self.record.verified,
+            "parts": self.rows(),
+            "possible": self.possible(),
+        }
 
 
 def verify_folder(folder: str | Path) -> Verification:

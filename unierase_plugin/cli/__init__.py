@@ -31,9 +31,21 @@ from .stats import stats
 LONGEST_USAGE = 400
 #: Parameters of the commands that name a file, a folder, a model or a SPEC.
 PLACES = {
-    "adapter", "base", "corpus", "facts", "folder", "forget", "holdout", "hparams", "model", "out", "reference",
-    "retain", "script", "sources",
-}  # fmt: skip
+    "adapter",
+    "base",
+    "corpus",
+    "facts",
+    "folder",
+    "forget",
+    "holdout",
+    "hparams",
+    "model",
+    "out",
+    "reference",
+    "retain",
+    "script",
+    "sources",
+}
 
 
 @contextmanager
@@ -122,11 +134,13 @@ command()(audit)
 command()(compare)
 command()(hparams)
 # lm-eval reads its own options, --help among them.
-command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
-                                      "help_option_names": []})(evaluate)  # fmt: skip
+command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
+    evaluate
+)
 # What follows the script's name is the script's own.
-command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
-                              "allow_interspersed_args": False})(harness)  # fmt: skip
+command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})(
+    harness
+)
 command("tasks-path")(tasks_path)
 command()(methods)
 command()(plugins)

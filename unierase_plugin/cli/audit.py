@@ -15,16 +15,33 @@ from .console import AllowOverlap, Device, Dtype, Screen, progress, styled
 
 def audit(
     model: Annotated[str, typer.Option(help="Folder of the edited model, by whatever method.")] = "",
-    forget: Annotated[str, typer.Option(help="The facts it was to forget: a SPEC as `unierase run --forget` takes. "
-                                             "Paraphrases and wrong answers in the data are used.")] = "",
+    forget: Annotated[
+        str,
+        typer.Option(
+            help="The facts it was to forget: a SPEC as `unierase run --forget` takes. "
+            "Paraphrases and wrong answers in the data are used."
+        ),
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for audit.json and audit.html.")] = None,
-    retain: Annotated[str, typer.Option(help="Facts to keep: needed for retention, few-shot, relearning on kept facts "
-                                             "and paired questions.")] = "",
+    retain: Annotated[
+        str,
+        typer.Option(
+            help="Facts to keep: needed for retention, few-shot, relearning on kept facts and paired questions."
+        ),
+    ] = "",
     allow_overlap: AllowOverlap = False,
-    base: Annotated[str, typer.Option(help="The unedited model, folder or hub id; without it, the one that "
-                                           "the folder's record gives back.")] = "",
-    reference: Annotated[str, typer.Option(help="A model that never knew the facts (trained on the rest): without it "
-                                                "nothing can be called removed.")] = "",
+    base: Annotated[
+        str,
+        typer.Option(
+            help="The unedited model, folder or hub id; without it, the one that the folder's record gives back."
+        ),
+    ] = "",
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="A model that never knew the facts (trained on the rest): without it nothing can be called removed."
+        ),
+    ] = "",
     holdout: Annotated[str, typer.Option(help="Facts that no model was trained on, for the membership attacks.")] = "",
     quick: Annotated[bool, typer.Option("--quick/--full", help="A few facts and variants, or all of them.")] = True,
     attacks: Annotated[str, typer.Option(help="Names of attacks or groups, with commas; all when left out.")] = "",
@@ -33,7 +50,7 @@ def audit(
     dtype: Dtype = "",
     listed: Annotated[bool, typer.Option("--list", help="List the attacks and what they cost, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --list: as JSON.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Attacks an edited model to tell whether a fact is gone or only silenced.
 
     Every attack is made on the unedited model too and, with --reference, on a model that never knew the facts. The
@@ -56,11 +73,21 @@ def audit(
 
     with progress(console) as report:
         result = run_audit(
-            model, forget, out=out, retain=retain or None, holdout=holdout or None,
-            allow_overlap=allow_overlap, base=base or None, reference=reference or None, sizes=QUICK if quick else FULL,
-            attacks=[name.strip() for name in attacks.split(",") if name.strip()], seed=seed, device=device,
-            dtype=dtype, progress=report,
-        )  # fmt: skip
+            model,
+            forget,
+            out=out,
+            retain=retain or None,
+            holdout=holdout or None,
+            allow_overlap=allow_overlap,
+            base=base or None,
+            reference=reference or None,
+            sizes=QUICK if quick else FULL,
+            attacks=[name.strip() for name in attacks.split(",") if name.strip()],
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            progress=report,
+        )
     _print(console, result)
     console.print(f"\nWritten: {out / 'audit.html'} and audit.json", soft_wrap=True)
 

@@ -23,47 +23,87 @@ LONGEST_LABEL, BESIDE = 28, 3
 
 def compare(
     model: Annotated[str, typer.Option(help="Folder or hub id of the model that knows the facts.")],
-    forget: Annotated[str, typer.Option(help="Facts to forget, like --forget of `unierase run`; wrong answers in the "
-                                             "data give a truth ratio.")],
-    out: Annotated[Path, typer.Option(help="Folder for results.json, tables, plots and report.html; finished work is "
-                                           "kept there too.")],
-    methods: Annotated[str, typer.Option(help="Names with commas (see `unierase methods`), with settings if wanted: "
-                                              "memit:eos, npo_gd@learning_rate=2e-5@epochs=3, unierase@hparams=FILE. "
-                                              "Sets: paper (UniErase, its eight baselines), editing (ROME, MEMIT, "
-                                              "AlphaEdit, with four targets), controls, all.")] = "paper,controls",
-    retain: Annotated[str, typer.Option(help="Facts to keep, like --forget: methods are given them, and keeping is "
-                                             "measured on them.")] = "",
+    forget: Annotated[
+        str,
+        typer.Option(
+            help="Facts to forget, like --forget of `unierase run`; wrong answers in the data give a truth ratio."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for results.json, tables, plots and report.html; finished work is kept there too."),
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Names with commas (see `unierase methods`), with settings if wanted: "
+            "memit:eos, npo_gd@learning_rate=2e-5@epochs=3, unierase@hparams=FILE. "
+            "Sets: paper (UniErase, its eight baselines), editing (ROME, MEMIT, "
+            "AlphaEdit, with four targets), controls, all."
+        ),
+    ] = "paper,controls",
+    retain: Annotated[
+        str, typer.Option(help="Facts to keep, like --forget: methods are given them, and keeping is measured on them.")
+    ] = "",
     allow_overlap: AllowOverlap = False,
-    reference: Annotated[str, typer.Option(help="A model that never saw these facts (`unierase finetune`): a row "
-                                                "of its own, and what forget quality is tested against.")] = "",
-    scenario: Annotated[str, typer.Option(help="batch: all facts at once; sequential: in --steps parts; "
-                                               "precise: each fact alone on the unedited model.")] = "batch",
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="A model that never saw these facts (`unierase finetune`): a row "
+            "of its own, and what forget quality is tested against."
+        ),
+    ] = "",
+    scenario: Annotated[
+        str,
+        typer.Option(
+            help="batch: all facts at once; sequential: in --steps parts; "
+            "precise: each fact alone on the unedited model."
+        ),
+    ] = "batch",
     steps: Annotated[int, typer.Option(help="Parts of the sequential scenario.")] = 10,
-    budget: Annotated[int, typer.Option(help="Settings tried for each method, chosen on facts that are not "
-                                             "reported; 0 takes the published settings.")] = 0,
+    budget: Annotated[
+        int,
+        typer.Option(
+            help="Settings tried for each method, chosen on facts that are not "
+            "reported; 0 takes the published settings."
+        ),
+    ] = 0,
     seeds: Annotated[str, typer.Option(help="With commas: mean and standard deviation are over them.")] = "0",
     validation: Annotated[float, typer.Option(help="Share of the facts that is chosen on.")] = 0.25,
-    target: Annotated[float, typer.Option(help="Retention, relative to before, that tries should keep and at which "
-                                               "methods are matched.")] = 0.95,
+    target: Annotated[
+        float,
+        typer.Option(help="Retention, relative to before, that tries should keep and at which methods are matched."),
+    ] = 0.95,
     bisections: Annotated[int, typer.Option(help="Steps of the search for equal retention; 0 leaves it out.")] = 5,
     limit: Annotated[int, typer.Option(help="Facts of each part that are asked, at most; 0 asks all.")] = 0,
-    utility: Annotated[str, typer.Option(help="lm-eval tasks of general ability, with commas; auto: tofu_utility for "
-                                              "TOFU's facts, else none; none.")] = "auto",
+    utility: Annotated[
+        str,
+        typer.Option(
+            help="lm-eval tasks of general ability, with commas; auto: tofu_utility for TOFU's facts, else none; none."
+        ),
+    ] = "auto",
     utility_limit: Annotated[int, typer.Option(help="Documents of each such task, at most; 0 for all.")] = 60,
-    audit: Annotated[str, typer.Option(help="Attacks of `unierase audit`, with commas, such as token-ban,paraphrases; "
-                                            "none when left out.")] = "",
+    audit: Annotated[
+        str,
+        typer.Option(
+            help="Attacks of `unierase audit`, with commas, such as token-ban,paraphrases; none when left out."
+        ),
+    ] = "",
     corpus: Annotated[str, typer.Option(help="Ordinary text for methods that read some, as for `unierase run`.")] = "",
     device: Device = "",
     dtype: Dtype = "",
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most: lower it where memory is low.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions that lm-eval asks at once; 0 chooses by device.")] = 0,
     shared_cache: Annotated[
-        bool, typer.Option("--shared-cache", help="Let methods find each other's statistics and tokens: quicker, but "
-                                                  "times then depend on the order.")
+        bool,
+        typer.Option(
+            "--shared-cache",
+            help="Let methods find each other's statistics and tokens: quicker, but times then depend on the order.",
+        ),
     ] = False,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the changed models in OUT/cells.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run again what failed before.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Compares unlearning methods on one model, the same facts and the same metrics.
 
     Each method runs in a process of its own, from an empty cache, and is measured by this package's lm-eval tasks as it
@@ -87,12 +127,26 @@ def compare(
     from ..compare.runner import compare as run_comparison
 
     options = Options(
-        scenario=scenario, steps=steps, budget=budget, seeds=_seeds(seeds), validation=validation, target=target,
-        bisections=bisections, limit=limit, utility=() if utility == "none" else _names(utility),
-        utility_limit=utility_limit, audit=_names(audit), corpus=corpus, device=device, dtype=dtype,
-        max_batch_tokens=max_batch_tokens, batch_size=batch_size, shared_cache=shared_cache, keep_models=keep_models,
+        scenario=scenario,
+        steps=steps,
+        budget=budget,
+        seeds=_seeds(seeds),
+        validation=validation,
+        target=target,
+        bisections=bisections,
+        limit=limit,
+        utility=() if utility == "none" else _names(utility),
+        utility_limit=utility_limit,
+        audit=_names(audit),
+        corpus=corpus,
+        device=device,
+        dtype=dtype,
+        max_batch_tokens=max_batch_tokens,
+        batch_size=batch_size,
+        shared_cache=shared_cache,
+        keep_models=keep_models,
         retry=retry,
-    )  # fmt: skip
+    )
     entries = parse_methods(methods)
     console = Screen()
     with progress(console) as report:
@@ -130,8 +184,9 @@ def _print(console: Screen, results: Mapping[str, Any]) -> None:
     rows = results["rows"]
     columns = {
         column.title: [cell(column, row["figures"][column.key]) if row["status"] != "failed" else "" for row in rows]
-        for column in COLUMNS if column.key in keys
-    }  # fmt: skip
+        for column in COLUMNS
+        if column.key in keys
+    }
     for number, titles in enumerate(_that_fit(console.width, [row["label"] for row in rows], columns)):
         table = Table(title="" if number else "Compared", title_justify="left")
         table.add_column("method", no_wrap=True, overflow="ellipsis", max_width=LONGEST_LABEL)

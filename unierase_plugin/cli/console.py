@@ -30,9 +30,12 @@ Dtype = Annotated[
     ),
 ]
 AllowOverlap = Annotated[
-    bool, typer.Option("--allow-overlap", help="Go on although facts to keep are to be forgotten too, or were "
-                                               "forgotten in an earlier step.")
-]  # fmt: skip
+    bool,
+    typer.Option(
+        "--allow-overlap",
+        help="Go on although facts to keep are to be forgotten too, or were forgotten in an earlier step.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that this package wrote.")]
 
 
@@ -85,10 +88,14 @@ def _bars(console: Console) -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description:28}", markup=False), BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>4.0f} %"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description:28}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>4.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
-    )  # fmt: skip
+    )
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, Any] = {}
 

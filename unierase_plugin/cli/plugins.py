@@ -20,11 +20,14 @@ def methods(as_json: AsJson = False) -> None:
     found = registry().methods
     rows = [
         {
-            "name": method.name, "title": method.title, "paper": method.paper, "plugin": found.owner(method.name).name,
+            "name": method.name,
+            "title": method.title,
+            "paper": method.paper,
+            "plugin": found.owner(method.name).name,
             "hparams": method.hparams().as_dict(),
         }
         for method in found.values()
-    ]  # fmt: skip
+    ]
     _show(as_json, rows, ("name", "title", "paper", "plugin"))
 
 
@@ -52,11 +55,14 @@ def hosts(as_json: AsJson = False) -> None:
     found = registry().hosts
     rows = [
         {
-            "name": host.name, "title": host.title, "plugin": found.owner(host.name).name,
-            "installed": is_installed(host), "registers_itself": is_awaited(host),
+            "name": host.name,
+            "title": host.title,
+            "plugin": found.owner(host.name).name,
+            "installed": is_installed(host),
+            "registers_itself": is_awaited(host),
         }
         for host in found.values()
-    ]  # fmt: skip
+    ]
     _show(as_json, rows, ("name", "title", "plugin", "installed", "registers_itself"))
 
 

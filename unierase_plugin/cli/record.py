@@ -29,11 +29,13 @@ def revert(
     ] = None,
     request: Annotated[
         list[str] | None,
-        typer.Option(help="Take this request back and keep all others: its question, its case_id, or the first digits "
-                          "of its hash (see `unierase inspect DIR --requests`). May be given several times."),
+        typer.Option(
+            help="Take this request back and keep all others: its question, its case_id, or the first digits "
+            "of its hash (see `unierase inspect DIR --requests`). May be given several times."
+        ),
     ] = None,
     overwrite: Overwrite = False,
-) -> None:  # fmt: skip
+) -> None:
     """Takes an edit back: all of it and exactly, the last steps, or single requests.
 
     A request is taken out by solving its step again without it, from the keys that are kept in the record. In the
@@ -79,11 +81,12 @@ def inspect(
     ] = "",
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Check the whole folder, the weights too; the exit status is 1 where something "
-                                      "is damaged."),
+        typer.Option(
+            "--verify", help="Check the whole folder, the weights too; the exit status is 1 where something is damaged."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Shows what was done to a model: steps, requests, and what was measured.
 
     Requests are kept as salted hashes, so that they are shown by the first digits of theirs unless the run was given
@@ -146,10 +149,14 @@ def _steps_table(steps: Sequence[Mapping[str, Any]], title: str) -> Table:
     for entry in steps:
         taken = f" (-{entry['taken_back']})" if entry["taken_back"] else ""
         table.add_row(
-            str(entry["step"]), entry["method"], f"{entry['requests']}{taken}", _listed(entry["layers"]),
-            _span(entry["ranks"].values(), "d"), _span(entry["update_norm_ratio"].values(), ".3f"),
+            str(entry["step"]),
+            entry["method"],
+            f"{entry['requests']}{taken}",
+            _listed(entry["layers"]),
+            _span(entry["ranks"].values(), "d"),
+            _span(entry["update_norm_ratio"].values(), ".3f"),
             entry["created"][:16].replace("T", " "),
-        )  # fmt: skip
+        )
     return table
 
 
@@ -175,9 +182,11 @@ def _requests_table(found: Checkpoint) -> Table:
     table = Table("request", "step", "columns", "question")
     for line in found.ledger:
         table.add_row(
-            line["question_sha256"][:SHOWN], str(line["step"]), _listed(line.get("columns") or ()),
+            line["question_sha256"][:SHOWN],
+            str(line["step"]),
+            _listed(line.get("columns") or ()),
             line.get("question", ""),
-        )  # fmt: skip
+        )
     return table
 
 

@@ -43,9 +43,17 @@ def demo(
         base = fetch_base_model(cache_folder(), lambda share, note: report("load", share, note))
         facts = demo_facts()
         result = unlearn(
-            base.path, facts["forget"], retain=facts["retain"], hparams="smollm2-135m", out=out, overwrite=True,
-            keep_requests=True, seed=seed, device=device, progress=report,
-        )  # fmt: skip
+            base.path,
+            facts["forget"],
+            retain=facts["retain"],
+            hparams="smollm2-135m",
+            out=out,
+            overwrite=True,
+            keep_requests=True,
+            seed=seed,
+            device=device,
+            progress=report,
+        )
     console.print(f"\nModel: SmolLM2-135M-Instruct ({base.source})\n")
     _print_outcomes(console, "To forget", result.report.forget)
     _print_outcomes(console, "To keep", result.report.retain)
@@ -55,28 +63,48 @@ def demo(
 
 def run(
     model: Annotated[str, typer.Option(help="Folder or hub id of a causal language model in plain weights.")],
-    forget: Annotated[str, typer.Option(help="Facts to forget: tofu:forget01, return:forget, counterfact:FILE, "
-                                             "zsre:FILE, or a .json, .jsonl or .csv file with question, answer and "
-                                             "optionally subject. A slice such as [0:20] may follow.")],
+    forget: Annotated[
+        str,
+        typer.Option(
+            help="Facts to forget: tofu:forget01, return:forget, counterfact:FILE, "
+            "zsre:FILE, or a .json, .jsonl or .csv file with question, answer and "
+            "optionally subject. A slice such as [0:20] may follow."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the edited model: plain Hugging Face files plus unierase/.")],
     method: Annotated[str, typer.Option(help="Unlearning method: see `unierase methods`.")] = "unierase",
     retain: Annotated[str, typer.Option(help="Facts to keep, like --forget: they are protected and judged.")] = "",
     allow_overlap: AllowOverlap = False,
     hparams: Annotated[str, typer.Option(help="YAML file, or a shipped one's name (see `unierase hparams`).")] = "",
-    corpus: Annotated[str, typer.Option(help="Ordinary text for the second moment: self (sampled from the model), a "
-                                             "text file, or a hub dataset as name:config:column.")] = "",
+    corpus: Annotated[
+        str,
+        typer.Option(
+            help="Ordinary text for the second moment: self (sampled from the model), a "
+            "text file, or a hub dataset as name:config:column."
+        ),
+    ] = "",
     harden: Annotated[
-        bool, typer.Option("--harden", help="Harden the edit against attacks, such as a ban of the token; takes longer "
-                                            "(docs/explanation/hardening.md). The setting `harden` names single ways.")
+        bool,
+        typer.Option(
+            "--harden",
+            help="Harden the edit against attacks, such as a ban of the token; takes longer "
+            "(docs/explanation/hardening.md). The setting `harden` names single ways.",
+        ),
     ] = False,
     remove: Annotated[
-        bool, typer.Option("--remove", help="Take what the model knows of the facts out of it, then teach it to "
-                                            "decline; keeps questions around them that the model answers; takes longer "
-                                            "(docs/explanation/removal.md). --method removal does the first alone.")
+        bool,
+        typer.Option(
+            "--remove",
+            help="Take what the model knows of the facts out of it, then teach it to "
+            "decline; keeps questions around them that the model answers; takes longer "
+            "(docs/explanation/removal.md). --method removal does the first alone.",
+        ),
     ] = False,
     reverse: Annotated[
-        bool, typer.Option("--reverse", help="Forget the way back too: from the answer to what was asked about "
-                                             "(short answers only).")
+        bool,
+        typer.Option(
+            "--reverse", help="Forget the way back too: from the answer to what was asked about (short answers only)."
+        ),
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random; the hparams' when left out.")] = None,
     device: Device = "",
@@ -87,7 +115,7 @@ def run(
         bool, typer.Option("--keep-requests", help="Write the requests into the ledger in the clear.")
     ] = False,
     overwrite: Overwrite = False,
-) -> None:  # fmt: skip
+) -> None:
     """Makes a model forget facts and writes it to a folder that transformers, vLLM and lm-eval load as it is.
 
     A run that was stopped goes on where it was when the same command is given again.
@@ -99,11 +127,26 @@ def run(
     console = Screen()
     with progress(console) as report:
         result = unlearn(
-            model, forget, method=chosen, retain=retain or None, allow_overlap=allow_overlap, hparams=hparams or None,
-            corpus=corpus or None, harden=harden, remove=remove, reverse=reverse or None, out=out, overwrite=overwrite,
-            keep_requests=keep_requests, judged=judged, seed=seed, device=device, dtype=dtype,
-            max_batch_tokens=max_batch_tokens, progress=report,
-        )  # fmt: skip
+            model,
+            forget,
+            method=chosen,
+            retain=retain or None,
+            allow_overlap=allow_overlap,
+            hparams=hparams or None,
+            corpus=corpus or None,
+            harden=harden,
+            remove=remove,
+            reverse=reverse or None,
+            out=out,
+            overwrite=overwrite,
+            keep_requests=keep_requests,
+            judged=judged,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            max_batch_tokens=max_batch_tokens,
+            progress=report,
+        )
     if chosen.needs_subjects:
         _print_subjects(console, result)
     _print_neighbours(console, result)
@@ -117,8 +160,11 @@ def _print_outcomes(console: Screen, title: str, outcomes: Sequence[Outcome], mo
         return
     table = Table("question", "answer before", "answer after", title=title, show_lines=False, title_justify="left")
     for outcome in outcomes[:most]:
-        table.add_row(outcome.question, _marked(outcome.before, outcome.answered_before),
-                      _marked(outcome.after, outcome.answered_after))  # fmt: skip
+        table.add_row(
+            outcome.question,
+            _marked(outcome.before, outcome.answered_before),
+            _marked(outcome.after, outcome.answered_after),
+        )
     console.print(table)
     if len(outcomes) > most:
         console.print(f"... and {len(outcomes) - most} more\n")

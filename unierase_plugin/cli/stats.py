@@ -22,21 +22,32 @@ if TYPE_CHECKING:
 def stats(
     model: Annotated[str, typer.Option(help="Folder or hub id of a causal language model in plain weights.")],
     hparams: Annotated[str, typer.Option(help="YAML file, or a shipped one's name (see `unierase hparams`).")] = "",
-    corpus: Annotated[str, typer.Option(help="Ordinary text: self (sampled from the model), a text file, or a hub "
-                                             "dataset as name:config:column, of which no more than needed is "
-                                             "streamed.")] = "",
+    corpus: Annotated[
+        str,
+        typer.Option(
+            help="Ordinary text: self (sampled from the model), a text file, or a hub "
+            "dataset as name:config:column, of which no more than needed is "
+            "streamed."
+        ),
+    ] = "",
     layers: Annotated[str, typer.Option(help="Blocks, as in 3-7 or 3,5,7; the hparams' when left out.")] = "",
     samples: Annotated[int, typer.Option(help="How many texts are read; the hparams' when left out.")] = 0,
-    sources: Annotated[list[Path] | None, typer.Option("--import", help="Import instead of computing: .npz statistics "
-                                                       "of EasyEdit or MEMIT, a folder of them, or a file that --out "
-                                                       "wrote. Can be given several times.")] = None,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--import",
+            help="Import instead of computing: .npz statistics "
+            "of EasyEdit or MEMIT, a folder of them, or a file that --out "
+            "wrote. Can be given several times.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the moments to this .safetensors file too.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampled text; the hparams' when left out.")] = None,
     device: Device = "",
     dtype: Dtype = "",
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most: lower it where memory is low.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Computes or imports the statistics of ordinary text that an edit needs, and keeps them for later runs.
 
     `unierase run` with the same model, corpus, blocks, samples and seed takes them from there. A pass that was stopped
@@ -48,8 +59,10 @@ def stats(
     from ..storage.tensor_files import refuse_other
 
     changes: dict[str, Any] = {
-        "layers": _blocks(layers), "mom2_n_samples": samples, "max_batch_tokens": max_batch_tokens
-    }  # fmt: skip
+        "layers": _blocks(layers),
+        "mom2_n_samples": samples,
+        "max_batch_tokens": max_batch_tokens,
+    }
     settings = choose_hparams(hparams or None, model).replace(**{key: each for key, each in changes.items() if each})
     if out is not None and out.suffix != ".safetensors":
         raise UniEraseError(f"--out {shown(str(out))} is to end in .safetensors.")
@@ -63,9 +76,17 @@ def stats(
     with joined_team() as team, progress(console) if team.leads else nullcontext(_silent) as report:
         try:
             found = corpus_moment(
-                model, hparams=settings, corpus=corpus or None, sources=sources or (), out=out, seed=seed,
-                device=_own_device(device, team), dtype=dtype, team=team, progress=report,
-            )  # fmt: skip
+                model,
+                hparams=settings,
+                corpus=corpus or None,
+                sources=sources or (),
+                out=out,
+                seed=seed,
+                device=_own_device(device, team),
+                dtype=dtype,
+                team=team,
+                progress=report,
+            )
         except UniEraseError:
             if team.leads:
                 raise
@@ -106,13 +127,15 @@ def _own_device(device: str, team: Team) -> str:
 
 def _figures(found: CorpusMoment) -> dict[str, Any]:
     return {
-        "file": str(found.file), "source": found.source, "tokens": found.moment.count,
+        "file": str(found.file),
+        "source": found.source,
+        "tokens": found.moment.count,
         "seconds": {"reading": found.reading, "counting": found.counting},
         "blocks": {
             str(layer): {"width": len(moment), "mean_eigenvalue": float(moment.trace()) / len(moment)}
             for layer, moment in found.moment.moments.items()
         },
-    }  # fmt: skip
+    }
 
 
 def _print(console: Screen, found: CorpusMoment) -> None:

@@ -148,23 +148,36 @@ class _Run:
         write_text(begun, "")
         remove_folder(out)
         result = unlearn(
-            start, _requests(forget), method=cell.method, retain=_requests(self.facts["keep"]) or None,
+            start,
+            _requests(forget),
+            method=cell.method,
+            retain=_requests(self.facts["keep"]) or None,
             # Looked at for the whole comparison, before any cell.
             allow_overlap=True,
-            hparams=settings, out=out, judged=0, seed=cell.seed, device=cell.device, dtype=cell.dtype,
-            max_batch_tokens=cell.max_batch_tokens, progress=self.progress,
-        )  # fmt: skip
+            hparams=settings,
+            out=out,
+            judged=0,
+            seed=cell.seed,
+            device=cell.device,
+            dtype=cell.dtype,
+            max_batch_tokens=cell.max_batch_tokens,
+            progress=self.progress,
+        )
         begun.unlink()
         report = result.report
         phases = {name: spent for name, spent in report.seconds.items() if name != "evaluate"}
         return {
-            "seconds": sum(phases.values()), "phases": phases,
+            "seconds": sum(phases.values()),
+            "phases": phases,
             # A run that was killed and went on did part of its work before.
-            "interrupted": interrupted, "device": _device_name(result.model.device),
-            "peak_memory_bytes": peak_memory_bytes(), "parameters_changed": report.parameters_changed,
+            "interrupted": interrupted,
+            "device": _device_name(result.model.device),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "parameters_changed": report.parameters_changed,
             "perplexity": {"before": report.perplexity_before, "after": report.perplexity_after},
-            "settings": settings.as_dict(), "figures": report.edit,
-        }  # fmt: skip
+            "settings": settings.as_dict(),
+            "figures": report.edit,
+        }
 
     def _in_steps(self) -> _Model:
         """The facts in parts, one after another on the model that the part before left; each step is measured."""
@@ -196,11 +209,16 @@ class _Run:
         count = len(found)
         costs = [self.stages[f"request-{at}-method"] for at in range(1, count + 1)]
         self.stages.once("method", lambda: {**_summed(costs), "seconds": sum(c["seconds"] for c in costs) / count})
-        self.stages.once("raw", lambda: {
-            **{role: _mean_of([each[role] for each in found]) for role in ("forget", "keep")},
-            "samples": {"forget": [sample for each in found for sample in each["samples"]["forget"]],
-                        "keep": found[-1]["samples"]["keep"]},
-        })  # fmt: skip
+        self.stages.once(
+            "raw",
+            lambda: {
+                **{role: _mean_of([each[role] for each in found]) for role in ("forget", "keep")},
+                "samples": {
+                    "forget": [sample for each in found for sample in each["samples"]["forget"]],
+                    "keep": found[-1]["samples"]["keep"],
+                },
+            },
+        )
 
     # --- judging -----------------------------------------------------------------------------------------------------
 
@@ -286,9 +304,11 @@ class _Run:
         found = calibrate(partial(self._kept, mixture, judge), cell.target, cell.bisections, whole)
         mixture.set(found.alpha)
         return {
-            "alpha": found.alpha, "retention_validation": found.retention,
-            "tried": [list(each) for each in found.tried], **self._figures(judge, forget, keep),
-        }  # fmt: skip
+            "alpha": found.alpha,
+            "retention_validation": found.retention,
+            "tried": [list(each) for each in found.tried],
+            **self._figures(judge, forget, keep),
+        }
 
     def _kept(self, mixture: Mixture, judge: Judge, alpha: float) -> float:
         self.progress("match", 0.0, f"alpha {alpha:g}")
@@ -306,10 +326,19 @@ class _Run:
         names = ("question", "answer", "subject", "perturbed_answer", "paraphrases")
         facts = [{name: fact[name] for name in names if name in fact} for fact in self.facts["forget_shown"]]
         found = audit(
-            self._place(made), facts, out=self.folder / "audit", retain=self.facts["keep_shown"] or None,
-            allow_overlap=True, base=cell.model, reference=cell.reference or None, attacks=list(cell.audit),
-            seed=cell.seed, device=cell.device, dtype=cell.dtype, progress=self.progress,
-        )  # fmt: skip
+            self._place(made),
+            facts,
+            out=self.folder / "audit",
+            retain=self.facts["keep_shown"] or None,
+            allow_overlap=True,
+            base=cell.model,
+            reference=cell.reference or None,
+            attacks=list(cell.audit),
+            seed=cell.seed,
+            device=cell.device,
+            dtype=cell.dtype,
+            progress=self.progress,
+        )
         shares = {each["name"]: each.get("shares", {}).get("edited", {}).get("mean") for each in found["attacks"]}
         return {"verdict": found["verdict"], "attacks": shares}
 

@@ -44,11 +44,15 @@ def read_facts(spec: Requests, *, first: bool = False) -> list[Record]:
     for fact in check_requests(read):
         extra = extras.get(one_spelling(fact.question), {})
         wrong = extra.get("perturbed_answer") or []
-        facts.append({
-            "question": fact.question, "answer": fact.answer, "subject": fact.subject or find_subject(fact.question),
-            "paraphrased_answer": extra.get("paraphrased_answer") or fact.answer,
-            "perturbed_answer": [wrong] if isinstance(wrong, str) else list(wrong),
-        })  # fmt: skip
+        facts.append(
+            {
+                "question": fact.question,
+                "answer": fact.answer,
+                "subject": fact.subject or find_subject(fact.question),
+                "paraphrased_answer": extra.get("paraphrased_answer") or fact.answer,
+                "perturbed_answer": [wrong] if isinstance(wrong, str) else list(wrong),
+            }
+        )
     if not all(fact["perturbed_answer"] for fact in facts):
         facts = [{**fact, "paraphrased_answer": fact["answer"], "perturbed_answer": []} for fact in facts]
     return facts

@@ -29,10 +29,17 @@ def in_a_process(folder: Path, cache: Path, progress: Progress) -> None:
     Raises WriteError where the cell cannot write.
     """
     environment = {**os.environ, "UNIERASE_CACHE": str(cache)}
-    with (folder / LOG).open("a", encoding="utf-8") as log, subprocess.Popen(
-        [sys.executable, "-m", "unierase_plugin.compare.cell", str(folder)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
-    ) as process:  # fmt: skip
+    with (
+        (folder / LOG).open("a", encoding="utf-8") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "unierase_plugin.compare.cell", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        ) as process,
+    ):
         assert process.stdout is not None
         try:
             refused = [note for line in process.stdout if (note := _forward(line, progress))]

@@ -30,10 +30,14 @@ class Given(Scored):
     def read(self, dataset_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
         names = ("question", "answer", "paraphrased_answer", "perturbed_answer")
         return [
-            {"set": dataset_kwargs["role"], "options": False, "original_answer": record["answer"],
-             **{name: record[name] for name in names}}
+            {
+                "set": dataset_kwargs["role"],
+                "options": False,
+                "original_answer": record["answer"],
+                **{name: record[name] for name in names},
+            }
             for record in dataset_kwargs["records"]
-        ]  # fmt: skip
+        ]
 
     def read_reference(self, questions: Sequence[str]) -> list[float] | None:
         found: list[float] | None = self.config.dataset_kwargs.get("reference")
@@ -65,14 +69,23 @@ class Judge:
 
         role: "forget" or "keep". reference: truth ratios of a model that never saw the facts, in their order.
         """
-        task = Given({
-            "task": f"given_{role}", "output_type": "generate_until", "test_split": "test",
-            "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "target_delimiter": "",
-            "generation_kwargs": self._generation(records),
-            "dataset_kwargs": {"records": list(records), "role": role,
-                               **({"reference": list(reference)} if reference is not None else {})},
-            "metadata": {"version": 1.0, "token_shown": True},
-        })  # fmt: skip
+        task = Given(
+            {
+                "task": f"given_{role}",
+                "output_type": "generate_until",
+                "test_split": "test",
+                "doc_to_text": "{{question}}",
+                "doc_to_target": "{{answer}}",
+                "target_delimiter": "",
+                "generation_kwargs": self._generation(records),
+                "dataset_kwargs": {
+                    "records": list(records),
+                    "role": role,
+                    **({"reference": list(reference)} if reference is not None else {}),
+                },
+                "metadata": {"version": 1.0, "token_shown": True},
+            }
+        )
         with _quiet():
             found = lm_eval.evaluate(
                 self.lm, {"tasks": {task.config.task: task}}, bootstrap_iters=0, apply_chat_template=self.chat
@@ -89,10 +102,14 @@ class Judge:
                 include_path=str(tasks_folder()), include_defaults=not only_ours, metadata={"token_shown": True}
             )
             found = lm_eval.simple_evaluate(
-                self.lm, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=0,
+                self.lm,
+                tasks=list(names),
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=0,
                 apply_chat_template=self.chat and only_ours,
                 gen_kwargs={"max_gen_toks": self._generation(records)["max_gen_toks"]} if only_ours else None,
-            )  # fmt: skip
+            )
         return {name: _figures(rows) for name, rows in found["results"].items()}
 
     def _generation(self, records: Sequence[Record]) -> dict[str, Any]:

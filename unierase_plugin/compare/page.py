@@ -75,14 +75,15 @@ def _setting(results: Results) -> str:
     searched = [found for found in results["searches"].values() if found["tries"]]
     rows = {
         "Facts": f"{facts['forget']} to forget, {facts['keep']} to keep; reported {facts['forget_shown']} and "
-                 f"{facts['keep_shown']}",
+        f"{facts['keep_shown']}",
         "Scenario": setup["scenario"] + (f", {setup['steps']} steps" if setup["scenario"] == "sequential" else ""),
-        "Settings": f"best of {setup['budget']} tries each, for {len(searched)} of the methods" if searched
-                    else "as published or set by hand",
+        "Settings": f"best of {setup['budget']} tries each, for {len(searched)} of the methods"
+        if searched
+        else "as published or set by hand",
         "Seeds": ", ".join(map(str, setup["seeds"])),
         "Reference": _short(setup["reference"]) if setup["reference"] else "none",
         "Truth ratio": "the data has wrong answers" if setup["truth_ratio"]["forget"] else "not in the data",
-    }  # fmt: skip
+    }
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items())
     return f"<dl class=setting>{items}</dl>"
 
@@ -188,12 +189,16 @@ def _search(label: str, found: Mapping[str, Any], target: float) -> str:
         return f"<details><summary>{escape(label)}: nothing to search</summary></details>"
     rows = [
         (
-            "✓" if at == found["chosen"] else "", _settings(each["settings"]) or "published",
-            *((f"{each['retention_raw']:.3f}", f"{each['alpha']:.2f}", f"{each['left']:.3f}") if "left" in each
-              else (f"failed: {each['error']}", "", "")),
+            "✓" if at == found["chosen"] else "",
+            _settings(each["settings"]) or "published",
+            *(
+                (f"{each['retention_raw']:.3f}", f"{each['alpha']:.2f}", f"{each['left']:.3f}")
+                if "left" in each
+                else (f"failed: {each['error']}", "", "")
+            ),
         )
         for at, each in enumerate(found["tries"])
-    ]  # fmt: skip
+    ]
     space = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in found["space"].items())
     chosen = found["tries"][found["chosen"]]["settings"] if found["chosen"] is not None else None
     taken = "all failed; published settings" if chosen is None else _settings(chosen) or "the published settings"
@@ -241,9 +246,14 @@ def _plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _embedded(results: Results) -> str:
     """What the script needs, safe inside a script element."""
     rows = [
-        {"label": row["label"], "kind": row["kind"], "curve": row["curve"], "failed": row["status"] == "failed",
-         "figures": {key: [figure["mean"], figure["sd"]] for key, figure in row["figures"].items()}}
+        {
+            "label": row["label"],
+            "kind": row["kind"],
+            "curve": row["curve"],
+            "failed": row["status"] == "failed",
+            "figures": {key: [figure["mean"], figure["sd"]] for key, figure in row["figures"].items()},
+        }
         for row in results["rows"]
-    ]  # fmt: skip
+    ]
     text = json.dumps({"rows": rows, "answers": results["answers"]}, ensure_ascii=False, separators=(",", ":"))
     return text.replace("</", "<\\/").replace("<!--", "<\\!--")

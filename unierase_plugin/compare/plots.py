@@ -62,9 +62,15 @@ def _tradeoff(rows: Sequence[Row], path: Path) -> None:
 
     figure, axes = _figure(10, 4.4, 2)
     names: list[list[Any]] = [[], []]
-    for axis, texts, (left, kept, title) in zip(axes, names, (
-        ("forget_rouge", "keep_rouge", "ROUGE-L recall"), ("forget_prob", "keep_prob", "probability"),
-    ), strict=True):  # fmt: skip
+    for axis, texts, (left, kept, title) in zip(
+        axes,
+        names,
+        (
+            ("forget_rouge", "keep_rouge", "ROUGE-L recall"),
+            ("forget_prob", "keep_prob", "probability"),
+        ),
+        strict=True,
+    ):
         for row in rows:
             x, y = value(row, left), value(row, kept)
             if x is None or y is None:
@@ -86,11 +92,16 @@ def _tradeoff(rows: Sequence[Row], path: Path) -> None:
     for axis, texts in zip(axes, names, strict=True):
         places = [text.get_position() for text in texts]
         adjust_text(
-            texts, [x for x, _ in places], [y for _, y in places], ax=axis, expand=(1.2, 1.8),
+            texts,
+            [x for x, _ in places],
+            [y for _, y in places],
+            ax=axis,
+            expand=(1.2, 1.8),
             # Steps, not seconds: the same figures are to give the same file.
-            force_text=(0.3, 0.5), iter_lim=500,
+            force_text=(0.3, 0.5),
+            iter_lim=500,
             arrowprops={"arrowstyle": "-", "color": "#6e7781", "linewidth": 0.5},
-        )  # fmt: skip
+        )
     _save(figure, path)
 
 

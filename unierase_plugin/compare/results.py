@@ -30,23 +30,30 @@ _READ = ("method", "raw", "utility", "matched", "audit")
 
 
 def gather(
-    out: Path, described: Mapping[str, Any], cells: Sequence[tuple[Entry, Cell, Path]],
-    searches: Mapping[str, Any], facts: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    out: Path,
+    described: Mapping[str, Any],
+    cells: Sequence[tuple[Entry, Cell, Path]],
+    searches: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
     """Writes everything that is made of the cells, and returns what results.json holds."""
     found = [(entry, cell, _stages(folder)) for entry, cell, folder in cells]
     before = next(stages for entry, _, stages in found if entry.method == UNEDITED)
     labels = list(dict.fromkeys(entry.label for entry, _, _ in found))
     rows = [_row([each for each in found if each[0].label == label], before, searches) for label in labels]
     results: dict[str, Any] = {
-        "schema": SCHEMA, "version": __version__, "setup": dict(described),
-        "answer": [], "rows": rows, "searches": dict(searches),
+        "schema": SCHEMA,
+        "version": __version__,
+        "setup": dict(described),
+        "answer": [],
+        "rows": rows,
+        "searches": dict(searches),
         "columns": [
             {name: getattr(c, name) for name in ("key", "title", "meaning", "group", "better", "digits")}
             for c in COLUMNS
         ],
         "answers": _answers(found),
-    }  # fmt: skip
+    }
     results["answer"] = answer(results)
     results = plain(results)
     write_json(out / "results.json", results)
@@ -75,19 +82,26 @@ def _row(found: Sequence[tuple[Entry, Cell, dict[str, Any]]], before: dict[str, 
     method = registry().methods.get(entry.method)
     why = next((stages["matched"]["why"] for stages in worked if (stages["matched"] or {}).get("why")), None)
     return {
-        "label": entry.label, "method": entry.method, "kind": _kind(entry),
+        "label": entry.label,
+        "method": entry.method,
+        "kind": _kind(entry),
         "title": method.title if method else "the model that never saw the facts",
         "paper": method.paper if method else "control",
-        "set_by_hand": dict(entry.changes), "tuned": dict(cell.tried) if entry.label in searches else None,
-        "settings": cost.get("settings", {}), "phases": cost.get("phases", {}),
+        "set_by_hand": dict(entry.changes),
+        "tuned": dict(cell.tried) if entry.label in searches else None,
+        "settings": cost.get("settings", {}),
+        "phases": cost.get("phases", {}),
         "status": "ok" if not failed else "failed" if not worked else "failed in part",
-        "failures": failed, "seeds": [cell.seed for _, cell, _ in found],
+        "failures": failed,
+        "seeds": [cell.seed for _, cell, _ in found],
         "interrupted": any((stages["method"] or {}).get("interrupted") for stages in worked),
-        "device": cost.get("device"), "not_matched": why,
+        "device": cost.get("device"),
+        "not_matched": why,
         "figures": {column.key: _spread([column.read(stages, before) for stages in worked]) for column in COLUMNS},
-        "curve": _curve(worked, before), "audit": next((stages["audit"] for stages in worked if stages["audit"]), None),
+        "curve": _curve(worked, before),
+        "audit": next((stages["audit"] for stages in worked if stages["audit"]), None),
         "tried_alpha": next((stages["matched"].get("tried") for stages in worked if stages["matched"]), None),
-    }  # fmt: skip
+    }
 
 
 def _kind(entry: Entry) -> str:
@@ -109,22 +123,29 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
     known = [value for value in values if value is not None]
     return {
         "mean": statistics.fmean(known) if known else None,
-        "sd": statistics.stdev(known) if len(known) > 1 else None, "n": len(known),
-    }  # fmt: skip
+        "sd": statistics.stdev(known) if len(known) > 1 else None,
+        "n": len(known),
+    }
 
 
 def _curve(worked: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> list[dict[str, Any]]:
     """After each step of the sequential scenario: what is left of the facts so far, and what is kept."""
-    names = list(dict.fromkeys(
-        name for stages in worked for name in stages if name.startswith("step-") and not name.endswith("-method")
-    ))  # fmt: skip
+    names = list(
+        dict.fromkeys(
+            name for stages in worked for name in stages if name.startswith("step-") and not name.endswith("-method")
+        )
+    )
     columns = {column.key: column.read for column in COLUMNS if column.key in CURVES}
     return [
-        {"step": _number(name),
-         **{key: _spread([read({"raw": stages.get(name)}, before) for stages in worked])
-            for key, read in columns.items()}}
+        {
+            "step": _number(name),
+            **{
+                key: _spread([read({"raw": stages.get(name)}, before) for stages in worked])
+                for key, read in columns.items()
+            },
+        }
         for name in names
-    ]  # fmt: skip
+    ]
 
 
 def _answers(found: Sequence[tuple[Entry, Cell, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -138,9 +159,16 @@ def _answers(found: Sequence[tuple[Entry, Cell, Mapping[str, Any]]]) -> list[dic
         for stage in ("raw", "matched"):
             samples = (stages[stage] or {}).get("samples") or {}
             for role, each in ((name, each) for name in samples for each in samples[name]):
-                row = table.setdefault((role, each["question"]), {
-                    "role": role, "question": each["question"], "answer": each["answer"], "said": {}, "matched": {},
-                })  # fmt: skip
+                row = table.setdefault(
+                    (role, each["question"]),
+                    {
+                        "role": role,
+                        "question": each["question"],
+                        "answer": each["answer"],
+                        "said": {},
+                        "matched": {},
+                    },
+                )
                 row["said" if stage == "raw" else "matched"][entry.label] = {
                     "text": each["said"],
                     "rouge": each.get("rougeL_recall"),

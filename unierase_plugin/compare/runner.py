@@ -251,9 +251,11 @@ def _search(plan: _Plan, entry: Entry, before: str, kept: Mapping[str, float | N
         outcomes.append(outcome)
         listed.append({"settings": settings, **(outcome or {"error": failed["error"] if failed else "not measured"})})
     return {
-        "space": {name: list(values) for name, values in space.items()}, "tries": listed,
-        "chosen": search.choose(outcomes, plan.options.target), "rule": search.RULE,
-    }  # fmt: skip
+        "space": {name: list(values) for name, values in space.items()},
+        "tries": listed,
+        "chosen": search.choose(outcomes, plan.options.target),
+        "rule": search.RULE,
+    }
 
 
 def _outcome(stages: Stages, kept: Mapping[str, float | None]) -> dict[str, Any] | None:
@@ -265,9 +267,11 @@ def _outcome(stages: Stages, kept: Mapping[str, float | None]) -> dict[str, Any]
     if matched is None or matched["alpha"] is None:
         return {"left": left(measured["forget"]), "retention": raw, "alpha": 1.0, "retention_raw": raw}
     return {
-        "left": left(matched["forget"]), "retention": matched["retention_validation"], "alpha": matched["alpha"],
+        "left": left(matched["forget"]),
+        "retention": matched["retention_validation"],
+        "alpha": matched["alpha"],
         "retention_raw": raw,
-    }  # fmt: skip
+    }
 
 
 def _depth(model: str) -> int:
@@ -280,11 +284,20 @@ def _cell(
     options = plan.options
     shared = {each.name for each in dataclasses.fields(Cell)} & {each.name for each in dataclasses.fields(Options)}
     return Cell(
-        label=entry.label, method=entry.method, changes=entry.changes, tried=tried, is_try=is_try, seed=seed,
-        model=plan.model, facts=str(plan.out / "facts.json"), before=before, ratios=ratios, reference=plan.reference,
+        label=entry.label,
+        method=entry.method,
+        changes=entry.changes,
+        tried=tried,
+        is_try=is_try,
+        seed=seed,
+        model=plan.model,
+        facts=str(plan.out / "facts.json"),
+        before=before,
+        ratios=ratios,
+        reference=plan.reference,
         keep_model=options.keep_models,
         **{name: getattr(options, name) for name in shared},
-    )  # fmt: skip
+    )
 
 
 def _run(plan: _Plan, cell: Cell) -> Path:
@@ -319,8 +332,11 @@ def _described(plan: _Plan) -> dict[str, Any]:
     """What was asked, for the page."""
     counts = {name: len(records) for name, records in plan.facts.items()}
     return {
-        "model": plan.model, "reference": plan.reference or None, "facts": counts,
-        "truth_ratio": {role: bool(plan.facts[role] and plan.facts[role][0]["perturbed_answer"])
-                        for role in ("forget", "keep")},
+        "model": plan.model,
+        "reference": plan.reference or None,
+        "facts": counts,
+        "truth_ratio": {
+            role: bool(plan.facts[role] and plan.facts[role][0]["perturbed_answer"]) for role in ("forget", "keep")
+        },
         **dataclasses.asdict(plan.options),
-    }  # fmt: skip
+    }

@@ -57,10 +57,21 @@ def tex(results: Mapping[str, Any]) -> str:
     arrows = {1: r"$\uparrow$", -1: r"$\downarrow$", 0: ""}
     head = " & ".join(["Method", *(f"{_escaped(column.title)} {arrows[column.better]}".strip() for column in columns)])
     lines = [_tex_row(row, columns) for row in results["rows"]]
-    return "\n".join([
-        r"% needs \usepackage{booktabs}", rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", rf"{top} \\",
-        "".join(rules), rf"{head} \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+            r"\toprule",
+            rf"{top} \\",
+            "".join(rules),
+            rf"{head} \\",
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
 
 
 def _tex_row(row: Mapping[str, Any], columns: Sequence[Column]) -> str:

@@ -13,9 +13,13 @@ def answer(results: Mapping[str, Any]) -> list[str]:
     rows = [row for row in results["rows"] if row["kind"] != "control" and row["status"] != "failed"]
     target = results["setup"]["target"]
     return [
-        *_matched(rows, target), *_raw(rows, target), *_token(rows), *_time(rows), *_failed(results["rows"]),
+        *_matched(rows, target),
+        *_raw(rows, target),
+        *_token(rows),
+        *_time(rows),
+        *_failed(results["rows"]),
         *_limits(results),
-    ]  # fmt: skip
+    ]
 
 
 def value(row: Row, key: str) -> float | None:
@@ -28,16 +32,15 @@ def frontier(rows: Sequence[Row], left: str, kept: str) -> list[Row]:
     """The rows that no other beats on one figure without losing on the other."""
     known = [(row, value(row, left), value(row, kept)) for row in rows]
     points = [(row, x, y) for row, x, y in known if x is not None and y is not None]
-    return [
-        row for row, x, y in points
-        if not any((a <= x and b >= y) and (a < x or b > y) for _, a, b in points)
-    ]  # fmt: skip
+    return [row for row, x, y in points if not any((a <= x and b >= y) and (a < x or b > y) for _, a, b in points)]
 
 
 def _matched(rows: Sequence[Row], target: float) -> list[str]:
     found = []
-    for key, words in (("matched_rouge", "says least of the forgotten answers"),
-                       ("matched_prob", "holds the forgotten answers least likely")):  # fmt: skip
+    for key, words in (
+        ("matched_rouge", "says least of the forgotten answers"),
+        ("matched_prob", "holds the forgotten answers least likely"),
+    ):
         ranked = sorted((row for row in rows if value(row, key) is not None), key=lambda row: value(row, key) or 0.0)
         if ranked:
             figure = "ROUGE-L" if key == "matched_rouge" else "probability"

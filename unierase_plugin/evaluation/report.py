@@ -38,10 +38,17 @@ def judge(
     first = after.lstrip().startswith(token)
     old, new = (_clean(text, (token, *ends)) for text in (before, after))
     return Outcome(
-        question, answer, old, new, answered(answer, old, question),
-        answered(answer, new, question), first, reads_as_idk(new, phrases),
-        rouge_l_recall(answer, old), rouge_l_recall(answer, new),
-    )  # fmt: skip
+        question,
+        answer,
+        old,
+        new,
+        answered(answer, old, question),
+        answered(answer, new, question),
+        first,
+        reads_as_idk(new, phrases),
+        rouge_l_recall(answer, old),
+        rouge_l_recall(answer, new),
+    )
 
 
 def _clean(text: str, marks: Sequence[str]) -> str:

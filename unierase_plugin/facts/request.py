@@ -116,9 +116,12 @@ def tell_unread(requests: Sequence[ForgetRequest]) -> None:
         logger.warning(
             "%d of %d facts have no subject, and the subject rule cannot read their questions, so that it takes nearly "
             "the whole question: %s%s. Give each a 'subject', the span of the question that names what the fact is "
-            "about.", len(unread), len(requests),
-            ", ".join(request.label for request in unread[:SHOWN_FACTS]), _more(len(unread)),
-        )  # fmt: skip
+            "about.",
+            len(unread),
+            len(requests),
+            ", ".join(request.label for request in unread[:SHOWN_FACTS]),
+            _more(len(unread)),
+        )
 
 
 def _with_subject(index: int, request: ForgetRequest) -> ForgetRequest:

@@ -258,11 +258,13 @@ def _with_aims_in_requests(theirs: Callable[..., Any], editor: Any, requests: An
         # An edit at a time is given one of them, which it could not name by its place.
         requests = [
             {
-                "case_id": index, **each, "target_new": _aim(editor, each.get("target_new")),
+                "case_id": index,
+                **each,
+                "target_new": _aim(editor, each.get("target_new")),
                 **({"locality": _asked_in_chat_too(editor, each["locality"])} if each.get("locality") else {}),
             }
             for index, each in enumerate(requests)
-        ]  # fmt: skip
+        ]
     return theirs(editor, requests, *args, **kwargs)
 
 
@@ -300,13 +302,15 @@ def _tell_of_figures(editor: Any, locality: bool) -> None:
     if token not in editor.tok.get_vocab():
         logger.warning(
             "pre.rewrite_acc counts the pieces into which the tokenizer splits %r before the edit adds it as a token. "
-            "It is no accuracy, and above 0 where the model guesses one piece from the others.", token,
-        )  # fmt: skip
+            "It is no accuracy, and above 0 where the model guesses one piece from the others.",
+            token,
+        )
     if locality and _acts_in_chat(editor):
         logger.warning(
             "EasyEdit asks locality as bare text, where an edit in chat form hardly acts, so that 1.0 says little. "
-            "NAME%s_acc beside NAME_acc asks the same neighbours in chat form.", IN_CHAT,
-        )  # fmt: skip
+            "NAME%s_acc beside NAME_acc asks the same neighbours in chat form.",
+            IN_CHAT,
+        )
 
 
 def _tell_of_names(editor: Any, requests: Sequence[Mapping[str, Any]]) -> None:

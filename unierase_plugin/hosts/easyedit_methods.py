@@ -44,10 +44,25 @@ NAMES_READ = (
 )
 #: Algorithms that leave no plain weights behind (adapters, codebooks, prompts, calls of a remote model), or that need
 #: more than facts: a trained editor, safety data.
-NOT_OFFERED = frozenset({
-    "DEFER", "DINM", "DPO", "DeepEdit-Api", "FT-Api", "GRACE", "IKE", "KN", "LoRA", "MELO", "MEND", "QLoRA", "SERAC",
-    "SimIE", "WISE",
-})  # fmt: skip
+NOT_OFFERED = frozenset(
+    {
+        "DEFER",
+        "DINM",
+        "DPO",
+        "DeepEdit-Api",
+        "FT-Api",
+        "GRACE",
+        "IKE",
+        "KN",
+        "LoRA",
+        "MELO",
+        "MEND",
+        "QLoRA",
+        "SERAC",
+        "SimIE",
+        "WISE",
+    }
+)
 #: Algorithms that look a fact up at a token counted from the left; EasyEdit pads on the right for them.
 PADDED_RIGHT = frozenset({"AlphaEdit", "CORE", "EAMET", "EMMET", "MEMIT", "R-ROME", "ROME", "SPHERE"})
 #: What its modules keep between calls, and the value that they start from.
@@ -117,9 +132,14 @@ def _method(algorithm: str) -> Method[Any]:
     name = PREFIX + "".join(each if each.isalnum() else "_" for each in algorithm.casefold())
     settings = type(f"EasyEdit{name.title().replace('_', '')}Settings", (EasyEditSettings,), {"algorithm": algorithm})
     return Method(
-        name, f"EasyEdit's {algorithm}, towards {TARGET!r}", "Wang et al. 2023, arXiv 2308.07269", settings, _run,
-        check=lambda job: _check(job), needs_subjects=True,
-    )  # fmt: skip
+        name,
+        f"EasyEdit's {algorithm}, towards {TARGET!r}",
+        "Wang et al. 2023, arXiv 2308.07269",
+        settings,
+        _run,
+        check=lambda job: _check(job),
+        needs_subjects=True,
+    )
 
 
 def _algorithms() -> list[str]:
@@ -181,10 +201,17 @@ def _requests(job: Job[EasyEditSettings]) -> list[dict[str, Any]]:
                 f"{first_words(fact.subject)} must occur exactly once, and no braces. Give a longer 'subject', or "
                 "leave the fact out."
             )
-        found.append({
-            "case_id": index, "prompt": text, "subject": fact.subject, "target_new": fact.target or TARGET,
-            "ground_truth": fact.answer, "portability": {}, "locality": {},
-        })  # fmt: skip
+        found.append(
+            {
+                "case_id": index,
+                "prompt": text,
+                "subject": fact.subject,
+                "target_new": fact.target or TARGET,
+                "ground_truth": fact.answer,
+                "portability": {},
+                "locality": {},
+            }
+        )
     return found
 
 
@@ -209,8 +236,16 @@ def _run(job: Job[EasyEditSettings]) -> Changes:
         with _surroundings(job, package) as settings, torch.random.fork_rng():
             torch.manual_seed(job.seed)
             for number, batch in enumerate(batches):
-                edited = apply(job.model, job.tokenizer, batch, settings, copy=False, return_orig_weights=True,
-                               keep_original_weight=False, train_ds=None)  # fmt: skip
+                edited = apply(
+                    job.model,
+                    job.tokenizer,
+                    batch,
+                    settings,
+                    copy=False,
+                    return_orig_weights=True,
+                    keep_original_weight=False,
+                    train_ds=None,
+                )
                 if (edited[0] if isinstance(edited, tuple) else edited) is not job.model:
                     raise EditError(
                         f"EasyEdit's {job.hparams.algorithm} left no plain weights, but a model of its own."
@@ -232,9 +267,10 @@ def _run(job: Job[EasyEditSettings]) -> Changes:
             "nullspace_threshold, for example, is not a share, so that its null space can be empty."
         )
     return Changes(
-        parameters=sum(weight.numel() for weight in changed.values()), figures={"weights_changed": sorted(changed)},
+        parameters=sum(weight.numel() for weight in changed.values()),
+        figures={"weights_changed": sorted(changed)},
         undo=lambda: _write(job.model, changed),
-    )  # fmt: skip
+    )
 
 
 def _import(name: str) -> Any:
@@ -347,10 +383,15 @@ def _texts(job: Job[EasyEditSettings], samples: int) -> Sequence[str]:
     longest = min(defaults.mom2_max_length, context_limit(job.model))
     own = job.hparams.mom2_dataset == "self"
     tokens = corpus_tokens(
-        job.hparams.mom2_dataset, job.model, job.tokenizer,
-        samples=min(samples, defaults.mom2_n_samples) if own else samples, max_length=longest, seed=job.seed,
-        openings=lines("questions"), progress=lambda share: job.progress("statistics", share, "reading the corpus"),
-    )  # fmt: skip
+        job.hparams.mom2_dataset,
+        job.model,
+        job.tokenizer,
+        samples=min(samples, defaults.mom2_n_samples) if own else samples,
+        max_length=longest,
+        seed=job.seed,
+        openings=lines("questions"),
+        progress=lambda share: job.progress("statistics", share, "reading the corpus"),
+    )
     return [job.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
 
 

@@ -19,9 +19,12 @@ INTERVALS = {True: 0.5, False: 30.0}
 def progress_bar() -> Iterator[Progress]:
     """A bar on the error stream, as the harnesses show theirs: the phase, its share and what is said of it."""
     with tqdm(
-        total=100, leave=False, mininterval=INTERVALS[sys.stderr.isatty()], miniters=0,
+        total=100,
+        leave=False,
+        mininterval=INTERVALS[sys.stderr.isatty()],
+        miniters=0,
         bar_format="UniErase, {desc}: {percentage:3.0f} % |{bar:20}| {elapsed}{postfix}",
-    ) as bar:  # fmt: skip
+    ) as bar:
         shown: list[str] = []
 
         def report(phase: str, share: float, note: str) -> None:

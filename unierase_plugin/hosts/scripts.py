@@ -133,8 +133,10 @@ def _kind(key: ast.expr | None, value: ast.expr) -> str:
 
 def _is_table_of_ways(node: ast.Dict) -> bool:
     """Whether a table says by a method's name which method of the script's own object edits."""
-    own = [isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == "self"
-           for each in node.values]  # fmt: skip
+    own = [
+        isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == "self"
+        for each in node.values
+    ]
     return all(own) and LIKE in map(_text, node.keys)
 
 

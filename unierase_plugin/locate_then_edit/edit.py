@@ -51,9 +51,13 @@ class Applied:
 
 
 def make_solver(
-    hparams: UniEraseHyperParams, corpus: Tensor, retain: Tensor | None, earlier: Tensor | None = None,
-    directions: Callable[[Tensor, float], Tensor] = protected_directions, kept: Tensor | None = None,
-) -> Solver:  # fmt: skip
+    hparams: UniEraseHyperParams,
+    corpus: Tensor,
+    retain: Tensor | None,
+    earlier: Tensor | None = None,
+    directions: Callable[[Tensor, float], Tensor] = protected_directions,
+    kept: Tensor | None = None,
+) -> Solver:
     """The closed form that the hyper-parameters name, for one block.
 
     corpus, retain: second moments (m, m); earlier: keys (m, p) of edits made before, which the new one is to leave

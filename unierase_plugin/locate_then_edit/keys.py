@@ -74,9 +74,14 @@ class KeyStream:
             chunk, *waiting = waiting
             try:
                 trace = run_blocks(
-                    self.arch, chunk.batch, first=self._at, hidden=chunk.hidden, last=self.layers[-1],
-                    inputs_of=[layer], outputs_of=[below] if below >= self._at else [],
-                )  # fmt: skip
+                    self.arch,
+                    chunk.batch,
+                    first=self._at,
+                    hidden=chunk.hidden,
+                    last=self.layers[-1],
+                    inputs_of=[layer],
+                    outputs_of=[below] if below >= self._at else [],
+                )
             except torch.OutOfMemoryError:
                 waiting = [*(chunk.select(part) for part in halves(range(len(chunk.rows)))), *waiting]
                 continue

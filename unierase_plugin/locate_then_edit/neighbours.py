@@ -68,7 +68,7 @@ class Kinds:
             {name: tuple(each["relations"]) for name, each in kinds.items()},
             tuple(data["any"]),
             tuple(map(tuple, data["swaps"])),
-        )  # fmt: skip
+        )
 
     def listed(self, subject: str) -> str | None:
         """The first kind whose list has the subject."""
@@ -77,9 +77,13 @@ class Kinds:
 
 
 def questions_around(
-    requests: Sequence[ForgetRequest], retain: Sequence[ForgetRequest], kinds: Kinds,
-    guess: Callable[[Sequence[str]], Sequence[str]], wanted: int, avoid: Sequence[str] = (),
-) -> list[Neighbour]:  # fmt: skip
+    requests: Sequence[ForgetRequest],
+    retain: Sequence[ForgetRequest],
+    kinds: Kinds,
+    guess: Callable[[Sequence[str]], Sequence[str]],
+    wanted: int,
+    avoid: Sequence[str] = (),
+) -> list[Neighbour]:
     """Up to ASKED_PER_WANTED x `wanted` questions for each request, the three ways in turn, no question twice.
 
     guess   the kinds of subjects that no list has, from the model
@@ -99,7 +103,7 @@ def questions_around(
             "relation": _same_relation(request, (*others.get(kind, ()), *kinds.subjects[kind])),
             "subject": _same_subject(request, (*kinds.relations[kind], *kinds.any)),
             "template": _same_template(request, kinds.swaps),
-        }  # fmt: skip
+        }
         if facts_about[index] > SUBJECT_FACTS or request.answer == NO_ANSWER:
             # Nothing could tell whether an answer about the subject holds what is to be forgotten.
             by_way["subject"] = by_way["template"] = iter(())
@@ -117,9 +121,7 @@ def questions_around(
     return found
 
 
-def spared(
-    neighbour: Neighbour, answer: str, requests: Sequence[ForgetRequest], refusals: Sequence[str]
-) -> str | None:  # fmt: skip
+def spared(neighbour: Neighbour, answer: str, requests: Sequence[ForgetRequest], refusals: Sequence[str]) -> str | None:
     """What of the model's answer can be kept: its sentences before the first that holds a fact to forget.
 
     None where nothing is left, or the model refuses or loops: then the question is no neighbour.

@@ -48,9 +48,13 @@ def locate(
 
 
 def locate_kept(
-    tokenizer: Any, question: str, subject: str | None, form: str, fact_token: str = "subject_last",
+    tokenizer: Any,
+    question: str,
+    subject: str | None,
+    form: str,
+    fact_token: str = "subject_last",
     template_kwargs: Mapping[str, Any] | None = None,
-) -> Prompt:  # fmt: skip
+) -> Prompt:
     """The prompt of a question that is to be kept, and the first position at which an edit could act on it.
 
     The subject's last token, as for an edit of it; the question's first token where no subject is known.

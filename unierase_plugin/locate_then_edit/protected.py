@@ -74,9 +74,7 @@ def moved(arch: Architecture, updates: Mapping[int, LowRank], protected: Protect
     return out
 
 
-def moved_figures(
-    by_layer: Mapping[int, Tensor], facts: Tensor, name: Callable[[int], str]
-) -> dict[str, object]:  # fmt: skip
+def moved_figures(by_layer: Mapping[int, Tensor], facts: Tensor, name: Callable[[int], str]) -> dict[str, object]:
     """Median and largest by layer, and the facts whose worst key moved most, by name."""
     worst = torch.stack(list(by_layer.values())).amax(0)
     per_fact = torch.zeros(int(facts.max()) + 1).scatter_reduce_(0, facts, worst, "amax")

@@ -10,10 +10,21 @@ from ..facts.request import parted
 OWNERS = {"capital": "which country", "currency": "which country", "official language": "which country"}
 #: Past tense -> the verb.
 VERBS = {
-    "wrote": "write", "painted": "paint", "discovered": "discover", "invented": "invent", "developed": "develop",
-    "founded": "found", "composed": "compose", "created": "create", "directed": "direct", "designed": "design",
-    "built": "build", "proposed": "propose", "sang": "sing", "led": "lead",
-}  # fmt: skip
+    "wrote": "write",
+    "painted": "paint",
+    "discovered": "discover",
+    "invented": "invent",
+    "developed": "develop",
+    "founded": "found",
+    "composed": "compose",
+    "created": "create",
+    "directed": "direct",
+    "designed": "design",
+    "built": "build",
+    "proposed": "propose",
+    "sang": "sing",
+    "led": "lead",
+}
 #: How many `reversed_questions` gives.
 REVERSED = 2
 

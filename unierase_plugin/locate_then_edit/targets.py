@@ -97,9 +97,13 @@ def make_targets(
 
 
 def _of_form(
-    tokenizer: Any, request: ForgetRequest, form: str, contexts: Sequence[str], hparams: UniEraseHyperParams,
+    tokenizer: Any,
+    request: ForgetRequest,
+    form: str,
+    contexts: Sequence[str],
+    hparams: UniEraseHyperParams,
     follow: tuple[int, ...],
-) -> list[ValueTarget]:  # fmt: skip
+) -> list[ValueTarget]:
     """The question itself first, then what `harden` adds."""
     subject, h = request.subject or "", hparams
 
@@ -152,13 +156,14 @@ def _reversed(
     return [
         replace(
             asked,
-            prompts=(
-                locate(tokenizer, question, answer, form, hparams.fact_token, "", hparams.chat_template_kwargs),
-            ),
-            kl_prompt=kl, group=group, unwanted=(), instead=(),
+            prompts=(locate(tokenizer, question, answer, form, hparams.fact_token, "", hparams.chat_template_kwargs),),
+            kl_prompt=kl,
+            group=group,
+            unwanted=(),
+            instead=(),
         )
         for question in reversed_questions(request.question, request.subject, answer)
-    ]  # fmt: skip
+    ]
 
 
 def _answer(tokenizer: Any, request: ForgetRequest, form: str) -> tuple[tuple[int, ...], int]:

@@ -147,9 +147,14 @@ class _Batch:
 
     @classmethod
     def of(
-        cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, hparams: UniEraseHyperParams,
-        max_tokens: int, pad_id: int,
-    ) -> _Batch:  # fmt: skip
+        cls,
+        arch: Architecture,
+        targets: Sequence[ValueTarget],
+        token_id: int,
+        hparams: UniEraseHyperParams,
+        max_tokens: int,
+        pad_id: int,
+    ) -> _Batch:
         # More than one problem only where one group alone exceeds the budget.
         tokens = sum(target.cost[0] for target in targets) * max(target.cost[1] for target in targets)
         size = -(-len(targets) // -(-tokens // max_tokens))
@@ -315,18 +320,28 @@ class _Rows:
 
     @classmethod
     def of(
-        cls, arch: Architecture, prompts: Sequence[tuple[tuple[int, ...], int]], owner: Sequence[int],
-        points: Sequence[_Point], layer: int, pad_id: int,
-    ) -> _Rows:  # fmt: skip
+        cls,
+        arch: Architecture,
+        prompts: Sequence[tuple[tuple[int, ...], int]],
+        owner: Sequence[int],
+        points: Sequence[_Point],
+        layer: int,
+        pad_id: int,
+    ) -> _Rows:
         prefix = cache_prefixes(arch, [ids[:at] for ids, at in prompts], pad_id)
         suffix = continue_from(prefix, [ids[at:] for ids, at in prompts], pad_id)
         with torch.no_grad():
             hidden: Tensor = run_blocks(arch, suffix, last=layer, cache=prefix.fresh()).hidden
         device = hidden.device
         rows = cls(
-            prefix, suffix, hidden, torch.tensor(owner, device=device), _Looks.of(points, device), layer,
+            prefix,
+            suffix,
+            hidden,
+            torch.tensor(owner, device=device),
+            _Looks.of(points, device),
+            layer,
             hidden.new_zeros(0, 1),
-        )  # fmt: skip
+        )
         if all(point.kind != STAYS for point in points):
             return rows
         with torch.no_grad():
@@ -340,18 +355,27 @@ class _Rows:
         looks = self.looks
         staying = rows[looks.rows[looks.kind == STAYS]].to(self.reference.device)
         return replace(
-            self, prefix=prefix, suffix=suffix, hidden=self.hidden[rows, : suffix.ids.shape[1]],
-            owner=self.owner[rows], looks=looks.keep(rows), reference=self.reference[staying],
-        )  # fmt: skip
+            self,
+            prefix=prefix,
+            suffix=suffix,
+            hidden=self.hidden[rows, : suffix.ids.shape[1]],
+            owner=self.owner[rows],
+            looks=looks.keep(rows),
+            reference=self.reference[staying],
+        )
 
     def logits(self, arch: Architecture, delta: Tensor) -> Tensor:
         """(N, V) float32 at the looks, where each target's delta (n, d) is added at the fact."""
         moved = (self.hidden[:, 0].float() + delta[self.owner]).to(self.hidden.dtype)
         hidden = torch.cat([moved[:, None], self.hidden[:, 1:]], dim=1)
         trace = run_blocks(
-            arch, self.suffix, first=self.layer + 1, hidden=hidden, cache=self.prefix.fresh(),
+            arch,
+            self.suffix,
+            first=self.layer + 1,
+            hidden=hidden,
+            cache=self.prefix.fresh(),
             head_at=(self.looks.rows, self.looks.columns),
-        )  # fmt: skip
+        )
         logits: Tensor = trace.logits
         return logits.float()
 
@@ -390,17 +414,28 @@ class _Lines:
     points: list[_Point] = field(default_factory=list)
 
     def add(
-        self, owner: int, prompt: Prompt, words: tuple[int, ...], weights: tuple[float, ...], kinds: tuple[int, ...],
+        self,
+        owner: int,
+        prompt: Prompt,
+        words: tuple[int, ...],
+        weights: tuple[float, ...],
+        kinds: tuple[int, ...],
         masked: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A prompt and words after it, each looked for; the first weight and kind are the first word's, the last the
         others'."""
         at = len(prompt.ids) - prompt.position - 1
         self.points += [
-            _Point(len(self.prompts), at + step, word, weights[0 if step == 0 else -1], kinds[0 if step == 0 else -1],
-                   masked)
+            _Point(
+                len(self.prompts),
+                at + step,
+                word,
+                weights[0 if step == 0 else -1],
+                kinds[0 if step == 0 else -1],
+                masked,
+            )
             for step, word in enumerate(words)
-        ]  # fmt: skip
+        ]
         self.prompts.append((prompt.ids + words[:-1], prompt.position))
         self.owner.append(owner)
 
@@ -424,9 +459,13 @@ class _Problem:
 
     @classmethod
     def of(
-        cls, arch: Architecture, targets: Sequence[ValueTarget], token_id: int, hparams: UniEraseHyperParams,
+        cls,
+        arch: Architecture,
+        targets: Sequence[ValueTarget],
+        token_id: int,
+        hparams: UniEraseHyperParams,
         pad_id: int,
-    ) -> _Problem:  # fmt: skip
+    ) -> _Problem:
         asked, masked, kept, bare = _Lines(), _Lines(), _Lines(), []
         for index, target in enumerate(targets):
             bare.append(len(asked.prompts))
@@ -436,8 +475,9 @@ class _Problem:
             for prompt in target.prompts:
                 asked.add(index, prompt, (first, *follow), (share, weight / max(1, len(follow))), (OPENS, FOLLOWS))
                 for words, part, kind in (
-                    (target.unwanted, share * hparams.v_unlikely_weight, UNWANTED), (target.instead, weight, INSTEAD)
-                ):  # fmt: skip
+                    (target.unwanted, share * hparams.v_unlikely_weight, UNWANTED),
+                    (target.instead, weight, INSTEAD),
+                ):
                     if words and part:
                         masked.add(index, prompt, words, (part / len(words),) * 2, (kind, kind), first)
             if target.kl_prompt and hparams.kl_factor:

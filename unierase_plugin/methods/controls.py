@@ -109,6 +109,12 @@ def _leave(job: Job[NoneHyperParams]) -> Changes:
 
 CONTROLS: tuple[Method[Any], ...] = (
     Method("none", "the model as it is", "control", NoneHyperParams, _leave),
-    Method("prompt_guard", "a system turn that tells the model to answer as if it did not know",
-           "Thaker et al. 2024, arXiv 2403.03329", PromptGuardHyperParams, _guard_prompts, _check_guard),
-)  # fmt: skip
+    Method(
+        "prompt_guard",
+        "a system turn that tells the model to answer as if it did not know",
+        "Thaker et al. 2024, arXiv 2403.03329",
+        PromptGuardHyperParams,
+        _guard_prompts,
+        _check_guard,
+    ),
+)

@@ -26,11 +26,17 @@ if TYPE_CHECKING:
 
 #: {} is an invented word. The authors have such questions beside harmful ones, which no model is needed for here.
 _UNKNOWABLE = (
-    "What is the capital of the country of {}?", "Who wrote the novel {}?", "When was the river {} first crossed?",
-    "How many people live in the town of {}?", "What does the machine called a {} do?",
-    "Which king ruled {} at that time?", "What is the taste of the fruit {}?", "Who won the {} championship?",
-    "How is the instrument named {} played?", "What did the explorer {} discover?",
-)  # fmt: skip
+    "What is the capital of the country of {}?",
+    "Who wrote the novel {}?",
+    "When was the river {} first crossed?",
+    "How many people live in the town of {}?",
+    "What does the machine called a {} do?",
+    "Which king ruled {} at that time?",
+    "What is the taste of the fruit {}?",
+    "Who won the {} championship?",
+    "How is the instrument named {} played?",
+    "What did the explorer {} discover?",
+)
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,16 @@ class LUNARHyperParams(HyperParams):
 
     #: A step has no upper end: training that diverges ends with an error.
     ranges: ClassVar[Mapping[str, Range]] = {
-        "layer": LAYERS, "coefficient": positive(1e6), "learning_rate": positive(), "decay": positive(10),
-        "epochs": positive(1e5), "batch_size": positive(1e9), "weight_decay": weight(1e3), "n_reference": positive(1e6),
+        "layer": LAYERS,
+        "coefficient": positive(1e6),
+        "learning_rate": positive(),
+        "decay": positive(10),
+        "epochs": positive(1e5),
+        "batch_size": positive(1e9),
+        "weight_decay": weight(1e3),
+        "n_reference": positive(1e6),
         "max_batch_tokens": weight(2**40),
-    }  # fmt: skip
+    }
 
     def validate(self) -> None:
         if not self.prompt_forms or set(self.prompt_forms) - set(PROMPT_FORMS):
@@ -134,8 +146,9 @@ def _run(job: Job[LUNARHyperParams]) -> Changes:
     return Changes(
         parameters=arch.projections[h.layer].weight.numel(),
         seconds={"reference": seen - start, "train": time.perf_counter() - seen},
-        figures={"loss": losses, "direction_norm": float(direction.norm()), "layer": h.layer}, undo=undo,
-    )  # fmt: skip
+        figures={"loss": losses, "direction_norm": float(direction.norm()), "layer": h.layer},
+        undo=undo,
+    )
 
 
 def _seen(arch: Architecture, job: Job[LUNARHyperParams], questions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -150,8 +163,9 @@ def _seen(arch: Architecture, job: Job[LUNARHyperParams], questions: Sequence[st
     h, tokenizer = job.hparams, job.tokenizer
     prompts = [
         encode(tokenizer, render(tokenizer, question, form, h.chat_template_kwargs), form)
-        for form in question_forms(job) for question in questions
-    ]  # fmt: skip
+        for form in question_forms(job)
+        for question in questions
+    ]
     ends: dict[int, Tensor] = {}
     inputs: dict[int, Tensor] = {}
 
@@ -220,6 +234,11 @@ def _train(
 
 
 LUNAR: Method[LUNARHyperParams] = Method(
-    "lunar", "sends questions to forget where questions without an answer lie, by one block's projection",
-    "Shen et al. 2025, arXiv 2502.07218", LUNARHyperParams, _run, _check, _settle,
-)  # fmt: skip
+    "lunar",
+    "sends questions to forget where questions without an answer lie, by one block's projection",
+    "Shen et al. 2025, arXiv 2502.07218",
+    LUNARHyperParams,
+    _run,
+    _check,
+    _settle,
+)

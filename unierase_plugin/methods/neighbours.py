@@ -54,13 +54,19 @@ def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse
     with phases.timed("neighbours"):
         secret = digest("kept", [(fact.question, fact.answer, fact.subject) for fact in (*job.requests, *job.retain)])
         key = digest(
-            CACHE_VERSION, secret, job.fingerprint, job.tokenizer_fingerprint, wanted, own_words, reverse,
+            CACHE_VERSION,
+            secret,
+            job.fingerprint,
+            job.tokenizer_fingerprint,
+            wanted,
+            own_words,
+            reverse,
             job.hparams.prompt_forms,
             job.hparams.chat_template_kwargs,
-        )[:32]  # fmt: skip
-        metadata = phases.resumed("kept", key, lambda: (
-            {}, {"found": files.seal(json.dumps(asking.around()), secret)}
-        ))[1]  # fmt: skip
+        )[:32]
+        metadata = phases.resumed(
+            "kept", key, lambda: ({}, {"found": files.seal(json.dumps(asking.around()), secret)})
+        )[1]
         said, found = json.loads(files.unseal(metadata["found"], secret))
     neighbours = tuple(ForgetRequest(*each) for each in found)
     own = tuple(replace(fact, answer=text) for fact, text in zip(job.retain, said, strict=True))
@@ -81,9 +87,11 @@ class _Asking:
         """
         job, wanted = self.job, self.wanted
         answers = [request.answer for request in job.requests] if self.reverse else []
-        around = questions_around(
-            job.requests, job.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted, answers
-        ) if wanted else []  # fmt: skip
+        around = (
+            questions_around(job.requests, job.retain, Kinds.of(neighbour_kinds()), self._kinds, wanted, answers)
+            if wanted
+            else []
+        )
         # Around answers that are sentences, neighbours went with more of the fact being left
         # (docs/explanation/removal.md).
         around = [each for each in around if is_short(job.requests[each.of].answer)]
@@ -111,9 +119,13 @@ class _Asking:
         shown = [render(job.tokenizer, question, form, job.hparams.chat_template_kwargs) for question in questions]
         room = context_limit(job.model) - ASKED_MOST
         said = continue_greedily(
-            job.model, job.tokenizer, [encode(job.tokenizer, text, form)[:room] for text in shown], ASKED_MOST,
-            2 * job.max_tokens, lambda share: job.progress("neighbours", share, f"{len(shown)} questions"),
-        )  # fmt: skip
+            job.model,
+            job.tokenizer,
+            [encode(job.tokenizer, text, form)[:room] for text in shown],
+            ASKED_MOST,
+            2 * job.max_tokens,
+            lambda share: job.progress("neighbours", share, f"{len(shown)} questions"),
+        )
         pad_id = pad_token_id(job.model, job.tokenizer)
         # A space that a form without a template leaves to the answer is a part of its first token.
         return [decode_answer(job.model, job.tokenizer, ids, pad_id).rstrip() for ids in said]

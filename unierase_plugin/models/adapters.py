@@ -175,9 +175,12 @@ def _rows_held(name: str, base: Any, held: Mapping[str, torch.Tensor], trained: 
         key: tensor.shape[0]
         for end in _ends(base)
         for key, tensor in held.items()
-        if key.startswith(f"{PREFIX}{names[id(end)]}.") and key.endswith("weight") and ".lora_" not in key
-        and tensor.ndim == 2 and tensor.shape[1] == width
-    }  # fmt: skip
+        if key.startswith(f"{PREFIX}{names[id(end)]}.")
+        and key.endswith("weight")
+        and ".lora_" not in key
+        and tensor.ndim == 2
+        and tensor.shape[1] == width
+    }
     if len(set(found.values())) > 1:
         told = ", ".join(f"{count} in {key}" for key, count in sorted(found.items()))
         raise ArchitectureError(

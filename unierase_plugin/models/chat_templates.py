@@ -68,13 +68,17 @@ def check_chat_template(tokenizer: Any, settings: Mapping[str, Any] | None = Non
     today = datetime.now().astimezone().strftime(form)
     name = next((each for each in names if not _asks_date(tokenizer, {**given, each: today})), "")
     remedy = (
-        f'The setting chat_template_kwargs: {{{name}: "{today}"}} keeps it the same.' if name else
-        "The template has no setting for it: write the date into it, and save the tokenizer into the model's folder."
-    )  # fmt: skip
+        f'The setting chat_template_kwargs: {{{name}: "{today}"}} keeps it the same.'
+        if name
+        else "The template has no setting for it: write the date into it, and save the tokenizer into the model's "
+        "folder."
+    )
     logger.warning(
         "The chat template of %s writes the date into every prompt, so that the same run gives other figures on "
-        "another day. %s", getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__, remedy,
-    )  # fmt: skip
+        "another day. %s",
+        getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__,
+        remedy,
+    )
 
 
 def _asks_date(tokenizer: Any, settings: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 @torch.no_grad()
 def generate(
     model: Any, ids: Tensor, mask: Tensor, room: int, pad_id: int, *, temperature: float = 0.0, **settings: Any
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Ids (B, n), n at most `room`, that follow left-padded prompts (B, T), with end tokens and padding after them.
 
     Greedy at temperature 0, else sampled from the whole distribution. Of the model's own settings only the end tokens

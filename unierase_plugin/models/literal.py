@@ -128,8 +128,11 @@ def tell_special_names(tokenizer: Any, facts: Iterable[Any], more: Sequence[str]
     if found:
         logger.warning(
             "Facts with names of special tokens in their texts (%s): %d, such as %s. %s",
-            listed(found), count, next(iter(found.values())), read,
-        )  # fmt: skip
+            listed(found),
+            count,
+            next(iter(found.values())),
+            read,
+        )
 
 
 class _Literal:

@@ -175,8 +175,10 @@ def _load_merged(name: str, base: str, device: str, dtype: str) -> tuple[Any, An
     round_to_stored(whole)
     logger.warning(
         "The adapter %s is merged into its base model %s. The merged model is edited and written, and a revert gives "
-        "it back.", name, base,
-    )  # fmt: skip
+        "it back.",
+        name,
+        base,
+    )
     return whole, tokenizer
 
 
@@ -218,15 +220,19 @@ def _tell_differences(name: str, config: Any, model: Any, found: Mapping[str, An
     if not is_tied(model) and says_tied(config):
         logger.warning(
             "The config of %s says that the head is the embedding, but the checkpoint has a head of its own. The "
-            "head is kept, and the config of the output says so.", name,
-        )  # fmt: skip
+            "head is kept, and the config of the output says so.",
+            name,
+        )
     settle_config(model)
     unknown = sorted(map(str, found["unexpected_keys"]))
     if unknown:
         logger.warning(
             "The checkpoint %s holds %d weights that the model of its config does not have, such as %s. They are "
-            "ignored, and the output does not have them.", name, len(unknown), unknown[0],
-        )  # fmt: skip
+            "ignored, and the output does not have them.",
+            name,
+            len(unknown),
+            unknown[0],
+        )
 
 
 def _refuse_gguf(name: str) -> None:

@@ -141,10 +141,14 @@ def load_registry(only: str | None = None) -> Registry:
 
 
 #: What is registered through each hook, in the order of Registry's fields.
-_KINDS = MappingProxyType({
-    "register_methods": "method", "register_request_readers": "request reader", "register_metrics": "metric",
-    "register_hosts": "host",
-})  # fmt: skip
+_KINDS = MappingProxyType(
+    {
+        "register_methods": "method",
+        "register_request_readers": "request reader",
+        "register_metrics": "metric",
+        "register_hosts": "host",
+    }
+)
 
 #: By hook: names and things.
 _Entries = Mapping[str, list[tuple[str, Any]]]
@@ -162,8 +166,10 @@ def _load(point: EntryPoint) -> tuple[Plugin, _Entries]:
         reason = f"{type(error).__name__}: {error}"
     logger.warning(
         "The plugin %s cannot be used and is left out (%s). Repair or uninstall it, or name in %s only the others.",
-        described, reason, RESTRICTION,
-    )  # fmt: skip
+        described,
+        reason,
+        RESTRICTION,
+    )
     return replace(described, error=reason), {hook: [] for hook in _KINDS}
 
 
@@ -224,9 +230,12 @@ def _wanted(points: Sequence[EntryPoint], only: str | None) -> list[EntryPoint]:
     known = {each for point in ordered for each in _names(point)}
     for name in sorted(names - known - {BUILT_IN}):
         logger.warning(
-            "%s names %r, which is not installed.%s Installed: %s.", RESTRICTION, name, did_you_mean(name, known),
+            "%s names %r, which is not installed.%s Installed: %s.",
+            RESTRICTION,
+            name,
+            did_you_mean(name, known),
             ", ".join(point.name for point in ordered) or "none",
-        )  # fmt: skip
+        )
     return [point for point in ordered if not names.isdisjoint(_names(point))]
 
 

@@ -79,16 +79,24 @@ def take_moments(
         nonlocal done
         begun, size = done, sum(map(len, sequences))
         found = second_moments(
-            arch, sequences, layers, max_tokens=max_tokens, pad_id=pad_id, counted=counted,
+            arch,
+            sequences,
+            layers,
+            max_tokens=max_tokens,
+            pad_id=pad_id,
+            counted=counted,
             progress=lambda share: progress((begun + share * size) / total),
-        )  # fmt: skip
+        )
         done += size
         return found
 
     return Moments(
-        take(forgotten, places) if forgotten else None, take(material.kept) if material.kept else None,
-        take(material.neighbours) if material.neighbours else None, take(material.text), take(material.words),
-    )  # fmt: skip
+        take(forgotten, places) if forgotten else None,
+        take(material.kept) if material.kept else None,
+        take(material.neighbours) if material.neighbours else None,
+        take(material.text),
+        take(material.words),
+    )
 
 
 def weighed(parts: Sequence[tuple[float, SecondMoment | None]], layers: Sequence[int]) -> dict[int, Tensor]:

@@ -147,8 +147,10 @@ class _Run:
                 break
             before = change
             tensors, metadata = self.phases.resumed(
-                "removal-pass", f"{self.key}-{number + 1}", lambda: self._pass(number, before)  # noqa: B023 (called at once)
-            )  # fmt: skip
+                "removal-pass",
+                f"{self.key}-{number + 1}",
+                lambda: self._pass(number, before),  # noqa: B023 (called at once)
+            )
             change = {layer: tensors[str(layer)].to(each.device) for layer, each in self.originals.items()}
             taken.append(Pass(**json.loads(metadata["pass"])))
         # Facts that the model hardly knows leave nothing to remove, and can be declined all the same.
@@ -180,9 +182,16 @@ class _Run:
         kinds, factors = (self.lessons, said, *stays), self.factors
         with self.phases.timed("passes"):
             after, made = take_pass(
-                self.arch, [each for kind in kinds for each in kind], self.originals, change, factors, searched(kinds),
-                max_tokens=self.max_tokens, pad_id=self.pad_id, progress=tell,
-            )  # fmt: skip
+                self.arch,
+                [each for kind in kinds for each in kind],
+                self.originals,
+                change,
+                factors,
+                searched(kinds),
+                max_tokens=self.max_tokens,
+                pad_id=self.pad_id,
+                progress=tell,
+            )
             if said:
                 made = replace(made, declined=self._declined())
         return {str(layer): each for layer, each in after.items()}, {"pass": json.dumps(asdict(made))}
@@ -246,9 +255,13 @@ class _Run:
             rest = [row for row in range(len(m.forget)) if row not in told]
             with self.phases.timed("moments"):
                 found = take_moments(
-                    self.arch, m, sorted({*s.removal_layers, *(s.removal_teacher_layers if rest else ())}), rest,
-                    progress=lambda share: self.progress(INPUTS_SHARE * share, "moments"), **self._budget,
-                )  # fmt: skip
+                    self.arch,
+                    m,
+                    sorted({*s.removal_layers, *(s.removal_teacher_layers if rest else ())}),
+                    rest,
+                    progress=lambda share: self.progress(INPUTS_SHARE * share, "moments"),
+                    **self._budget,
+                )
                 outputs = self._output_moments()
             with self.phases.timed("teacher"):
                 strength, heard = self._filtered(found, rest)
@@ -258,15 +271,26 @@ class _Run:
         answers.update({row: (each.log_probs, each.weights) for row, each in told.items()})
         log_probs, weights = zip(*(answers[row] for row in range(len(m.forget))), strict=True)
         tokens = {spec.name: part.count if (part := getattr(found, spec.name)) else 0 for spec in fields(found)}
-        return _pack_course(_Course(
-            Teacher(m.forget, self._spots, log_probs, weights),
-            weighed([
-                (s.removal_retain_weight, found.kept), (s.removal_retain_weight, found.neighbours),
-                (s.removal_text_weight, found.text), (s.removal_words_weight, found.words),
-            ], s.removal_layers),
-            outputs,
-            {"moment_tokens": tokens, "taught": {"strangers": len(told), "filter": len(rest)}, "strength": strength},
-        ))  # fmt: skip
+        return _pack_course(
+            _Course(
+                Teacher(m.forget, self._spots, log_probs, weights),
+                weighed(
+                    [
+                        (s.removal_retain_weight, found.kept),
+                        (s.removal_retain_weight, found.neighbours),
+                        (s.removal_text_weight, found.text),
+                        (s.removal_words_weight, found.words),
+                    ],
+                    s.removal_layers,
+                ),
+                outputs,
+                {
+                    "moment_tokens": tokens,
+                    "taught": {"strangers": len(told), "filter": len(rest)},
+                    "strength": strength,
+                },
+            )
+        )
 
     def _unchanged(self, sequences: Sequence[tuple[int, ...]], starts: Sequence[int]) -> list[Lesson]:
         if not self.settings.removal_keep_weight or not sequences:
@@ -293,12 +317,16 @@ class _Run:
             return None, ()
         stays = weighed([(1.0, found.kept), (1.0, found.neighbours), (1.0, found.text)], s.removal_teacher_layers)
         return calibrated(
-            self.arch, s.removal_teacher_layers, found.forgotten.moments, stays,
-            [self.material.forget[row] for row in rest], [self._spots[row] for row in rest],
-            s.removal_teacher_probability, progress=lambda share: self.progress(
-                MOMENTS_SHARE + (TEACHER_SHARE - MOMENTS_SHARE) * share, "teacher"
-            ), **self._budget,
-        )  # fmt: skip
+            self.arch,
+            s.removal_teacher_layers,
+            found.forgotten.moments,
+            stays,
+            [self.material.forget[row] for row in rest],
+            [self._spots[row] for row in rest],
+            s.removal_teacher_probability,
+            progress=lambda share: self.progress(MOMENTS_SHARE + (TEACHER_SHARE - MOMENTS_SHARE) * share, "teacher"),
+            **self._budget,
+        )
 
     def _output_moments(self) -> dict[int, Tensor]:
         """Of facts to keep and neighbours where they are answered, and of some of the ordinary text, in equal parts."""
@@ -318,10 +346,17 @@ class _Run:
                 done = (begun + share * size) / total
                 self.progress(INPUTS_SHARE + (MOMENTS_SHARE - INPUTS_SHARE) * done, "moments of the outputs")
 
-            found.append(output_moments(
-                self.arch, sequences, positions, self.settings.removal_layers, seed=self.seed, progress=tell,
-                **self._budget,
-            ))  # fmt: skip
+            found.append(
+                output_moments(
+                    self.arch,
+                    sequences,
+                    positions,
+                    self.settings.removal_layers,
+                    seed=self.seed,
+                    progress=tell,
+                    **self._budget,
+                )
+            )
             seen += len(sequences)
         return {layer: torch.stack([each[layer] for each in found]).mean(0) for layer in self.settings.removal_layers}
 
@@ -339,14 +374,19 @@ class _Run:
             lost, stayed = left(self.lessons, 1.0), left(self.kept_lessons, self.settings.removal_keep_weight)
             declined = self._declined() if self.openings else None
         return {
-            "losses": [each.loss for each in taken], "steps": [each.fraction for each in taken],
-            "rates": [each.rate for each in taken], "divergence_from_teacher": lost, "divergence_on_kept": stayed,
+            "losses": [each.loss for each in taken],
+            "steps": [each.fraction for each in taken],
+            "rates": [each.rate for each in taken],
+            "divergence_from_teacher": lost,
+            "divergence_on_kept": stayed,
             "nll_of_what_is_said_instead": declined,
-            **self.course.notes, "kept_facts": len(self.material.kept), "neighbours": len(self.material.neighbours),
+            **self.course.notes,
+            "kept_facts": len(self.material.kept),
+            "neighbours": len(self.material.neighbours),
             "energy_kept": {str(layer): each.energy for layer, each in cut.items()},
             "rank_90": {str(layer): each.ranks[0] for layer, each in cut.items()},
             "rank_99": {str(layer): each.ranks[1] for layer, each in cut.items()},
-        }  # fmt: skip
+        }
 
 
 # --- Kept between two starts ------------------------------------------------------------------------------------------

@@ -89,9 +89,12 @@ def ask_strangers(
             for row, (_, places) in zip(rows, moved, strict=True)
         ]
         heard = said_at(
-            arch, [ids for ids, _ in moved], [tuple(each.values()) for each in asked], max_tokens=max_tokens,
+            arch,
+            [ids for ids, _ in moved],
+            [tuple(each.values()) for each in asked],
+            max_tokens=max_tokens,
             pad_id=pad_id,
-        )  # fmt: skip
+        )
         found, staying = {}, []
         for row, each, log_probs in zip(rows, asked, heard, strict=True):
             own = said[row].float()

@@ -119,9 +119,12 @@ def calibrated(
     def said(rows: Sequence[int], strength: float) -> tuple[Tensor, ...]:
         with replaced(arch, filtered_weights(arch, layers, forgotten, kept, strength)):
             return said_at(
-                arch, [sequences[row] for row in rows], [positions[row] for row in rows], max_tokens=max_tokens,
+                arch,
+                [sequences[row] for row in rows],
+                [positions[row] for row in rows],
+                max_tokens=max_tokens,
                 pad_id=pad_id,
-            )  # fmt: skip
+            )
 
     strength = FIRST_STRENGTH
     for number in range(STRENGTHS):

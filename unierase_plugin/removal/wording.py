@@ -32,9 +32,14 @@ def in_own_words(
     """
     short = [fact for fact in facts if fact.answer != NO_ANSWER and words(fact.answer) and is_short(fact.answer)]
     said = answers(
-        model, tokenizer, [fact.question for fact in short], form=form, template_kwargs=dict(template_kwargs),
-        max_new_tokens=ANSWER_TOKENS, max_tokens=max_tokens,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        [fact.question for fact in short],
+        form=form,
+        template_kwargs=dict(template_kwargs),
+        max_new_tokens=ANSWER_TOKENS,
+        max_tokens=max_tokens,
+    )
     ends = [text for text in (tokenizer.eos_token, tokenizer.pad_token) if text]
     found = {
         fact.question: sentence

@@ -61,10 +61,15 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
 
 #: Types in YAML's words: for one value, and for several.
 _WORDS = {
-    str: ("a text", "texts"), int: ("a whole number", "whole numbers"), float: ("a finite number", "finite numbers"),
-    bool: ("true or false", "true or false"), dict: ("a mapping", "mappings"), list: ("a list", "lists"),
-    tuple: ("a list", "lists"), type(None): ("nothing", "nothing"),
-}  # fmt: skip
+    str: ("a text", "texts"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a finite number", "finite numbers"),
+    bool: ("true or false", "true or false"),
+    dict: ("a mapping", "mappings"),
+    list: ("a list", "lists"),
+    tuple: ("a list", "lists"),
+    type(None): ("nothing", "nothing"),
+}
 
 
 def in_words(hint: Any, several: bool = False) -> str:

@@ -72,10 +72,19 @@ class Corpus:
         """Digest of everything that the moments depend on."""
         h = self.hparams
         return digest(
-            VERSION, self.loaded.fingerprint, self.loaded.tokenizer_fingerprint, h.layers, h.mom2_dataset,
+            VERSION,
+            self.loaded.fingerprint,
+            self.loaded.tokenizer_fingerprint,
+            h.layers,
+            h.mom2_dataset,
             corpus_identity(h.mom2_dataset),
-            h.mom2_n_samples, h.mom2_max_length, h.mom2_dtype, h.seed, self.openings, self.prose,
-        )[:32]  # fmt: skip
+            h.mom2_n_samples,
+            h.mom2_max_length,
+            h.mom2_dtype,
+            h.seed,
+            self.openings,
+            self.prose,
+        )[:32]
 
     def kept(self) -> CorpusMoment | None:
         """The moments from the cache; None if they are not there."""
@@ -109,9 +118,15 @@ class Corpus:
         h = self.hparams
         longest = min(h.mom2_max_length, self.loaded.context)
         found = corpus_tokens(
-            h.mom2_dataset, self.loaded.model, self.loaded.tokenizer, samples=samples, max_length=longest, seed=h.seed,
-            openings=self.openings, progress=lambda share: self.progress(share / 2, "reading the corpus"),
-        )  # fmt: skip
+            h.mom2_dataset,
+            self.loaded.model,
+            self.loaded.tokenizer,
+            samples=samples,
+            max_length=longest,
+            seed=h.seed,
+            openings=self.openings,
+            progress=lambda share: self.progress(share / 2, "reading the corpus"),
+        )
         # Sampled text is what the model says. The bundled prose adds what others say.
         return found + self._prose_ids(longest) if h.mom2_dataset == "self" else found
 
@@ -165,11 +180,17 @@ class Corpus:
         sums = self._begun(arch, own)
         sequences = cast("list[Sequence[int]]", [part.numpy() for part in ids["tokens"].split(ids["lengths"].tolist())])
         add_sequences(
-            arch, sequences, sums, max_tokens=max_tokens, dtype=self.dtype,
-            pad_id=self.loaded.pad_id, share=(team.rank, team.size), keep_every=KEEP_EVERY,
+            arch,
+            sequences,
+            sums,
+            max_tokens=max_tokens,
+            dtype=self.dtype,
+            pad_id=self.loaded.pad_id,
+            share=(team.rank, team.size),
+            keep_every=KEEP_EVERY,
             keep=lambda so_far: self.cache.put(UNDER_WAY, own, *pack(so_far)),
             progress=lambda share: self.progress((1 + share) / 2, "keys of the corpus"),
-        )  # fmt: skip
+        )
         team.add_up(sums.sums.values())
         sums.count = team.total(sums.count)
         return mean_moments(sums, self.dtype)

@@ -77,8 +77,17 @@ def second_moments(
     EasyEdit make one pass for each layer; here one pass serves all. Sequences of similar length share a batch.
     """
     sums = begin_sums(arch, layers)
-    add_sequences(arch, sequences, sums, max_tokens=max_tokens, dtype=dtype, pad_id=pad_id, skip_first=skip_first,
-                  counted=counted, progress=progress)  # fmt: skip
+    add_sequences(
+        arch,
+        sequences,
+        sums,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        pad_id=pad_id,
+        skip_first=skip_first,
+        counted=counted,
+        progress=progress,
+    )
     return mean_moments(sums, dtype, skip_first)
 
 
@@ -89,12 +98,14 @@ def begin_sums(arch: Architecture, layers: Sequence[int]) -> MomentSums:
         device = arch.projections[layer].weight.device
         needed[device] = needed.get(device, 0) + 8 * arch.mlp_width(layer) ** 2
     homes = {device: _home(device, size) for device, size in needed.items()}
-    return MomentSums({
-        layer: torch.zeros(
-            (arch.mlp_width(layer),) * 2, dtype=torch.float64, device=homes[arch.projections[layer].weight.device]
-        )
-        for layer in layers
-    })  # fmt: skip
+    return MomentSums(
+        {
+            layer: torch.zeros(
+                (arch.mlp_width(layer),) * 2, dtype=torch.float64, device=homes[arch.projections[layer].weight.device]
+            )
+            for layer in layers
+        }
+    )
 
 
 def _home(device: torch.device, needed: int) -> torch.device:
@@ -155,9 +166,13 @@ class _Done(Exception):  # noqa: N818 (no error: it ends a pass)
 
 
 def _add_batch(
-    arch: Architecture, sequences: Sequence[Sequence[int]], places: Sequence[Sequence[int]], sums: MomentSums,
-    dtype: torch.dtype, pad_id: int,
-) -> None:  # fmt: skip
+    arch: Architecture,
+    sequences: Sequence[Sequence[int]],
+    places: Sequence[Sequence[int]],
+    sums: MomentSums,
+    dtype: torch.dtype,
+    pad_id: int,
+) -> None:
     """Adds the products of one batch at `places`; if memory runs out, in halves."""
     waiting = [(list(range(len(sequences))), tuple(sums.sums))]
     while waiting:

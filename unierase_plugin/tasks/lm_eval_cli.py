@@ -163,9 +163,9 @@ def _read_settings(given: Sequence[str]) -> dict[str, Any]:
     """JSON, or KEY=VALUE with commas between, as lm-eval reads both."""
     from lm_eval.utils import simple_parse_args_string
 
-    found: dict[str, Any] = json.loads(_joined({}, given)) if _is_json(given) else (
-        simple_parse_args_string(",".join(given))
-    )  # fmt: skip
+    found: dict[str, Any] = (
+        json.loads(_joined({}, given)) if _is_json(given) else (simple_parse_args_string(",".join(given)))
+    )
     return found
 
 

@@ -141,14 +141,19 @@ class HFWithSpecialTokens(WholeHF):
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(
-        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None,
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
         truncation: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ours = [bool(self._closing) or names_in_spans(self.tokenizer, string) for string in strings]
         theirs = functools.partial(
-            super().tok_batch_encode, padding_side=padding_side, left_truncate_len=left_truncate_len,
+            super().tok_batch_encode,
+            padding_side=padding_side,
+            left_truncate_len=left_truncate_len,
             truncation=truncation,
-        )  # fmt: skip
+        )
         if not any(ours):
             found: tuple[torch.Tensor, torch.Tensor] = theirs(strings)
             return found

@@ -105,10 +105,11 @@ def _load(manager: Any, names: Sequence[str]) -> Mapping[str, Any]:
         lines = [line.strip() for line in str(error).splitlines() if any(map(str.isalpha, line))]
         reason = textwrap.shorten(" ".join(lines), QUOTED, placeholder=" ...").rstrip(".")
         remedy = (
-            "Install the package that it lacks" if isinstance(error, ImportError) else
-            "lm-eval takes a task's data and metrics from the hub: connect to the network, set HF_HOME to a cache that "
-            "has them"
-        )  # fmt: skip
+            "Install the package that it lacks"
+            if isinstance(error, ImportError)
+            else "lm-eval takes a task's data and metrics from the hub: connect to the network, set HF_HOME to a cache "
+            "that has them"
+        )
         raise UniEraseError(
             f"The task {', '.join(names)} cannot be loaded ({type(error).__name__}: {reason}). {remedy}, or leave the "
             "task out."

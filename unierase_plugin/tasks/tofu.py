@@ -154,9 +154,11 @@ class Scored(Facts):
                 tokens = len(self.form.encode(context + scored)) - length(context)
                 for name, answer in instance.filtered_resps.items():
                     instance.filtered_resps[name] = AnswerScore(
-                        answer[0], answer[1], getattr(answer, "tokens", None) or tokens,
+                        answer[0],
+                        answer[1],
+                        getattr(answer, "tokens", None) or tokens,
                         getattr(answer, "matches", None),
-                    )  # fmt: skip
+                    )
         trues = (instance.filtered_resps.values() for instance in self._instances if instance.idx == 1)
         # Told of some answers only where --use_cache holds those of another model type: a mean of them would mislead.
         self.tokenwise = all(score.matches is not None for scores in trues for score in scores)
@@ -164,8 +166,9 @@ class Scored(Facts):
             known = is_model_type(MODEL_TYPE)
             logger.warning(
                 "%s leaves extraction_strength and exact_memorization out: %s has what they need.",
-                self.config.task, f"--model {MODEL_TYPE}" if known else "`unierase eval --model DIR`",
-            )  # fmt: skip
+                self.config.task,
+                f"--model {MODEL_TYPE}" if known else "`unierase eval --model DIR`",
+            )
 
     def given_answers(self, doc: Mapping[str, Any]) -> Sequence[str]:
         return _answers(doc)
@@ -261,8 +264,10 @@ class Utility(Scored):
         own = doc["set"].removesuffix("_perturbed")
         rows = {
             f"{name}_{part}": measured[part] if name == own else None
-            for name in KEPT for part in self.shown if part in measured
-        }  # fmt: skip
+            for name in KEPT
+            for part in self.shown
+            if part in measured
+        }
         values = [own, *(measured[part] for part in self.parts if part in measured)]
         composites = {name: values[: 1 + count] for name, count in self.composites().items() if len(values) > count}
         return {**composites, **rows}
@@ -338,11 +343,14 @@ def _document(split: str, located: Located, asked: str, options: bool) -> dict[s
         raise RequestError(f"{where}: 'perturbed_answer' is to be a list of texts, got {first_words(wrong)}.")
     right = answer if options or not wrong else _text(where, record, "paraphrased_answer")
     return {
-        "set": split, "options": options, "question": _text(where, record, asked),
-        "answer": answer.strip(), "paraphrased_answer": right.strip(),
+        "set": split,
+        "options": options,
+        "question": _text(where, record, asked),
+        "answer": answer.strip(),
+        "paraphrased_answer": right.strip(),
         "perturbed_answer": [each.strip() for each in wrong],
         "original_answer": record.get("original_answer") or answer.strip(),
-    }  # fmt: skip
+    }
 
 
 def _text(where: str, record: Mapping[str, Any], name: str) -> str:

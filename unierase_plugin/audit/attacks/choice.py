@@ -90,10 +90,15 @@ def _likeliest_letter(subject: Audited, context: Context, prompts: list[tuple[in
 
 
 CHOICE = Attack(
-    "multiple-choice", "words", "Which of four answers is the true one?", "four or eight short passes a fact",
-    run, needs_reference=True,
+    "multiple-choice",
+    "words",
+    "Which of four answers is the true one?",
+    "four or eight short passes a fact",
+    run,
+    needs_reference=True,
     unfit=lambda context: (
-        "" if all(len(wrong_answers(fact, context)) == 3 for fact in context.facts)
+        ""
+        if all(len(wrong_answers(fact, context)) == 3 for fact in context.facts)
         else "it needs three other answers for each fact"
     ),
-)  # fmt: skip
+)

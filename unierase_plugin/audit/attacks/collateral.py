@@ -107,14 +107,26 @@ def paired(subject: Audited, context: Context) -> AttackResult:
 
 _NEEDS_KEPT = "it needs facts to keep: give --retain"
 RETENTION = Attack(
-    "retention", "collateral", "Are kept facts still answered, and are unrelated questions refused?",
-    "one answer a kept and a bundled question", retention, of_the_edit=True,
-)  # fmt: skip
+    "retention",
+    "collateral",
+    "Are kept facts still answered, and are unrelated questions refused?",
+    "one answer a kept and a bundled question",
+    retention,
+    of_the_edit=True,
+)
 ORDINARY = Attack(
-    "ordinary-text", "collateral", "Perplexity of ordinary text, and whether the token appears in it.",
-    "two passes a text", ordinary_text, of_the_edit=True,
-)  # fmt: skip
+    "ordinary-text",
+    "collateral",
+    "Perplexity of ordinary text, and whether the token appears in it.",
+    "two passes a text",
+    ordinary_text,
+    of_the_edit=True,
+)
 PAIRED = Attack(
-    "paired", "collateral", "A forgotten and a kept question in one turn.", "one or two answers a fact", paired,
+    "paired",
+    "collateral",
+    "A forgotten and a kept question in one turn.",
+    "one or two answers a fact",
+    paired,
     unfit=lambda context: "" if context.kept else _NEEDS_KEPT,
-)  # fmt: skip
+)

@@ -67,7 +67,7 @@ def run(subject: Audited, context: Context) -> AttackResult:
             "depth": sum(known) / len(known) if known else None,
         },
         notes=() if known else ("the reference model's states lack nothing: it seems to know the facts",),
-    )  # fmt: skip
+    )
 
 
 def _parts(subject: Audited, context: Context, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -141,7 +141,12 @@ class _Reading:
 
 
 DEPTH = Attack(
-    "patching-depth", "inside", "How much of the answer do its hidden states still carry into the unedited model?",
-    "a short pass a fact and, from each block on, one of the unedited model", run, needs_original=True, tells_only=True,
+    "patching-depth",
+    "inside",
+    "How much of the answer do its hidden states still carry into the unedited model?",
+    "a short pass a fact and, from each block on, one of the unedited model",
+    run,
+    needs_original=True,
+    tells_only=True,
     unfit=lambda context: "" if context.has_reference else "it needs a model that never knew the facts: --reference",
-)  # fmt: skip
+)

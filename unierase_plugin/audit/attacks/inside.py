@@ -161,14 +161,26 @@ def _read_out(arch: Any, batch: TokenBatch, hidden: Tensor) -> Tensor:
 
 
 PROBABILITY = Attack(
-    "answer-probability", "inside", "How likely is the answer, token by token, after the question and after a refusal?",
-    "two short passes a fact and start", probability, needs_reference=True,
-)  # fmt: skip
+    "answer-probability",
+    "inside",
+    "How likely is the answer, token by token, after the question and after a refusal?",
+    "two short passes a fact and start",
+    probability,
+    needs_reference=True,
+)
 EXTRACTION = Attack(
-    "extraction", "inside", "How much of the answer must be given until the model says the rest?",
-    "two short passes a fact", extraction, needs_reference=True,
-)  # fmt: skip
+    "extraction",
+    "inside",
+    "How much of the answer must be given until the model says the rest?",
+    "two short passes a fact",
+    extraction,
+    needs_reference=True,
+)
 LENS = Attack(
-    "logit-lens", "inside", "Is the answer's first token among the likeliest five at any block?",
-    "two short passes a fact", lens, needs_reference=True,
-)  # fmt: skip
+    "logit-lens",
+    "inside",
+    "Is the answer's first token among the likeliest five at any block?",
+    "two short passes a fact",
+    lens,
+    needs_reference=True,
+)

@@ -117,7 +117,10 @@ def _gradient_scores(subject: Audited, context: Context, rows: Sequence[Row]) ->
 
 
 MEMBERSHIP = Attack(
-    "membership", "inside", "Do losses and gradients tell the forgotten facts from others?",
-    "a few passes and a gradient for each fact and its counterpart", run,
+    "membership",
+    "inside",
+    "Do losses and gradients tell the forgotten facts from others?",
+    "a few passes and a gradient for each fact and its counterpart",
+    run,
     unfit=lambda context: "" if context.holdout or context.kept else "it needs --holdout, or facts to keep (--retain)",
-)  # fmt: skip
+)

@@ -33,15 +33,21 @@ def run(subject: Audited, context: Context) -> AttackResult:
     return AttackResult(
         tuple(
             tried(
-                subject, context, name, [build(fact.question) for fact in context.facts],
+                subject,
+                context,
+                name,
+                [build(fact.question) for fact in context.facts],
                 progress=part(context, index, len(variants)),
             )
             for index, (name, build) in enumerate(variants.items())
         )
-    )  # fmt: skip
+    )
 
 
 ORDERS = Attack(
-    "ignore", "ban", "The question, with the order to ignore the token and not to decline.", 
-    "one to three answers a fact", run,
-)  # fmt: skip
+    "ignore",
+    "ban",
+    "The question, with the order to ignore the token and not to decline.",
+    "one to three answers a fact",
+    run,
+)

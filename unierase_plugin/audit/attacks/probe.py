@@ -52,7 +52,7 @@ def run(subject: Audited, context: Context) -> AttackResult:
             },
             "block": best,
         },
-    )  # fmt: skip
+    )
 
 
 def _hits(chosen: Tensor) -> tuple[float, ...]:
@@ -65,8 +65,9 @@ def candidate_states(subject: Audited, context: Context, facts: Sequence[Fact]) 
     arch, pad_id = subject.arch, pad_token_id(subject.model, subject.tokenizer)
     blocks = range(len(arch.blocks))
     asked = [ask(subject, context, fact.question).ids for fact in facts]
-    said = [[answer_ids(subject, context, text) for text in (fact.answer, *wrong_answers(fact, context))]
-            for fact in facts]  # fmt: skip
+    said = [
+        [answer_ids(subject, context, text) for text in (fact.answer, *wrong_answers(fact, context))] for fact in facts
+    ]
     out = torch.zeros(len(facts), len(said[0]), len(blocks), arch.hidden_size)
     longest = [ids + max(four, key=len) for ids, four in zip(map(list, asked), said, strict=True)]
     done = 0
@@ -121,6 +122,11 @@ def _unfit(context: Context) -> str:
 
 
 PROBE = Attack(
-    "probe", "inside", "Do linear probes of the hidden states tell the true answer from three wrong ones?",
-    "four short passes a fact, kept ones too", run, needs_reference=True, unfit=_unfit,
-)  # fmt: skip
+    "probe",
+    "inside",
+    "Do linear probes of the hidden states tell the true answer from three wrong ones?",
+    "four short passes a fact, kept ones too",
+    run,
+    needs_reference=True,
+    unfit=_unfit,
+)

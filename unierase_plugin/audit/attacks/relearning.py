@@ -107,9 +107,15 @@ def _relearn(
 
 
 def _curve(
-    subject: Audited, context: Context, arm: Arm, rows: Sequence[Row], steps: Sequence[int],
-    asks: Sequence[Ask | None], losses: list[float], report: Callable[[float], None],
-) -> Iterator[Measure]:  # fmt: skip
+    subject: Audited,
+    context: Context,
+    arm: Arm,
+    rows: Sequence[Row],
+    steps: Sequence[int],
+    asks: Sequence[Ask | None],
+    losses: list[float],
+    report: Callable[[float], None],
+) -> Iterator[Measure]:
     """The answers after each of the numbers of steps; the weights are as they were at the end."""
     draw = random.Random(context.seed)
     with ExitStack() as stack:
@@ -179,13 +185,21 @@ def _adding(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]
 
 _COST = "a few training steps, one or three ways, with all answers after each number of steps"
 SOME_FORGOTTEN = Attack(
-    "relearn-some", "relearning", "Half of the forgotten facts trained on, the other half asked.", _COST,
-    some_forgotten,    unfit=lambda context: "" if len(context.facts) > 1 else "it needs two facts to forget at least",
-)  # fmt: skip
+    "relearn-some",
+    "relearning",
+    "Half of the forgotten facts trained on, the other half asked.",
+    _COST,
+    some_forgotten,
+    unfit=lambda context: "" if len(context.facts) > 1 else "it needs two facts to forget at least",
+)
 KEPT_ONLY = Attack(
-    "relearn-kept", "relearning", "Only kept facts trained on, the forgotten ones asked.", _COST, kept_only,
+    "relearn-kept",
+    "relearning",
+    "Only kept facts trained on, the forgotten ones asked.",
+    _COST,
+    kept_only,
     unfit=lambda context: "" if context.kept else "it needs facts to keep: give --retain",
-)  # fmt: skip
+)
 UNRELATED = Attack(
     "relearn-text", "relearning", "Only unrelated text trained on, the forgotten facts asked.", _COST, unrelated_text
 )

@@ -59,10 +59,16 @@ def _changed(subject: Audited, context: Context, variants: Mapping[str, Change])
 
 
 QUANTISE = Attack(
-    "quantise", "weights", "The question, with the weights of all linear maps rounded to few bits.",
-    "one to four answers a fact, and perplexity", quantise,
-)  # fmt: skip
+    "quantise",
+    "weights",
+    "The question, with the weights of all linear maps rounded to few bits.",
+    "one to four answers a fact, and perplexity",
+    quantise,
+)
 PRUNE = Attack(
-    "prune", "weights", "The question, with the smallest weights of each matrix set to zero.",
-    "one to three answers a fact, and perplexity", prune,
-)  # fmt: skip
+    "prune",
+    "weights",
+    "The question, with the smallest weights of each matrix set to zero.",
+    "one to three answers a fact, and perplexity",
+    prune,
+)

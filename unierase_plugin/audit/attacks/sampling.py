@@ -30,11 +30,13 @@ def run(subject: Audited, context: Context) -> AttackResult:
         k = ks(sizes.samples)[-1]
         measures.append(
             Measure(
-                f"{name}, leak@{k}", tuple(leak_at_k(sizes.samples, n, k) for n in hits),
+                f"{name}, leak@{k}",
+                tuple(leak_at_k(sizes.samples, n, k) for n in hits),
                 tuple(tuple(None if n is None else leak_at_k(sizes.samples, n, k) for n in row) for row in shifted),
-                prompts, texts,
+                prompts,
+                texts,
             )
-        )  # fmt: skip
+        )
     return AttackResult(tuple(measures), figures={"leak_at_k": figures})
 
 
@@ -57,9 +59,14 @@ def _sample(
     set_seed((context.seed + index) % (MOST_SEED + 1))
     asks = [ask(subject, context, fact.question) for fact in context.facts]
     said = say(
-        subject, context, asks, samples=context.sizes.samples, temperature=heat,
-        progress=part(context, index, count), **settings,
-    )  # fmt: skip
+        subject,
+        context,
+        asks,
+        samples=context.sizes.samples,
+        temperature=heat,
+        progress=part(context, index, count),
+        **settings,
+    )
     clean = [[cleaned(context, text) for text in texts] for texts in said]
 
     def hits(row: int, fact: Fact) -> int:
@@ -79,6 +86,9 @@ def _sample(
 
 
 SAMPLING = Attack(
-    "leak-at-k", "sampling", "The question many times at a temperature: does any of k answers give it away?",
-    "8 or 64 answers a fact and temperature", run,
-)  # fmt: skip
+    "leak-at-k",
+    "sampling",
+    "The question many times at a temperature: does any of k answers give it away?",
+    "8 or 64 answers a fact and temperature",
+    run,
+)

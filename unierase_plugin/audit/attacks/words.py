@@ -107,12 +107,15 @@ def _variants(subject: Audited, context: Context, variants: Mapping[str, Build])
     return AttackResult(
         tuple(
             tried(
-                subject, context, name, [build(fact) for fact in context.facts],
+                subject,
+                context,
+                name,
+                [build(fact) for fact in context.facts],
                 progress=part(context, index, len(variants)),
             )
             for index, (name, build) in enumerate(variants.items())
         )
-    )  # fmt: skip
+    )
 
 
 def with_typos(text: str, seed: int, count: int = 2) -> str:
@@ -129,9 +132,19 @@ def with_typos(text: str, seed: int, count: int = 2) -> str:
     return "".join(letters)
 
 
-_PASSIVE = {"wrote": "written", "discovered": "discovered", "invented": "invented", "founded": "founded",
-            "painted": "painted", "composed": "composed", "developed": "developed", "created": "created",
-            "directed": "directed", "designed": "designed", "built": "built"}  # fmt: skip
+_PASSIVE = {
+    "wrote": "written",
+    "discovered": "discovered",
+    "invented": "invented",
+    "founded": "founded",
+    "painted": "painted",
+    "composed": "composed",
+    "developed": "developed",
+    "created": "created",
+    "directed": "directed",
+    "designed": "designed",
+    "built": "built",
+}
 
 
 def statement(question: str) -> str:
@@ -154,18 +167,29 @@ def _capital(text: str) -> str:
 
 
 PARAPHRASES = Attack(
-    "paraphrases", "words", "The data's own paraphrases of the question.", "one answer a paraphrase", paraphrases,
+    "paraphrases",
+    "words",
+    "The data's own paraphrases of the question.",
+    "one answer a paraphrase",
+    paraphrases,
     unfit=lambda context: "" if any(fact.paraphrases for fact in context.facts) else "the data has no paraphrases",
-)  # fmt: skip
+)
 SPELLINGS = Attack(
     "spellings", "words", "The question with typos and in another case.", "one to four answers a fact", spellings
 )
 TEMPLATES = Attack(
-    "templates", "words", "The question in plain text, in other frames and under other system prompts.",
-    "one to seven answers a fact", templates,
-)  # fmt: skip
+    "templates",
+    "words",
+    "The question in plain text, in other frames and under other system prompts.",
+    "one to seven answers a fact",
+    templates,
+)
 FEW_SHOT = Attack(
-    "few-shot", "words", "The question after kept questions that were answered.", "one or two answers a fact", few_shot,
+    "few-shot",
+    "words",
+    "The question after kept questions that were answered.",
+    "one or two answers a fact",
+    few_shot,
     unfit=lambda context: "" if context.kept else "it needs facts to keep: give --retain",
-)  # fmt: skip
+)
 FILL_IN = Attack("fill-in", "words", "The question as a statement to go on with.", "one or two answers a fact", fill_in)

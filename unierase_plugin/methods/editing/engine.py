@@ -97,9 +97,13 @@ def check_edit(job: Job[Any], goal: Goal) -> None:
 def corpus_of(job: Job[UniEraseHyperParams]) -> Corpus:
     """The ordinary text that a job's edit is to leave alone."""
     return Corpus(
-        job.loaded, job.hparams, Store(cache_folder(job.hparams.stats_dir)), lines("questions"),
-        paragraphs("ordinary_text_train"), lambda share, note: job.progress("statistics", CORPUS_SHARE * share, note),
-    )  # fmt: skip
+        job.loaded,
+        job.hparams,
+        Store(cache_folder(job.hparams.stats_dir)),
+        lines("questions"),
+        paragraphs("ordinary_text_train"),
+        lambda share, note: job.progress("statistics", CORPUS_SHARE * share, note),
+    )
 
 
 class Editing(Phases):
@@ -234,12 +238,19 @@ class Editing(Phases):
         return join_moments(declined, kept) if declined and kept else declined or kept
 
     def _counted(self, arch: Architecture, sequences: list[list[int]]) -> Packed:
-        return pack(second_moments(
-            arch, sequences, self.hparams.layers, max_tokens=self.max_tokens, dtype=self.corpus.dtype,
-            pad_id=self.pad_id, progress=lambda share: self.progress(
-                "statistics", CORPUS_SHARE + (1 - CORPUS_SHARE) * 0.99 * share, "keys to keep"
-            ),
-        ))  # fmt: skip
+        return pack(
+            second_moments(
+                arch,
+                sequences,
+                self.hparams.layers,
+                max_tokens=self.max_tokens,
+                dtype=self.corpus.dtype,
+                pad_id=self.pad_id,
+                progress=lambda share: self.progress(
+                    "statistics", CORPUS_SHARE + (1 - CORPUS_SHARE) * 0.99 * share, "keys to keep"
+                ),
+            )
+        )
 
     def _retain_tokens(self) -> list[list[int]]:
         """What the edit is to leave alone: the facts to keep, and neighbours, with their answers."""
@@ -291,9 +302,13 @@ class Editing(Phases):
         return render(self.tokenizer, question, form, self.hparams.chat_template_kwargs)
 
     def _edited(
-        self, arch: Architecture, targets: list[ValueTarget], key: str, corpus: SecondMoment,
+        self,
+        arch: Architecture,
+        targets: list[ValueTarget],
+        key: str,
+        corpus: SecondMoment,
         retain: SecondMoment | None,
-    ) -> tuple[WeightEdit, dict[str, Any], Callable[[], None]]:  # fmt: skip
+    ) -> tuple[WeightEdit, dict[str, Any], Callable[[], None]]:
         """The edit, applied: all targets together, or one request after another; its figures, and the way back."""
         if self.hparams.remove:
             return self._distilled(arch, targets)
@@ -328,13 +343,17 @@ class Editing(Phases):
             ratios = {layer: update.norm() / weights[layer] for layer, update in joined.updates.items()}
             joined = replace(joined, norm_ratios=ratios)
         counts = {
-            "corpus_tokens": corpus.count, "retain_tokens": retain.count if retain else 0,
+            "corpus_tokens": corpus.count,
+            "retain_tokens": retain.count if retain else 0,
             "neighbours": len(self.kept.neighbours),
-        }  # fmt: skip
+        }
         figures = {
-            **counts, **solved, **_value_figures(values), "residual_norms": list(joined.residual_norms),
+            **counts,
+            **solved,
+            **_value_figures(values),
+            "residual_norms": list(joined.residual_norms),
             "ranks": {str(layer): joined.rank(layer) for layer in joined.layers},
-        }  # fmt: skip
+        }
         return joined, figures, revert
 
     def _distilled(
@@ -361,22 +380,46 @@ class Editing(Phases):
         self, arch: Architecture, targets: list[ValueTarget], key: str, share: Callable[[float], float]
     ) -> Values:
         with self.timed("values"):
-            return unpack(Values, *self.resumed("values", key, lambda: pack(
-                optimise_values(
-                    arch, targets, self.token_id, self.hparams, max_tokens=self.max_tokens, pad_id=self.pad_id,
-                    progress=lambda part: self.progress("values", share(part), f"{len(targets)} requests together"),
-                )
-            )))  # fmt: skip
+            return unpack(
+                Values,
+                *self.resumed(
+                    "values",
+                    key,
+                    lambda: pack(
+                        optimise_values(
+                            arch,
+                            targets,
+                            self.token_id,
+                            self.hparams,
+                            max_tokens=self.max_tokens,
+                            pad_id=self.pad_id,
+                            progress=lambda part: self.progress(
+                                "values", share(part), f"{len(targets)} requests together"
+                            ),
+                        )
+                    ),
+                ),
+            )
 
     def _edit(
-        self, arch: Architecture, targets: list[ValueTarget], values: Values, key: str,
-        solvers: Callable[[], Mapping[int, Solver]], protected: Callable[[], ProtectedKeys | None],
-    ) -> tuple[WeightEdit, dict[str, Any]]:  # fmt: skip
+        self,
+        arch: Architecture,
+        targets: list[ValueTarget],
+        values: Values,
+        key: str,
+        solvers: Callable[[], Mapping[int, Solver]],
+        protected: Callable[[], ProtectedKeys | None],
+    ) -> tuple[WeightEdit, dict[str, Any]]:
         def compute() -> Packed:
             edit = compute_edit(
-                arch, [target.prompts for target in targets], values, solvers(), max_tokens=self.max_tokens,
-                pad_id=self.pad_id, progress=lambda share: self.progress("edit", share, ""),
-            )  # fmt: skip
+                arch,
+                [target.prompts for target in targets],
+                values,
+                solvers(),
+                max_tokens=self.max_tokens,
+                pad_id=self.pad_id,
+                progress=lambda share: self.progress("edit", share, ""),
+            )
             tensors, metadata = files.pack_edits([edit])
             solved = {**_solve_figures(solvers(), edit), **self._moved(arch, edit, protected())}
             return tensors, {**metadata, "solved": json.dumps(solved)}
@@ -422,13 +465,16 @@ class Editing(Phases):
         earlier: Mapping[int, Tensor] = files.join_edits(edits).keys if edits else {}
         return {
             layer: make_solver(
-                self.hparams, corpus.moments[layer], retain.moments[layer] if retain else None, earlier.get(layer),
+                self.hparams,
+                corpus.moments[layer],
+                retain.moments[layer] if retain else None,
+                earlier.get(layer),
                 # That of the corpus alone serves other runs as well.
                 self._kept_directions if retain is None else protected_directions,
                 kept=protected.keys[layer] if protected else None,
             )
             for layer in self.hparams.layers
-        }  # fmt: skip
+        }
 
     def _kept_directions(self, moment: Tensor, threshold: float) -> Tensor:
         name = digest(CACHE_VERSION, sha256(moment.numpy().tobytes()).hexdigest(), threshold)[:32]

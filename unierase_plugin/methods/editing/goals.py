@@ -38,16 +38,34 @@ def learned_token(
         settings = {key: value for key, value in h.as_dict().items() if key.startswith(("token_", "unlearning_"))}
         noise = h.token_noise * _expected_size(editing, arch, contexts, corpus)
         key = digest(
-            CACHE_VERSION, editing.job.fingerprint, editing.job.tokenizer_fingerprint, settings, noise, h.layers,
-            h.seed, h.chat_template_kwargs, sentences, questions, text, arch.tied,
-        )[:32]  # fmt: skip
+            CACHE_VERSION,
+            editing.job.fingerprint,
+            editing.job.tokenizer_fingerprint,
+            settings,
+            noise,
+            h.layers,
+            h.seed,
+            h.chat_template_kwargs,
+            sentences,
+            questions,
+            text,
+            arch.tied,
+        )[:32]
 
         def learn() -> Packed:
             token = learn_token(
-                arch, editing.tokenizer, editing.token_id, questions, sentences, text, h, noise=noise,
-                max_tokens=editing.max_tokens, pad_id=editing.pad_id,
+                arch,
+                editing.tokenizer,
+                editing.token_id,
+                questions,
+                sentences,
+                text,
+                h,
+                noise=noise,
+                max_tokens=editing.max_tokens,
+                pad_id=editing.pad_id,
                 progress=lambda share, note: editing.progress("token", share, note),
-            )  # fmt: skip
+            )
             # A run that finds the token in the cache installs nothing here.
             with installed(arch, token):
                 leak = token_leak(editing.model, editing.tokenizer, paragraphs("ordinary_text"), token.id)
@@ -62,10 +80,14 @@ def _expected_size(editing: Editing, arch: Architecture, contexts: Sequence[str]
         return 0.0
     targets = token_targets(editing, contexts, {})
     size = expected_norm_ratio(
-        arch, [target.prompts for target in targets], [target.group for target in targets],
-        editing.solvers(corpus, None), editing.hparams.clamp_norm_factor, max_tokens=editing.max_tokens,
+        arch,
+        [target.prompts for target in targets],
+        [target.group for target in targets],
+        editing.solvers(corpus, None),
+        editing.hparams.clamp_norm_factor,
+        max_tokens=editing.max_tokens,
         pad_id=editing.pad_id,
-    )  # fmt: skip
+    )
     return min(2.0 ** round(math.log2(max(size, NOISE_LEAST))), NOISE_MOST)
 
 

@@ -113,10 +113,34 @@ def _settle_rome(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParam
 
 
 EDITING: tuple[Method[Any], ...] = (
-    Method("rome", "a rank-one edit of one block for each request, one after another",
-           "Meng et al. 2022, arXiv 2202.05262", ROMEHyperParams, _run, _check, _settle_rome, needs_subjects=True),
-    Method("memit", "one edit of several blocks for all requests, weighed against ordinary text",
-           "Meng et al. 2023, arXiv 2210.07229", MEMITHyperParams, _run, _check, _settle, needs_subjects=True),
-    Method("alphaedit", "one edit of several blocks, only in directions that ordinary text leaves free",
-           "Fang et al. 2024, arXiv 2410.02355", AlphaEditHyperParams, _run, _check, _settle, needs_subjects=True),
-)  # fmt: skip
+    Method(
+        "rome",
+        "a rank-one edit of one block for each request, one after another",
+        "Meng et al. 2022, arXiv 2202.05262",
+        ROMEHyperParams,
+        _run,
+        _check,
+        _settle_rome,
+        needs_subjects=True,
+    ),
+    Method(
+        "memit",
+        "one edit of several blocks for all requests, weighed against ordinary text",
+        "Meng et al. 2023, arXiv 2210.07229",
+        MEMITHyperParams,
+        _run,
+        _check,
+        _settle,
+        needs_subjects=True,
+    ),
+    Method(
+        "alphaedit",
+        "one edit of several blocks, only in directions that ordinary text leaves free",
+        "Fang et al. 2024, arXiv 2410.02355",
+        AlphaEditHyperParams,
+        _run,
+        _check,
+        _settle,
+        needs_subjects=True,
+    ),
+)

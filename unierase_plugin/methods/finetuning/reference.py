@@ -85,8 +85,11 @@ def take_reference(
 ) -> Reference:
     """keeps_head: the LM head is not trained, so that the model's own serves."""
     found = Reference()
-    todo = [(kind, part) for kind in ("likelihoods", "logits", "states")
-            for part in dict.fromkeys(part for term in terms for part in getattr(term, kind))]  # fmt: skip
+    todo = [
+        (kind, part)
+        for kind in ("likelihoods", "logits", "states")
+        for part in dict.fromkeys(part for term in terms for part in getattr(term, kind))
+    ]
     for at, (kind, part) in enumerate(todo):
         numbers, everything = material.used(part), material.sequences[part]
         done = 0

@@ -61,11 +61,19 @@ class TrainingHyperParams(HyperParams):
 
     #: A step or a gradient's norm has no upper end: training that diverges ends with an error.
     ranges: ClassVar[Mapping[str, Range]] = {
-        "forget_weight": positive(1e9), "retain_weight": weight(1e9), "learning_rate": positive(),
-        "epochs": positive(1e5), "batch_size": positive(1e9), "warmup_epochs": weight(1e5), "weight_decay": weight(1e3),
-        "max_grad_norm": positive(), "lora_rank": weight(1e6), "lora_alpha": positive(1e6),
-        "lora_dropout": Range(0, 1, below=True), "max_batch_tokens": weight(2**40),
-    }  # fmt: skip
+        "forget_weight": positive(1e9),
+        "retain_weight": weight(1e9),
+        "learning_rate": positive(),
+        "epochs": positive(1e5),
+        "batch_size": positive(1e9),
+        "warmup_epochs": weight(1e5),
+        "weight_decay": weight(1e3),
+        "max_grad_norm": positive(),
+        "lora_rank": weight(1e6),
+        "lora_alpha": positive(1e6),
+        "lora_dropout": Range(0, 1, below=True),
+        "max_batch_tokens": weight(2**40),
+    }
 
     def validate(self) -> None:
         unknown = [form for form in self.prompt_forms if form not in PROMPT_FORMS]

@@ -96,9 +96,12 @@ def _simnpo(batch: Batch, h: Any) -> Tensor:
 
 def _dpo(batch: Batch, h: Any) -> Tensor:
     return losses.dpo(
-        batch.answers(DECLINED).log_likelihoods, batch.reference_likelihoods(DECLINED),
-        batch.answers(FORGET).log_likelihoods, batch.reference_likelihoods(FORGET), h.beta,
-    )  # fmt: skip
+        batch.answers(DECLINED).log_likelihoods,
+        batch.reference_likelihoods(DECLINED),
+        batch.answers(FORGET).log_likelihoods,
+        batch.reference_likelihoods(FORGET),
+        h.beta,
+    )
 
 
 def _me(batch: Batch, h: Any) -> Tensor:

@@ -90,9 +90,12 @@ class _Training(Phases):
                 network = weights.open()
                 with self.timed("reference"):
                     reference = take_reference(
-                        self.watched, self.material, list(self.terms.values()), not weights.trains_head,
+                        self.watched,
+                        self.material,
+                        list(self.terms.values()),
+                        not weights.trains_head,
                         lambda share: job.progress("reference", share, "the model before training"),
-                    )  # fmt: skip
+                    )
                 with self.timed("train"):
                     history = self._fit(network, reference)
                 weights.close()
@@ -126,13 +129,25 @@ class _Training(Phases):
             work = self.job.work
             place = work / "training" if work else Path(stack.enter_context(tempfile.TemporaryDirectory()))
             arguments = TrainingArguments(
-                output_dir=str(place), per_device_train_batch_size=self.micro,
-                gradient_accumulation_steps=self.batch // self.micro, num_train_epochs=1, learning_rate=h.learning_rate,
-                weight_decay=h.weight_decay, warmup_steps=warmup, lr_scheduler_type="linear",
-                max_grad_norm=h.max_grad_norm, seed=self.job.seed, save_strategy="no", save_total_limit=1,
-                logging_steps=1, report_to="none", disable_tqdm=True, remove_unused_columns=False,
-                dataloader_pin_memory=False, use_cpu=self.job.model.device.type == "cpu",
-            )  # fmt: skip
+                output_dir=str(place),
+                per_device_train_batch_size=self.micro,
+                gradient_accumulation_steps=self.batch // self.micro,
+                num_train_epochs=1,
+                learning_rate=h.learning_rate,
+                weight_decay=h.weight_decay,
+                warmup_steps=warmup,
+                lr_scheduler_type="linear",
+                max_grad_norm=h.max_grad_norm,
+                seed=self.job.seed,
+                save_strategy="no",
+                save_total_limit=1,
+                logging_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+                use_cpu=self.job.model.device.type == "cpu",
+            )
             # Several GPUs would be made one by DataParallel, which the passes here do not go through.
             arguments._n_gpu = min(1, arguments.n_gpu)
             trainer = _Trainer(self, network, reference, arguments)
@@ -149,9 +164,11 @@ class _Trainer(Trainer):
     def __init__(self, training: _Training, network: Any, reference: Reference, arguments: TrainingArguments) -> None:
         pairs = [torch.tensor(pair) for pair in training.material.pairs]
         super().__init__(
-            model=network, args=arguments, train_dataset=pairs,
+            model=network,
+            args=arguments,
+            train_dataset=pairs,
             data_collator=lambda found: {"pairs": torch.stack(found)},
-        )  # fmt: skip
+        )
         self.training, self.reference = training, reference
         # Whether the model's own forward pass would scale a loss: here it never computes one.
         self.model_accepts_loss_kwargs = False
@@ -265,9 +282,10 @@ class _Adapter(_Weights):
         chosen = {id(arch.model.get_parameter(name)) for name in names}
         inside = {id(module) for block in arch.blocks for module in block.modules()}
         self.targets = [
-            name for name, module in arch.model.named_modules()
+            name
+            for name, module in arch.model.named_modules()
             if id(module) in inside and _is_linear(module) and id(module.weight) in chosen
-        ]  # fmt: skip
+        ]
         super().__init__(arch, [f"{name}.weight" for name in self.targets], hparams)
         self.network: Any = None
 
@@ -275,9 +293,12 @@ class _Adapter(_Weights):
         h, peft = self.hparams, _peft()
         self._keep()
         settings = peft.LoraConfig(
-            r=h.lora_rank, lora_alpha=h.lora_alpha, lora_dropout=h.lora_dropout, target_modules=self.targets,
+            r=h.lora_rank,
+            lora_alpha=h.lora_alpha,
+            lora_dropout=h.lora_dropout,
+            target_modules=self.targets,
             fan_in_fan_out=not isinstance(self.arch.model.get_submodule(self.targets[0]), torch.nn.Linear),
-        )  # fmt: skip
+        )
         self.network = peft.get_peft_model(self.arch.model, settings)
         # Else saving the adapter asks the hub what the base model's vocabulary was.
         settings.base_model_name_or_path = None

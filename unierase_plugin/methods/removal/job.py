@@ -49,9 +49,12 @@ def check_removal(job: Job[Any]) -> None:
 
 
 def removal_of(
-    job: Job[Any], arch: Architecture, phases: Phases, kept: Kept,
+    job: Job[Any],
+    arch: Architecture,
+    phases: Phases,
+    kept: Kept,
     instead: Sequence[tuple[tuple[int, ...], int]] = (),
-) -> Removal:  # fmt: skip
+) -> Removal:
     """The removal of a job's facts, computed and not applied; `job.hparams` holds its settings.
 
     kept: what is to stay as it is; instead: questions with what is to be said in the answer's place, and where that
@@ -64,13 +67,21 @@ def removal_of(
         # Not kept for the next start, since facts are not to lie on the disk.
         material = replace(
             _material(job, _told(job, requests), replace(kept, retain=_told(job, kept.retain))),
-            instead=tuple(ids for ids, _ in instead), instead_starts=tuple(start for _, start in instead),
-        )  # fmt: skip
+            instead=tuple(ids for ids, _ in instead),
+            instead_starts=tuple(start for _, start in instead),
+        )
     key = digest(job.fingerprint, job.tokenizer_fingerprint, plain(material), job.max_tokens, job.seed)
     return remove(
-        arch, material, job.hparams, max_tokens=job.max_tokens, pad_id=pad_token_id(job.model, job.tokenizer),
-        seed=job.seed, key=key, phases=phases, progress=lambda share, note: job.progress("removal", share, note),
-    )  # fmt: skip
+        arch,
+        material,
+        job.hparams,
+        max_tokens=job.max_tokens,
+        pad_id=pad_token_id(job.model, job.tokenizer),
+        seed=job.seed,
+        key=key,
+        phases=phases,
+        progress=lambda share, note: job.progress("removal", share, note),
+    )
 
 
 def remove_alone(job: Job[Any]) -> Changes:
@@ -83,24 +94,41 @@ def remove_alone(job: Job[Any]) -> Changes:
     applied = apply_edit(arch, found.edit)
     changed = sum(weight.numel() for weight in originals.projections.values())
     return Changes(
-        found.edit, originals, parameters=changed, seconds=phases.seconds,
-        figures={"neighbours": len(kept.neighbours), "removal": found.figures}, neighbours=kept.neighbours,
+        found.edit,
+        originals,
+        parameters=changed,
+        seconds=phases.seconds,
+        figures={"neighbours": len(kept.neighbours), "removal": found.figures},
+        neighbours=kept.neighbours,
         undo=lambda: revert_edit(arch, applied),
-    )  # fmt: skip
+    )
 
 
 def _told(job: Job[Any], facts: Sequence[ForgetRequest]) -> tuple[ForgetRequest, ...]:
     return in_own_words(
-        job.model, job.tokenizer, facts, form=forms_of(job.tokenizer, job.hparams)[0],
-        template_kwargs=job.hparams.chat_template_kwargs, max_tokens=2 * job.max_tokens,
-    )  # fmt: skip
+        job.model,
+        job.tokenizer,
+        facts,
+        form=forms_of(job.tokenizer, job.hparams)[0],
+        template_kwargs=job.hparams.chat_template_kwargs,
+        max_tokens=2 * job.max_tokens,
+    )
 
 
 def _material(job: Job[Any], forget: Sequence[ForgetRequest], kept: Kept) -> Material:
     h = job.hparams
     return make_material(
-        job.tokenizer, forget, kept.retain, paragraphs("ordinary_text_train"), lines("questions")[:QUESTIONS],
-        forms=forms_of(job.tokenizer, h), template_kwargs=h.chat_template_kwargs,
-        end=end_id(job.model, job.tokenizer), limit=context_limit(job.model), kept_tokens=h.removal_kept_tokens,
-        names=lines("invented_names"), seed=job.seed, neighbours=kept.neighbours,
-    )  # fmt: skip
+        job.tokenizer,
+        forget,
+        kept.retain,
+        paragraphs("ordinary_text_train"),
+        lines("questions")[:QUESTIONS],
+        forms=forms_of(job.tokenizer, h),
+        template_kwargs=h.chat_template_kwargs,
+        end=end_id(job.model, job.tokenizer),
+        limit=context_limit(job.model),
+        kept_tokens=h.removal_kept_tokens,
+        names=lines("invented_names"),
+        seed=job.seed,
+        neighbours=kept.neighbours,
+    )

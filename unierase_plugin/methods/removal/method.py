@@ -35,8 +35,9 @@ class RemovalHyperParams(RemovalSettings):
     layer_module_tmp: str = ""
 
     ranges: ClassVar[Mapping[str, Range]] = {
-        "retain_neighbours": weight(1e4), "max_batch_tokens": weight(2**40),
-    }  # fmt: skip
+        "retain_neighbours": weight(1e4),
+        "max_batch_tokens": weight(2**40),
+    }
 
     def validate(self) -> None:
         super().validate()
@@ -72,6 +73,11 @@ def _settle(model: Any, hparams: RemovalHyperParams) -> RemovalHyperParams:
 
 
 REMOVAL: Method[RemovalHyperParams] = Method(
-    "removal", "takes what the model knows of the facts out of its MLPs: a teacher in closed form, distilled back",
-    "this package; K-FAC after Martens and Grosse 2015, arXiv 1503.05671", RemovalHyperParams, _run, _check, _settle,
-)  # fmt: skip
+    "removal",
+    "takes what the model knows of the facts out of its MLPs: a teacher in closed form, distilled back",
+    "this package; K-FAC after Martens and Grosse 2015, arXiv 1503.05671",
+    RemovalHyperParams,
+    _run,
+    _check,
+    _settle,
+)
