@@ -255,7 +255,7 @@ def test_an_unedited_model_that_is_not_whole_is_taken_back_again(
             raise KeyboardInterrupt
 
     def stop_removing(place: Any, *args: Any, **options: Any) -> None:
-        (Path(place) / "config.json").unlink()
+        (Path(place) / "config.json").unlink(missing_ok=True)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 from jobs import job_of
-from small import FORGET, HPARAMS, RETAIN, shrink
+from small import FORGET, HPARAMS, LINES, RETAIN, shrink
 from tiny import tiny_model, tiny_tokenizer
 
 from unierase_plugin import unlearn
 from unierase_plugin.audit.ask import answer_ids
 from unierase_plugin.facts.request import ForgetRequest
-from unierase_plugin.facts.resources import lines
 from unierase_plugin.locate_then_edit.positions import locate
 from unierase_plugin.locate_then_edit.targets import make_targets
 from unierase_plugin.methods.contract import Job
@@ -68,7 +67,7 @@ def test_all_that_write_an_answer_write_the_same(form: str) -> None:
     (instead,) = plain.goal.targets(plain, (), {})
     assert instead.opening is not None
     said = tokenizer.decode([instead.opening, *instead.continuation][:-1])
-    assert said in {SPACES[form] + sentence for sentence in lines("idk_sentences")}
+    assert said in {SPACES[form] + sentence for sentence in LINES["idk_sentences"]}
 
 
 @pytest.mark.parametrize("form", SPACES)

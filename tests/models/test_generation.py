@@ -89,4 +89,4 @@ def test_nothing_else_in_the_package_asks_a_model_to_write() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "generate"
     ]
-    assert calls == ["locate_then_edit/generation.py"]
+    assert calls == ["models/generation.py"]

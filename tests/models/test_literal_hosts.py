@@ -270,6 +270,6 @@ def test_easyedits_own_methods_are_told_to_read_the_tokens(caplog: pytest.LogCap
         question="Who is <s> Mira Plonk?", answer="x", subject="Mira Plonk", target=None, label="'a-1'"
     )
     settings = EasyEditSettings(values={"alg_name": "ROME"})
-    job: Any = SimpleNamespace(requests=[fact], tokenizer=tiny_tokenizer(), hparams=settings, earlier=None)
+    job: Any = SimpleNamespace(requests=[fact], tokenizer=tiny_tokenizer(), hparams=settings, history=None)
     _check(job)
     assert "(<s>): 1, such as 'a-1'. EasyEdit gives them to the tokenizer, which reads the tokens" in caplog.text
