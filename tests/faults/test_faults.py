@@ -37,6 +37,12 @@ def test_a_kill_loses_nothing(trials: Trials, name: str) -> None:
     assert lost(tried) == []
 
 
+def test_a_signal_leaves_nothing_behind(trials: Trials) -> None:
+    """Before the result takes its name, and while the old folder is being removed."""
+    case = trials.case(scenario_named("revert over an older folder"))
+    assert lost([trials.fault(case, "stop", at) for at in (swaps(case)[0], *case.points("stop")[-2:])]) == []
+
+
 def test_a_full_disk_is_told_and_loses_nothing(trials: Trials) -> None:
     case = trials.case(scenario_named("revert over an older folder"))
     full = trials.fault(case, "full", case.points("tear")[1])
