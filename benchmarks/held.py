@@ -35,8 +35,7 @@ from unierase_plugin.evaluation.metrics import answered, extraction_strength, fo
 from unierase_plugin.facts.resources import paragraphs
 from unierase_plugin.models.architecture import find_architecture
 from unierase_plugin.models.examples import answered as told
-from unierase_plugin.models.generate import decode_answer, pad_token_id, perplexity
-from unierase_plugin.models.generation import generate
+from unierase_plugin.models.generate import decode_answer, generate, pad_token_id, perplexity
 from unierase_plugin.models.loading import load
 from unierase_plugin.models.prompts import encode, render
 from unierase_plugin.models.trace import pad

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# The suite needs no network, and where there is none nothing waits for the hub. Read when the hub's client is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # On matrices this small several threads take up to twenty times as long as one.
 torch.set_num_threads(1)
 

@@ -288,7 +288,6 @@ GIVEN_A_MODEL = {
 def test_a_model_that_is_not_there_is_told_with_the_folder_and_the_nearest_name(
     run: Run, base: Path, forget: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(base, tmp_path / "models" / "gamma")
     arguments = [part.format("models/gama", facts=forget) for part in GIVEN_A_MODEL[command]]

@@ -17,5 +17,5 @@ def attach(root: Path, adapter: Path) -> tuple[Any, Any]:
     code = lines[1].replace(f'"{adapter.name}"', repr(str(adapter)))
     assert code.count("\n") <= 6
     exec(code, names)
-    base = AutoModelForCausalLM.from_pretrained(root / "base")
+    base = AutoModelForCausalLM.from_pretrained(root / "base", dtype="auto")
     return base.eval(), names["model"].eval()

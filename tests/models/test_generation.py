@@ -12,8 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 import unierase_plugin
 from unierase_plugin.locate_then_edit.targets import context_texts
-from unierase_plugin.models.generate import answers
-from unierase_plugin.models.generation import generate
+from unierase_plugin.models.generate import answers, generate
 from unierase_plugin.models.trace import pad
 from unierase_plugin.statistics.corpus import sample_from_model
 
@@ -89,4 +88,4 @@ def test_nothing_else_in_the_package_asks_a_model_to_write() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "generate"
     ]
-    assert calls == ["models/generation.py"]
+    assert calls == ["models/generate.py"]

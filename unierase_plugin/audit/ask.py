@@ -11,8 +11,7 @@ from einops import repeat
 
 from ..evaluation.metrics import answered, folded, words
 from ..models.chat_templates import refusal
-from ..models.generate import decode_answer, pad_token_id
-from ..models.generation import generate
+from ..models.generate import decode_answer, generate, pad_token_id
 from ..models.literal import literal_ids, rendered, text_ids
 from ..models.prompts import answer_text, begun, has_chat_template
 from ..models.trace import TokenBatch, pad, run_blocks, token_batches

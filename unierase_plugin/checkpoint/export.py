@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..locate_then_edit.edit import WeightEdit
-from ..models.adapters import adapter_base
+from ..models.adapters import PREFIX, adapter_base
 from ..models.architecture import stores_input_first
 from ..storage.tensor_files import write_tensors
 from ..unlearning_token import UnlearningToken
@@ -27,9 +27,6 @@ from .licences import carry_licences
 from .older_readers import write_for_older_readers
 from .place import OutputFolder, output_folder
 from .record import Checkpoint, Originals, join_edits
-
-#: What PEFT puts before a module's name in a state dict.
-PREFIX = "base_model.model."
 
 README = """# An unlearning edit as a PEFT adapter
 

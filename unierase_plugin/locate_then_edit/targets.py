@@ -12,7 +12,7 @@ from ..errors import RequestError
 from ..evaluation.metrics import SHORT_ANSWER_WORDS, is_short
 from ..facts.request import NO_ANSWER, ForgetRequest, one_spelling
 from ..hparams import PROMPT_FORMS, UniEraseHyperParams
-from ..models.generation import generate
+from ..models.generate import generate
 from ..models.literal import as_text, literal_ids
 from ..models.prompts import answer_text, begun, has_chat_template
 from ..models.trace import pad

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import DependencyError, EditError, listed, reason, shown
-from ..models.generate import pad_token_id
-from ..models.generation import generate
+from ..models.generate import generate, pad_token_id
 from ..models.prompts import begun, encode, has_chat_template, render
 from ..models.trace import pad
 from ..storage.inputs import checked_path, decoded

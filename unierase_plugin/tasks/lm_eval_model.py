@@ -22,8 +22,7 @@ from lm_eval.models.huggingface import HFLM
 
 from ..errors import UniEraseError, listed, shown
 from ..models.adapters import adapter_base, check_tokenizer, first_base, merged
-from ..models.generate import decode_answer, pad_token_id
-from ..models.generation import ends_alone
+from ..models.generate import decode_answer, ends_alone, pad_token_id
 from ..models.literal import Rendered, literal_ids, names_in_spans
 from ..models.loading import open_weights, refuse_drawn, tokenizer_place
 from ..models.prompts import closing

@@ -60,8 +60,6 @@ from ..removal.job import check_removal, removal_of, settle_removal
 Own = dict[tuple[str, str], tuple[int, ...]]
 #: Tokens at most of a sentence that the model says after the token.
 SENTENCE_MOST = 24
-#: Within these the noise on the edited projections follows the size of the coming edit.
-NOISE_LEAST, NOISE_MOST = 2**-6, 1.0
 #: Bundled questions whose declined form joins what is to be kept.
 DECLINED_QUESTIONS = 40
 #: Of the progress of the statistics, what is over when the corpus' own are done.
