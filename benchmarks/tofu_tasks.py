@@ -28,8 +28,9 @@ import lm_eval
 import tofu_reference as reference
 from lm_eval.tasks import TaskManager
 
-from unierase_plugin.tasks.lm_eval_cli import run_lm_eval, tasks_folder
+from unierase_plugin.tasks.lm_eval_cli import run_lm_eval
 from unierase_plugin.tasks.lm_eval_model import HFWithSpecialTokens
+from unierase_plugin.tasks.task_manager import tasks_folder
 
 FORGET = (
     *("forget_quality", "forget_quality_log10", "prob", "rougeL_recall", "truth_ratio", "extraction_strength"),

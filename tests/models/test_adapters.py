@@ -20,7 +20,7 @@ from unierase_plugin.checkpoint import export_adapter, revert_checkpoint
 from unierase_plugin.errors import ArchitectureError, DependencyError, UniEraseError
 from unierase_plugin.models.loading import load
 from unierase_plugin.tasks.lm_eval_cli import run_lm_eval
-from unierase_plugin.tasks.task_checks import tasks_folder
+from unierase_plugin.tasks.task_manager import our_tasks_found, tasks_folder
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'unierase-plugin[peft]'")
 
@@ -210,7 +210,7 @@ def test_what_is_evaluated_is_what_was_given(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["unierase_demo_forget", "my_facts"])
-def test_unierase_eval_takes_an_adapter(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unierase_eval_takes_an_adapter(task: str, tmp_path: Path) -> None:
     """With tasks of ours, and with others alone, for which lm-eval's own `hf` is taken."""
     pytest.importorskip("lm_eval")
     folder, _ = trained(tmp_path)
@@ -219,17 +219,10 @@ def test_unierase_eval_takes_an_adapter(task: str, tmp_path: Path, monkeypatch: 
     (tmp_path / "tasks" / "mine.yaml").write_text(
         f"include: {template}\ntask: my_facts\ndataset_kwargs: {{facts: demo:retain}}\n", encoding="utf-8"
     )
-    from lm_eval.tasks import TaskManager
-
-    original = TaskManager.__init__
-
-    def without_others(self: Any, *rest: Any, **more: Any) -> None:
-        original(self, *rest, **{**more, "include_defaults": False})
-
-    monkeypatch.setattr(TaskManager, "__init__", without_others)
     out = tmp_path / "results"
     options = ["--limit", "1", "--device", "cpu", "--output_path", str(out), "--include_path", str(tmp_path / "tasks")]
-    run_lm_eval(["--model", str(folder), "--tasks", task, "--gen_kwargs", "max_gen_toks=4", *options])
+    with our_tasks_found(only=True, look=lambda manager: None):
+        run_lm_eval(["--model", str(folder), "--tasks", task, "--gen_kwargs", "max_gen_toks=4", *options])
     results = json.loads(next(out.rglob("results_*.json")).read_text(encoding="utf-8"))
     assert results["n-samples"][task]["effective"] == 1
     assert results["config"]["model"] == ("hf" if task == "my_facts" else "unierase_hf")

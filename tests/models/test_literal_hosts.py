@@ -31,8 +31,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from unierase_plugin.tasks.answer_form import Context, Watched, answer_form  # noqa: E402
 from unierase_plugin.tasks.lm_eval_model import HFWithSpecialTokens, TokenwiseAnswer  # noqa: E402
-from unierase_plugin.tasks.task_checks import tasks_folder  # noqa: E402
-from unierase_plugin.tasks.task_manager import hand_on_metadata  # noqa: E402
+from unierase_plugin.tasks.task_manager import hand_on_metadata, tasks_folder  # noqa: E402
 
 #: The second ends a turn in its question and begins one in its answer.
 FACTS = [

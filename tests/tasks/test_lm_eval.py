@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from unierase_plugin.facts.resources import demo_facts, lines
 from unierase_plugin.hosts import lm_eval as host
 from unierase_plugin.models.generate import answers
 from unierase_plugin.tasks.lm_eval_cli import run_lm_eval
-from unierase_plugin.tasks.task_checks import check_ours_when_found, tasks_folder
-from unierase_plugin.tasks.task_manager import hand_on_metadata, register_model_type
+from unierase_plugin.tasks.task_checks import check_ours_when_found
+from unierase_plugin.tasks.task_manager import hand_on_metadata, our_tasks_found, register_model_type, tasks_folder
 from unierase_plugin.unlearning_token import add_token
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -297,10 +297,9 @@ def test_plain_lm_eval_says_what_our_tasks_lack_before_it_loads_a_model(
     monkeypatch.setattr(config.EvaluatorConfig, "process_tasks", config.EvaluatorConfig.process_tasks)
     check_ours_when_found()
     monkeypatch.setattr(sys, "argv", ["lm_eval", *missing(arguments, tmp_path, monkeypatch)])
-    monkeypatch.setattr(TaskManager, "__init__", with_ours_alone(TaskManager.__init__))
     from lm_eval.__main__ import cli_evaluate
 
-    with pytest.raises(UniEraseError, match=message):
+    with lm_evals_own_tasks_left_out(), pytest.raises(UniEraseError, match=message):
         cli_evaluate()
 
 
@@ -313,14 +312,13 @@ def test_unierase_eval_says_what_any_task_lacks_before_a_model_is_loaded(
         run_lm_eval(missing(arguments, tmp_path, monkeypatch))
 
 
-def with_ours_alone(original: Callable[..., None]) -> Callable[..., None]:
-    """A TaskManager's start with our tasks beside the user's, without the thousands of lm-eval's own."""
-
-    def init(self: Any, *args: Any, include_path: Any = None, **kwargs: Any) -> None:
-        paths = [str(tasks_folder()), *([include_path] if include_path else [])]
-        original(self, *args, include_path=paths, **{**kwargs, "include_defaults": False})
-
-    return init
+def test_our_tasks_are_found_alone_and_only_for_as_long_as_asked() -> None:
+    start, seen = TaskManager.__init__, []
+    with our_tasks_found(only=True, look=seen.append):
+        manager = TaskManager()
+    assert set(manager.all_tasks) == set(ours().all_tasks)
+    assert seen == [manager]
+    assert TaskManager.__init__ is start
 
 
 def test_our_model_type_is_found_beside_lm_evals_own() -> None:
@@ -392,9 +390,7 @@ def ours(metadata: dict[str, Any] | None = None) -> Any:
 @contextmanager
 def lm_evals_own_tasks_left_out() -> Iterator[None]:
     """lm-eval takes long to read its own tasks, which say nothing here."""
-    original: Callable[..., None] = TaskManager.__init__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskManager, "__init__", lambda *a, **k: original(*a, **{**k, "include_defaults": False}))
+    with our_tasks_found(only=True, look=lambda manager: None):
         yield
 
 

@@ -22,9 +22,9 @@ from tiny import tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from unierase_plugin.errors import DependencyError, UniEraseError
-from unierase_plugin.tasks.lm_eval_cli import run_lm_eval, tasks_folder
+from unierase_plugin.tasks.lm_eval_cli import run_lm_eval
 from unierase_plugin.tasks.reference import read_reference
-from unierase_plugin.tasks.task_manager import hand_on_metadata, load_tasks
+from unierase_plugin.tasks.task_manager import hand_on_metadata, load_tasks, tasks_folder
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -34,6 +34,6 @@ def hparams(
 
 def tasks_path() -> None:
     """Prints the folder of lm-eval tasks: lm_eval --include_path "$(unierase tasks-path)" ..."""
-    from ..tasks.task_checks import tasks_folder
+    from ..tasks.task_manager import tasks_folder
 
     typer.echo(str(tasks_folder()))

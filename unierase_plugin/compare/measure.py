@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from ..models.literal import text_ids
 from ..models.prompts import has_chat_template
 from ..tasks.lm_eval_model import HFWithSpecialTokens
-from ..tasks.task_checks import tasks_folder
+from ..tasks.task_manager import tasks_folder
 from ..tasks.tofu import Scored
 from .facts import Record
 

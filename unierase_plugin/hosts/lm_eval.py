@@ -1,29 +1,23 @@
 """lm-eval: this package's tasks among lm-eval's own, so that `lm_eval --tasks tofu_forget` needs no further option.
 
-lm-eval has no entry point for tasks, so its TaskManager is given our folder before the user's `include_path`, whose
-tasks therefore win over ours where they have the same name.
+lm-eval has no entry point for tasks, so its TaskManager is patched (`tasks/task_manager.py`).
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
-import os
 import sys
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..errors import DependencyError, UniEraseError, did_you_mean, shown, visible
 from ..plugins.hookspecs import Host
 from ..tasks.task_checks import check_ours_when_found
-from ..tasks.task_manager import hand_on_metadata, register_model_type
+from ..tasks.task_manager import find_our_tasks, hand_on_metadata, register_model_type, tasks_folder
 
 logger = logging.getLogger(__name__)
-
-TASKS = Path(__file__).parents[1] / "tasks"
 
 
 def register() -> None:
@@ -35,27 +29,8 @@ def register() -> None:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise DependencyError(f"lm-eval is not installed: pip install lm-eval ({error}).") from error
-    original = TaskManager.__init__
-    signature = inspect.signature(original)
-    missing = {"include_path", "include_defaults"} - signature.parameters.keys()
-    if missing:
-        raise DependencyError(
-            f"This lm-eval's TaskManager takes no {' and no '.join(sorted(missing))}; give the folder of tasks "
-            f'yourself: --include_path "$(unierase tasks-path)".'
-        )
-    if getattr(original, "with_unierase_tasks", False):
+    if not find_our_tasks():
         return
-
-    @functools.wraps(original)
-    def init(*args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        if bound.arguments["include_defaults"]:
-            bound.arguments["include_path"] = _with_ours(bound.arguments["include_path"])
-        original(*bound.args, **bound.kwargs)
-
-    init.with_unierase_tasks = True  # type: ignore[attr-defined]
-    TaskManager.__init__ = init
     _hint_at_ours(TaskManager)
     hand_on_metadata()
     # An lm-eval that has neither keeps the tasks.
@@ -89,7 +64,7 @@ def _hint_at_ours(manager: Any) -> None:
     original = getattr(manager, "match_tasks", None)
     if original is None:
         return
-    ours = {path.stem for path in TASKS.glob("*.yaml")}
+    ours = {path.stem for path in tasks_folder().glob("*.yaml")}
 
     @functools.wraps(original)
     def match_tasks(self: Any, task_list: Any) -> Any:
@@ -103,12 +78,6 @@ def _hint_at_ours(manager: Any) -> None:
         return found
 
     manager.match_tasks = match_tasks
-
-
-def _with_ours(given: Any) -> list[str]:
-    theirs = [given] if isinstance(given, (str, os.PathLike)) else list(given or ())
-    paths = [os.fspath(path) for path in theirs]
-    return paths if str(TASKS) in paths else [str(TASKS), *paths]
 
 
 LM_EVAL = Host("lm_eval", "tasks for lm-eval (EleutherAI/lm-evaluation-harness)", "lm_eval.tasks", register)

@@ -104,17 +104,24 @@ def named_tokenizer(settings: Mapping[str, Any]) -> Any:
             "The answers' tokens cannot be counted, since no tokenizer is named. Give its folder or hub id: "
             """--metadata '{"tokenizer": "DIR"}'."""
         )
+    options = {key: settings[key] for key in ("revision", "trust_remote_code", "subfolder") if settings.get(key)}
+    problem = f"The tokenizer {shown(name)} cannot be loaded, and without it the answers' tokens cannot be counted."
+    remedy = """Give a folder or hub id that holds one: --metadata '{"tokenizer": "DIR"}'"""
+    return loaded_tokenizer(name, problem, remedy, **options)
+
+
+def loaded_tokenizer(name: str, problem: str, remedy: str, **options: Any) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    options: of transformers' `from_pretrained`.
+    Raises UniEraseError, which says the problem and the remedy, where it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
-    options = {key: settings[key] for key in ("revision", "trust_remote_code", "subfolder") if settings.get(key)}
     try:
         return AutoTokenizer.from_pretrained(tokenizer_place(name), **options)
     except UniEraseError:
         raise
     except Exception as error:
         # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
-        raise UniEraseError(
-            f"The tokenizer {shown(name)} cannot be loaded, and without it the answers' tokens cannot be counted. "
-            f"{no_folder(name)}"
-            f'Give a folder or hub id that holds one: --metadata \'{{"tokenizer": "DIR"}}\' ({reason(error)}).'
-        ) from error
+        raise UniEraseError(f"{problem} {no_folder(name)}{remedy} ({reason(error)}).") from error

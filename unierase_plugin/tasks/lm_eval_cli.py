@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +15,10 @@ import typer
 
 from ..errors import DependencyError, UniEraseError, did_you_mean, reason, shown
 from ..models.adapters import adapter_base, refuse_without_peft
-from ..models.loading import tokenizer_place
 from ..models.prompts import has_chat_template
-from ..storage.inputs import no_folder
-from .task_checks import check_tasks, every_task_checked, our_tasks, tasks_folder
-from .task_manager import MODEL_TYPE, hand_on_metadata, is_model_type, register_model_type
+from .answer_form import loaded_tokenizer
+from .task_checks import check_tasks, every_task_checked, our_tasks
+from .task_manager import MODEL_TYPE, hand_on_metadata, is_model_type, our_tasks_found, register_model_type, replaced
 
 #: Our group of lm-eval's own tasks, which are asked as lm-eval asks them.
 GENERAL = "unlearning_utility"
@@ -78,14 +76,18 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     if not _elsewhere(known, arguments):
         _check_named(known)
     ours = our_tasks() - {GENERAL}
+    only_ours = bool(known.tasks) and ours.issuperset(known.tasks)
     check_tasks([name for name in known.tasks if name in ours], _metadata(known), known.num_fewshot)
-    if known.tasks and ours.issuperset(known.tasks):
+    if only_ours:
         _check_metadata(known.metadata)
     if known.model is not None and not is_model_type(known.model):
         if adapter_base(known.model, exported=True):
             refuse_without_peft(known.model)
         arguments = [*rest, *_spelt_out(known, ours)]
-    with _our_tasks_known(known.tasks, ours), every_task_checked(), _hf_is_whole(), _command_line(arguments):
+    look = functools.partial(_refuse_unknown, known.tasks)
+    # lm-eval reads its arguments from sys.argv alone.
+    command_line = replaced(sys, "argv", ["lm_eval", *arguments])
+    with our_tasks_found(only_ours, look), every_task_checked(), _hf_is_whole(), command_line:
         cli_evaluate()
 
 
@@ -178,7 +180,8 @@ def _form_of_facts(model: str, chat: str | None, others: Sequence[str]) -> str:
 
     others: tasks of lm-eval's own in the same run.
     """
-    templated = has_chat_template(_tokenizer(model))
+    problem = f"--model {shown(model)} is not one of lm-eval's model types, and no tokenizer can be loaded from there."
+    templated = has_chat_template(loaded_tokenizer(model, problem, "Give a folder or a hub id"))
     if chat is None and templated and others:
         raise UniEraseError(
             f"Tasks of this package are asked in chat form by default, lm-eval's own ({', '.join(others)}) in plain "
@@ -190,21 +193,6 @@ def _form_of_facts(model: str, chat: str | None, others: Sequence[str]) -> str:
             "text."
         )
     return chat or str(templated).casefold()
-
-
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer_place(model))
-    except UniEraseError:
-        raise
-    except Exception as error:
-        # The hub client raises its own kinds, those of requests or httpx, OSError and ValueError, by version.
-        raise UniEraseError(
-            f"--model {shown(model)} is not one of lm-eval's model types, and no tokenizer can be loaded from there. "
-            f"{no_folder(model)}Give a folder or a hub id ({reason(error)})."
-        ) from error
 
 
 def _chat_arguments(chat: str | None) -> list[str]:
@@ -227,36 +215,11 @@ def _joined(settings: Mapping[str, Any], given: Sequence[str]) -> str:
 # --- around lm-eval ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _our_tasks_known(names: Sequence[str], ours: frozenset[str]) -> Iterator[None]:
-    """Makes lm-eval look into our folder too, before the user's `--include_path`, of which it takes one only.
-
-    Its own thousands of tasks, which take many seconds to read, are left out where all that are named are ours.
-    """
-    from lm_eval.tasks import TaskManager
-
-    original = TaskManager.__init__
-    only_ours = bool(names) and ours.issuperset(names)
-
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, include_path: Any = None, include_defaults: bool = True, **kwargs: Any) -> None:
-        theirs = [include_path] if isinstance(include_path, (str, Path)) else list(include_path or ())
-        paths = [str(tasks_folder()), *theirs]
-        original(self, *args, include_path=paths, include_defaults=include_defaults and not only_ours, **kwargs)
-        _refuse_unknown(names, self)
-
-    TaskManager.__init__ = init
-    try:
-        yield
-    finally:
-        TaskManager.__init__ = original
-
-
 def _refuse_unknown(names: Sequence[str], manager: Any) -> None:
-    # As lm-eval has it: what registers our tasks with lm-eval adds a hint of its own.
-    match = inspect.unwrap(type(manager).match_tasks)
+    from lm_eval.utils import pattern_match
+
     for name in names:
-        if not (match(manager, [name]) or name.endswith(".yaml") or Path(name).is_dir()):
+        if not (pattern_match([name], manager.all_tasks) or name.endswith(".yaml") or Path(name).is_dir()):
             hint = did_you_mean(name, manager.all_tasks)
             raise UniEraseError(f"There is no task {shown(name)}.{hint} `unierase eval ls tasks` lists all.")
 
@@ -278,19 +241,5 @@ def _hf_is_whole() -> Iterator[None]:
 
         return WholeHF if found is HFLM else found
 
-    registry.get_model = get_model
-    try:
+    with replaced(registry, "get_model", get_model):
         yield
-    finally:
-        registry.get_model = original
-
-
-@contextmanager
-def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """lm-eval reads sys.argv, whichever way it is called."""
-    kept = sys.argv
-    sys.argv = ["lm_eval", *arguments]
-    try:
-        yield
-    finally:
-        sys.argv = kept

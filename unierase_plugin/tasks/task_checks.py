@@ -6,19 +6,13 @@ import functools
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from ..errors import UniEraseError
-from .task_manager import load_tasks
+from .task_manager import load_tasks, replaced, tasks_folder
 
 #: How much of another package's error is quoted, in characters.
 QUOTED = 500
-
-
-def tasks_folder() -> Path:
-    """The folder of this package's lm-eval tasks, for lm-eval's `--include_path`."""
-    return Path(__file__).parents[1] / "tasks"
 
 
 @functools.cache
@@ -65,12 +59,8 @@ def every_task_checked() -> Iterator[None]:
     except ImportError:
         yield
         return
-    original = EvaluatorConfig.process_tasks
-    EvaluatorConfig.process_tasks = _checking(original, ours=False)
-    try:
+    with replaced(EvaluatorConfig, "process_tasks", _checking(EvaluatorConfig.process_tasks, ours=False)):
         yield
-    finally:
-        EvaluatorConfig.process_tasks = original
 
 
 def _checking(original: Any, ours: bool) -> Any:

@@ -1,14 +1,98 @@
-"""lm-eval in the versions that are told apart: finding tasks, handing them `--metadata`, model types."""
+"""What lm-eval has no entry point for, in the versions that differ: tasks, their `--metadata`, and a model type.
+
+lm-eval (0.4.9 to 0.4.13) finds tasks in its own folder and in `include_path` only. So one patch of its TaskManager adds
+the folder of our tasks: `find_our_tasks` for good (the host), `our_tasks_found` for one run (`unierase eval`).
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-#: Our model type, which shows special tokens and tells single tokens apart (evaluation/lm_eval_model.py).
+from ..errors import DependencyError
+
+#: Our model type, which shows special tokens and tells single tokens apart (lm_eval_model.py).
 MODEL_TYPE = "unierase_hf"
+
+
+def tasks_folder() -> Path:
+    """The folder of this package's lm-eval tasks, for lm-eval's `--include_path`."""
+    return Path(__file__).parent
+
+
+def find_our_tasks() -> bool:
+    """Makes every TaskManager that reads lm-eval's own tasks read ours too; False where they do already.
+
+    Raises DependencyError where this lm-eval's TaskManager takes no folders.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if hasattr(TaskManager.__init__, "with_unierase_tasks"):
+        return False
+    TaskManager.__init__ = _with_our_tasks(TaskManager.__init__)
+    return True
+
+
+@contextmanager
+def our_tasks_found(only: bool, look: Callable[[Any], None]) -> Iterator[None]:
+    """Within it every TaskManager that reads lm-eval's own tasks reads ours too.
+
+    only: leaves lm-eval's own tasks out: there are thousands, and reading them takes many seconds.
+    look: is shown each new TaskManager.
+    """
+    from lm_eval.tasks import TaskManager
+
+    with replaced(TaskManager, "__init__", _with_our_tasks(TaskManager.__init__, only, look)):
+        yield
+
+
+def _with_our_tasks(original: Any, only: bool = False, look: Callable[[Any], None] | None = None) -> Any:
+    """TaskManager.__init__ with our folder before the user's `include_path`, whose tasks win over ours."""
+    signature = inspect.signature(original)
+    missing = sorted({"include_path", "include_defaults"} - signature.parameters.keys())
+    if missing:
+        raise DependencyError(
+            f"This lm-eval's TaskManager takes no {' and no '.join(missing)}; give the folder of tasks yourself: "
+            '--include_path "$(unierase tasks-path)".'
+        )
+
+    @functools.wraps(original)
+    def init(*args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if bound.arguments["include_defaults"]:
+            bound.arguments["include_path"] = _with_our_folder(bound.arguments["include_path"])
+            bound.arguments["include_defaults"] = not only
+        original(*bound.args, **bound.kwargs)
+        if look is not None:
+            look(args[0])
+
+    init.with_unierase_tasks = True  # type: ignore[attr-defined]
+    return init
+
+
+def _with_our_folder(given: Any) -> list[str]:
+    theirs = [given] if isinstance(given, (str, os.PathLike)) else list(given or ())
+    paths = [os.fspath(path) for path in theirs]
+    ours = str(tasks_folder())
+    return paths if ours in paths else [ours, *paths]
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within it an attribute of a class or a module has another value."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def hand_on_metadata() -> None:
