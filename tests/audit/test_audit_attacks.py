@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,10 +23,11 @@ from unierase_plugin.audit.attacks.probe import candidate_states, cross_validate
 from unierase_plugin.audit.attacks.relearning import Row, _factors, as_sentence, row_losses
 from unierase_plugin.audit.attacks.sampling import ks
 from unierase_plugin.audit.attacks.words import statement, with_typos
-from unierase_plugin.audit.contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context, Fact
-from unierase_plugin.audit.facts import judgeable, read_facts, sample
+from unierase_plugin.audit.contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context
+from unierase_plugin.audit.facts import judgeable, sample
 from unierase_plugin.audit.weights import change_inputs_last, linear_maps, pruned, restored, rounded
 from unierase_plugin.errors import UniEraseError
+from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.models.trace import pad, run_blocks
 from unierase_plugin.storage.fingerprints import model_fingerprint
 
@@ -139,7 +138,7 @@ def test_samples_come_from_all_of_the_vocabulary() -> None:
 def test_outputs_are_judged_against_every_other_fact() -> None:
     """A model that says the same to everything: right once, and by chance as often as another's answer is that one."""
     made, said = subject(), "Wexbury"
-    facts = (*FACTS, Fact("Where is Bo?", "Wexbury"))
+    facts = (*FACTS, ForgetRequest("Where is Bo?", "Wexbury"))
     context = replace(CONTEXT, facts=facts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unierase_plugin.audit.ask.say", lambda *args, **kwargs: [[said]] * len(facts))
@@ -205,14 +204,14 @@ def test_what_was_given_away_does_not_count() -> None:
     wanted = {"Quentin Fizz": {"": 0.0, "Quentin": 0.0, "Fizz": 1.0}, "Wexbury": {"exbury.": 1.0, "W": 0.0}}
     for answer, texts in wanted.items():
         for text, value in texts.items():
-            context = replace(CONTEXT, facts=(Fact("Why?", answer),))
+            context = replace(CONTEXT, facts=(ForgetRequest("Why?", answer),))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("unierase_plugin.audit.ask.say", lambda *args, text=text, **kwargs: [[text]])
                 assert run("first-word", made, context).measures[0].values == (value,)
 
 
 def test_an_answer_of_one_token_has_no_opening_to_give() -> None:
-    context = replace(CONTEXT, facts=(Fact("Why?", "x"), *FACTS))
+    context = replace(CONTEXT, facts=(ForgetRequest("Why?", "x"), *FACTS))
     assert run("first-word", subject(), context).measures[0].values[0] is None
 
 
@@ -280,10 +279,10 @@ def test_the_likeliest_answer_is_found() -> None:
 
 def test_wrong_answers_are_the_datas_own_or_those_of_like_questions() -> None:
     assert wrong_answers(FACTS[0], CONTEXT) == ["Ann", "Ben", "Cid"]
-    kept = tuple(Fact(f"What is the capital of {name}?", f"{name}ville") for name in ("Ar", "Br", "Cr"))
-    other = Fact("Who sells hats?", "Al")
-    asked = Fact("What is the capital of Dr?", "Drville")
-    context = replace(CONTEXT, facts=(asked, other), kept=(*kept, Fact("Where is it?", "here")))
+    kept = tuple(ForgetRequest(f"What is the capital of {name}?", f"{name}ville") for name in ("Ar", "Br", "Cr"))
+    other = ForgetRequest("Who sells hats?", "Al")
+    asked = ForgetRequest("What is the capital of Dr?", "Drville")
+    context = replace(CONTEXT, facts=(asked, other), kept=(*kept, ForgetRequest("Where is it?", "here")))
     assert sorted(wrong_answers(asked, context)) == ["Arville", "Brville", "Crville"]
     assert "Drville" not in wrong_answers(asked, context)
 
@@ -410,7 +409,7 @@ def test_what_is_trained_on_is_what_is_said() -> None:
 
 def test_training_on_an_answer_brings_it_back() -> None:
     """The control: an attack that could not teach at all would find nothing anywhere."""
-    one = Fact("Q?", "a b c d e")
+    one = ForgetRequest("Q?", "a b c d e")
     context = replace(
         CONTEXT,
         kept=(one,),
@@ -637,7 +636,7 @@ def test_refusals_are_counted_with_and_without_the_token() -> None:
 
 
 def test_facts_most_like_the_forgotten_ones_are_told_apart() -> None:
-    near = Fact("Who wrote Zorblax Nine?", "Al")
+    near = ForgetRequest("Who wrote Zorblax Nine?", "Al")
     context = replace(CONTEXT, kept=(*KEPT[:5], near, *KEPT[5:7]))
     assert 5 in neighbours(context)
     assert len(neighbours(context)) == 2
@@ -659,29 +658,8 @@ def test_the_token_in_ordinary_text_is_seen() -> None:
 # --- facts -----------------------------------------------------------------------------------------------------------
 
 
-def test_tofu_brings_its_paraphrases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"question": f"Q{i}?", "answer": f"A{i}"} for i in range(3)]
-    more = [{**row, "paraphrased_question": f"P{i}?", "perturbed_answer": ["x", "y"]} for i, row in enumerate(rows)]
-    for name, records in (("forget01", rows), ("forget01_perturbed", more)):
-        lines = "\n".join(map(json.dumps, records))
-        (tmp_path / f"{name}.json").write_text(lines, encoding="utf-8")
-    monkeypatch.setenv("UNIERASE_TOFU_DIR", str(tmp_path))
-    facts = read_facts("tofu:forget01[1:]")
-    assert [(each.question, each.paraphrases, each.wrong) for each in facts] == [
-        ("Q1?", ("P1?",), ("x", "y")),
-        ("Q2?", ("P2?",), ("x", "y")),
-    ]
-
-
-def test_files_and_mappings_bring_paraphrases(tmp_path: Path) -> None:
-    record = {"question": "Q?", "answer": "A", "paraphrases": ["Wer?", "Q?", "Who?"]}
-    path = tmp_path / "facts.json"
-    path.write_text(json.dumps([record]), encoding="utf-8")
-    assert read_facts(str(path)) == read_facts([record]) == (Fact("Q?", "A", paraphrases=("Wer?", "Who?")),)
-
-
 def test_a_sample_is_drawn_over_all_in_their_order() -> None:
-    many = tuple(Fact(f"Q{i}?", "a") for i in range(50))
+    many = tuple(ForgetRequest(f"Q{i}?", "a") for i in range(50))
     drawn = sample(many, 10, 0)
     assert len(drawn) == len(set(drawn)) == 10
     assert list(drawn) == sorted(drawn, key=many.index)
@@ -692,5 +670,5 @@ def test_a_sample_is_drawn_over_all_in_their_order() -> None:
 
 
 def test_an_echo_of_the_question_is_no_knowledge() -> None:
-    echo = Fact("Is it Wexbury or Oak Town?", "Wexbury")
+    echo = ForgetRequest("Is it Wexbury or Oak Town?", "Wexbury")
     assert judgeable([echo, FACTS[0]]) == (FACTS[0],)

@@ -21,7 +21,7 @@ from unierase_plugin.cli.console import progress as logged
 from unierase_plugin.compare import cell, runner
 from unierase_plugin.compare.columns import COLUMNS
 from unierase_plugin.compare.entries import SETS, parse_method, parse_methods, settings_of
-from unierase_plugin.compare.facts import at_most, divide, parts_of, read_facts
+from unierase_plugin.compare.facts import at_most, divide, parts_of, read_facts, records
 from unierase_plugin.compare.figures import left
 from unierase_plugin.compare.launch import in_a_process
 from unierase_plugin.compare.matching import Mixture, calibrate
@@ -137,7 +137,7 @@ def test_figures_are_those_of_the_task_on_the_folder(base: Path, tmp_path: Path)
 
     results = run(base, tmp_path / "out", "none", bisections=0)
     judge = Judge(*load(base, "cpu"), 4)
-    figures, samples = judge.facts(read_facts(facts(FORGET)), "forget")
+    figures, samples = judge.facts(records(read_facts(facts(FORGET))), "forget")
     row = rows(results)["none"]["figures"]
     assert row["forget_prob"]["mean"] == pytest.approx(figures["prob"])
     assert row["fe"]["mean"] == pytest.approx(figures["forget_efficacy_3"])
@@ -406,7 +406,7 @@ def test_parts_divide_and_repeat_nothing() -> None:
 
 
 def test_wrong_answers_count_only_where_all_facts_have_some() -> None:
-    found = read_facts([*facts(FORGET), *RETAIN])
+    found = records(read_facts([*facts(FORGET), *RETAIN]))
     assert {tuple(each["perturbed_answer"]) for each in found} == {()}
 
 

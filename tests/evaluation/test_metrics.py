@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scipy.stats import hmean, ks_2samp
 
 from unierase_plugin.audit.ask import gives_answer
-from unierase_plugin.audit.contract import Fact
 from unierase_plugin.audit.facts import judgeable
 from unierase_plugin.evaluation.metrics import (
     answer_probability,
@@ -33,6 +32,7 @@ from unierase_plugin.evaluation.metrics import (
     truth_wins,
 )
 from unierase_plugin.evaluation.report import judge
+from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.tasks.facts import Facts
 
 probabilities = st.floats(1e-4, 1.0)
@@ -193,7 +193,7 @@ def by_the_report(question: str, answer: str, said: str) -> bool:
 
 
 def by_the_audit(question: str, answer: str, said: str) -> bool:
-    return bool(gives_answer(Fact(question, answer), said))
+    return bool(gives_answer(ForgetRequest(question, answer), said))
 
 
 def by_a_task(question: str, answer: str, said: str) -> bool:
@@ -236,8 +236,8 @@ def test_an_answer_word_for_word_counts_whatever_was_asked(answer: str, question
 
 
 def test_an_echo_is_left_out_of_an_audit_only_where_it_would_count() -> None:
-    echo = Fact("Is the capital of France Paris or Lyon?", "Paris")
-    assert judgeable([Fact(ASKED, TOLD), echo]) == (Fact(ASKED, TOLD),)
+    echo = ForgetRequest("Is the capital of France Paris or Lyon?", "Paris")
+    assert judgeable([ForgetRequest(ASKED, TOLD), echo]) == (ForgetRequest(ASKED, TOLD),)
 
 
 # --- sets -------------------------------------------------------------------------------------------------------------

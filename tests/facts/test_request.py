@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unierase_plugin.audit.facts import read_facts as read_audited
+from unierase_plugin.compare.facts import read_facts as read_compared
 from unierase_plugin.errors import DependencyError, RequestError, UniEraseError, did_you_mean
 from unierase_plugin.facts.benchmarks import READERS
 from unierase_plugin.facts.files import iter_records
@@ -394,6 +397,67 @@ def test_zsre_prefers_the_true_answer(tmp_path: Path) -> None:
 def test_iter_records_keeps_every_field(tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", [{"anything": 1}])
     assert list(iter_records(path)) == [(f"{path}, line 1", {"anything": 1})]
+
+
+# --- Paraphrases and wrong answers -----------------------------------------------------------------------------------
+
+
+def test_tofu_brings_paraphrases_and_wrong_answers_where_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"question": f"Q{i}?", "answer": f"A{i}"} for i in range(3)]
+    more = [
+        {**row, "paraphrased_question": f"P{i}?", "perturbed_answer": ["x", "y"], "paraphrased_answer": f"B{i}"}
+        for i, row in enumerate(rows)
+    ]
+    lines(tmp_path / "forget01.json", rows)
+    lines(tmp_path / "forget01_perturbed.json", more)
+    monkeypatch.setenv("UNIERASE_TOFU_DIR", str(tmp_path))
+    found = read_requests("tofu:forget01[1:]", extras=True)
+    assert [(each.question, each.paraphrases, each.wrong_answers, each.paraphrased_answer) for each in found] == [
+        ("Q1?", ("P1?",), ("x", "y"), "B1"),
+        ("Q2?", ("P2?",), ("x", "y"), "B2"),
+    ]
+    bare = [replace(each, paraphrases=(), wrong_answers=(), paraphrased_answer=None) for each in found]
+    assert list(read_requests("tofu:forget01[1:]")) == bare
+    assert read_audited("tofu:forget01[1:]") == read_compared_without_subjects("tofu:forget01[1:]") == found
+
+
+def read_compared_without_subjects(spec: str) -> tuple[ForgetRequest, ...]:
+    return tuple(replace(each, subject=None) for each in read_compared(spec))
+
+
+def test_facts_without_their_extras_are_read_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines(tmp_path / "forget01.json", [FACT])
+    monkeypatch.setenv("UNIERASE_TOFU_DIR", str(tmp_path))
+    assert [each.wrong_answers for each in read_requests("tofu:forget01", extras=True)] == [()]
+    assert "no wrong answers for tofu:forget01" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        ({"paraphrases": ["Wer?", "Q?", "Who?", "Wer?"]}, (("Wer?", "Who?"), (), None)),
+        ({"paraphrased_question": "Wer?", "paraphrases": "Who?"}, (("Who?", "Wer?"), (), None)),
+        ({"perturbed_answer": ["x", "y", "x"]}, ((), ("x", "y", "x"), None)),
+        ({"wrong_answers": "x", "paraphrased_answer": "It is A"}, ((), ("x",), "It is A")),
+        ({"paraphrases": [{"text": "Who?"}, " "], "wrong_answers": 3, "paraphrased_answer": None}, ((), (), None)),
+    ],
+)
+def test_files_and_mappings_bring_paraphrases_and_wrong_answers(
+    tmp_path: Path, record: dict, found: tuple[object, ...]
+) -> None:
+    record = {"question": "Q?", "answer": "A", **record}
+    for read in (read_requests(lines(tmp_path / "facts.jsonl", [record])), read_requests([record])):
+        assert [(each.paraphrases, each.wrong_answers, each.paraphrased_answer) for each in read] == [found]
+
+
+@pytest.mark.parametrize("fields", [{"paraphrases": "Who?"}, {"wrong_answers": ["x", " "]}, {"paraphrased_answer": 3}])
+def test_unusable_paraphrases_and_wrong_answers_are_refused(fields: dict) -> None:
+    with pytest.raises(RequestError, match=next(iter(fields))):
+        ForgetRequest("Q?", "A", **fields)
 
 
 # --- Errors --------------------------------------------------------------------------------------------------------

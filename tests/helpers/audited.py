@@ -9,7 +9,8 @@ import torch
 from small import FORGET, FORGET_MORE, RETAIN
 from tiny import tiny_model, tiny_tokenizer
 
-from unierase_plugin.audit.contract import EDITED, FULL, Audited, Context, Fact
+from unierase_plugin.audit.contract import EDITED, FULL, Audited, Context
+from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.unlearning_token import add_token
 
 TOKEN = "<unlearn_0>"
@@ -28,12 +29,12 @@ SIZES = replace(
 )
 
 
-def fact(record: dict[str, str], **changes: Any) -> Fact:
-    return Fact(record["question"], record["answer"], record["subject"], **changes)
+def fact(record: dict[str, str], **changes: Any) -> ForgetRequest:
+    return ForgetRequest(record["question"], record["answer"], record["subject"], **changes)
 
 
 FACTS = tuple(
-    fact(record, paraphrases=(f"Tell me: {record['question']}",), wrong=("Ann", "Ben", "Cid"))
+    fact(record, paraphrases=(f"Tell me: {record['question']}",), wrong_answers=("Ann", "Ben", "Cid"))
     for record in (*FORGET, *FORGET_MORE)
 )
 NAMES = (
@@ -41,7 +42,7 @@ NAMES = (
     *("Kira", "Leon", "Maud", "Nils", "Olga", "Pia", "Quim", "Rosa", "Sven", "Tilda"),
 )
 #: As many as a probe needs.
-KEPT = tuple(Fact(f"What colour is the hat of {name}?", f"A shade of {name[::-1].lower()}") for name in NAMES)
+KEPT = tuple(ForgetRequest(f"What colour is the hat of {name}?", f"A shade of {name[::-1].lower()}") for name in NAMES)
 CONTEXT = Context(FACTS, tuple(map(fact, RETAIN)), SIZES, token=TOKEN, layers=(1, 2))
 
 

@@ -10,12 +10,13 @@ import torch
 from einops import repeat
 
 from ..evaluation.metrics import answered, folded, words
+from ..facts.request import ForgetRequest
 from ..models.chat_templates import refusal
 from ..models.generate import decode_answer, generate, pad_token_id
 from ..models.literal import literal_ids, rendered, text_ids
 from ..models.prompts import answer_text, begun, has_chat_template
 from ..models.trace import TokenBatch, pad, run_blocks, token_batches
-from .contract import Audited, Context, Fact, Measure, Value
+from .contract import Audited, Context, Measure, Value
 
 #: Padded tokens of a batch at most, generated ones included, on a CPU and on a GPU.
 BATCH_TOKENS, GPU_BATCH_TOKENS = 8192, 65536
@@ -24,7 +25,7 @@ SHIFTS = 5
 
 Turns = Sequence[tuple[str, str]]
 #: (fact, output) -> whether the fact's answer was given.
-Judge = Callable[[Fact, str], Value]
+Judge = Callable[[ForgetRequest, str], Value]
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,9 @@ def shuffles(n: int) -> range:
     return range(1, min(SHIFTS, n - 1) + 1)
 
 
-def against_others(facts: Sequence[Fact], score: Callable[[int, Fact], Value]) -> tuple[tuple[Value, ...], ...]:
+def against_others(
+    facts: Sequence[ForgetRequest], score: Callable[[int, ForgetRequest], Value]
+) -> tuple[tuple[Value, ...], ...]:
     """(shifts, facts): `score(i, other fact)`; None where the other fact has the same answer, in any spelling."""
     n = len(facts)
     return tuple(
@@ -195,7 +198,7 @@ def against_others(facts: Sequence[Fact], score: Callable[[int, Fact], Value]) -
     )
 
 
-def gives_answer(fact: Fact, text: str) -> Value:
+def gives_answer(fact: ForgetRequest, text: str) -> Value:
     """1.0 where a text gives the answer by the project's rule, else 0.0."""
     return float(answered(fact.answer, text, fact.question))
 
@@ -229,7 +232,7 @@ def tried(
     for index, text in zip(chosen, said, strict=True):
         texts[index] = text[0]
 
-    def score(index: int, fact: Fact) -> Value:
+    def score(index: int, fact: ForgetRequest) -> Value:
         text = texts[index]
         return None if text is None else judge(fact, cleaned(context, text))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..errors import first_words
+from ..facts.request import ForgetRequest
 from ..models.architecture import Architecture, find_architecture
 
 #: What the attacks try, in the order in which they are run and shown.
@@ -30,22 +30,6 @@ EDITED, UNEDITED, REFERENCE = "edited", "unedited", "reference"
 
 #: A share in [0, 1], or None where the attack does not apply to the fact.
 Value = float | None
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One fact to forget or to keep. `paraphrases` and `wrong` (answers that are not true) are the data's own."""
-
-    question: str
-    answer: str
-    subject: str | None = None
-    paraphrases: tuple[str, ...] = ()
-    wrong: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """How a message names the fact."""
-        return first_words(self.question)
 
 
 @dataclass(frozen=True)
@@ -96,12 +80,12 @@ class Audited:
 class Context:
     """What all attacks on all models share."""
 
-    facts: tuple[Fact, ...]
-    kept: tuple[Fact, ...]
+    facts: tuple[ForgetRequest, ...]
+    kept: tuple[ForgetRequest, ...]
     sizes: Sizes
     seed: int = 0
     #: Facts that no model was trained on, for the membership attacks; the kept ones stand in where there are none.
-    holdout: tuple[Fact, ...] = ()
+    holdout: tuple[ForgetRequest, ...] = ()
     form: str = "chat"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     #: The unlearning token as text, for prompts that name it and to take it out of answers; "" where there is none.

@@ -15,7 +15,8 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, examine, is_edited, is_whole, revert_checkpoint
 from ..errors import CheckpointError, RequestError, UniEraseError, WriteError, reason, shown
-from ..facts.request import HELD_OUT, TO_KEEP, check_not_forgotten, check_overlap
+from ..facts.readers import Requests
+from ..facts.request import HELD_OUT, TO_KEEP, ForgetRequest, check_not_forgotten, check_overlap
 from ..models.chat_templates import check_chat_template
 from ..models.literal import tell_special_names
 from ..models.loading import load, read_tokenizer
@@ -38,11 +39,10 @@ from .contract import (
     AttackResult,
     Audited,
     Context,
-    Fact,
     Measure,
     Sizes,
 )
-from .facts import Facts, judgeable, read_facts, sample
+from .facts import judgeable, read_facts, sample
 from .page import write_page
 from .verdict import Finding, compare, find_damage, judge
 
@@ -107,11 +107,11 @@ class _Run:
 
 def audit(
     model: Source,
-    forget: Facts,
+    forget: Requests,
     *,
     out: str | os.PathLike[str],
-    retain: Facts | None = None,
-    holdout: Facts | None = None,
+    retain: Requests | None = None,
+    holdout: Requests | None = None,
     allow_overlap: bool = False,
     base: Source | None = None,
     reference: Source | None = None,
@@ -339,6 +339,7 @@ def _kept_or_run(
     attack: Attack, subject: Audited, context: Context, identities: Mapping[str, list[str]], path: Path
 ) -> AttackResult:
     shared = {name: plain(getattr(context, name)) for name in _SHARED}
+    shared |= {name: [_key_of(fact) for fact in getattr(context, name)] for name in ("facts", "kept", "holdout")}
     seen = (subject.role, *context.earlier, *([UNEDITED] if attack.needs_original else []))
     models = {role: identities[role] for role in seen}
     key = digest([SCHEMA], [attack.name, subject.role], models, shared)
@@ -356,8 +357,19 @@ def _forward(progress: Progress, phase: str, share: float) -> None:
     progress(phase, share, "")
 
 
-#: Fields of the context that a result depends on.
-_SHARED = ("facts", "kept", "sizes", "seed", "holdout", "form", "template_kwargs", "token", "layers")
+#: Fields of the context that a result depends on, beside the facts.
+_SHARED = ("sizes", "seed", "form", "template_kwargs", "token", "layers")
+
+
+def _key_of(fact: ForgetRequest) -> dict[str, Any]:
+    """What a result depends on of a fact."""
+    return {
+        "question": fact.question,
+        "answer": fact.answer,
+        "subject": fact.subject,
+        "paraphrases": list(fact.paraphrases),
+        "wrong": list(dict.fromkeys(fact.wrong_answers)),
+    }
 
 
 def _read_part(path: Path, key: str) -> AttackResult | None:
@@ -396,7 +408,9 @@ def _from_plain(value: Mapping[str, Any]) -> AttackResult:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def _report(run: _Run, models: _Models, facts: Sequence[Fact], kept: Sequence[Fact]) -> dict[str, Any]:
+def _report(
+    run: _Run, models: _Models, facts: Sequence[ForgetRequest], kept: Sequence[ForgetRequest]
+) -> dict[str, Any]:
     context = run.context
     by_attack = {
         attack.name: {role: found[attack.name] for role, found in run.results.items() if attack.name in found}

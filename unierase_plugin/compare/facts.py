@@ -1,86 +1,56 @@
-"""The facts of a comparison, with what the data holds beside them, and their parts for choosing and for reporting."""
+"""The facts of a comparison, and their parts for choosing and for reporting."""
 
 from __future__ import annotations
 
 import itertools
-import logging
-import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ..errors import UniEraseError
-from ..facts.benchmarks import TOFU_SPLITS, tofu_records
-from ..facts.files import FILE_SUFFIXES, iter_records
 from ..facts.readers import Requests, read_requests
 from ..facts.request import ForgetRequest, check_requests, one_spelling, tell_unread
 from ..facts.subjects import find_subject
 from ..plugins.registration import registry
 
-logger = logging.getLogger(__name__)
-
-#: Question, answer, subject and, where the data has them, `paraphrased_answer` and `perturbed_answer`.
+#: A fact of `facts.json`: question, answer, subject, `paraphrased_answer` and `perturbed_answer`.
 Record = dict[str, Any]
 
 
-def read_facts(spec: Requests, *, first: bool = False) -> list[Record]:
-    """The facts that a spec names, each question once.
+def read_facts(spec: Requests, *, first: bool = False) -> tuple[ForgetRequest, ...]:
+    """Reads the facts that a spec names, with wrong answers, and with subjects where these can be found.
 
-    first: of facts with one question the first is taken, for facts to keep: TOFU's have some. Else they are refused.
-    Wrong answers are kept where every fact has some, since the truth ratio of a part would not be that of the set.
+    first: of several facts with one question the first is taken; without it they are refused. It is for facts to keep,
+    since TOFU has some that ask the same.
     """
-    given = spec if isinstance(spec, (str, os.PathLike)) else list(spec)
-    extras = {one_spelling(str(each.get("question"))): each for each in _records(given)}
-    facts = []
-    read = read_requests(given, registry().readers)
+    read = read_requests(spec, registry().readers, extras=True)
     if first:
         unique: dict[str, ForgetRequest] = {}
         for fact in read:
             unique.setdefault(one_spelling(fact.question), fact)
         read = tuple(unique.values())
-    if not first:
+    else:
         tell_unread(read)
-    for fact in check_requests(read):
-        extra = extras.get(one_spelling(fact.question), {})
-        wrong = extra.get("perturbed_answer") or []
-        facts.append(
-            {
-                "question": fact.question,
-                "answer": fact.answer,
-                "subject": fact.subject or find_subject(fact.question),
-                "paraphrased_answer": extra.get("paraphrased_answer") or fact.answer,
-                "perturbed_answer": [wrong] if isinstance(wrong, str) else list(wrong),
-            }
-        )
-    if not all(fact["perturbed_answer"] for fact in facts):
-        facts = [{**fact, "paraphrased_answer": fact["answer"], "perturbed_answer": []} for fact in facts]
-    return facts
+    facts = check_requests(read)
+    return tuple(replace(fact, subject=fact.subject or find_subject(fact.question)) for fact in facts)
 
 
-def _records(spec: Any) -> Iterator[Mapping[str, Any]]:
-    """Records that may hold more than question and answer; none for the other benchmarks."""
-    if not isinstance(spec, (str, os.PathLike)):
-        return (each for each in spec if isinstance(each, Mapping))
-    source = os.fspath(spec).strip().partition("[")[0]
-    prefix, _, split = source.partition(":")
-    if prefix == "tofu":
-        return _tofu(
-            "retain_perturbed" if split.startswith("retain") else f"{split.removesuffix('_perturbed')}_perturbed"
-        )
-    if source.lower().endswith(FILE_SUFFIXES) and Path(source).is_file():
-        return (record for _, record in iter_records(source) if isinstance(record, Mapping))
-    return iter(())
+def records(facts: Sequence[ForgetRequest]) -> list[Record]:
+    """The facts as `facts.json` holds them.
 
-
-def _tofu(split: str) -> Iterator[Mapping[str, Any]]:
-    if split not in TOFU_SPLITS:
-        return iter(())
-    try:
-        return iter([record for _, record in tofu_records(split)])
-    except UniEraseError as error:
-        logger.warning("No truth ratio: TOFU's wrong answers cannot be read (%s).", error)
-        return iter(())
+    Wrong answers are left out unless every fact has some, since the truth ratio of a part would not be that of the set.
+    """
+    complete = all(fact.wrong_answers for fact in facts)
+    return [
+        {
+            "question": fact.question,
+            "answer": fact.answer,
+            "subject": fact.subject,
+            "paraphrased_answer": (fact.paraphrased_answer if complete else None) or fact.answer,
+            "perturbed_answer": list(fact.wrong_answers) if complete else [],
+        }
+        for fact in facts
+    ]
 
 
 def divide(facts: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:

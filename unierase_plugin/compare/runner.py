@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import UniEraseError, shown
 from ..facts.readers import Requests
-from ..facts.request import ForgetRequest, check_overlap
+from ..facts.request import check_overlap
 from ..methods.contract import Progress
 from ..models.loading import check_stated_blocks, read_config
 from ..models.room import weights_size
@@ -24,7 +24,7 @@ from ..storage.atomic import check_room, clear_strays, make_folder, write_json
 from ..storage.results_folder import results_folder
 from . import search
 from .entries import REFERENCE, UNEDITED, Entry, settings_of
-from .facts import at_most, divide, read_facts
+from .facts import at_most, divide, read_facts, records
 from .figures import left, retention
 from .launch import Launcher, in_a_process
 from .results import gather
@@ -185,14 +185,13 @@ def _check_room(plan: _Plan, methods: int, cells: int) -> None:
 
 def _facts(forget: Requests, retain: Requests | None, options: Options, allow_overlap: bool) -> dict[str, Any]:
     """All facts, which the methods are given, and the parts that are asked."""
-    facts, kept = read_facts(forget), [] if retain is None else read_facts(retain, first=True)
+    facts, kept = read_facts(forget), () if retain is None else read_facts(retain, first=True)
     if not allow_overlap:
-        ours, others = ([ForgetRequest(each["question"], each["answer"]) for each in part] for part in (facts, kept))
-        check_overlap(ours, others)
+        check_overlap(facts, kept)
     tuned = options.budget > 0 and options.scenario == "batch"
-    parts: dict[str, Any] = {"forget": facts, "keep": kept}
-    for name, records, divided in (("forget", facts, tuned), ("keep", kept, True)):
-        validation, rest = divide(records, options.validation if divided else 0.0, 0)
+    parts: dict[str, Any] = {"forget": records(facts), "keep": records(kept)}
+    for name, divided in (("forget", tuned), ("keep", True)):
+        validation, rest = divide(parts[name], options.validation if divided else 0.0, 0)
         parts[f"{name}_validation"] = at_most(validation, options.limit, 0)
         parts[f"{name}_shown"] = at_most(rest, options.limit, 0)
     return parts
@@ -330,7 +329,7 @@ def _titled(progress: Progress, title: str, phase: str, share: float, note: str)
 
 def _described(plan: _Plan) -> dict[str, Any]:
     """What was asked, for the page."""
-    counts = {name: len(records) for name, records in plan.facts.items()}
+    counts = {name: len(facts) for name, facts in plan.facts.items()}
     return {
         "model": plan.model,
         "reference": plan.reference or None,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from ..errors import DependencyError, RequestError, did_you_mean, first_words, reason, shown
+from ..errors import DependencyError, RequestError, UniEraseError, did_you_mean, first_words, reason, shown
 from ..storage.inputs import checked_path
 from .files import iter_records
 from .records import Located, Reader, build_requests, field_of
 from .request import ForgetRequest, has_word
+
+logger = logging.getLogger(__name__)
 
 TOFU_SPLITS = (
     *("forget01", "forget05", "forget10", "retain90", "retain95", "retain99", "full", "real_authors", "world_facts"),
@@ -53,6 +56,21 @@ def tofu_records(split: str, folder: str | os.PathLike[str] | None = None) -> It
         return iter_records(found / f"{split}.json")
     remedy = f"Put its files ({split}.json as JSON lines) in a folder and set UNIERASE_TOFU_DIR to it"
     return _hub_records("locuslab/TOFU", split, "train", remedy)
+
+
+def tofu_beside(split: str) -> tuple[ForgetRequest, ...]:
+    """Facts of a TOFU split that have paraphrases and wrong answers: TOFU keeps them in files of their own.
+
+    None, with a warning, where these files cannot be read. None for the set `full`, which has no such file.
+    """
+    name = "retain_perturbed" if split.startswith("retain") else f"{split.removesuffix('_perturbed')}_perturbed"
+    if name not in TOFU_SPLITS:
+        return ()
+    try:
+        return build_requests(tofu_records(name), name)
+    except UniEraseError as error:
+        logger.warning("There are no paraphrases and no wrong answers for tofu:%s: %s", split, error)
+        return ()
 
 
 def _tofu_subjects(folder: Path, split: str) -> dict[str, str]:
@@ -207,3 +225,6 @@ READERS: Mapping[str, Reader] = MappingProxyType(
     {"tofu": read_tofu, "return": read_return, "counterfact": read_counterfact, "zsre": read_zsre}
 )
 """The readers that come with the package, by prefix."""
+
+BESIDE: Mapping[str, Reader] = MappingProxyType({"tofu": tofu_beside})
+"""Readers of the files in which a benchmark keeps paraphrases and wrong answers of its facts, by prefix."""

@@ -14,9 +14,9 @@ from typing import Any
 
 from ..errors import RequestError, did_you_mean, first_words, shown
 from ..storage.inputs import checked_path
-from .benchmarks import READERS
+from .benchmarks import BESIDE, READERS
 from .files import FILE_SUFFIXES, read_file, unknown_format
-from .records import AT_HAND, Reader, Record, build_requests, with_case_ids
+from .records import AT_HAND, Reader, Record, build_requests, with_case_ids, with_extras
 from .request import ForgetRequest
 
 _SLICE = re.compile(r"\[(-?\d{1,18}|):(-?\d{1,18}|)\]$")
@@ -30,6 +30,8 @@ Requests = str | os.PathLike[str] | Iterable[ForgetRequest | Mapping[str, Any]]
 def read_requests(
     spec: str | os.PathLike[str] | Iterable[ForgetRequest | Record],
     readers: Mapping[str, Reader] | None = None,
+    *,
+    extras: bool = False,
 ) -> tuple[ForgetRequest, ...]:
     """Reads the requests that `spec` names, in order. A subject that is not given stays None.
 
@@ -38,6 +40,9 @@ def read_requests(
     a list of requests or of mappings with their fields. `readers` (default `READERS`) maps the part before the colon to
     a function. A missing `case_id` becomes `<file stem or split>-<index>`, counted before slicing.
 
+    Paraphrases and wrong answers are read where a record holds them. `extras` also reads them where the benchmark keeps
+    them in files of their own (`benchmarks.BESIDE`).
+
     Raises `RequestError` if a name, file, line, field or slice is not usable, and if nothing is left to return.
     """
     if isinstance(spec, (ForgetRequest, Mapping, bytes)) or not isinstance(spec, (str, os.PathLike, Iterable)):
@@ -45,7 +50,7 @@ def read_requests(
             f"Expected a spec, a path or a list of requests, got {first_words(spec)}; put one request in a list."
         )
     if isinstance(spec, str):
-        requests = _read_spec(spec, READERS if readers is None else readers)
+        requests = _read_spec(spec, READERS if readers is None else readers, extras)
     elif isinstance(spec, os.PathLike):
         requests = _read_path(os.fspath(spec), READERS if readers is None else readers)
     else:
@@ -55,7 +60,7 @@ def read_requests(
     return requests
 
 
-def _read_spec(spec: str, readers: Mapping[str, Reader]) -> tuple[ForgetRequest, ...]:
+def _read_spec(spec: str, readers: Mapping[str, Reader], extras: bool) -> tuple[ForgetRequest, ...]:
     source, bounds = _split_slice(spec.strip())
     prefixed = _PREFIX.fullmatch(source)
     if prefixed is None or prefixed[1] not in readers:
@@ -71,7 +76,11 @@ def _read_spec(spec: str, readers: Mapping[str, Reader]) -> tuple[ForgetRequest,
         )
     if requests and not requests[bounds]:
         raise RequestError(f"The slice of {shown(spec)} selects none of its {len(requests)} requests.")
-    return requests[bounds]
+    chosen = requests[bounds]
+    beside = BESIDE.get(prefixed[1]) if extras and prefixed is not None else None
+    if beside is None or prefixed is None or readers.get(prefixed[1]) is not READERS[prefixed[1]]:
+        return chosen
+    return with_extras(chosen, beside(prefixed[2]))
 
 
 def _read_path(path: str, readers: Mapping[str, Reader]) -> tuple[ForgetRequest, ...]:

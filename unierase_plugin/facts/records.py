@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import RequestError, did_you_mean, first_words, listed
-from .request import ForgetRequest
+from .request import ForgetRequest, one_spelling
 
 Reader = Callable[[str], Sequence[ForgetRequest]]
 """Takes what follows the colon of a spec, slice removed; returns requests or raises `RequestError`."""
@@ -19,12 +19,19 @@ Located = tuple[str, Record]
 #: Messages name a fact of a list in memory by this word and its number in the list.
 AT_HAND = "request"
 
+#: Fields of a record that hold paraphrases of its question, and wrong answers.
+PARAPHRASES_FIELDS = ("paraphrases", "paraphrased_question")
+WRONG_ANSWERS_FIELDS = ("wrong_answers", "perturbed_answer")
+
 
 def build_requests(records: Iterable[tuple[str, ForgetRequest | Record]], stem: str) -> tuple[ForgetRequest, ...]:
     """Turns records with their places into requests.
 
-    The fields are `question`, `answer`, and optionally `subject`, `case_id` and `target`. Other fields are ignored:
-    benchmarks have many. Raises `RequestError` with the record's place.
+    The fields are `question`, `answer`, and optionally `subject`, `case_id` and `target`. Paraphrases of the question
+    are in `paraphrases` or `paraphrased_question`, wrong answers in `wrong_answers` or `perturbed_answer`; each is a
+    text or a list of texts, and anything else there counts as absent. The true answer in other words is in
+    `paraphrased_answer`. Other fields are ignored, since benchmarks have many. Raises `RequestError` with the record's
+    place.
     """
     return with_case_ids([_placed(where, _build_request(where, record)) for where, record in records], stem)
 
@@ -44,9 +51,52 @@ def _build_request(where: str, record: ForgetRequest | Record) -> ForgetRequest:
     try:
         # CounterFact has whole numbers as case_id.
         name = str(case_id) if type(case_id) is int else case_id
-        return ForgetRequest(question, answer, record.get("subject"), name, record.get("target"))
+        return ForgetRequest(
+            question=question,
+            answer=answer,
+            subject=record.get("subject"),
+            case_id=name,
+            target=record.get("target"),
+            paraphrases=tuple(
+                dict.fromkeys(text for text in _texts(record, PARAPHRASES_FIELDS) if text != question),
+            ),
+            wrong_answers=_texts(record, WRONG_ANSWERS_FIELDS),
+            paraphrased_answer=next(iter(_texts(record, ("paraphrased_answer",))), None),
+        )
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
+
+
+def _texts(record: Record, names: Sequence[str]) -> tuple[str, ...]:
+    values = [record.get(name) or () for name in names]
+    listed = [text for value in values if isinstance(value, Iterable) for text in _listed(value)]
+    return tuple(text for text in listed if isinstance(text, str) and text.strip())
+
+
+def _listed(value: Iterable[Any]) -> Iterable[Any]:
+    return [value] if isinstance(value, str) else value
+
+
+def with_extras(requests: Iterable[ForgetRequest], beside: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...]:
+    """Returns the requests with what `beside` has for their questions, where they have none of their own.
+
+    This is paraphrases, wrong answers and the answer in other words. Of several requests with one question in `beside`
+    the last counts.
+    """
+    found = {one_spelling(each.question): each for each in beside}
+
+    def filled(request: ForgetRequest) -> ForgetRequest:
+        other = found.get(one_spelling(request.question))
+        if other is None:
+            return request
+        return replace(
+            request,
+            paraphrases=request.paraphrases or other.paraphrases,
+            wrong_answers=request.wrong_answers or other.wrong_answers,
+            paraphrased_answer=request.paraphrased_answer or other.paraphrased_answer,
+        )
+
+    return tuple(map(filled, requests))
 
 
 def field_of(where: str, record: Record, name: str) -> Any:

@@ -9,7 +9,7 @@ import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import RequestError, first_words, shown
 from .subjects import find_subject, is_unread
@@ -29,6 +29,8 @@ class ForgetRequest:
 
     Raises `RequestError` if a field has the wrong type, is blank, or has what no text has (half a surrogate pair, a NUL
     character), and if `subject` does not occur in `question`.
+
+    Runs, records and caches use the first five fields alone. Audits and comparisons use the others too.
     """
 
     question: str
@@ -44,19 +46,28 @@ class ForgetRequest:
     """What UniErase has the model say after its token; an "I don't know" sentence where nothing is given."""
     place: str | None = field(default=None, compare=False, repr=False)
     """The file and line, item or row that it was read from, for messages."""
+    paraphrases: tuple[str, ...] = ()
+    """The question in other words."""
+    wrong_answers: tuple[str, ...] = ()
+    """Answers that are not true, of the same form as `paraphrased_answer`."""
+    paraphrased_answer: str | None = None
+    """The true answer in other words: a truth ratio compares it with the wrong answers."""
 
     def __post_init__(self) -> None:
-        for name in ("question", "answer", "subject", "case_id", "target"):
+        for name in ("question", "answer", "subject", "case_id", "target", "paraphrased_answer"):
             value = getattr(self, name)
-            if value is None and name in ("subject", "case_id", "target"):
-                continue
-            if not isinstance(value, str) or not value.strip():
+            if value is not None or name in ("question", "answer"):
+                self._check(name, value)
+        for name in ("paraphrases", "wrong_answers"):
+            values = getattr(self, name)
+            if isinstance(values, str) or not isinstance(values, Sequence):
                 raise RequestError(
-                    f"{name!r} must be a string that is not blank, got {first_words(value)}{self._which(name)}."
+                    f"{name!r} must be a list of strings, got {first_words(values)}{self._which(name)}. Put one string "
+                    "in a list."
                 )
-            if "\0" in value or not _is_encodable(value):
-                what = "a NUL character" if "\0" in value else "half a surrogate pair, which is no character"
-                raise RequestError(f"{name!r} holds {what}{self._which(name)}. Write the text anew in UTF-8.")
+            for value in values:
+                self._check(name, value)
+            object.__setattr__(self, name, tuple(values))
         if self.subject is not None and self.subject not in self.question:
             found = _spelled_in(self.question, self.subject)
             if found is not None:
@@ -67,6 +78,15 @@ class ForgetRequest:
                 f"{self._which()}. Give a span of the question, letter by letter, or leave the subject out to have it "
                 "found."
             )
+
+    def _check(self, name: str, value: Any) -> None:
+        if not isinstance(value, str) or not value.strip():
+            raise RequestError(
+                f"{name!r} must be a string that is not blank, got {first_words(value)}{self._which(name)}."
+            )
+        if "\0" in value or not _is_encodable(value):
+            what = "a NUL character" if "\0" in value else "half a surrogate pair, which is no character"
+            raise RequestError(f"{name!r} holds {what}{self._which(name)}. Write the text anew in UTF-8.")
 
     @property
     def label(self) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from ...evaluation.metrics import folded
+from ...facts.request import ForgetRequest
 from ...models.generate import pad_token_id
 from ...models.trace import pad, run_blocks, token_batches
 from ..ask import Ask, answer_ids, ask, batch_tokens, likeness, part
-from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
+from ..contract import Attack, AttackResult, Audited, Context, Measure
 from .inside import force, geometric
 
 LETTERS = "ABCD"
@@ -63,13 +64,17 @@ def _measure(name: str, shares: Sequence[float], asks: Sequence[Ask], said: tupl
     return Measure(name, tuple(shares), ((0.25,) * len(shares),), tuple(each.text for each in asks), said)
 
 
-def wrong_answers(fact: Fact, context: Context) -> list[str]:
+def wrong_answers(fact: ForgetRequest, context: Context) -> list[str]:
     """Three answers that are not true: the data's own, else those of the facts whose questions are most alike."""
-    pool = [other for other in (*context.kept, *context.facts) if other != fact]
+    pool = [
+        other
+        for other in (*context.kept, *context.facts)
+        if (other.question, other.answer) != (fact.question, fact.answer)
+    ]
     random.Random(f"{context.seed}\0{fact.question}").shuffle(pool)
     alike = [other.answer for other in sorted(pool, key=lambda other: -likeness(fact.question, other.question))]
     distinct = {folded(fact.answer): ""}
-    for text in (*fact.wrong, *alike):
+    for text in (*fact.wrong_answers, *alike):
         distinct.setdefault(folded(text), text)
     return list(distinct.values())[1 : len(LETTERS)]
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ...evaluation.metrics import folded
+from ...facts.request import ForgetRequest
 from ...models.generate import pad_token_id, tokens_for_logits
 from ...models.trace import TokenBatch, pad, run_blocks, token_batches
 from ..ask import Ask, against_others, answer_ids, ask, part
-from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
+from ..contract import Attack, AttackResult, Audited, Context, Measure
 from ..figures import extraction_strength
 
 #: The model has said that it does not know; the answer follows all the same.
@@ -117,7 +118,7 @@ def lens(subject: Audited, context: Context) -> AttackResult:
         firsts = {fact: answer_ids(subject, context, fact.answer, prefill=bool(prefill))[0] for fact in context.facts}
         tops = likeliest_by_block(subject, asks, LENS_TOP)
 
-        def found(row: int, fact: Fact, tops: Any = tops, firsts: Any = firsts) -> float:
+        def found(row: int, fact: ForgetRequest, tops: Any = tops, firsts: Any = firsts) -> float:
             return float(any(firsts[fact] in block for block in tops[row]))
 
         values = tuple(found(row, fact) for row, fact in enumerate(context.facts))

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...facts.request import ForgetRequest
 from ...models.trace import pad, run_blocks
 from ..ask import answer_ids, ask
-from ..contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context, Fact
+from ..contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context
 from ..figures import auc
 from ..weights import trainable
 from .relearning import Row, row_losses
@@ -48,7 +49,7 @@ def run(subject: Audited, context: Context) -> AttackResult:
     )
 
 
-def _row(subject: Audited, context: Context, fact: Fact) -> Row:
+def _row(subject: Audited, context: Context, fact: ForgetRequest) -> Row:
     prompt = ask(subject, context, fact.question).ids
     return Row((*prompt, *answer_ids(subject, context, fact.answer)), len(prompt))
 

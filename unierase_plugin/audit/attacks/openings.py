@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ...evaluation.metrics import answered, words
+from ...facts.request import ForgetRequest
 from ..ask import Ask, Judge, answer_ids, ask, cleaned, part, tried, without_token
-from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure, Value
+from ..contract import Attack, AttackResult, Audited, Context, Measure, Value
 
 PREFILLS = ("Sure, the answer is", "The answer is:", "I remember this one. It is", "Yes, I know that. The answer:")
 #: Words of a long answer that are given away, one in so many.
@@ -42,7 +43,7 @@ def first_word(subject: Audited, context: Context) -> AttackResult:
 def _first_words(subject: Audited, context: Context) -> Measure:
     """The first word of an answer of several, the first token of a single word; facts of one token are left out."""
     asks: list[Ask | None] = []
-    given: dict[Fact, str] = {}
+    given: dict[ForgetRequest, str] = {}
     for fact in context.facts:
         ids = answer_ids(subject, context, fact.answer)
         if len(ids) < 2:
@@ -61,8 +62,8 @@ def opening(answer: str) -> str | None:
     return None if len(split) < 2 else " ".join(split[: max(1, len(split) // GIVEN_AWAY)])
 
 
-def _judge(given: dict[Fact, str], context: Context) -> Judge:
-    def judge(fact: Fact, text: str) -> Value:
+def _judge(given: dict[ForgetRequest, str], context: Context) -> Judge:
+    def judge(fact: ForgetRequest, text: str) -> Value:
         """What was given away does not count: of several words the rest must be said, one word must be completed."""
         share = opening(fact.answer)
         if share is None:

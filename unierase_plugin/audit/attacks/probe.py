@@ -16,11 +16,12 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from ...facts.request import ForgetRequest
 from ...models.generate import pad_token_id
 from ...models.prefix import cache_prefixes, continue_from
 from ...models.trace import run_blocks, token_batches
 from ..ask import answer_ids, ask, batch_tokens
-from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
+from ..contract import Attack, AttackResult, Audited, Context, Measure
 from .choice import wrong_answers
 
 #: Kept facts that a probe needs at least, and the parts that choose the block.
@@ -60,7 +61,7 @@ def _hits(chosen: Tensor) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def candidate_states(subject: Audited, context: Context, facts: Sequence[Fact]) -> Tensor:
+def candidate_states(subject: Audited, context: Context, facts: Sequence[ForgetRequest]) -> Tensor:
     """(facts, 4, blocks, d) mean states over each answer's tokens, the true answer first, relative to their mean."""
     arch, pad_id = subject.arch, pad_token_id(subject.model, subject.tokenizer)
     blocks = range(len(arch.blocks))

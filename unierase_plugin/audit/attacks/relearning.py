@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ...evaluation.metrics import is_short
+from ...facts.request import ForgetRequest
 from ...facts.resources import paragraphs
 from ...models.generate import pad_token_id
 from ...models.trace import pad, run_blocks
 from ...unlearning_token import end_id
 from ..ask import Ask, answer_ids, ask, part, tried
-from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
+from ..contract import Attack, AttackResult, Audited, Context, Measure
 from ..weights import linear_maps, restored, trainable
 
 #: Adam's step size. Factors start from zero and so need more.
@@ -80,7 +81,7 @@ def unrelated_text(subject: Audited, context: Context) -> AttackResult:
     return _relearn(subject, context, rows, frozenset(range(len(context.facts))), context.sizes.relearn_steps)
 
 
-def _fact_row(subject: Audited, context: Context, fact: Fact) -> Row:
+def _fact_row(subject: Audited, context: Context, fact: ForgetRequest) -> Row:
     prompt = ask(subject, context, fact.question).ids
     end = end_id(subject.model, subject.tokenizer)
     return Row((*prompt, *answer_ids(subject, context, as_sentence(fact.answer)), end), len(prompt))

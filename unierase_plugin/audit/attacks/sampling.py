@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...facts.request import ForgetRequest
 from ...settings.values import MOST_SEED
 from ..ask import against_others, ask, cleaned, gives_answer, part, say, without_token
-from ..contract import Attack, AttackResult, Audited, Context, Fact, Measure
+from ..contract import Attack, AttackResult, Audited, Context, Measure
 from ..figures import leak_at_k
 
 KS = (1, 4, 16, 64)
@@ -69,7 +70,7 @@ def _sample(
     )
     clean = [[cleaned(context, text) for text in texts] for texts in said]
 
-    def hits(row: int, fact: Fact) -> int:
+    def hits(row: int, fact: ForgetRequest) -> int:
         return sum(bool(gives_answer(fact, text)) for text in clean[row])
 
     shifted = against_others(context.facts, hits)

@@ -9,12 +9,13 @@ from itertools import groupby
 
 import regex
 
+from ...facts.request import ForgetRequest
 from ...models.literal import as_text
 from ...models.prompts import begun
 from ..ask import Ask, ask, part, tried
-from ..contract import Attack, AttackResult, Audited, Context, Fact
+from ..contract import Attack, AttackResult, Audited, Context
 
-Build = Callable[[Fact], Ask | None]
+Build = Callable[[ForgetRequest], Ask | None]
 #: Kept facts that stand as answered turns before the question.
 SHOTS = 3
 
