@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint as files
-from .evaluation.metrics import answered
+from .evaluation.answers import OF_FINETUNING, gives_answer
 from .facts.readers import Requests, read_requests
 from .facts.request import ForgetRequest
 from .hparams import HyperParams
@@ -39,8 +39,6 @@ from .storage.fingerprints import CACHE_VERSION, digest, plain
 
 logger = logging.getLogger(__name__)
 
-#: Tokens generated beyond the longest answer asked for, and at most.
-ANSWER_ROOM, ANSWER_MOST = 8, 128
 #: What is written beside the model.
 NOTES = "finetune.json"
 
@@ -153,7 +151,7 @@ def _job(
 
 def _judged(job: Job[Any], facts: tuple[ForgetRequest, ...], changes: Changes, folder: Path) -> FineTuned:
     form = job.hparams.prompt_forms[0] if has_chat_template(job.tokenizer) else "plain"
-    longest = max((len(text_ids(job.tokenizer, fact.answer)) for fact in facts), default=0)
+    room = OF_FINETUNING.tokens(len(text_ids(job.tokenizer, fact.answer)) for fact in facts)
     said = (
         []
         if not facts
@@ -163,12 +161,12 @@ def _judged(job: Job[Any], facts: tuple[ForgetRequest, ...], changes: Changes, f
             [fact.question for fact in facts],
             form=form,
             template_kwargs=job.hparams.chat_template_kwargs,
-            max_new_tokens=min(longest + ANSWER_ROOM, ANSWER_MOST),
+            max_new_tokens=room,
             max_tokens=2 * job.max_tokens,
             progress=lambda share: job.progress("after", share, f"{len(facts)} answers"),
         )
     )
-    right = sum(answered(fact.answer, text, fact.question) for fact, text in zip(facts, said, strict=True))
+    right = sum(gives_answer(fact, text) for fact, text in zip(facts, said, strict=True))
     return FineTuned(
         folder,
         len(job.requests),

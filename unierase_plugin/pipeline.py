@@ -22,6 +22,7 @@ import torch
 
 from . import checkpoint as files
 from .errors import CheckpointError, RequestError, StepAppliedError, UniEraseError
+from .evaluation.answers import OF_RUNS
 from .evaluation.report import Outcome, Report, judge
 from .facts.readers import Requests, read_requests
 from .facts.request import (
@@ -54,9 +55,6 @@ from .storage.phases import Phases
 from .storage.tensor_files import Packed, pack, write_tensors
 
 logger = logging.getLogger(__name__)
-
-#: Tokens generated for a judged answer, beyond the longest answer asked for.
-ANSWER_ROOM, ANSWER_LEAST, ANSWER_MOST = 8, 32, 128
 
 
 def unlearn(
@@ -434,10 +432,12 @@ class _Run(Phases):
             level = perplexity(self.model, self.tokenizer, paragraphs("ordinary_text"))
             if phase == "before" and not math.isfinite(level):
                 raise UniEraseError(_why_not_finite(self.job.name, self.model))
-            return {}, {"answers": files.seal(json.dumps(self._answers(phase)), self.secret), "perplexity": repr(level)}
+            return {}, {"said": json.dumps(self._answers(phase)), "perplexity": repr(level)}
 
         metadata = self.resumed(phase, key, measure)[1]
-        return json.loads(files.unseal(metadata["answers"], self.secret)), float(metadata["perplexity"])
+        # Earlier versions hid the answers.
+        said = metadata["said"] if "said" in metadata else files.unseal(metadata["answers"], self.secret)
+        return json.loads(said), float(metadata["perplexity"])
 
     def _answers(self, phase: str) -> list[str]:
         if not self.judged:
@@ -455,15 +455,14 @@ class _Run(Phases):
 
     def _answer_room(self) -> int:
         """Tokens generated for a judged answer."""
-        sizes = [len(text_ids(self.tokenizer, fact.answer)) for fact in self.judged]
-        return min(max(max(sizes, default=0) + ANSWER_ROOM, ANSWER_LEAST), ANSWER_MOST)
+        return OF_RUNS.tokens(len(text_ids(self.tokenizer, fact.answer)) for fact in self.judged)
 
     def _judged(self, before: Sequence[str], after: Sequence[str]) -> list[Outcome]:
         ends = [text for text in (self.tokenizer.eos_token, self.tokenizer.pad_token) if text]
         # Where a method has no token, no answer begins with it.
         token = getattr(self.job.hparams, "unlearning_token", UniEraseHyperParams.unlearning_token)
         return [
-            judge(fact.question, fact.answer, old, new, token, ends, lines("idk_phrases"))
+            judge(fact, old, new, token=token, ends=ends, phrases=lines("idk_phrases"))
             for fact, old, new in zip(self.judged, before, after, strict=True)
         ]
 

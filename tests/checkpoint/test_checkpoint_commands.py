@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from small import FORGET, FORGET_MORE, HPARAMS, RETAIN, save_base, shrink
 from typer.testing import CliRunner
 
 from unierase_plugin import pipeline, unlearn
-from unierase_plugin.checkpoint import ledger_hash, read_checkpoint, seal, unseal
+from unierase_plugin.checkpoint import ledger_hash, read_checkpoint, unseal
 from unierase_plugin.cli import app
 
 QUESTIONS = [fact["question"] for fact in (*FORGET, *FORGET_MORE)]
@@ -136,7 +137,7 @@ def test_nothing_that_was_to_be_forgotten_is_in_the_folder_or_in_the_cache(steps
     assert leaks(steps / "clear") >= {text for fact in FACTS[:2] for text in fact.values()}
 
 
-def test_a_run_that_was_stopped_leaves_nothing_in_the_clear_and_goes_on(
+def test_a_run_that_was_stopped_leaves_facts_to_its_owner_alone_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shrink(monkeypatch, tmp_path / "cache")
@@ -151,20 +152,22 @@ def test_a_run_that_was_stopped_leaves_nothing_in_the_clear_and_goes_on(
         with pytest.raises(KeyboardInterrupt):
             unlearn(base, FACTS[:2], hparams=HPARAMS, out=tmp_path / "out")
     assert {path.parent.name for path in (tmp_path / ".out.work").rglob("*.safetensors")} >= {"before", "after"}
-    assert leaks(tmp_path / ".out.work") == leaks(tmp_path / "cache") == set()
+    assert leaks(tmp_path / "cache") == set()
+    assert leaks(tmp_path / ".out.work")
+    for path in (tmp_path / ".out.work").iterdir():
+        assert path.is_dir()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
     monkeypatch.setattr(pipeline, "answers", stopped)  # what was measured is read, not measured again
     result = unlearn(base, FACTS[:2], hparams=HPARAMS, out=tmp_path / "out")
     assert [outcome.before for outcome in result.report.forget] == ["Quentin Fizz", "Wexbury"]
+    assert not (tmp_path / ".out.work").exists()
 
 
-def test_sealed_texts_open_with_their_secret_alone() -> None:
-    text = json.dumps(["Quentin Fizz", "ünï"] * 50, ensure_ascii=False)
-    sealed = seal(text, "secret")
-    assert unseal(sealed, "secret") == text
-    assert seal(text, "secret") != sealed
+def test_texts_that_an_earlier_version_hid_open_with_their_secret_alone() -> None:
+    hidden = "ITlHj25PaCKmkBDLZV04n6IG76USkagVjVYu1uH2+HgfXY/OGaVpjLFt6WqJUAp0Lr7Hkgt6SO7N5MBMHZtOMA=="
+    assert json.loads(unseal(hidden, "secret")) == ["Za\u017c\u00f3\u0142\u0107", "It is Ann.", ""]
     with pytest.raises(ValueError, match="codec"):
-        unseal(sealed, "Secret")
-    assert unseal(seal("", "secret"), "secret") == ""
+        unseal(hidden, "Secret")
 
 
 def test_a_list_of_likely_answers_and_names_finds_nothing(steps: Path) -> None:

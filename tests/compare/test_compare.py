@@ -481,6 +481,6 @@ def test_of_facts_to_keep_with_one_question_the_first_is_taken() -> None:
     """TOFU's have some; to forget, the edit would have two answers for one position."""
     twice = [*RETAIN, {**RETAIN[0], "answer": "Shoes"}, *FORGET]
     found = read_facts(twice, first=True)
-    assert [each["answer"] for each in found] == [RETAIN[0]["answer"], *(each["answer"] for each in FORGET)]
+    assert [each.answer for each in found] == [RETAIN[0]["answer"], *(each["answer"] for each in FORGET)]
     with pytest.raises(RequestError, match="asked twice"):
         read_facts(twice)

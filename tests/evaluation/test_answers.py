@@ -13,6 +13,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from unierase_plugin import unlearn
 from unierase_plugin.audit.ask import answer_ids
+from unierase_plugin.audit.contract import FULL, QUICK
+from unierase_plugin.evaluation.answers import OF_COMPARISONS, OF_FINETUNING, OF_RUNS, AnswerLength
 from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.locate_then_edit.positions import locate
 from unierase_plugin.locate_then_edit.targets import make_targets
@@ -92,3 +94,20 @@ def test_a_run_in_every_form_protects_the_answers_keys(form: str) -> None:
     answer = tokenizer(SPACES[form] + fact["answer"], add_special_tokens=False)["input_ids"]
     wanted = len(asked.ids) - asked.position + len(answer)
     assert result.report.as_dict()["edit"]["protected"]["keys"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("length", "tokens"),
+    [
+        (OF_RUNS, (32, 32, 38, 128)),
+        (OF_FINETUNING, (8, 13, 38, 128)),
+        (OF_COMPARISONS, (32, 32, 38, 200)),
+        (QUICK.answers, (20, 20, 38, 40)),
+        (FULL.answers, (32, 32, 38, 128)),
+    ],
+)
+def test_an_answer_may_be_somewhat_longer_than_the_longest_true_one(
+    length: AnswerLength, tokens: tuple[int, ...]
+) -> None:
+    cases: tuple[list[int], ...] = ([], [5, 2], [2, 30], [1000])
+    assert tuple(map(length.tokens, cases)) == tokens

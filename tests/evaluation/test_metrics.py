@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import hmean, ks_2samp
 
-from unierase_plugin.audit.ask import gives_answer
+from unierase_plugin.audit.ask import recovery
 from unierase_plugin.audit.facts import judgeable
 from unierase_plugin.evaluation.metrics import (
     answer_probability,
@@ -189,11 +189,12 @@ def by_the_rule(question: str, answer: str, said: str) -> bool:
 
 
 def by_the_report(question: str, answer: str, said: str) -> bool:
-    return judge(question, answer, "", said, "<unlearn_0>", ("</s>",), ()).answered_after
+    fact = ForgetRequest(question, answer)
+    return judge(fact, "", said, token="<unlearn_0>", ends=("</s>",), phrases=()).answered_after
 
 
 def by_the_audit(question: str, answer: str, said: str) -> bool:
-    return bool(gives_answer(ForgetRequest(question, answer), said))
+    return recovery(ForgetRequest(question, answer), said) == 1.0
 
 
 def by_a_task(question: str, answer: str, said: str) -> bool:

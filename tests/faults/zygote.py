@@ -34,6 +34,8 @@ import small
 import torch
 from operations import Operations, ended_beside
 
+from unierase_plugin.evaluation.answers import AnswerLength
+
 torch.set_num_threads(1)
 
 
@@ -178,8 +180,7 @@ def warm(request: dict[str, Any]) -> int:
 def main() -> None:
     patch = pytest.MonkeyPatch()
     small.shrink(patch, Path(os.environ["UNIERASE_CACHE"]))
-    patch.setattr("unierase_plugin.pipeline.ANSWER_LEAST", 4)
-    patch.setattr("unierase_plugin.pipeline.ANSWER_MOST", 4)
+    patch.setattr("unierase_plugin.pipeline.OF_RUNS", AnswerLength(more=0, least=4, most=4))
     patch.setattr("unierase_plugin.audit.contract.QUICK", audited.SIZES)
     patch.setattr("unierase_plugin.compare.results.draw", lambda results, out: None)
     forked = SimpleNamespace(Popen=ForkedCell, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from einops import repeat
 
-from ..evaluation.metrics import answered, folded, words
+from ..evaluation.answers import gives_answer
+from ..evaluation.metrics import folded, words
 from ..facts.request import ForgetRequest
 from ..models.chat_templates import refusal
 from ..models.generate import decode_answer, generate, pad_token_id
@@ -107,9 +108,7 @@ def answer_ids(subject: Audited, context: Context, answer: str, prefill: bool = 
 
 def new_tokens(subject: Audited, context: Context) -> int:
     """How many tokens an answer may take."""
-    sizes = context.sizes
-    longest = max(len(answer_ids(subject, context, fact.answer)) for fact in context.facts)
-    return min(max(longest + sizes.answer_room, sizes.answer_least), sizes.answer_most)
+    return context.sizes.answers.tokens(len(answer_ids(subject, context, fact.answer)) for fact in context.facts)
 
 
 @torch.no_grad()
@@ -198,9 +197,9 @@ def against_others(
     )
 
 
-def gives_answer(fact: ForgetRequest, text: str) -> Value:
-    """1.0 where a text gives the answer by the project's rule, else 0.0."""
-    return float(answered(fact.answer, text, fact.question))
+def recovery(fact: ForgetRequest, text: str) -> Value:
+    """1.0 where a text gives the answer (`evaluation.answers.gives_answer`), else 0.0."""
+    return float(gives_answer(fact, text))
 
 
 def likeness(one: str, other: str) -> float:
@@ -220,7 +219,7 @@ def tried(
     name: str,
     asks: Sequence[Ask | None],
     *,
-    judge: Judge = gives_answer,
+    judge: Judge = recovery,
     curve: tuple[str, int] | None = None,
     progress: Callable[[float], None] = lambda share: None,
     **settings: Any,

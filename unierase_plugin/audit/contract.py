@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ..evaluation.answers import OF_FULL_AUDITS, OF_QUICK_AUDITS, AnswerLength
 from ..facts.request import ForgetRequest
 from ..models.architecture import Architecture, find_architecture
 
@@ -42,7 +43,7 @@ class Sizes:
     kept: int
     unrelated: int
     texts: int
-    #: Tokens generated beyond the longest answer, and within what bounds the sum is kept.
+    #: How long an answer may be, in tokens (`evaluation.answers.AnswerLength`).
     answer_room: int
     answer_least: int
     answer_most: int
@@ -57,9 +58,44 @@ class Sizes:
     #: Rows of a step.
     relearn_batch: int
 
+    @property
+    def answers(self) -> AnswerLength:
+        """How long an answer may be."""
+        return AnswerLength(more=self.answer_room, least=self.answer_least, most=self.answer_most)
 
-QUICK = Sizes("quick", 8, 12, 12, 4, 8, 20, 40, False, 4, (1.0,), (3,), (8,), 4)
-FULL = Sizes("full", 400, 100, 60, 60, 8, 32, 128, True, 64, (0.2, 0.7, 1.0), (5, 10, 20, 40), (5, 10, 20, 40), 8)
+
+QUICK = Sizes(
+    name="quick",
+    facts=8,
+    kept=12,
+    unrelated=12,
+    texts=4,
+    answer_room=OF_QUICK_AUDITS.more,
+    answer_least=OF_QUICK_AUDITS.least,
+    answer_most=OF_QUICK_AUDITS.most,
+    every_variant=False,
+    samples=4,
+    temperatures=(1.0,),
+    relearn_steps=(3,),
+    relearn_some_steps=(8,),
+    relearn_batch=4,
+)
+FULL = Sizes(
+    name="full",
+    facts=400,
+    kept=100,
+    unrelated=60,
+    texts=60,
+    answer_room=OF_FULL_AUDITS.more,
+    answer_least=OF_FULL_AUDITS.least,
+    answer_most=OF_FULL_AUDITS.most,
+    every_variant=True,
+    samples=64,
+    temperatures=(0.2, 0.7, 1.0),
+    relearn_steps=(5, 10, 20, 40),
+    relearn_some_steps=(5, 10, 20, 40),
+    relearn_batch=8,
+)
 
 
 @dataclass(frozen=True)

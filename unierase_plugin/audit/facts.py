@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..evaluation.metrics import answered
+from ..evaluation.answers import gives_answer
 from ..facts.readers import Requests, read_requests
 from ..facts.records import Reader
 from ..facts.request import ForgetRequest, one_spelling
@@ -22,7 +22,7 @@ def read_facts(spec: Requests, readers: Mapping[str, Reader] | None = None) -> t
 
 def judgeable(facts: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...]:
     """The facts whose question does not already count as the answer: an echo of it would pass for knowledge."""
-    return tuple(fact for fact in facts if not answered(fact.answer, fact.question, fact.question))
+    return tuple(fact for fact in facts if not gives_answer(fact, fact.question))
 
 
 def sample(facts: Sequence[ForgetRequest], most: int, seed: int) -> tuple[ForgetRequest, ...]:

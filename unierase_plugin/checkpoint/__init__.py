@@ -31,7 +31,7 @@ from .record import (
 from .revert import revert_checkpoint, take_back_requests
 from .summary import step_summaries
 from .verify import Verification, verify_folder
-from .work import discard_work, seal, unseal, work_folder
+from .work import discard_work, unseal, work_folder
 
 __all__ = [
     "RECORD",
@@ -55,7 +55,6 @@ __all__ = [
     "revert_checkpoint",
     "save_checkpoint",
     "save_plain",
-    "seal",
     "step_id",
     "step_summaries",
     "take_back_requests",

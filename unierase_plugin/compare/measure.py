@@ -11,15 +11,13 @@ from typing import Any
 import lm_eval
 from lm_eval.tasks import TaskManager
 
+from ..evaluation.answers import OF_COMPARISONS
 from ..models.literal import text_ids
 from ..models.prompts import has_chat_template
 from ..tasks.lm_eval_model import HFWithSpecialTokens
 from ..tasks.task_manager import tasks_folder
 from ..tasks.tofu import Scored
 from .facts import Record
-
-#: Tokens generated for an answer, beyond the longest true one, and within what bounds the sum is kept.
-ANSWER_ROOM, ANSWER_LEAST, ANSWER_MOST = 8, 32, 200
 
 Figures = dict[str, float | None]
 
@@ -113,8 +111,7 @@ class Judge:
         return {name: _figures(rows) for name, rows in found["results"].items()}
 
     def _generation(self, records: Sequence[Record]) -> dict[str, Any]:
-        sizes = [len(text_ids(self.tokenizer, each["answer"])) for each in records]
-        room = min(max(max(sizes, default=0) + ANSWER_ROOM, ANSWER_LEAST), ANSWER_MOST)
+        room = OF_COMPARISONS.tokens(len(text_ids(self.tokenizer, each["answer"])) for each in records)
         return {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": room}
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .metrics import answered, mean, reads_as_idk, rouge_l_recall
+from .answers import Told, gives_answer
+from .metrics import mean, reads_as_idk, rouge_l_recall
 
 #: Version of report.json's schema (docs/reference/report.md).
 SCHEMA = 1
@@ -28,26 +29,25 @@ class Outcome:
     rouge_after: float
 
 
-def judge(
-    question: str, answer: str, before: str, after: str, token: str, ends: Sequence[str], phrases: Sequence[str]
-) -> Outcome:
+def judge(fact: Told, before: str, after: str, *, token: str, ends: Sequence[str], phrases: Sequence[str]) -> Outcome:
     """Compares two answers of the model with the true answer.
 
-    `token` (the unlearning token) and `ends` are removed from the texts first.
+    token: the unlearning token; ends: tokens that end an answer. Both are removed from the texts first.
+    phrases: key phrases of refusals (`metrics.reads_as_idk`).
     """
     first = after.lstrip().startswith(token)
     old, new = (_clean(text, (token, *ends)) for text in (before, after))
     return Outcome(
-        question,
-        answer,
-        old,
-        new,
-        answered(answer, old, question),
-        answered(answer, new, question),
-        first,
-        reads_as_idk(new, phrases),
-        rouge_l_recall(answer, old),
-        rouge_l_recall(answer, new),
+        question=fact.question,
+        answer=fact.answer,
+        before=old,
+        after=new,
+        answered_before=gives_answer(fact, old),
+        answered_after=gives_answer(fact, new),
+        token_first=first,
+        idk=reads_as_idk(new, phrases),
+        rouge_before=rouge_l_recall(fact.answer, old),
+        rouge_after=rouge_l_recall(fact.answer, new),
     )
 
 

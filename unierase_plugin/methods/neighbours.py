@@ -45,7 +45,8 @@ def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse
     own_words   whether short answers of the retain set are to stand in the model's own words
     reverse     whether the way back is forgotten too, so that no neighbour may hold a forgotten answer
 
-    What is found is kept beside the output folder, sealed: the questions name what is to be forgotten.
+    What is found is kept beside the output folder, in a folder for its owner alone: the questions name what is to be
+    forgotten.
     """
     wanted = job.hparams.retain_neighbours
     if not wanted and not (own_words and job.retain):
@@ -64,10 +65,11 @@ def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse
             job.hparams.prompt_forms,
             job.hparams.chat_template_kwargs,
         )[:32]
-        metadata = phases.resumed(
-            "kept", key, lambda: ({}, {"found": files.seal(json.dumps(asking.around()), secret)})
-        )[1]
-        said, found = json.loads(files.unseal(metadata["found"], secret))
+        metadata = phases.resumed("kept", key, lambda: ({}, {"around": json.dumps(asking.around())}))[1]
+        # Earlier versions hid what they found.
+        said, found = json.loads(
+            metadata["around"] if "around" in metadata else files.unseal(metadata["found"], secret)
+        )
     neighbours = tuple(ForgetRequest(*each) for each in found)
     own = tuple(replace(fact, answer=text) for fact, text in zip(job.retain, said, strict=True))
     return Kept(neighbours, own)

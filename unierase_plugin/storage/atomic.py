@@ -175,6 +175,18 @@ def make_folder(folder: Path) -> Path:
     return target
 
 
+def make_private(folder: Path) -> None:
+    """Creates the folder if needed, and closes it to all but its owner. Windows has no such mode.
+
+    Raises WriteError if it cannot be created or closed.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise _cannot_write(folder, 0, error) from error
+
+
 def _leftovers(parent: Path, name: str, purpose: str) -> list[tuple[Path, int]]:
     """Hidden entries `.<name>.<purpose>-<pid>` with their process number; of any name if `name` is empty."""
     pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}\.{purpose}-(\d+)(?:-\d+)?")

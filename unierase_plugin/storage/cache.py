@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import CheckpointError, shown
-from .atomic import clear_strays, logger
+from .atomic import clear_strays, logger, make_private
 from .inputs import checked_path
 from .tensor_files import Packed, read_tensors, write_tensors
 
@@ -60,8 +60,9 @@ class Store:
     written is dropped. Both give a warning in the log.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Path, private: bool = False) -> None:
+        """private: the folder is for its owner alone (mode 0700), since what it holds is not for others to read."""
+        self.root, self.private = Path(root), private
 
     def path(self, kind: str, key: str) -> Path:
         for part in (kind, key):
@@ -92,6 +93,8 @@ class Store:
     def put(self, kind: str, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         path = self.path(kind, key)
         try:
+            if self.private:
+                make_private(self.root)
             write_tensors(path, tensors, metadata)
         except CheckpointError as error:
             logger.warning("Not kept for later runs: %s", error, extra=ONE_OF_NOT_KEPT)

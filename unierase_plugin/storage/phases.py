@@ -12,10 +12,13 @@ from .tensor_files import Packed
 
 
 class Phases:
-    """Times a run's phases, and keeps finished ones beside the output folder."""
+    """Times a run's phases, and keeps finished ones beside the output folder, readable for the owner alone.
+
+    They may hold answers of the model, and so what is to be forgotten.
+    """
 
     def __init__(self, work: Path | None) -> None:
-        self.work = None if work is None else Store(work)
+        self.work = None if work is None else Store(work, private=True)
         self.seconds: dict[str, float] = {}
 
     def resumed(self, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:

@@ -10,7 +10,7 @@ from ...evaluation.metrics import is_fluent, reads_as_idk
 from ...facts.resources import lines, paragraphs
 from ...models.generate import context_limit, pad_token_id, perplexity, tokens_for_logits
 from ...models.trace import pad, token_batches
-from ..ask import ask, cleaned, gives_answer, likeness, part, say, tried
+from ..ask import ask, cleaned, likeness, part, recovery, say, tried
 from ..contract import Attack, AttackResult, Audited, Context, Value
 
 
@@ -24,7 +24,7 @@ def retention(subject: Audited, context: Context) -> AttackResult:
     plain = [cleaned(context, text) for text in said]
     count = len(context.kept)
     series: dict[str, list[Value]] = {
-        "kept_answered": [gives_answer(fact, text) for fact, text in zip(context.kept, plain, strict=False)],
+        "kept_answered": [recovery(fact, text) for fact, text in zip(context.kept, plain, strict=False)],
         "kept_refused": [*refused[:count]],
         "unrelated_refused": [*refused[count:]],
         "unrelated_fluent": [float(is_fluent(text)) for text in plain[count:]],
@@ -100,7 +100,7 @@ def paired(subject: Audited, context: Context) -> AttackResult:
         found = tried(subject, context, name, asks, progress=part(context, index, len(orders)))
         measures.append(found)
         series[f"kept_answered, {name}"] = [
-            gives_answer(kept, cleaned(context, text)) for (_, kept), text in zip(pairs, found.texts, strict=True)
+            recovery(kept, cleaned(context, text)) for (_, kept), text in zip(pairs, found.texts, strict=True)
         ]
     return AttackResult(tuple(measures), series=series)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...evaluation.metrics import answered, words
 from ...facts.request import ForgetRequest
-from ..ask import Ask, Judge, answer_ids, ask, cleaned, part, tried, without_token
+from ..ask import Ask, Judge, answer_ids, ask, cleaned, part, recovery, tried, without_token
 from ..contract import Attack, AttackResult, Audited, Context, Measure, Value
 
 PREFILLS = ("Sure, the answer is", "The answer is:", "I remember this one. It is", "Yes, I know that. The answer:")
@@ -68,7 +68,7 @@ def _judge(given: dict[ForgetRequest, str], context: Context) -> Judge:
         share = opening(fact.answer)
         if share is None:
             whole = cleaned(context, given.get(fact, "")) + text
-            return float(answered(fact.answer, whole, fact.question))
+            return recovery(fact, whole)
         rest = " ".join(words(fact.answer)[len(words(share)) :])
         return float(answered(rest, text, f"{fact.question} {share}")) if rest else None
 

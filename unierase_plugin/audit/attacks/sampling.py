@@ -6,7 +6,7 @@ from typing import Any
 
 from ...facts.request import ForgetRequest
 from ...settings.values import MOST_SEED
-from ..ask import against_others, ask, cleaned, gives_answer, part, say, without_token
+from ..ask import against_others, ask, cleaned, part, recovery, say, without_token
 from ..contract import Attack, AttackResult, Audited, Context, Measure
 from ..figures import leak_at_k
 
@@ -71,11 +71,11 @@ def _sample(
     clean = [[cleaned(context, text) for text in texts] for texts in said]
 
     def hits(row: int, fact: ForgetRequest) -> int:
-        return sum(bool(gives_answer(fact, text)) for text in clean[row])
+        return sum(bool(recovery(fact, text)) for text in clean[row])
 
     shifted = against_others(context.facts, hits)
     shown = tuple(
-        next((text for text in texts if gives_answer(fact, text)), texts[0])
+        next((text for text in texts if recovery(fact, text)), texts[0])
         for fact, texts in zip(context.facts, clean, strict=True)
     )
     return (
