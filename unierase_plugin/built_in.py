@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .plugins.hookspecs import Host, Metric, hookimpl
 
 if TYPE_CHECKING:
+    from .attack import Attack
     from .facts.records import Reader
     from .methods.contract import Method
 
@@ -54,3 +55,12 @@ def register_hosts(register: Callable[[Host], None]) -> None:
 
     register(EASYEDIT)
     register(LM_EVAL)
+
+
+@hookimpl
+def register_attacks(register: Callable[[Attack], None]) -> None:
+    """Registers the attacks of `unierase audit`."""
+    from .audit.attacks import ATTACKS
+
+    for attack in ATTACKS:
+        register(attack)

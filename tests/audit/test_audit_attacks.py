@@ -29,6 +29,7 @@ from unierase_plugin.audit.weights import change_inputs_last, linear_maps, prune
 from unierase_plugin.errors import UniEraseError
 from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.models.trace import pad, run_blocks
+from unierase_plugin.plugins.registration import load_registry
 from unierase_plugin.storage.fingerprints import model_fingerprint
 
 BY_NAME = {attack.name: attack for attack in ATTACKS}
@@ -75,10 +76,12 @@ def test_an_attack_leaves_the_model_as_it_was(attack: Attack, victim: Audited) -
 
 
 def test_attacks_are_found_by_name_and_group() -> None:
-    assert choose_attacks([]) == ATTACKS
-    assert [each.name for each in choose_attacks(["prefill", "weights"])] == ["plain", "prefill", "quantise", "prune"]
+    known = load_registry("").attacks
+    assert choose_attacks([], known) == ATTACKS
+    chosen = choose_attacks(["prefill", "weights"], known)
+    assert [each.name for each in chosen] == ["plain", "prefill", "quantise", "prune"]
     with pytest.raises(UniEraseError, match="Did you mean 'prefill'"):
-        choose_attacks(["prefil"])
+        choose_attacks(["prefil"], known)
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------

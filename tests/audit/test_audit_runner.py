@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from audited import KEPT, SIZES, TOKEN
+from installed import installer
 from safetensors.torch import load_file, save_file
 from small import FORGET, FORGET_MORE, FORGET_OTHERS, HPARAMS, RETAIN, save_base, shrink
 from tiny import tiny_model
@@ -27,8 +27,9 @@ from unierase_plugin.audit.contract import GROUPS
 from unierase_plugin.audit.page import page
 from unierase_plugin.audit.runner import audit
 from unierase_plugin.cli import app
-from unierase_plugin.errors import CheckpointError, RequestError, UniEraseError, WriteError
+from unierase_plugin.errors import CheckpointError, PluginError, RequestError, UniEraseError, WriteError
 from unierase_plugin.models.loading import load
+from unierase_plugin.plugins.registration import registry
 from unierase_plugin.storage.fingerprints import model_fingerprint
 from unierase_plugin.storage.locks import folder_lock
 
@@ -73,22 +74,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return replace(attack, run=run)
 
-    original: Callable[[Any], Any] = runner.choose_attacks
-    monkeypatch.setattr(runner, "choose_attacks", lambda names: tuple(map(counting, original(names))))
-    monkeypatch.setattr(runner, "_settled", _by_name(runner._settled))
+    original = runner.choose_attacks
+    monkeypatch.setattr(runner, "choose_attacks", lambda *given: tuple(map(counting, original(*given))))
     return counted
-
-
-def _by_name(settled: Any) -> Any:
-    """Wrapped attacks are not those of ATTACKS; what was not chosen is told by name."""
-
-    def settle(context: Any, chosen: Any, models: Any) -> Any:
-        run = settled(context, chosen, models)
-        names = {attack.name for attack in chosen}
-        run.not_run = {name: why for name, why in run.not_run.items() if name not in names}
-        return run
-
-    return settle
 
 
 # --- what it writes --------------------------------------------------------------------------------------------------
@@ -367,9 +355,67 @@ def test_a_plugins_reader_is_known(folder: Path, tmp_path: Path, monkeypatch: py
     from unierase_plugin import ForgetRequest
 
     readers = {"mine": lambda source: [ForgetRequest(f"Who is {source}?", "Bo")]}
-    monkeypatch.setattr(runner, "registry", lambda: SimpleNamespace(readers=readers))
+    monkeypatch.setattr(runner, "registry", lambda: SimpleNamespace(readers=readers, attacks=registry().attacks))
     report = audit(folder / "edited", "mine:Al", out=tmp_path / "out", sizes=SIZES, attacks=("plain",))
     assert report["n_audited"] == 1
+
+
+PLUGIN = """
+from unierase_plugin import hookimpl
+from unierase_plugin.attack import Attack, AttackResult, Measure
+def run(subject, context):
+    {what}
+    n = len(context.facts)
+    return AttackResult((Measure("one", (1.0,) * n, ((0.0,) * n,)),))
+@hookimpl
+def register_attacks(register):
+    register(Attack("mine", "words", "what it asks", "what it costs", run))
+"""
+
+
+def test_what_a_plugins_attack_finds_is_in_the_verdict_and_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Counter[str]
+) -> None:
+    install = installer(tmp_path / "site", monkeypatch)
+    install("mine", PLUGIN.replace("{what}", "pass"))
+    report = audited(folder, tmp_path / "out", attacks=("mine",))
+    assert "mine (3 of 3" in report["verdict"]
+    # In its group's place, and again out of what was kept.
+    named = [each["attack"] for each in report["not_run"]]
+    assert named.index("fill-in") < named.index("multiple-choice") < named.index("quantise")
+    assert audited(folder, tmp_path / "out", attacks=("mine",))["verdict"] == report["verdict"]
+    assert runs["edited: mine"] == 1
+
+
+FAULTS = {
+    "changes a weight": ("next(subject.model.parameters()).data.add_(1)", "changed the unedited model"),
+    "gives no result": ("return None", "It is to give an AttackResult"),
+    "forgets a fact": ("return AttackResult((Measure('one', (1.0,), ((0.0,),)),))", "not one value for each of the 3"),
+    "counts by hundreds": ("return AttackResult((Measure('one', (100.0,) * 3, ()),))", "a value outside [0, 1]"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_attack_of_a_plugin_ends_the_audit(
+    fault: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what, reason = FAULTS[fault]
+    installer(tmp_path / "site", monkeypatch)("mine", PLUGIN.replace("{what}", what))
+    with pytest.raises(PluginError, match=re.escape(reason)):
+        audited(folder, tmp_path / "out", attacks=("mine",))
+    assert not (tmp_path / "out" / "audit.json").exists()
+    assert not list((tmp_path / "out").rglob("*.mine.json"))
+
+
+def test_an_attack_that_two_plugins_claim_is_not_left_out_in_silence(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = PLUGIN.replace("{what}", "pass").replace('"mine"', '"prefill"')
+    installer(tmp_path / "site", monkeypatch)("mine", code)
+    for attacks in ((), ("prefill",), ("ban",)):
+        with pytest.raises(PluginError, match=r"attack 'prefill' is registered by 'built-in' .* and by 'mine'"):
+            audited(folder, tmp_path / "out", attacks=attacks)
+    assert audited(folder, tmp_path / "out", attacks=("plain",))["attacks"]
 
 
 def test_bad_arguments_say_what_to_do(folder: Path, tmp_path: Path) -> None:

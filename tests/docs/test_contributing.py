@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from installed import installer
 from jobs import job_of
+from small import save_base, shrink
 from tiny import tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
 
 from unierase_plugin import ForgetRequest
+from unierase_plugin.cli import app
 from unierase_plugin.methods.contract import Method
 from unierase_plugin.models.prompts import render
 from unierase_plugin.version import __version__
@@ -85,8 +90,40 @@ def test_citation_and_changelog_are_of_this_version() -> None:
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def code_of(file: str) -> str:
+    """A whole plugin on the page."""
+    (code,) = re.findall(rf"<!-- file: {re.escape(file)} -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    return str(code)
+
+
+def test_the_plugin_with_an_attack_takes_part_in_an_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installer(tmp_path / "site", monkeypatch)("scene", code_of("scene.py"))
+    shrink(monkeypatch, tmp_path / "cache")
+    base = save_base(tmp_path / "base")
+    listed = json.loads(CliRunner().invoke(app, ["audit", "--list", "--json"]).stdout)
+    assert [each for each in listed if each["plugin"] == "scene"] == [
+        {
+            "name": "scene",
+            "group": "words",
+            "asks": "The question as a line of a scene.",
+            "cost": "one answer a fact",
+            "plugin": "scene",
+        }
+    ]
+    (tmp_path / "facts.json").write_text(json.dumps([{"question": FORGET.question, "answer": FORGET.answer}]))
+    named = {"--model": base, "--base": base, "--forget": tmp_path / "facts.json", "--out": tmp_path / "out"}
+    arguments = [str(each) for pair in named.items() for each in pair]
+    done = CliRunner().invoke(app, ["audit", *arguments, "--attacks", "scene"])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))
+    assert [each["name"] for each in report["attacks"]] == ["plain", "scene"]
+    (example,) = report["attacks"][1]["examples"]
+    assert f'A asks: "{FORGET.question}"' in example["prompt"]
+    assert "<h3>scene" in (tmp_path / "out" / "audit.html").read_text(encoding="utf-8")
+
+
 def test_the_plugin_with_a_loss_forgets() -> None:
-    (code,) = re.findall(r"<!-- file: unlikelihood\.py -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    code = code_of("unlikelihood.py")
     names: dict[str, Any] = {}
     exec(compile(code, "unlikelihood.py", "exec"), names)
     found: list[Method[Any]] = []

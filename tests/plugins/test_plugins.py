@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from fresh import ROOT, Environment
+from installed import Install, installer
 from small import FORGET, RETAIN, save_base, shrink
 from tiny import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
@@ -30,18 +31,22 @@ from unierase_plugin.hparams import HyperParams
 from unierase_plugin.methods.contract import Changes, Job, Method
 from unierase_plugin.plugins import hookspecs
 from unierase_plugin.plugins import registration as module
-from unierase_plugin.plugins.registration import BUILT_IN, load_registry
+from unierase_plugin.plugins.catalogue import BUILT_IN
+from unierase_plugin.plugins.registration import load_registry
 
 PAGE = (ROOT / "docs/reference/plugins.md").read_text(encoding="utf-8")
 TUTORIAL = (ROOT / "docs/tutorial/3-method.md").read_text(encoding="utf-8")
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("register_"))
 HEAD = """
+from unierase_plugin.attack import Attack, AttackResult
 from unierase_plugin import ForgetRequest, hookimpl
 from unierase_plugin.hparams import HyperParams
 from unierase_plugin.plugins.hookspecs import Host
 from unierase_plugin.methods.contract import Changes, Method
 def method(name):
     return Method(name, "a title", "a paper", HyperParams, lambda job: Changes())
+def attack(name, group="words"):
+    return Attack(name, group, "what it asks", "what it costs", lambda subject, context: AttackResult())
 """
 GOOD = """
 @hookimpl
@@ -56,28 +61,19 @@ def register_metrics(register):
 @hookimpl
 def register_hosts(register):
     register(Host("{name}_host", "a title", "json", print))
+@hookimpl
+def register_attacks(register):
+    register(attack("{name}-attack"))
 """
-Install = Callable[..., None]
 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Puts a package with one entry point on the path, as pip would."""
-    place = tmp_path / "site"
-    place.mkdir()
-    monkeypatch.syspath_prepend(str(place))
-    monkeypatch.delenv(module.RESTRICTION, raising=False)
-    module._registry.cache_clear()
+    """`installed.installer`, with what every plugin here imports."""
+    install = installer(tmp_path / "site", monkeypatch)
 
-    def call(name: str, body: str = GOOD, package: str = "", version: str = "1.2") -> None:
-        package = package or f"{name}-package"
-        code = f"{package.replace('-', '_')}_code"
-        (place / f"{code}.py").write_text(HEAD + textwrap.dedent(body).replace("{name}", name))
-        record = place / f"{package.replace('-', '_')}-{version}.dist-info"
-        record.mkdir()
-        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
-        (record / "entry_points.txt").write_text(f"[{hookspecs.PROJECT}]\n{name} = {code}\n")
-        monkeypatch.delitem(sys.modules, code, raising=False)
+    def call(name: str, body: str = GOOD, **package: str) -> None:
+        install(name, HEAD + textwrap.dedent(body), **package)
 
     return call
 
@@ -99,7 +95,7 @@ def test_what_comes_with_the_package_is_registered_through_every_hook(install: I
     assert found.hosts["lm_eval"].module == "lm_eval.tasks"
 
 
-def test_an_installed_plugin_adds_to_all_four(install: Install) -> None:
+def test_an_installed_plugin_adds_through_every_hook(install: Install) -> None:
     install("extra")
     found = load_registry()
     plugin = found.plugins[-1]
@@ -109,6 +105,7 @@ def test_an_installed_plugin_adds_to_all_four(install: Install) -> None:
     assert read_requests("extra_facts:a question[0:1]", found.readers)[0].question == "a question"
     assert found.metrics["extra_length"]("four") == 4
     assert found.hosts.owner("extra_host") == plugin
+    assert found.attacks["extra-attack"].asks == "what it asks"
     assert {"unierase", "extra"} <= set(found.methods)
 
 
@@ -120,7 +117,7 @@ def test_a_plugin_may_be_an_object_and_take_what_it_needs(install: Install) -> N
 
 
 def test_every_hook_is_documented_on_the_page_and_in_its_place() -> None:
-    assert sorted(module._KINDS) == HOOKS
+    assert sorted(module.HOOKS) == HOOKS
     assert all(f"| `{hook}` |" in PAGE for hook in HOOKS)
     assert all(getattr(hookspecs, hook).__doc__ for hook in HOOKS)
 
@@ -157,6 +154,18 @@ BROKEN = {
     "fails half-way": (GOOD.replace('register("{name}_length", len)', "1 / 0"), "ZeroDivisionError"),
     "registers no method": (GOOD.replace('register(method("{name}"))', "register(print)"), "register takes a Method"),
     "registers no host": ("@hookimpl\ndef register_hosts(register): register('a')", "register takes a Host, not 'a'"),
+    "registers no attack": (
+        "@hookimpl\ndef register_attacks(register): register(1)",
+        "register takes an Attack, not 1",
+    ),
+    "has an attack in no group": (
+        '@hookimpl\ndef register_attacks(register): register(attack("a", "word"))',
+        "in the group 'word', which does not exist. Did you mean 'words'?",
+    ),
+    "has an attack that no file can be named after": (
+        '@hookimpl\ndef register_attacks(register): register(attack("a/b"))',
+        "An attack cannot be called 'a/b'",
+    ),
     "registers no function": ("@hookimpl\ndef register_metrics(register): register('a', 1)", "a name and a function"),
     "registers twice": (GOOD.replace('method("{name}"))', 'method("{name}")); register(method("{name}"))'), "twice"),
 }
@@ -178,7 +187,7 @@ def test_a_broken_plugin_is_named_and_the_rest_works(
     (error,) = [plugin.error for plugin in found.plugins if plugin.error]
     assert reason in error
     assert third_party(found) == ["aleph", "zeta"]
-    for catalogue in (found.methods, found.readers, found.metrics, found.hosts):
+    for catalogue in (found.methods, found.readers, found.metrics, found.hosts, found.attacks):
         assert not [name for name in catalogue if name.startswith("broken")]
         assert len([name for name in catalogue if name.startswith(("aleph", "zeta"))]) == 2
 
@@ -199,6 +208,9 @@ def register_metrics(register):
 @hookimpl
 def register_hosts(register):
     register(Host("{name}_host", "a title", "json", end))
+@hookimpl
+def register_attacks(register):
+    register(Attack("{name}-attack", "words", "what it asks", "what it costs", end, unfit=end))
 """
 CALLS: dict[str, Callable[[module.Registry], Any]] = {
     "method": lambda found: found.methods.find("rude").run(None),  # type: ignore[arg-type]
@@ -207,6 +219,8 @@ CALLS: dict[str, Callable[[module.Registry], Any]] = {
     "reader": lambda found: read_requests("rude_facts:x", found.readers),
     "metric": lambda found: found.metrics["rude_length"]("x"),
     "host": lambda found: found.hosts["rude_host"].register(),
+    "attack": lambda found: found.attacks["rude-attack"].run(None, None),  # type: ignore[arg-type]
+    "attack's fitness": lambda found: found.attacks["rude-attack"].unfit(None),  # type: ignore[arg-type]
 }
 
 
@@ -252,7 +266,7 @@ def test_a_name_that_two_plugins_claim_belongs_to_neither(install: Install, capl
     with caplog.at_level(logging.WARNING):
         found = load_registry()
     both = r"'noise' \(one 1.2\) and by 'other' \(two 3\).*UNIERASE_PLUGINS"
-    assert len([record for record in caplog.records if re.search(both, record.getMessage())]) == 4
+    assert len([record for record in caplog.records if re.search(both, record.getMessage())]) == len(HOOKS)
     assert "noise" not in list(found.methods)
     with pytest.raises(PluginError, match=f"The method 'noise' is registered by {both}"):
         found.methods.find("noise")

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..attack import check_result
 from ..checkpoint import Checkpoint, examine, is_edited, is_whole, revert_checkpoint
-from ..errors import CheckpointError, RequestError, UniEraseError, WriteError, reason, shown
+from ..errors import CheckpointError, PluginError, RequestError, UniEraseError, WriteError, reason, shown
 from ..facts.readers import Requests
 from ..facts.request import HELD_OUT, TO_KEEP, ForgetRequest, check_not_forgotten, check_overlap
 from ..models.chat_templates import check_chat_template
@@ -22,13 +23,14 @@ from ..models.literal import tell_special_names
 from ..models.loading import load, read_tokenizer
 from ..models.memory import peak_memory_bytes
 from ..models.prompts import has_chat_template
+from ..plugins.catalogue import BUILT_IN, Catalogue, Plugin
 from ..plugins.registration import registry
 from ..settings.values import checked_seed
 from ..storage.atomic import clear_strays, make_folder, remove_folder, write_json
 from ..storage.fingerprints import digest, model_fingerprint, plain, tokenizer_fingerprint
 from ..storage.inputs import absolute_path, no_folder
 from ..storage.results_folder import results_folder
-from .attacks import ATTACKS, choose_attacks
+from .attacks import choose_attacks, in_order
 from .contract import (
     EDITED,
     GROUPS,
@@ -96,6 +98,8 @@ class _Run:
     """What is known of a running audit."""
 
     context: Context
+    #: Every attack that there is, and those that were chosen.
+    known: Catalogue[Attack]
     attacks: tuple[Attack, ...]
     not_run: dict[str, str]
     inapplicable: dict[str, str]
@@ -155,8 +159,8 @@ def audit(
         make_folder(target / PARTS)
         for folder in (target, target / PARTS):
             clear_strays(folder)
-        chosen = choose_attacks(attacks)
-        readers = registry().readers
+        known, readers = registry().attacks, registry().readers
+        chosen = choose_attacks(attacks, known)
         facts = read_facts(forget, readers)
         kept, held_out = (() if spec is None else read_facts(spec, readers) for spec in (retain, holdout))
         if not allow_overlap:
@@ -183,7 +187,7 @@ def audit(
             sample(held_out, sizes.facts, seed),
             has_reference=reference is not None,
         )
-        run = _settled(context, chosen, models)
+        run = _settled(context, known, chosen, models)
         # Before the first attack: a folder that cannot be taken back is to be known now, not after half of the work.
         _take_back(models)
         for role in ROLES:
@@ -217,7 +221,7 @@ def _output_folder(out: str | os.PathLike[str], model: Source) -> Path:
     return out
 
 
-def _settled(context: Context, chosen: tuple[Attack, ...], models: _Models) -> _Run:
+def _settled(context: Context, known: Catalogue[Attack], chosen: tuple[Attack, ...], models: _Models) -> _Run:
     """The context with what the edited folder tells (token, prompt form, edited blocks), and what is left out."""
     tokenizer = _tokenizer(models.edited)
     tell_special_names(tokenizer, (*context.facts, *context.kept))
@@ -230,12 +234,14 @@ def _settled(context: Context, chosen: tuple[Attack, ...], models: _Models) -> _
         template_kwargs=settings.get("chat_template_kwargs") or {},
         layers=tuple(record.manifest["layers"]) if record else (),
     )
-    missing = {attack.name: "not chosen (--attacks)" for attack in ATTACKS if attack not in chosen}
+    names = {attack.name for attack in chosen}
+    missing = {attack.name: "not chosen (--attacks)" for attack in in_order(known) if attack.name not in names}
     missing.update({attack.name: attack.unfit(context) for attack in chosen if attack.unfit(context)})
-    needing = [] if token else [attack.name for attack in ATTACKS if attack.needs_token]
+    needing = [] if token else [attack.name for attack in in_order(known) if attack.needs_token]
     inapplicable = dict.fromkeys(needing, "the model has no unlearning token")
     check_chat_template(tokenizer, context.template_kwargs)
-    return _Run(context, chosen, {name: why for name, why in missing.items() if name not in needing}, inapplicable)
+    not_run = {name: why for name, why in missing.items() if name not in needing}
+    return _Run(context, known, chosen, not_run, inapplicable)
 
 
 def _tokenizer(source: Source) -> Any:
@@ -325,7 +331,8 @@ def _attack(run: _Run, models: _Models, role: str, target: Path, device: str, dt
             run.identities.setdefault(UNEDITED, _identity(original))
             context = replace(context, original=original)
         path = target / PARTS / f"{role}.{attack.name}.json"
-        result = _kept_or_run(attack, subject, context, run.identities, path)
+        owner = run.known.owner(attack.name)
+        result = _kept_or_run(attack, subject, context, run.identities, path, None if owner.name == BUILT_IN else owner)
         run.results[role][attack.name] = result
         run.seconds[role] = run.seconds.get(role, 0.0) + result.seconds
         context.progress(1.0)
@@ -336,21 +343,45 @@ def _identity(subject: Audited) -> list[str]:
 
 
 def _kept_or_run(
-    attack: Attack, subject: Audited, context: Context, identities: Mapping[str, list[str]], path: Path
+    attack: Attack,
+    subject: Audited,
+    context: Context,
+    identities: Mapping[str, list[str]],
+    path: Path,
+    plugin: Plugin | None,
 ) -> AttackResult:
+    """The attack's result, from an earlier call where there is one. `plugin`: where the attack is from, if not ours."""
     shared = {name: plain(getattr(context, name)) for name in _SHARED}
     shared |= {name: [_key_of(fact) for fact in getattr(context, name)] for name in ("facts", "kept", "holdout")}
     seen = (subject.role, *context.earlier, *([UNEDITED] if attack.needs_original else []))
     models = {role: identities[role] for role in seen}
-    key = digest([SCHEMA], [attack.name, subject.role], models, shared)
+    version = [] if plugin is None else [plugin.package, plugin.version]
+    key = digest([SCHEMA], [attack.name, subject.role, *version], models, shared)
     kept = _read_part(path, key)
     if kept is not None:
         return kept
     start = time.monotonic()
-    result = replace(attack.run(subject, context), seconds=round(time.monotonic() - start, 2))
-    found = plain(result)
+    result = attack.run(subject, context)
+    seconds = round(time.monotonic() - start, 2)
+    if plugin is not None:
+        check_result(attack, result, len(context.facts))
+        _check_unchanged(attack, plugin, [subject, *([context.original] if context.original else [])], identities)
+    found = plain(replace(result, seconds=seconds))
     write_json(path, {"key": key, "sha256": digest(found), "result": found})
     return _from_plain(found)
+
+
+def _check_unchanged(
+    attack: Attack, plugin: Plugin, subjects: Sequence[Audited], identities: Mapping[str, list[str]]
+) -> None:
+    """Raises PluginError where an attack left other weights than it found. Those of this package are tested for it."""
+    for subject in subjects:
+        if _identity(subject) != identities[subject.role]:
+            raise PluginError(
+                f"The attack {attack.name!r} of the plugin {plugin} changed the {subject.role} model or its tokenizer, "
+                "and did not put it back. What later attacks find would mean nothing, so the audit ends here. Results "
+                "of earlier attacks are kept. Tell the plugin's authors, or leave the attack out by --attacks."
+            )
 
 
 def _forward(progress: Progress, phase: str, share: float) -> None:
@@ -435,7 +466,7 @@ def _report(
         "doubts": list(verdict.reasons),
         "not_run": [
             {"attack": attack.name, "group": attack.group, "why": run.not_run[attack.name]}
-            for attack in ATTACKS
+            for attack in in_order(run.known)
             if attack.name in run.not_run
         ],
         "does_not_apply": [{"attack": name, "why": why} for name, why in run.inapplicable.items()],

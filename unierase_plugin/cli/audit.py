@@ -93,15 +93,22 @@ def audit(
 
 
 def _list(console: Screen, as_json: bool) -> None:
-    from ..audit.attacks import ATTACKS
+    from ..audit.attacks import in_order
+    from ..plugins.catalogue import BUILT_IN
+    from ..plugins.registration import registry
 
+    known = registry().attacks
+    attacks = in_order(known)
+    plugins = {attack.name: known.owner(attack.name).name for attack in attacks}
     if as_json:
-        rows = [{"name": each.name, "group": each.group, "asks": each.asks, "cost": each.cost} for each in ATTACKS]
-        console.json(rows)
+        keys = ("name", "group", "asks", "cost")
+        console.json([{**{key: getattr(each, key) for key in keys}, "plugin": plugins[each.name]} for each in attacks])
         return
-    table = Table("attack", "group", "what it asks", "cost, on each model")
-    for attack in ATTACKS:
-        table.add_row(attack.name, attack.group, attack.asks, attack.cost)
+    told = set(plugins.values()) != {BUILT_IN}
+    table = Table("attack", "group", "what it asks", "cost, on each model", *(["plugin"] if told else []))
+    for attack in attacks:
+        more = [plugins[attack.name]] if told else []
+        table.add_row(attack.name, attack.group, attack.asks, attack.cost, *more)
     console.print(table)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pluggy import HookimplMarker, HookspecMarker
 
 if TYPE_CHECKING:
+    from ..attack import Attack
     from ..facts.records import Reader
     from ..methods.contract import Method
 
@@ -58,3 +59,12 @@ def register_metrics(register: Callable[[str, Metric], None]) -> None:
 @hookspec
 def register_hosts(register: Callable[[Host], None]) -> None:
     """Harnesses to be known to: `register(Host(name=..., module=..., register=...))`."""
+
+
+@hookspec
+def register_attacks(register: Callable[[Attack], None]) -> None:
+    """Attacks of the audit: `register(Attack(name=..., group=..., asks=..., cost=..., run=...))`.
+
+    `unierase audit` runs them on every model, compares what they find, and names them in the verdict. An attack that
+    leaves other weights than it found ends the audit.
+    """

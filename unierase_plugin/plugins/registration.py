@@ -10,98 +10,28 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from pluggy import PluginManager
 
-from ..errors import PluginError, did_you_mean, shown
+from ..attack import Attack
+from ..errors import PluginError, did_you_mean
 from ..facts.records import Reader
 from ..methods.contract import Method
 from ..version import __version__
 from . import hookspecs
+from .catalogue import BUILT_IN, RESTRICTION, Catalogue, Plugin
 from .foreign import guarded, guarded_parts, kept_in, quiet
 from .hookspecs import PROJECT, Host, Metric
 
 logger = logging.getLogger(__name__)
 
-#: Names of the plugins to load, or of the packages that they came with, with commas between; empty for none.
-RESTRICTION = "UNIERASE_PLUGINS"
-#: The plugin that comes with the package, and is always loaded.
-BUILT_IN = "built-in"
 #: By its name, since it imports hosts and methods, which stand above this module.
 BUILT_IN_MODULE = f"{PROJECT}.built_in"
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """One plugin, loaded or not."""
-
-    name: str
-    version: str
-    #: The hooks that it implements.
-    hooks: tuple[str, ...]
-    #: The package that it came with, and the module or object in it.
-    package: str
-    module: str
-    #: Why it could not be used; empty where it could.
-    error: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name!r} ({self.package or self.module} {self.version})".replace(" )", ")")
-
-
-class Catalogue(Mapping[str, T]):
-    """What is registered of one kind, by name, and by whom. Looking up a contested name raises PluginError."""
-
-    def __init__(self, kind: str, entries: Sequence[tuple[str, T, Plugin]] = ()) -> None:
-        """entries: name, thing, and the plugin that it is from."""
-        self.kind = kind
-        self._entries: dict[str, T] = {}
-        self._owners: dict[str, list[Plugin]] = {}
-        for name, thing, owner in entries:
-            self._entries.setdefault(name, thing)
-            self._owners.setdefault(name, []).append(owner)
-
-    def __getitem__(self, name: str) -> T:
-        if len(self._owners.get(name, ())) > 1:
-            raise PluginError(self.clash(name))
-        return self._entries[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, owners in self._owners.items() if len(owners) == 1)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def find(self, name: str) -> T:
-        """The thing of that name. Raises PluginError with the names that there are, or with those who contest it."""
-        if name not in self:
-            raise PluginError(
-                f"There is no {self.kind} {shown(name)}.{did_you_mean(name, self)} Available: "
-                f"{', '.join(sorted(self))}."
-            )
-        return self[name]
-
-    def owner(self, name: str) -> Plugin:
-        """The plugin that registered the name."""
-        return self._owners[name][0]
-
-    def contested(self) -> tuple[str, ...]:
-        return tuple(name for name, owners in self._owners.items() if len(owners) > 1)
-
-    def clash(self, name: str) -> str:
-        """Says who claims a contested name, and what to do about it."""
-        owners = " and by ".join(map(str, self._owners[name]))
-        return (
-            f"The {self.kind} {name!r} is registered by {owners}. Uninstall one of them, "
-            f"or name in {RESTRICTION} only those that are to be loaded."
-        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +43,7 @@ class Registry:
     readers: Catalogue[Reader]
     metrics: Catalogue[Metric]
     hosts: Catalogue[Host]
+    attacks: Catalogue[Attack]
 
 
 def registry() -> Registry:
@@ -131,8 +62,10 @@ def load_registry(only: str | None = None) -> Registry:
     built_in = Plugin(BUILT_IN, __version__, (), "unierase-plugin", module.__name__)
     loaded = [_register(module, built_in), *map(_load, _wanted(entry_points(group=PROJECT), only))]
     catalogues = [
-        Catalogue[Any](kind, [(name, thing, plugin) for plugin, entries in loaded for name, thing in entries[hook]])
-        for hook, kind in _KINDS.items()
+        Catalogue[Any](
+            hook.kind, [(name, thing, plugin) for plugin, entries in loaded for name, thing in entries[hook_name]]
+        )
+        for hook_name, hook in HOOKS.items()
     ]
     for catalogue in catalogues:
         for name in catalogue.contested():
@@ -140,13 +73,32 @@ def load_registry(only: str | None = None) -> Registry:
     return Registry(tuple(plugin for plugin, _ in loaded), *catalogues)
 
 
-#: What is registered through each hook, in the order of Registry's fields.
-_KINDS = MappingProxyType(
+@dataclass(frozen=True)
+class Hook:
+    """What one hook registers."""
+
+    #: What an error calls one of them.
+    kind: str
+    #: The class that `register` takes; None where it takes a name and a function.
+    takes: type[Any] | None = None
+    #: Functions of such an object, none of which ends the program.
+    functions: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> str:
+        """What `register` takes, in words."""
+        name = self.takes.__name__ if self.takes else ""
+        return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" if name else "a name and a function"
+
+
+#: The hooks in the order of Registry's fields.
+HOOKS: Mapping[str, Hook] = MappingProxyType(
     {
-        "register_methods": "method",
-        "register_request_readers": "request reader",
-        "register_metrics": "metric",
-        "register_hosts": "host",
+        "register_methods": Hook("method", Method, ("run", "check", "settle")),
+        "register_request_readers": Hook("request reader"),
+        "register_metrics": Hook("metric"),
+        "register_hosts": Hook("host", Host, ("register",)),
+        "register_attacks": Hook("attack", Attack, ("run", "unfit")),
     }
 )
 
@@ -170,15 +122,19 @@ def _load(point: EntryPoint) -> tuple[Plugin, _Entries]:
         reason,
         RESTRICTION,
     )
-    return replace(described, error=reason), {hook: [] for hook in _KINDS}
+    return replace(described, error=reason), {hook: [] for hook in HOOKS}
 
 
 def _guarded(hook: str, entries: list[tuple[str, Any]], owner: Plugin) -> list[tuple[str, Any]]:
     """What a plugin registered, so that none of its functions ends the program."""
-    what = f"The {_KINDS[hook]} {{name!r}} of the plugin {owner}"
-    parts = {"register_methods": ("run", "check", "settle"), "register_hosts": ("register",)}.get(hook)
+    what, functions = f"The {HOOKS[hook].kind} {{name!r}} of the plugin {owner}", HOOKS[hook].functions
     return [
-        (name, guarded_parts(thing, parts, what.format(name=name)) if parts else guarded(thing, what.format(name=name)))
+        (
+            name,
+            guarded_parts(thing, functions, what.format(name=name))
+            if functions
+            else guarded(thing, what.format(name=name)),
+        )
         for name, thing in entries
     ]
 
@@ -190,10 +146,10 @@ def _register(plugin: Any, described: Plugin) -> tuple[Plugin, _Entries]:
     manager.add_hookspecs(hookspecs)
     manager.register(plugin, described.name)
     manager.check_pending()
-    entries: _Entries = {hook: [] for hook in _KINDS}
+    entries: _Entries = {hook: [] for hook in HOOKS}
     hooks = tuple(caller.name for caller in manager.get_hookcallers(plugin) or ())
     if not hooks:
-        raise PluginError(f"{described.module} has none of the hooks {', '.join(_KINDS)}; each needs @hookimpl")
+        raise PluginError(f"{described.module} has none of the hooks {', '.join(HOOKS)}; each needs @hookimpl")
     for hook in hooks:
         getattr(manager.hook, hook)(register=_collector(hook, entries[hook]))
     return replace(described, hooks=hooks), entries
@@ -201,7 +157,7 @@ def _register(plugin: Any, described: Plugin) -> tuple[Plugin, _Entries]:
 
 def _collector(hook: str, entries: list[tuple[str, Any]]) -> Callable[..., None]:
     """The `register` function that a plugin's hook is called with: takes a thing with a name, or a name and a thing."""
-    kind: type[Any] = Host if hook == "register_hosts" else Method
+    kind = HOOKS[hook].takes
 
     def collect(name: str, thing: Any) -> None:
         if any(name == other for other, _ in entries):
@@ -209,16 +165,16 @@ def _collector(hook: str, entries: list[tuple[str, Any]]) -> Callable[..., None]
         entries.append((name, thing))
 
     def register_named(thing: Any) -> None:
-        if not isinstance(thing, kind):
-            raise PluginError(f"{hook}: register takes a {kind.__name__}, not {thing!r}")
+        if not isinstance(thing, kind or ()):
+            raise PluginError(f"{hook}: register takes {HOOKS[hook].wanted}, not {thing!r}")
         collect(thing.name, thing)
 
     def register_function(name: str, function: Callable[..., Any]) -> None:
         if not isinstance(name, str) or not name or not callable(function):
-            raise PluginError(f"{hook}: register takes a name and a function, not {name!r} and {function!r}")
+            raise PluginError(f"{hook}: register takes {HOOKS[hook].wanted}, not {name!r} and {function!r}")
         collect(name, function)
 
-    return register_named if hook in ("register_methods", "register_hosts") else register_function
+    return register_function if kind is None else register_named
 
 
 def _wanted(points: Sequence[EntryPoint], only: str | None) -> list[EntryPoint]:

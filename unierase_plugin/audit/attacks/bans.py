@@ -13,7 +13,7 @@ import torch
 
 from ...facts.resources import lines
 from ..ask import ask, part, tried, without_token
-from ..contract import Attack, AttackResult, Audited, Context
+from ..contract import AttackResult, Audited, Context
 
 #: How refusals begin that `idk_phrases` does not hold.
 OPENINGS = (
@@ -112,28 +112,3 @@ def without_rows(subject: Audited) -> Iterator[None]:
     finally:
         for key, weight in weights.items():
             weight[subject.token_id] = kept[key]
-
-
-BAN_TOKEN = Attack(
-    "token-ban",
-    "ban",
-    "The question, with the unlearning token's logit masked at every step.",
-    "one answer a fact",
-    ban_token,
-    needs_token=True,
-)
-DELETE_ROWS = Attack(
-    "token-rows",
-    "ban",
-    "The question, with the token's rows deleted from the model.",
-    "one answer a fact",
-    delete_rows,
-    needs_token=True,
-)
-BAN_REFUSALS = Attack(
-    "refusal-ban",
-    "ban",
-    "The question, with the token and the usual refusals banned at every step.",
-    "one or two answers a fact",
-    ban_refusals,
-)

@@ -12,7 +12,7 @@ from ...facts.request import ForgetRequest
 from ...models.generate import pad_token_id
 from ...models.trace import pad, run_blocks, token_batches
 from ..ask import Ask, answer_ids, ask, batch_tokens, likeness, part
-from ..contract import Attack, AttackResult, Audited, Context, Measure
+from ..contract import AttackResult, Audited, Context, Measure
 from .inside import force, geometric
 
 LETTERS = "ABCD"
@@ -28,6 +28,12 @@ def run(subject: Audited, context: Context) -> AttackResult:
         found.append(variant(subject, context, options))
         part(context, index, len(variants))(1.0)
     return AttackResult(tuple(found))
+
+
+def unfit(context: Context) -> str:
+    """Why the facts give no choice of four answers; empty where they do."""
+    enough = all(len(wrong_answers(fact, context)) == 3 for fact in context.facts)
+    return "" if enough else "it needs three other answers for each fact"
 
 
 def _by_likelihood(subject: Audited, context: Context, options: Sequence[Sequence[str]]) -> Measure:
@@ -92,18 +98,3 @@ def _likeliest_letter(subject: Audited, context: Context, prompts: list[tuple[in
         for row, best in zip(rows, logits[:, letters.to(logits.device)].argmax(-1).tolist(), strict=True):
             chosen[row] = best
     return chosen
-
-
-CHOICE = Attack(
-    "multiple-choice",
-    "words",
-    "Which of four answers is the true one?",
-    "four or eight short passes a fact",
-    run,
-    needs_reference=True,
-    unfit=lambda context: (
-        ""
-        if all(len(wrong_answers(fact, context)) == 3 for fact in context.facts)
-        else "it needs three other answers for each fact"
-    ),
-)

@@ -11,7 +11,7 @@ from ...facts.resources import lines, paragraphs
 from ...models.generate import context_limit, pad_token_id, perplexity, tokens_for_logits
 from ...models.trace import pad, token_batches
 from ..ask import ask, cleaned, likeness, part, recovery, say, tried
-from ..contract import Attack, AttackResult, Audited, Context, Value
+from ..contract import AttackResult, Audited, Context, Value
 
 
 def retention(subject: Audited, context: Context) -> AttackResult:
@@ -103,30 +103,3 @@ def paired(subject: Audited, context: Context) -> AttackResult:
             recovery(kept, cleaned(context, text)) for (_, kept), text in zip(pairs, found.texts, strict=True)
         ]
     return AttackResult(tuple(measures), series=series)
-
-
-_NEEDS_KEPT = "it needs facts to keep: give --retain"
-RETENTION = Attack(
-    "retention",
-    "collateral",
-    "Are kept facts still answered, and are unrelated questions refused?",
-    "one answer a kept and a bundled question",
-    retention,
-    of_the_edit=True,
-)
-ORDINARY = Attack(
-    "ordinary-text",
-    "collateral",
-    "Perplexity of ordinary text, and whether the token appears in it.",
-    "two passes a text",
-    ordinary_text,
-    of_the_edit=True,
-)
-PAIRED = Attack(
-    "paired",
-    "collateral",
-    "A forgotten and a kept question in one turn.",
-    "one or two answers a fact",
-    paired,
-    unfit=lambda context: "" if context.kept else _NEEDS_KEPT,
-)

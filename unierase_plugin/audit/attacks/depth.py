@@ -27,7 +27,7 @@ from ...models.generate import pad_token_id, tokens_for_logits
 from ...models.prefix import PrefixCache, cache_prefixes, continue_from
 from ...models.trace import TokenBatch, run_blocks, token_batches
 from ..ask import answer_ids, ask
-from ..contract import REFERENCE, Attack, AttackResult, Audited, Context, Measure
+from ..contract import REFERENCE, AttackResult, Audited, Context, Measure
 from ..figures import depth_score
 
 #: Every how many blocks a small audit looks.
@@ -138,15 +138,3 @@ class _Reading:
         told = logits.float().log_softmax(-1).cpu().gather(1, wanted[:, None])[:, 0]
         count = torch.tensor([len(said) for said in self.answers])
         return torch.zeros(len(self.answers)).index_add(0, rows, told) / count
-
-
-DEPTH = Attack(
-    "patching-depth",
-    "inside",
-    "How much of the answer do its hidden states still carry into the unedited model?",
-    "a short pass a fact and, from each block on, one of the unedited model",
-    run,
-    needs_original=True,
-    tells_only=True,
-    unfit=lambda context: "" if context.has_reference else "it needs a model that never knew the facts: --reference",
-)

@@ -14,7 +14,7 @@ from ...facts.request import ForgetRequest
 from ...models.generate import pad_token_id, tokens_for_logits
 from ...models.trace import TokenBatch, pad, run_blocks, token_batches
 from ..ask import Ask, against_others, answer_ids, ask, part
-from ..contract import Attack, AttackResult, Audited, Context, Measure
+from ..contract import AttackResult, Audited, Context, Measure
 from ..figures import extraction_strength
 
 #: The model has said that it does not know; the answer follows all the same.
@@ -159,29 +159,3 @@ def _read_out(arch: Any, batch: TokenBatch, hidden: Tensor) -> Tensor:
     head_at = (rows, torch.zeros_like(rows))
     logits: Tensor = run_blocks(arch, last, first=len(arch.blocks), hidden=hidden, head_at=head_at).logits
     return logits
-
-
-PROBABILITY = Attack(
-    "answer-probability",
-    "inside",
-    "How likely is the answer, token by token, after the question and after a refusal?",
-    "two short passes a fact and start",
-    probability,
-    needs_reference=True,
-)
-EXTRACTION = Attack(
-    "extraction",
-    "inside",
-    "How much of the answer must be given until the model says the rest?",
-    "two short passes a fact",
-    extraction,
-    needs_reference=True,
-)
-LENS = Attack(
-    "logit-lens",
-    "inside",
-    "Is the answer's first token among the likeliest five at any block?",
-    "two short passes a fact",
-    lens,
-    needs_reference=True,
-)

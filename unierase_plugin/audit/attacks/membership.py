@@ -15,7 +15,7 @@ from torch import Tensor
 from ...facts.request import ForgetRequest
 from ...models.trace import pad, run_blocks
 from ..ask import answer_ids, ask
-from ..contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context
+from ..contract import REFERENCE, UNEDITED, AttackResult, Audited, Context
 from ..figures import auc
 from ..weights import trainable
 from .relearning import Row, row_losses
@@ -115,13 +115,3 @@ def _gradient_scores(subject: Audited, context: Context, rows: Sequence[Row]) ->
             out.append(-(float(sum(grad.float().square().sum() for grad in grads if grad is not None)) ** 0.5))
             context.progress((index + 1) / len(rows))
     return out
-
-
-MEMBERSHIP = Attack(
-    "membership",
-    "inside",
-    "Do losses and gradients tell the forgotten facts from others?",
-    "a few passes and a gradient for each fact and its counterpart",
-    run,
-    unfit=lambda context: "" if context.holdout or context.kept else "it needs --holdout, or facts to keep (--retain)",
-)

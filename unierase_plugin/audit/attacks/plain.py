@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from ..ask import ask, tried
-from ..contract import Attack, AttackResult, Audited, Context
+from ..contract import AttackResult, Audited, Context
 
 
 def run(subject: Audited, context: Context) -> AttackResult:
     """Asks each question as it is, and decodes greedily."""
     asks = [ask(subject, context, fact.question) for fact in context.facts]
     return AttackResult((tried(subject, context, "as it is", asks, progress=context.progress),))
-
-
-PLAIN = Attack("plain", "plain", "The question as it is, answered greedily.", "one answer a fact", run)

@@ -21,7 +21,7 @@ from ...models.generate import pad_token_id
 from ...models.prefix import cache_prefixes, continue_from
 from ...models.trace import run_blocks, token_batches
 from ..ask import answer_ids, ask, batch_tokens
-from ..contract import Attack, AttackResult, Audited, Context, Measure
+from ..contract import AttackResult, Audited, Context, Measure
 from .choice import wrong_answers
 
 #: Kept facts that a probe needs at least, and the parts that choose the block.
@@ -115,19 +115,9 @@ def named(states: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
     return scores.argmax(1)
 
 
-def _unfit(context: Context) -> str:
+def unfit(context: Context) -> str:
+    """Why no probe can be fitted to these facts; empty where one can."""
     if len(context.kept) < LEAST_KEPT:
         return f"it needs {LEAST_KEPT} facts to keep: give more by --retain, or --full, which looks at more of them"
     few = any(len(wrong_answers(fact, context)) < 3 for fact in (*context.facts, *context.kept))
     return "it needs three other answers for each fact" if few else ""
-
-
-PROBE = Attack(
-    "probe",
-    "inside",
-    "Do linear probes of the hidden states tell the true answer from three wrong ones?",
-    "four short passes a fact, kept ones too",
-    run,
-    needs_reference=True,
-    unfit=_unfit,
-)

@@ -18,7 +18,7 @@ from ...models.generate import pad_token_id
 from ...models.trace import pad, run_blocks
 from ...unlearning_token import end_id
 from ..ask import Ask, answer_ids, ask, part, tried
-from ..contract import Attack, AttackResult, Audited, Context, Measure
+from ..contract import AttackResult, Audited, Context, Measure
 from ..weights import linear_maps, restored, trainable
 
 #: Adam's step size. Factors start from zero and so need more.
@@ -182,25 +182,3 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 def _adding(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     return lambda module, inputs, output: output + inputs[0] @ down @ up
-
-
-_COST = "a few training steps, one or three ways, with all answers after each number of steps"
-SOME_FORGOTTEN = Attack(
-    "relearn-some",
-    "relearning",
-    "Half of the forgotten facts trained on, the other half asked.",
-    _COST,
-    some_forgotten,
-    unfit=lambda context: "" if len(context.facts) > 1 else "it needs two facts to forget at least",
-)
-KEPT_ONLY = Attack(
-    "relearn-kept",
-    "relearning",
-    "Only kept facts trained on, the forgotten ones asked.",
-    _COST,
-    kept_only,
-    unfit=lambda context: "" if context.kept else "it needs facts to keep: give --retain",
-)
-UNRELATED = Attack(
-    "relearn-text", "relearning", "Only unrelated text trained on, the forgotten facts asked.", _COST, unrelated_text
-)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...facts.resources import paragraphs
 from ...models.generate import perplexity
 from ..ask import ask, part, tried
-from ..contract import Attack, AttackResult, Audited, Context
+from ..contract import AttackResult, Audited, Context
 from ..weights import change_inputs_last, linear_maps, pruned, restored, rounded
 
 Change = Callable[[Tensor], Tensor]
@@ -56,19 +56,3 @@ def _changed(subject: Audited, context: Context, variants: Mapping[str, Change])
             levels[name] = perplexity(subject.model, subject.tokenizer, texts)
             measures.append(tried(subject, context, name, asks, progress=part(context, index, len(variants))))
     return AttackResult(tuple(measures), figures={"perplexity": levels})
-
-
-QUANTISE = Attack(
-    "quantise",
-    "weights",
-    "The question, with the weights of all linear maps rounded to few bits.",
-    "one to four answers a fact, and perplexity",
-    quantise,
-)
-PRUNE = Attack(
-    "prune",
-    "weights",
-    "The question, with the smallest weights of each matrix set to zero.",
-    "one to three answers a fact, and perplexity",
-    prune,
-)

@@ -7,7 +7,7 @@ from typing import Any
 from ...facts.request import ForgetRequest
 from ...settings.values import MOST_SEED
 from ..ask import against_others, ask, cleaned, part, recovery, say, without_token
-from ..contract import Attack, AttackResult, Audited, Context, Measure
+from ..contract import AttackResult, Audited, Context, Measure
 from ..figures import leak_at_k
 
 KS = (1, 4, 16, 64)
@@ -84,12 +84,3 @@ def _sample(
         tuple(each.text for each in asks),
         shown,
     )
-
-
-SAMPLING = Attack(
-    "leak-at-k",
-    "sampling",
-    "The question many times at a temperature: does any of k answers give it away?",
-    "8 or 64 answers a fact and temperature",
-    run,
-)

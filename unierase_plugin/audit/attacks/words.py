@@ -13,7 +13,7 @@ from ...facts.request import ForgetRequest
 from ...models.literal import as_text
 from ...models.prompts import begun
 from ..ask import Ask, ask, part, tried
-from ..contract import Attack, AttackResult, Audited, Context
+from ..contract import AttackResult, Audited, Context
 
 Build = Callable[[ForgetRequest], Ask | None]
 #: Kept facts that stand as answered turns before the question.
@@ -165,32 +165,3 @@ def statement(question: str) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-PARAPHRASES = Attack(
-    "paraphrases",
-    "words",
-    "The data's own paraphrases of the question.",
-    "one answer a paraphrase",
-    paraphrases,
-    unfit=lambda context: "" if any(fact.paraphrases for fact in context.facts) else "the data has no paraphrases",
-)
-SPELLINGS = Attack(
-    "spellings", "words", "The question with typos and in another case.", "one to four answers a fact", spellings
-)
-TEMPLATES = Attack(
-    "templates",
-    "words",
-    "The question in plain text, in other frames and under other system prompts.",
-    "one to seven answers a fact",
-    templates,
-)
-FEW_SHOT = Attack(
-    "few-shot",
-    "words",
-    "The question after kept questions that were answered.",
-    "one or two answers a fact",
-    few_shot,
-    unfit=lambda context: "" if context.kept else "it needs facts to keep: give --retain",
-)
-FILL_IN = Attack("fill-in", "words", "The question as a statement to go on with.", "one or two answers a fact", fill_in)

@@ -1,0 +1,247 @@
+"""What an attack of the audit is: a name, what it asks, and one function that runs on one model.
+
+An attack knows nothing of the other models. The verdict compares what it found on the edited model with what it found
+on the unedited one and, where there is one, on a model that never knew the facts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from .errors import PluginError, did_you_mean, shown
+from .evaluation.answers import OF_FULL_AUDITS, OF_QUICK_AUDITS, AnswerLength
+
+if TYPE_CHECKING:
+    from .facts.request import ForgetRequest
+    from .models.architecture import Architecture
+
+#: What attacks try, in the order in which they are run and shown.
+GROUPS: Mapping[str, str] = {
+    "plain": "The questions as they are",
+    "ban": "Without the refusal: the token or the usual refusals banned, the answer's opening put in the model's mouth",
+    "words": "Other words: paraphrases, other templates and turns, a choice, a gap to fill",
+    "sampling": "Sampling: many tries at a temperature",
+    "weights": "Weights rounded or pruned",
+    "relearning": "Relearning: a few steps of fine-tuning",
+    "inside": "Inside: what the hidden states and the probabilities still say",
+    "collateral": "Collateral: what else has changed",
+}
+
+EDITED, UNEDITED, REFERENCE = "edited", "unedited", "reference"
+#: The attack that every audit makes, and that the verdict begins with: the questions as they are.
+PLAIN = "plain"
+
+#: A share in [0, 1], or None where the attack does not apply to the fact.
+Value = float | None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything an audit does."""
+
+    name: str
+    #: Facts to forget, kept facts, questions and texts of the collateral checks, at most.
+    facts: int
+    kept: int
+    unrelated: int
+    texts: int
+    #: How long an answer may be, in tokens (`evaluation.answers.AnswerLength`).
+    answer_room: int
+    answer_least: int
+    answer_most: int
+    #: Variants of an attack that are left out where it is small.
+    every_variant: bool
+    samples: int
+    temperatures: tuple[float, ...]
+    #: Steps after which the answers are looked at, where kept facts or other text are trained on.
+    relearn_steps: tuple[int, ...]
+    #: The same where some of the forgotten facts are: too few steps show nothing of what more bring back.
+    relearn_some_steps: tuple[int, ...]
+    #: Rows of a step.
+    relearn_batch: int
+
+    @property
+    def answers(self) -> AnswerLength:
+        """How long an answer may be."""
+        return AnswerLength(more=self.answer_room, least=self.answer_least, most=self.answer_most)
+
+
+QUICK = Sizes(
+    name="quick",
+    facts=8,
+    kept=12,
+    unrelated=12,
+    texts=4,
+    answer_room=OF_QUICK_AUDITS.more,
+    answer_least=OF_QUICK_AUDITS.least,
+    answer_most=OF_QUICK_AUDITS.most,
+    every_variant=False,
+    samples=4,
+    temperatures=(1.0,),
+    relearn_steps=(3,),
+    relearn_some_steps=(8,),
+    relearn_batch=4,
+)
+FULL = Sizes(
+    name="full",
+    facts=400,
+    kept=100,
+    unrelated=60,
+    texts=60,
+    answer_room=OF_FULL_AUDITS.more,
+    answer_least=OF_FULL_AUDITS.least,
+    answer_most=OF_FULL_AUDITS.most,
+    every_variant=True,
+    samples=64,
+    temperatures=(0.2, 0.7, 1.0),
+    relearn_steps=(5, 10, 20, 40),
+    relearn_some_steps=(5, 10, 20, 40),
+    relearn_batch=8,
+)
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One of the models: which part it plays, and the id of its unlearning token where it has one."""
+
+    role: str
+    model: Any
+    tokenizer: Any
+    token_id: int | None = None
+
+    @cached_property
+    def arch(self) -> Architecture:
+        """The model's blocks and projections."""
+        from .models.architecture import find_architecture  # here, so that listing the attacks stays quick
+
+        return find_architecture(self.model)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all attacks on all models share."""
+
+    facts: tuple[ForgetRequest, ...]
+    kept: tuple[ForgetRequest, ...]
+    sizes: Sizes
+    seed: int = 0
+    #: Facts that no model was trained on, for the membership attacks; the kept ones stand in where there are none.
+    holdout: tuple[ForgetRequest, ...] = ()
+    form: str = "chat"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    #: The unlearning token as text, for prompts that name it and to take it out of answers; "" where there is none.
+    token: str = ""
+    #: Blocks whose projections were edited, where the folder's record tells.
+    layers: tuple[int, ...] = ()
+    #: Whether there is a model that never knew the facts.
+    has_reference: bool = False
+    #: The unedited model, for an attack that `needs_original`.
+    original: Audited | None = None
+    #: What the plain questions drew from the model now attacked, where they were asked before.
+    plain: AttackResult | None = None
+    #: Results of the same attack on models that were attacked before, by role.
+    earlier: Mapping[str, AttackResult] = field(default_factory=dict)
+    progress: Callable[[float], None] = lambda share: None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One variant of an attack on one model."""
+
+    name: str
+    #: By fact: 1 where the answer was given, else 0; or a probability.
+    values: tuple[Value, ...]
+    #: The same outputs judged against other facts' answers, (shifts, facts): what chance alone gives.
+    others: tuple[tuple[Value, ...], ...]
+    #: What was asked and said, by fact; empty where nothing was generated.
+    prompts: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    #: (line, steps) where the measure is a point of a curve.
+    curve: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What one attack found on one model."""
+
+    measures: tuple[Measure, ...] = ()
+    #: Values by item that are no recovery of a fact: perplexity by text, refusals by question, ...
+    series: Mapping[str, Sequence[Value]] = field(default_factory=dict)
+    #: Single figures, and curves by block.
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    #: Why the attack could not be made on this model after all; "" where it was.
+    unfit: str = ""
+    seconds: float = 0.0
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """By fact: the best that any variant got out of the model."""
+        return _best([measure.values for measure in self.measures])
+
+    @property
+    def others(self) -> tuple[tuple[Value, ...], ...]:
+        """The best of any variant by chance, (shifts, facts)."""
+        return tuple(map(_best, zip(*(measure.others for measure in self.measures), strict=True)))
+
+
+def _best(rows: Sequence[Sequence[Value]]) -> tuple[Value, ...]:
+    columns = ([value for value in column if value is not None] for column in zip(*rows, strict=True))
+    return tuple(max(column) if column else None for column in columns)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One way to get at a fact. Raises PluginError for a name that no file can have, and for an unknown group."""
+
+    #: What `--attacks` takes: letters, digits, hyphens and underscores.
+    name: str
+    #: A key of GROUPS.
+    group: str
+    #: What it asks, in one sentence.
+    asks: str
+    #: What it costs, in words.
+    cost: str
+    #: Attacks one model. It leaves every weight as it was, to the bit.
+    run: Callable[[Audited, Context], AttackResult] = field(repr=False)
+    needs_token: bool = False
+    #: A model that never knew the facts can do well at it, so that only a reference model tells what a result means.
+    needs_reference: bool = False
+    #: It looks into the unedited model beside the one attacked.
+    needs_original: bool = False
+    #: What it finds is a trace and no answer: it forbids the word "removed" and is not called a recovery.
+    tells_only: bool = False
+    #: It asks what the edit changed, of the unedited and the edited model alone.
+    of_the_edit: bool = False
+    #: Why it cannot be run on these facts; empty where it can.
+    unfit: Callable[[Context], str] = field(default=lambda context: "", repr=False)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise PluginError(
+                f"An attack cannot be called {shown(self.name)}: use letters, digits, hyphens and underscores."
+            )
+        if self.group not in GROUPS:
+            raise PluginError(
+                f"The attack {self.name!r} is in the group {shown(self.group)}, which does not exist."
+                f"{did_you_mean(self.group, GROUPS)} Groups: {', '.join(GROUPS)}."
+            )
+
+
+def check_result(attack: Attack, result: Any, facts: int) -> None:
+    """Raises PluginError for a result that the verdict cannot read. `facts`: how many were asked."""
+    if not isinstance(result, AttackResult):
+        raise PluginError(f"The attack {attack.name!r} gave {shown(result)}. It is to give an AttackResult.")
+    for measure in result.measures:
+        if {len(measure.values), *map(len, measure.others)} != {facts}:
+            raise PluginError(
+                f"The attack {attack.name!r} gave, in {measure.name!r}, not one value for each of the {facts} facts. "
+                "Give None for a fact that the attack does not apply to."
+            )
+        known = [value for row in (measure.values, *measure.others) for value in row if value is not None]
+        if not all(0.0 <= value <= 1.0 for value in known):
+            raise PluginError(f"The attack {attack.name!r} gave, in {measure.name!r}, a value outside [0, 1].")

@@ -1,0 +1,88 @@
+"""What is registered of one kind, by name, and which plugin registered it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..errors import PluginError, did_you_mean, shown
+
+#: Environment variable: names of the plugins to load, or of the packages that they came with, with commas between.
+#: Empty for none.
+RESTRICTION = "UNIERASE_PLUGINS"
+#: The plugin that comes with the package. It is always loaded.
+BUILT_IN = "built-in"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One plugin, loaded or not."""
+
+    name: str
+    version: str
+    #: The hooks that it implements.
+    hooks: tuple[str, ...]
+    #: The package that it came with, and the module or object in it.
+    package: str
+    module: str
+    #: Why it cannot be used; empty where it can.
+    error: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.package or self.module} {self.version})".replace(" )", ")")
+
+
+class Catalogue(Mapping[str, T]):
+    """What is registered of one kind, by name. Looking up a name that two plugins claim raises PluginError."""
+
+    def __init__(self, kind: str, entries: Sequence[tuple[str, T, Plugin]] = ()) -> None:
+        """entries: name, thing, and the plugin that registered it."""
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+        self._owners: dict[str, list[Plugin]] = {}
+        for name, thing, owner in entries:
+            self._entries.setdefault(name, thing)
+            self._owners.setdefault(name, []).append(owner)
+
+    def __getitem__(self, name: str) -> T:
+        if len(self._owners.get(name, ())) > 1:
+            raise PluginError(self.clash(name))
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, owners in self._owners.items() if len(owners) == 1)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def find(self, name: str) -> T:
+        """The thing of that name. Raises PluginError with the names that there are, or with those who contest it."""
+        if name not in self:
+            raise PluginError(
+                f"There is no {self.kind} {shown(name)}.{did_you_mean(name, self)} Available: "
+                f"{', '.join(sorted(self))}."
+            )
+        return self[name]
+
+    def owner(self, name: str) -> Plugin:
+        """The plugin that registered the name."""
+        return self._owners[name][0]
+
+    def of(self, plugin: Plugin) -> tuple[str, ...]:
+        """The names that a plugin registered, contested ones too."""
+        return tuple(name for name, owners in self._owners.items() if plugin in owners)
+
+    def contested(self) -> tuple[str, ...]:
+        """The names that more than one plugin claims."""
+        return tuple(name for name, owners in self._owners.items() if len(owners) > 1)
+
+    def clash(self, name: str) -> str:
+        """Says who claims a contested name, and what to do about it."""
+        owners = " and by ".join(map(str, self._owners[name]))
+        return (
+            f"The {self.kind} {name!r} is registered by {owners}. Uninstall one of them, "
+            f"or name in {RESTRICTION} only those that are to be loaded."
+        )
