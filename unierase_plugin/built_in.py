@@ -10,6 +10,7 @@ from .plugins.hookspecs import Host, Metric, hookimpl
 if TYPE_CHECKING:
     from .attack import Attack
     from .facts.records import Reader
+    from .locate_then_edit.solvers import MakeSolver
     from .methods.contract import Method
 
 
@@ -64,3 +65,12 @@ def register_attacks(register: Callable[[Attack], None]) -> None:
 
     for attack in ATTACKS:
         register(attack)
+
+
+@hookimpl
+def register_solvers(register: Callable[[str, MakeSolver], None]) -> None:
+    """Registers the solvers of MEMIT, AlphaEdit and ROME."""
+    from .locate_then_edit.solvers import SOLVERS
+
+    for name, make in SOLVERS.items():
+        register(name, make)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FACT_TOKENS = ("subject_last", "last")
-SOLVERS = ("ridge", "null_space", "exact")
 PROMPT_FORMS = ("chat", "plain", "bare")
 #: What can be done beyond the paper's method against attacks (docs/explanation/hardening.md); each can be had alone.
 HARDENINGS = ("forms", "paraphrases", "unlikely_answer", "second_refusal", "answer_span")
@@ -273,7 +272,7 @@ class EngineSettings(HyperParams):
     stats_dir: str = ""
 
     # --- solve --------------------------------------------------------------------------------------------------------
-    #: "ridge" (MEMIT), "null_space" (AlphaEdit) or "exact" (ROME).
+    #: "ridge" (MEMIT), "null_space" (AlphaEdit), "exact" (ROME), or the name of a plugin's solver.
     solver: str = "ridge"
     #: lambda: weight of the corpus' second moment against the requests' keys.
     mom2_update_weight: float = 200.0
@@ -418,7 +417,11 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Mapping[Any, int]]:
 
 
 def _validate(hparams: EngineSettings) -> None:
-    for name, choices in (("fact_token", FACT_TOKENS), ("solver", SOLVERS), ("mom2_dtype", ("float32", "float64"))):
+    if not hparams.solver.isidentifier():  # which names there are is known where plugins are
+        raise HyperParamsError(
+            f"solver = {shown(hparams.solver)} is no name of a solver. Give ridge, null_space, exact, or a plugin's."
+        )
+    for name, choices in (("fact_token", FACT_TOKENS), ("mom2_dtype", ("float32", "float64"))):
         value = getattr(hparams, name)
         if value not in choices:
             raise HyperParamsError(f"{name} = {shown(value)} must be one of: {', '.join(choices)}.")

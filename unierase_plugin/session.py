@@ -23,6 +23,7 @@ from .models.literal import tell_special_names
 from .models.loaded import LoadedModel
 from .models.loading import check_stated_blocks, load
 from .models.prompts import PLAIN_FORM, has_chat_template
+from .plugins.registration import check_solver, registry
 from .results import UnlearnResult
 from .settings.values import checked_seed
 from .statistics.corpus import check_corpus_file
@@ -122,6 +123,7 @@ class Session:
             work=work,
             history=self.history,
             progress=progress,
+            solvers=registry().solvers,
         )
 
     def history_after(self, changes: Changes, requests: Sequence[ForgetRequest]) -> History:
@@ -182,7 +184,11 @@ def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Meth
         )
     if options.get("reverse") and "reverse" not in known:
         raise HyperParamsError(f"The method {method.name!r} has no reverse; those that edit have. Leave --reverse out.")
-    return hparams.replace(**{name: value for name, value in options.items() if value is not None and name in known})
+    settings = hparams.replace(
+        **{name: value for name, value in options.items() if value is not None and name in known}
+    )
+    check_solver(settings)
+    return settings
 
 
 def _check_places(settings: HyperParams) -> None:

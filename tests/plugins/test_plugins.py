@@ -40,6 +40,7 @@ HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("register_"))
 HEAD = """
 from unierase_plugin.attack import Attack, AttackResult
 from unierase_plugin import ForgetRequest, hookimpl
+from unierase_plugin.locate_then_edit.solve import Ridge
 from unierase_plugin.hparams import HyperParams
 from unierase_plugin.plugins.hookspecs import Host
 from unierase_plugin.methods.contract import Changes, Method
@@ -64,6 +65,9 @@ def register_hosts(register):
 @hookimpl
 def register_attacks(register):
     register(attack("{name}-attack"))
+@hookimpl
+def register_solvers(register):
+    register("{name}_solver", lambda system: Ridge.of(system.moment()))
 """
 
 
@@ -106,6 +110,7 @@ def test_an_installed_plugin_adds_through_every_hook(install: Install) -> None:
     assert found.metrics["extra_length"]("four") == 4
     assert found.hosts.owner("extra_host") == plugin
     assert found.attacks["extra-attack"].asks == "what it asks"
+    assert found.solvers.owner("extra_solver") == plugin
     assert {"unierase", "extra"} <= set(found.methods)
 
 
@@ -187,13 +192,14 @@ def test_a_broken_plugin_is_named_and_the_rest_works(
     (error,) = [plugin.error for plugin in found.plugins if plugin.error]
     assert reason in error
     assert third_party(found) == ["aleph", "zeta"]
-    for catalogue in (found.methods, found.readers, found.metrics, found.hosts, found.attacks):
+    for catalogue in (found.methods, found.readers, found.metrics, found.hosts, found.attacks, found.solvers):
         assert not [name for name in catalogue if name.startswith("broken")]
         assert len([name for name in catalogue if name.startswith(("aleph", "zeta"))]) == 2
 
 
 ENDS = """
 import sys
+import torch
 def end(*arguments):
     {how}
 @hookimpl
@@ -211,6 +217,13 @@ def register_hosts(register):
 @hookimpl
 def register_attacks(register):
     register(Attack("{name}-attack", "words", "what it asks", "what it costs", end, unfit=end))
+class Rude(Ridge):
+    protecting = lambda self, keys: self
+    solve = condition = error = end
+@hookimpl
+def register_solvers(register):
+    register("{name}_solver", end)
+    register("{name}_solving", lambda system: Rude(torch.eye(2)))
 """
 CALLS: dict[str, Callable[[module.Registry], Any]] = {
     "method": lambda found: found.methods.find("rude").run(None),  # type: ignore[arg-type]
@@ -220,6 +233,8 @@ CALLS: dict[str, Callable[[module.Registry], Any]] = {
     "metric": lambda found: found.metrics["rude_length"]("x"),
     "host": lambda found: found.hosts["rude_host"].register(),
     "attack": lambda found: found.attacks["rude-attack"].run(None, None),  # type: ignore[arg-type]
+    "solver": lambda found: found.solvers["rude_solver"](None),  # type: ignore[arg-type]
+    "solving": lambda found: found.solvers["rude_solving"](None).protecting(None).solve(None, None),  # type: ignore[arg-type]
     "attack's fitness": lambda found: found.attacks["rude-attack"].unfit(None),  # type: ignore[arg-type]
 }
 

@@ -216,7 +216,7 @@ def test_a_value_of_another_type_is_refused_by_name(key: str, given: Any, wanted
     ("key", "given", "choices"),
     [
         ("fact_token", "subject_first", "subject_last, last"),
-        ("solver", "nullspace", "ridge, null_space"),
+        ("solver", "null space", "ridge, null_space"),
         ("mom2_dtype", "float16", "float32, float64"),
         ("prompt_forms", ("chat", "poem"), "chat, plain"),
         ("prompt_forms", (), "chat, plain"),

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import HyperParamsError, PluginError, did_you_mean, shown
 from ..methods.contract import Method
 from ..methods.editing.rome_memit_alphaedit import TARGETS, EditingHyperParams
-from ..plugins.registration import registry
+from ..plugins.registration import check_solver, registry
 from ..storage.inputs import parse_yaml
 
 #: The model as it is, and the model that never saw the facts: rows that every comparison has where it can.
@@ -113,4 +113,6 @@ def settings_of(entry: Entry, model: str, more: Mapping[str, Any] | None = None)
             f"{shown(entry.label)} names a target, which {shown(entry.method)} does not "
             f"have.{did_you_mean('target', known)} Targets are for rome, memit and alphaedit."
         )
-    return chosen.replace(**changes, **{key: value for key, value in (more or {}).items() if key in known})
+    settings = chosen.replace(**changes, **{key: value for key, value in (more or {}).items() if key in known})
+    check_solver(settings)
+    return settings

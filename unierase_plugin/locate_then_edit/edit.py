@@ -15,7 +15,8 @@ from ..hparams import UniEraseHyperParams
 from ..models.architecture import Architecture, stores_input_first
 from .keys import KeyStream
 from .positions import Prompt
-from .solve import Exact, LowRank, NullSpace, Ridge, Solver, protected_directions
+from .solve import LowRank, Solver, protected_directions
+from .solvers import SOLVERS, MakeSolver, System
 from .values import Values
 
 
@@ -57,20 +58,15 @@ def make_solver(
     earlier: Tensor | None = None,
     directions: Callable[[Tensor, float], Tensor] = protected_directions,
     kept: Tensor | None = None,
+    solvers: Mapping[str, MakeSolver] = SOLVERS,
 ) -> Solver:
     """The closed form that the hyper-parameters name, for one block.
 
     corpus, retain: second moments (m, m); earlier: keys (m, p) of edits made before, which the new one is to leave
     alone; directions: gives those that a moment protects, by a threshold; kept: keys (m, q) of what is to be kept,
-    each of which weighs `retain_key_weight` by itself.
+    each of which weighs `retain_key_weight` by itself; solvers: what makes one, by name.
     """
-    if hparams.solver == "null_space":
-        protected = corpus if retain is None else corpus + hparams.retain_update_weight * retain
-        solver: Solver = NullSpace.beside(directions(protected, hparams.nullspace_threshold), hparams.L2)
-    else:
-        moment = hparams.mom2_update_weight * corpus
-        kind = Exact if hparams.solver == "exact" else Ridge
-        solver = kind.of(moment if retain is None else moment + hparams.retain_update_weight * retain)
+    solver = solvers[hparams.solver](System(corpus, retain, hparams, directions))
     for keys, weight in ((earlier, 1.0), (kept, hparams.retain_key_weight)):
         if keys is not None and weight:
             solver = solver.protecting(math.sqrt(weight) * keys)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,25 @@ class LowRank:
     def norm(self) -> float:
         """Frobenius norm of the product, from n x n matrices alone."""
         return float(((self.up.T @ self.up) * (self.down @ self.down.T)).sum().clamp(min=0).sqrt())
+
+
+class Solver(Protocol):
+    """What solves the equations of one block. m is the keys' size, d that of the states, n the number of requests."""
+
+    def protecting(self, keys: Tensor) -> Solver:
+        """The same, with keys (m, p) that the edit is to leave alone: of earlier edits, or of what is to be kept."""
+
+    def solve(self, keys: Tensor, residual: Tensor) -> LowRank:
+        """The update that moves keys (m, n) by the residual (d, n), as far as the solver's own terms let it.
+
+        Raises EditError where the keys are degenerate.
+        """
+
+    def condition(self) -> float:
+        """Condition number of the system, for the report."""
+
+    def error(self, keys: Tensor, update: LowRank) -> float:
+        """How far an update is from solving the solver's own equations, relative to them; for the report."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +184,6 @@ class NullSpace:
         """How far an update is from solving its equations, as for Ridge, with projected keys."""
         inside, rows = self._projected(keys), update.down.to(self.protected)
         return _relative_error(rows, self.rho * rows + (rows @ self.earlier) @ self.earlier.T, inside)
-
-
-Solver = Ridge | NullSpace
 
 
 def protected_directions(second_moment: Tensor, threshold: float) -> Tensor:

@@ -18,6 +18,7 @@ from ..hparams import HyperParams
 if TYPE_CHECKING:
     from ..checkpoint import Originals
     from ..locate_then_edit.edit import WeightEdit
+    from ..locate_then_edit.solvers import MakeSolver
     from ..models.loaded import LoadedModel
     from ..unlearning_token import UnlearningToken
 
@@ -67,6 +68,8 @@ class Job(Generic[H]):
     #: What this method did to the model before, which this run goes on from.
     history: History | None
     progress: Progress
+    #: The solvers that the settings can name, plugins' among them; empty for those of this package.
+    solvers: Mapping[str, MakeSolver] = field(default_factory=dict)
 
     @property
     def model(self) -> Any:

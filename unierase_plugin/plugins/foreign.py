@@ -63,6 +63,40 @@ def guarded_parts(thing: Any, names: tuple[str, ...], what: str) -> Any:
     return copied
 
 
+def guarded_maker(make: Callable[..., Any], methods: tuple[str, ...], what: str) -> Callable[..., Any]:
+    """The function, kept in. So are these methods of what it makes, which has to have them."""
+
+    @functools.wraps(make)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with kept_in(what):
+            made = make(*args, **kwargs)
+        lacking = [name for name in methods if not callable(getattr(made, name, None))]
+        if lacking:
+            raise PluginError(f"{what} made {made!r}, which has no {', '.join(lacking)}. Tell its authors.")
+        return _Guarded(made, methods, what)
+
+    return call
+
+
+class _Guarded:
+    """An object of which some methods are kept in, also where they return another object that has all of them."""
+
+    def __init__(self, thing: Any, methods: tuple[str, ...], what: str) -> None:
+        self._thing, self._methods, self._what = thing, methods, what
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._thing, name)
+        if name not in self._methods:
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = guarded(value, self._what)(*args, **kwargs)
+            like = all(callable(getattr(found, each, None)) for each in self._methods)
+            return _Guarded(found, self._methods, self._what) if like else found
+
+        return call
+
+
 @contextmanager
 def _ctrl_c_noted() -> Iterator[list[int]]:
     """A list that is empty until Ctrl-C is pressed. Signals reach the main thread alone."""

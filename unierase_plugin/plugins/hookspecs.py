@@ -15,6 +15,7 @@ from pluggy import HookimplMarker, HookspecMarker
 if TYPE_CHECKING:
     from ..attack import Attack
     from ..facts.records import Reader
+    from ..locate_then_edit.solvers import MakeSolver
     from ..methods.contract import Method
 
 #: Marker, manager and entry-point group have one name.
@@ -67,4 +68,13 @@ def register_attacks(register: Callable[[Attack], None]) -> None:
 
     `unierase audit` runs them on every model, compares what they find, and names them in the verdict. An attack that
     leaves other weights than it found ends the audit.
+    """
+
+
+@hookspec
+def register_solvers(register: Callable[[str, MakeSolver], None]) -> None:
+    """Closed forms of the edit: `register("damped", make_damped)`, for the setting `solver: damped`.
+
+    The function takes a `System` (`unierase_plugin.locate_then_edit.solvers`), which holds the second moments and the
+    settings of one block. It returns a `Solver` (`unierase_plugin.locate_then_edit.solve`).
     """

@@ -19,13 +19,15 @@ from typing import Any
 from pluggy import PluginManager
 
 from ..attack import Attack
-from ..errors import PluginError, did_you_mean
+from ..errors import HyperParamsError, PluginError, did_you_mean, shown
 from ..facts.records import Reader
+from ..hparams import EngineSettings, HyperParams
+from ..locate_then_edit.solvers import MakeSolver
 from ..methods.contract import Method
 from ..version import __version__
 from . import hookspecs
 from .catalogue import BUILT_IN, RESTRICTION, Catalogue, Plugin
-from .foreign import guarded, guarded_parts, kept_in, quiet
+from .foreign import guarded, guarded_maker, guarded_parts, kept_in, quiet
 from .hookspecs import PROJECT, Host, Metric
 
 logger = logging.getLogger(__name__)
@@ -44,11 +46,26 @@ class Registry:
     metrics: Catalogue[Metric]
     hosts: Catalogue[Host]
     attacks: Catalogue[Attack]
+    solvers: Catalogue[MakeSolver]
 
 
 def registry() -> Registry:
     """Everything that is registered in this process; read once for each value of UNIERASE_PLUGINS."""
     return _registry(os.environ.get(RESTRICTION))
+
+
+def check_solver(settings: HyperParams) -> None:
+    """Raises HyperParamsError where settings name a solver that is not registered, PluginError for a contested one."""
+    if not isinstance(settings, EngineSettings):
+        return
+    known = registry().solvers
+    if settings.solver in known.contested():
+        raise PluginError(known.clash(settings.solver))
+    if settings.solver not in known:
+        raise HyperParamsError(
+            f"solver = {shown(settings.solver)} must be one of: {', '.join(known)}."
+            f"{did_you_mean(settings.solver, known)}"
+        )
 
 
 @functools.cache
@@ -83,6 +100,8 @@ class Hook:
     takes: type[Any] | None = None
     #: Functions of such an object, none of which ends the program.
     functions: tuple[str, ...] = ()
+    #: Methods of what such a function makes, none of which does either.
+    makes: tuple[str, ...] = ()
 
     @property
     def wanted(self) -> str:
@@ -99,6 +118,7 @@ HOOKS: Mapping[str, Hook] = MappingProxyType(
         "register_metrics": Hook("metric"),
         "register_hosts": Hook("host", Host, ("register",)),
         "register_attacks": Hook("attack", Attack, ("run", "unfit")),
+        "register_solvers": Hook("solver", makes=("protecting", "solve", "condition", "error")),
     }
 )
 
@@ -127,16 +147,15 @@ def _load(point: EntryPoint) -> tuple[Plugin, _Entries]:
 
 def _guarded(hook: str, entries: list[tuple[str, Any]], owner: Plugin) -> list[tuple[str, Any]]:
     """What a plugin registered, so that none of its functions ends the program."""
-    what, functions = f"The {HOOKS[hook].kind} {{name!r}} of the plugin {owner}", HOOKS[hook].functions
-    return [
-        (
-            name,
-            guarded_parts(thing, functions, what.format(name=name))
-            if functions
-            else guarded(thing, what.format(name=name)),
-        )
-        for name, thing in entries
-    ]
+    parts = HOOKS[hook]
+
+    def held(name: str, thing: Any) -> Any:
+        what = f"The {parts.kind} {name!r} of the plugin {owner}"
+        if parts.functions:
+            return guarded_parts(thing, parts.functions, what)
+        return guarded_maker(thing, parts.makes, what) if parts.makes else guarded(thing, what)
+
+    return [(name, held(name, thing)) for name, thing in entries]
 
 
 def _register(plugin: Any, described: Plugin) -> tuple[Plugin, _Entries]:

@@ -29,6 +29,7 @@ from ...locate_then_edit.edit import (
 from ...locate_then_edit.positions import locate_kept
 from ...locate_then_edit.protected import KeptPrompt, ProtectedKeys, moved, moved_figures, protected_keys
 from ...locate_then_edit.solve import Ridge, Solver, protected_directions
+from ...locate_then_edit.solvers import SOLVERS
 from ...locate_then_edit.targets import context_texts, forms_of, targets_a_request
 from ...locate_then_edit.values import Values, ValueTarget, optimise_values
 from ...models.architecture import Architecture, find_architecture
@@ -470,6 +471,7 @@ class Editing(Phases):
                 # That of the corpus alone serves other runs as well.
                 self._kept_directions if retain is None else protected_directions,
                 kept=protected.keys[layer] if protected else None,
+                solvers=self.job.solvers or SOLVERS,
             )
             for layer in self.hparams.layers
         }
