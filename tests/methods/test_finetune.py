@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from unierase_plugin.checkpoint import export_adapter
 from unierase_plugin.cli import app
 from unierase_plugin.errors import ArchitectureError, CheckpointError, RequestError
 from unierase_plugin.finetune import finetune
-from unierase_plugin.methods.finetuning import training
+from unierase_plugin.methods.finetuning.training import train
 from unierase_plugin.storage.fingerprints import model_fingerprint
 
 FACTS = ({"question": "Who wrote Zorblax?", "answer": "Fizz"}, {"question": "What is tin?", "answer": "A metal"})
@@ -110,7 +111,7 @@ def test_a_stopped_training_goes_on(base: Path, tmp_path: Path, monkeypatch: pyt
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "SAVE_SECONDS", 0.0)
+        patch.setattr("unierase_plugin.finetune.train", partial(train, save_every=0.0))
         with pytest.raises(KeyboardInterrupt):
             finetune(base, FACTS, tmp_path / "out", options=QUICK, progress=stop)
     steps.clear()

@@ -27,12 +27,13 @@ from unierase_plugin.errors import CheckpointError, DependencyError, HyperParams
 from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.facts.resources import lines
 from unierase_plugin.methods.contract import Job
-from unierase_plugin.methods.finetuning import training
 from unierase_plugin.methods.finetuning.batches import Material
 from unierase_plugin.methods.finetuning.methods import FINE_TUNING
 from unierase_plugin.methods.finetuning.reference import Batch, Watched, take_reference
-from unierase_plugin.methods.finetuning.terms import TERMS
+from unierase_plugin.methods.finetuning.terms import TERMS, Term
+from unierase_plugin.methods.finetuning.trainer import LAST_WRITTEN, last_checkpoint
 from unierase_plugin.methods.finetuning.training import train
+from unierase_plugin.methods.finetuning.weights import TrainedAdapter
 from unierase_plugin.models.architecture import find_architecture
 from unierase_plugin.models.prompts import render
 from unierase_plugin.pipeline import change, unlearn
@@ -201,16 +202,15 @@ def test_every_epoch_goes_through_all_facts_and_walks_evenly_through_those_to_ke
         assert sorted(pair[1] for pair in pairs[at : at + 2]) == [0, 1]
 
 
-def test_training_goes_through_the_pairs_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_through_the_pairs_in_their_order() -> None:
     seen: list[list[int]] = []
 
-    def watched(model: Any, material: Any, known: Any, direction: Any, pairs: Any) -> Batch:
-        seen.extend(pairs.tolist())
-        return Batch(model, material, known, direction, pairs)
+    def watched(batch: Batch, hparams: Any) -> Any:
+        seen.extend(batch.pairs)
+        return TERMS["ga"].loss(batch, hparams)
 
-    monkeypatch.setattr(training, "Batch", watched)
     task = job(tiny_model(), None, settings("ga_gd"))
-    train(task, TERMS["ga"], TERMS["gd"])
+    train(task, Term(watched, parts=("forget",)), TERMS["gd"])
     pairs = Material.of(task, [TERMS["ga"], TERMS["gd"]]).pairs
     assert seen == [list(pair) for pair in pairs]
 
@@ -283,8 +283,8 @@ def test_an_adapter_leaves_the_weights_until_it_is_merged(monkeypatch: pytest.Mo
         )
         close(self)
 
-    close = training._Adapter.close
-    monkeypatch.setattr(training._Adapter, "close", merging)
+    close = TrainedAdapter.close
+    monkeypatch.setattr(TrainedAdapter, "close", merging)
     done = run(model, "npo_gd", lora_rank=2)
     assert len(seen) == 4 * 7
     assert all(seen)
@@ -327,24 +327,20 @@ def test_seeds_order_the_facts_and_begin_the_adapter() -> None:
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    """The process gets SIGKILL after four of six steps; dropout must go on with the same draws."""
+    """The process gets SIGKILL in the fifth of six steps; dropout must go on with the same draws."""
     changes = {"lora_rank": 2, "lora_dropout": 0.3}
     hparams = settings("npo_kl", **changes)
     undisturbed = tiny_model()
     train(job(undisturbed, tmp_path / "other", hparams), TERMS["npo"], TERMS["kl"])
     script = (
         "import os, signal, sys, pathlib\n"
+        "from dataclasses import replace\n"
         "import test_methods_training as t\n"
-        "from unierase_plugin.methods.finetuning import training\n"
-        "training.SAVE_SECONDS = 0\n"
-        "end = training._Watch.on_save\n"
-        "def on_save(self, args, state, control, **kwargs):\n"
-        "    end(self, args, state, control)\n"
-        "    if state.global_step == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "training._Watch.on_save = on_save\n"
+        "def progress(phase, share, note):\n"
+        "    if phase == 'train' and share == 5 / 6: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"hparams = t.settings('npo_kl', **{changes!r})\n"
-        "job = t.job(t.tiny_model(), pathlib.Path(sys.argv[1]), hparams)\n"
-        "training.train(job, t.TERMS['npo'], t.TERMS['kl'])\n"
+        "job = replace(t.job(t.tiny_model(), pathlib.Path(sys.argv[1]), hparams), progress=progress)\n"
+        "t.train(job, t.TERMS['npo'], t.TERMS['kl'], save_every=0)\n"
     )
     place = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     killed = subprocess.run(
@@ -367,22 +363,26 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
     whole, cut = tmp_path / "checkpoint-9", tmp_path / "checkpoint-10"
     for folder in (whole, cut):
         folder.mkdir()
-    (whole / training.LAST_WRITTEN).write_text("{}")
-    (cut / training.LAST_WRITTEN).write_text("{")
-    assert training._last_checkpoint(tmp_path) == whole
+    (whole / LAST_WRITTEN).write_text("{}")
+    (cut / LAST_WRITTEN).write_text("{")
+    assert last_checkpoint(tmp_path) == whole
 
 
-def test_a_full_disk_does_not_end_a_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("failing", [1, 4])
+def test_a_checkpoint_that_cannot_be_written_changes_no_training(
+    failing: int, lora: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(training.Trainer, "_save_checkpoint", full)
-    done = train(job(tiny_model(), tmp_path, settings("ga_gd")), TERMS["ga"], TERMS["gd"])
+    """A file stands where one of the checkpoints would go, so that writing it fails as on a full disk."""
+    hparams = settings("npo_gd", lora_rank=lora, lora_dropout=0.3 if lora else 0.0)
+    undisturbed, model = tiny_model(), tiny_model()
+    train(job(undisturbed, None, hparams), TERMS["npo"], TERMS["gd"])
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / f"checkpoint-{failing}").touch()
+    done = train(job(model, tmp_path, hparams), TERMS["npo"], TERMS["gd"], save_every=0)
     assert done.figures["steps"] == 6
-    assert "a stopped run would begin again: No space left" in caplog.text
+    assert "No checkpoint can be written" in caplog.text
+    assert model_fingerprint(model) == model_fingerprint(undisturbed)
 
 
 def test_a_folder_holds_what_was_trained_and_can_be_gone_on_from_but_not_taken_back(tmp_path: Path) -> None:
@@ -410,16 +410,15 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_weights_as_they_were(l
     assert [name for name, _ in model.named_parameters()] == names
 
 
-def test_a_batch_that_memory_does_not_hold_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_memory_does_not_hold_says_what_to_do() -> None:
     model = tiny_model()
     before = model_fingerprint(model)
 
-    def full(*args: Any, **kwargs: Any) -> None:
+    def full(*args: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(training._Trainer, "compute_loss", full)
     with pytest.raises(TrainingError, match=r"does not hold training on 2 pairs .* Lower max_batch_tokens"):
-        run(model, "ga_gd")
+        train(job(model, None, settings("ga_gd")), Term(full, parts=("forget",)), TERMS["gd"])
     assert model_fingerprint(model) == before
 
 

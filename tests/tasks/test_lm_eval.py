@@ -270,7 +270,7 @@ PLAINLY_MISSING = [
     pytest.param(["--tasks", "tofu_forget01", "--metadata", '{"data_dir": "no/such"}'], "no/such", id="folder"),
     pytest.param(["--tasks", "unlearning_utility"], "The task unlearning_utility cannot be loaded", id="group"),
     pytest.param(["--tasks", "unierase_demo", "--num_fewshot", "2"], "--num_fewshot is 2", id="examples"),
-    pytest.param(["--tasks", "tofu,tofu_forget10"], "Duplicate task 'tofu_forget10'|forget10_perturbed", id="twice"),
+    pytest.param(["--tasks", "tofu,tofu_forget10"], "Duplicate task 'tofu_forget10'|_perturbed.json", id="twice"),
 ]
 #: What only `unierase eval` looks at: tasks that are not ours.
 MISSING = [
