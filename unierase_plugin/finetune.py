@@ -104,9 +104,9 @@ def finetune(
             )
         check_room(folder, weights_size(model, dtype))
         progress("load", 0.0, os.fspath(model))
-        loaded, tokenizer = load(model, device or getattr(settings, "device", ""), dtype)
+        loaded, tokenizer = load(model, device or settings.device, dtype)
         progress("load", 1.0, os.fspath(model))
-        check_chat_template(tokenizer, settings.as_dict().get("chat_template_kwargs"))
+        check_chat_template(tokenizer, settings.chat_template_kwargs)
         tell_special_names(tokenizer, requests)
         job = _job(os.fspath(model), loaded, tokenizer, requests, settings, folder, progress)
         check_trainable(job, TERMS["learn"], None)
@@ -142,7 +142,6 @@ def _job(
         requests=requests,
         retain=(),
         hparams=hparams,
-        seed=hparams.seed,
         work=files.work_folder(folder, key).root,
         history=None,
         progress=progress,

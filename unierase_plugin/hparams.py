@@ -46,16 +46,30 @@ REMOVED: Mapping[str, Any] = {"remove": True, "retain_neighbours": 6}
 
 @dataclass(frozen=True)
 class HyperParams:
-    """Base of a method's settings: a frozen dataclass whose fields all have defaults.
+    """Base of a method's settings: a frozen dataclass whose fields all have defaults. These fields every method has.
 
-    Values are turned into the declared types (str, int, float, bool, dict, tuple[...]); what does not fit, and a key
-    that is no field, raises HyperParamsError.
+    Values are turned into the declared types (str, int, float, bool, dict, tuple[...]). A value that does not fit, and
+    a key that is no field, raise HyperParamsError.
     """
+
+    #: Folder or hub id of the model that the file was made for. A model given on the command line wins.
+    model_name: str = ""
+    #: Forms of the question: through the chat template, as "Question: ... Answer:", or the bare text. The first one is
+    #: how the model is asked before and after.
+    prompt_forms: tuple[str, ...] = ("chat",)
+    #: Extra arguments of the tokenizer's chat template, for example {enable_thinking: false}.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    #: Where the model is loaded; empty for a GPU where there is one.
+    device: str = ""
+    #: Tokens of one batch at most; 0 chooses by device.
+    max_batch_tokens: int = 0
+    #: Of everything random.
+    seed: int = 0
 
     #: Folder under `hparams/` where this package ships files for the class; empty for none.
     folder: ClassVar[str] = ""
     #: Ranges of numbers by name, beside those of the classes that this one derives from.
-    ranges: ClassVar[Mapping[str, Range]] = {}
+    ranges: ClassVar[Mapping[str, Range]] = {"max_batch_tokens": weight(2**40)}
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -66,8 +80,13 @@ class HyperParams:
 
     def check(self) -> None:
         """Raises HyperParamsError for a value out of its range; called once the types are right."""
-        checked_seed(getattr(self, "seed", 0))
-        checked_template_arguments(getattr(self, "chat_template_kwargs", {}))
+        checked_seed(self.seed)
+        checked_template_arguments(self.chat_template_kwargs)
+        unknown = [form for form in self.prompt_forms if form not in PROMPT_FORMS]
+        if unknown or not self.prompt_forms:
+            raise HyperParamsError(
+                f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
+            )
         for name, allowed in self.all_ranges().items():
             allowed.check(name, getattr(self, name))
         self.validate()
@@ -126,7 +145,7 @@ class HyperParams:
         wanted = Path(model).name.casefold()
         for path in shipped_hparams(cls.folder).values():
             found = cls.from_hparams(path)
-            if Path(getattr(found, "model_name", "")).name.casefold() == wanted:
+            if Path(found.model_name).name.casefold() == wanted:
                 return found
         return cls()
 
@@ -144,7 +163,21 @@ class HyperParams:
 
 
 @dataclass(frozen=True)
-class RemovalSettings(HyperParams):
+class EditSettings(HyperParams):
+    """What every method has that changes MLP output projections in closed form."""
+
+    #: Questions around each request that the model is asked, and that join what is to be kept with its answers: how
+    #: many at most; 0 for none (docs/explanation/precision.md).
+    retain_neighbours: int = 0
+    #: Module templates, found by looking when empty.
+    rewrite_module_tmp: str = ""
+    layer_module_tmp: str = ""
+
+    ranges: ClassVar[Mapping[str, Range]] = {"retain_neighbours": weight(1e4)}
+
+
+@dataclass(frozen=True)
+class RemovalSettings(EditSettings):
     """What shapes a removal (docs/explanation/removal.md), by itself or before an edit. Blocks count from 0."""
 
     #: Passes of distillation: each is one forward and one backward over the facts, and a ridge solve a block.
@@ -210,21 +243,15 @@ class RemovalSettings(HyperParams):
 
 
 @dataclass(frozen=True)
-class EngineSettings(HyperParams):
+class EngineSettings(EditSettings):
     """Everything that shapes an edit of the engine, and nothing that does not. Steps are optimiser steps."""
 
     # --- where -------------------------------------------------------------------------------------------------------
     alg_name: str = "UniErase"
-    #: Folder or hub id of the model that the file was made for. A model given on the command line wins.
-    model_name: str = ""
     #: Blocks to edit, ascending, counted from 0; the last one is where the value is optimised.
     layers: tuple[int, ...] = ()
     #: Which token of the prompt carries the edit: the subject's last one, or the prompt's last.
     fact_token: str = "subject_last"
-    #: Forms of the question that are edited: through the chat template, as "Question: ... Answer:", or the bare text.
-    prompt_forms: tuple[str, ...] = ("chat",)
-    #: Extra arguments of the tokenizer's chat template, for example {enable_thinking: false}.
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     #: [length in tokens, how many] of the texts put before a prompt, generated by the model (MEMIT, section 4.3).
     context_template_length_params: tuple[tuple[int, int], ...] = ()
 
@@ -281,9 +308,6 @@ class EngineSettings(HyperParams):
     #: Weight of each single key of what is to be kept, at the positions where an edit would act on it, against one
     #: request's key; 0 leaves them to the moment.
     retain_key_weight: float = 0.0
-    #: Questions around each request that the model is asked, and that join what is to be kept with its answers: how
-    #: many at most; 0 for none.
-    retain_neighbours: int = 0
     #: Null space: eigenvalues of C below this share of the largest one span the free directions.
     nullspace_threshold: float = 2e-2
     #: Null space: ridge term rho.
@@ -307,16 +331,6 @@ class EngineSettings(HyperParams):
     token_noise: float = 1.0
     #: Whether the "I don't know" sentence is closed by the token again, as in the paper's objective.
     token_closes_answer: bool = False
-
-    # --- the machine --------------------------------------------------------------------------------------------------
-    device: str = ""
-    #: Tokens of one batch at most; 0 chooses by device.
-    max_batch_tokens: int = 0
-    seed: int = 0
-
-    # --- module templates, found by looking when empty ----------------------------------------------------------------
-    rewrite_module_tmp: str = ""
-    layer_module_tmp: str = ""
 
     # --- read by EasyEdit alone (hosts/easyedit.py) -------------------------------------------------------------------
     #: Requests of one edit in `batch_edit`; `edit` wants 1.
@@ -347,7 +361,6 @@ class EngineSettings(HyperParams):
         "mom2_update_weight": Range(1e-9, 1e12),
         "retain_update_weight": weight(),
         "retain_key_weight": weight(),
-        "retain_neighbours": weight(1e4),
         "nullspace_threshold": Range(0, 1, above=True, below=True),
         "L2": Range(1e-12, 1e12),
         "token_num_steps": positive(1e6),
@@ -357,7 +370,6 @@ class EngineSettings(HyperParams):
         "token_guard_margin": weight(1e3),
         "token_guard_weight": weight(1e6),
         "token_noise": weight(1e3),
-        "max_batch_tokens": weight(2**40),
         "batch_size": positive(1e9),
         "max_length": positive(1e7),
     }
@@ -425,11 +437,6 @@ def _validate(hparams: EngineSettings) -> None:
         value = getattr(hparams, name)
         if value not in choices:
             raise HyperParamsError(f"{name} = {shown(value)} must be one of: {', '.join(choices)}.")
-    unknown = [form for form in hparams.prompt_forms if form not in PROMPT_FORMS]
-    if unknown or not hparams.prompt_forms:
-        raise HyperParamsError(
-            f"prompt_forms = {shown(list(hparams.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
-        )
     strange = [name for name in hparams.harden if name not in HARDENINGS]
     if strange:
         raise HyperParamsError(

@@ -32,7 +32,7 @@ from .facts.request import (
     with_subjects,
 )
 from .facts.resources import lines, paragraphs
-from .hparams import HARDENED, PROMPT_FORMS, REMOVED, HyperParams, UniEraseHyperParams
+from .hparams import HARDENED, REMOVED, EngineSettings, HyperParams, UniEraseHyperParams
 from .methods.contract import Changes, History, Method, Progress
 from .methods.editing.engine import corpus_of
 from .methods.editing.unierase import UNIERASE
@@ -287,7 +287,7 @@ class _Run(Phases):
             session.loaded.fingerprint,
             session.loaded.tokenizer_fingerprint,
             hparams.as_dict(),
-            session.seed,
+            hparams.seed,
             _plain(requests),
             _plain(retain),
             [judged],
@@ -299,9 +299,9 @@ class _Run(Phases):
         self.job = session.job(requests, retain, self.work.root if self.work else None, progress)
         self.secret = digest("answers", _plain(requests), _plain(retain))
         self.judged, self.judged_forget = (*requests[:judged], *retain[:judged]), len(requests[:judged])
-        form = getattr(hparams, "prompt_forms", PROMPT_FORMS)[0]
+        form = hparams.prompt_forms[0]
         self.form = "plain" if form == "chat" and not has_chat_template(self.tokenizer) else form
-        self.template_kwargs: dict[str, Any] = getattr(hparams, "chat_template_kwargs", {})
+        self.template_kwargs: dict[str, Any] = hparams.chat_template_kwargs
 
     def unlearn(self) -> UnlearnResult:
         job = self.job
@@ -386,7 +386,6 @@ class _Run(Phases):
     def save(self, result: UnlearnResult, place: files.OutputFolder, keep_requests: bool) -> None:
         job, changes, folder = self.job, result.changes, place.path
         job.progress("save", 0.0, str(folder))
-        settings = job.hparams.as_dict()
         files.save_checkpoint(
             place,
             model=result.model,
@@ -395,8 +394,7 @@ class _Run(Phases):
             edit=changes.edit,
             originals=changes.originals,
             requests=job.requests,
-            # A seed belongs into the record also where the method's settings have none.
-            hparams=job.hparams if "seed" in settings else {**settings, "seed": job.seed},
+            hparams=job.hparams,
             manifest_extra={
                 "method": self.method.name,
                 "model": job.name,
@@ -460,7 +458,8 @@ class _Run(Phases):
     def _judged(self, before: Sequence[str], after: Sequence[str]) -> list[Outcome]:
         ends = [text for text in (self.tokenizer.eos_token, self.tokenizer.pad_token) if text]
         # Where a method has no token, no answer begins with it.
-        token = getattr(self.job.hparams, "unlearning_token", UniEraseHyperParams.unlearning_token)
+        hparams = self.job.hparams
+        token = (hparams if isinstance(hparams, EngineSettings) else UniEraseHyperParams).unlearning_token
         return [
             judge(fact, old, new, token=token, ends=ends, phrases=lines("idk_phrases"))
             for fact, old, new in zip(self.judged, before, after, strict=True)

@@ -15,7 +15,7 @@ from typing import Any
 from .checkpoint import Checkpoint, examine, is_edited
 from .errors import CheckpointError, HyperParamsError, UniEraseError
 from .facts.request import ForgetRequest, check_not_forgotten, one_spelling
-from .hparams import PROMPT_FORMS, HyperParams, UniEraseHyperParams
+from .hparams import EngineSettings, HyperParams, UniEraseHyperParams
 from .methods.contract import Changes, History, Job, Method, Progress
 from .models.architecture import refuse_unfit
 from .models.chat_templates import check_chat_template
@@ -39,8 +39,6 @@ class Session:
     method: Method[Any]
     loaded: LoadedModel
     hparams: HyperParams
-    #: Of everything random.
-    seed: int
     #: What the folder holds that the model was loaded from, where it was edited before.
     record: Checkpoint | None
     #: Edits that earlier calls already applied to this model.
@@ -63,8 +61,7 @@ class Session:
 
         Raises a UniEraseError for a model, settings or a record that do not go together; nothing was changed then.
         """
-        seed = options.get("seed")
-        checked_seed(seed or 0)
+        checked_seed(options.get("seed") or 0)
         record, history = None, None
         if isinstance(model, UnlearnResult):
             _check_same_method(model, method)
@@ -77,7 +74,7 @@ class Session:
             _check_places(settings)
             record = _earlier_record(name, method)
             check_stated_blocks(name, settings)
-            model, tokenizer = load(name, device or getattr(settings, "device", ""), dtype)
+            model, tokenizer = load(name, device or settings.device, dtype)
             history = _edits_of(record)
         else:
             _check_loaded(model, tokenizer, device or dtype)
@@ -85,15 +82,13 @@ class Session:
             settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
         settings = method.settle(model, settings)
         _tell_form(name, tokenizer, settings)
-        check_chat_template(tokenizer, getattr(settings, "chat_template_kwargs", None))
-        room = options.get("max_batch_tokens") or getattr(settings, "max_batch_tokens", 0) or 0
-        loaded = LoadedModel.of(model, tokenizer, name, room)
+        check_chat_template(tokenizer, settings.chat_template_kwargs)
+        loaded = LoadedModel.of(model, tokenizer, name, settings.max_batch_tokens)
         _check_unchanged(loaded.saved_fingerprint, record, name)
         return cls(
             method=method,
             loaded=loaded,
             hparams=settings,
-            seed=getattr(settings, "seed", 0) if seed is None else seed,
             record=record,
             history=history,
         )
@@ -112,14 +107,13 @@ class Session:
         told   the caller has said which facts have names of special tokens in their texts
         """
         if not told:
-            names = [getattr(self.hparams, "unlearning_token", "")]
+            names = [self.hparams.unlearning_token] if isinstance(self.hparams, EngineSettings) else []
             tell_special_names(self.loaded.tokenizer, (*requests, *retain), names)
         return Job(
             loaded=self.loaded,
             requests=requests,
             retain=retain,
             hparams=self.hparams,
-            seed=self.seed,
             work=work,
             history=self.history,
             progress=progress,
@@ -171,7 +165,7 @@ def choose_hparams(
 
 
 def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Method[Any]) -> HyperParams:
-    """Options in the place of settings of their name; the seed and the size of a batch need not be settings."""
+    """Options in the place of settings of their name."""
     known = hparams.as_dict()
     if options.get("mom2_dataset") is not None and "mom2_dataset" not in known:
         raise HyperParamsError(f"The method {method.name!r} reads no corpus. Leave corpus (--corpus) out.")
@@ -193,7 +187,7 @@ def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Meth
 
 def _check_places(settings: HyperParams) -> None:
     """Raises a UniEraseError for a cache or a corpus that cannot be used, before the model is loaded."""
-    if hasattr(settings, "stats_dir"):
+    if isinstance(settings, EngineSettings):
         cache_folder(settings.stats_dir)
     if hasattr(settings, "mom2_dataset"):
         check_corpus_file(settings.mom2_dataset, getattr(settings, "mom2_n_samples", 1))
@@ -237,7 +231,7 @@ def _check_loaded(model: Any, tokenizer: Any, placement: str) -> None:
 
 
 def _tell_form(name: str, tokenizer: Any, hparams: HyperParams) -> None:
-    if "chat" in getattr(hparams, "prompt_forms", PROMPT_FORMS) and not has_chat_template(tokenizer):
+    if "chat" in hparams.prompt_forms and not has_chat_template(tokenizer):
         logger.warning(
             "%s has no chat template: questions are edited and asked as %r. A chat model needs its chat_template.",
             name,

@@ -83,11 +83,11 @@ def test_the_page_on_reports_has_the_type_of_every_figure(record: Path) -> None:
     assert [(key, value) for key, value in found if not isinstance(value, typed[key])] == []
 
 
-def test_the_page_on_hyper_parameters_has_every_field_in_order_with_its_default() -> None:
+def test_the_page_on_hyper_parameters_has_every_field_once_with_its_default() -> None:
     defaults = UniEraseHyperParams().as_dict()
     given = {name: "" if default == "empty" else yaml.safe_load(default) for name, default, _ in rows("hparams.md", "")}
     wanted = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    assert list(given) == [spec.name for spec in dataclasses.fields(UniEraseHyperParams)]
+    assert sorted(given) == sorted(spec.name for spec in dataclasses.fields(UniEraseHyperParams))
     assert given == wanted
 
 

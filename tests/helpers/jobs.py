@@ -28,7 +28,6 @@ def job_of(
         requests=requests,
         retain=retain,
         hparams=hparams,
-        seed=0,
         work=work,
         history=None,
         progress=lambda phase, share, note: None,

@@ -438,7 +438,7 @@ def test_a_method_gets_the_job_and_the_folder_gets_the_record(base: Path, tmp_pa
         progress=lambda phase, share, note: phases.append(phase),
     )
     (job,) = jobs
-    assert job.hparams == Noise(size=0.25)
+    assert job.hparams == Noise(size=0.25, seed=3, max_batch_tokens=77)
     assert (job.seed, job.max_tokens, job.name, job.history) == (3, 77, str(base), None)
     assert [fact.question for fact in job.requests] == [fact["question"] for fact in FORGET]
     assert [fact.answer for fact in job.retain] == ["Hats"]

@@ -11,7 +11,7 @@ import pytest
 from families import FAMILIES
 
 from unierase_plugin.errors import HyperParamsError
-from unierase_plugin.hparams import UniEraseHyperParams, find_hparams, read_yaml, shipped_hparams
+from unierase_plugin.hparams import HyperParams, UniEraseHyperParams, find_hparams, read_yaml, shipped_hparams
 
 KEYS = [spec.name for spec in dataclasses.fields(UniEraseHyperParams)]
 SHIPPED = shipped_hparams()
@@ -72,10 +72,15 @@ def test_a_shipped_file_loads_by_name_and_by_path(stem: str) -> None:
     assert "/" in hparams.model_name
 
 
-def test_a_shipped_file_holds_only_what_differs_from_the_defaults_in_the_dataclass_order(stem: str) -> None:
+def test_a_shipped_file_holds_only_what_differs_from_the_defaults_in_one_order(stem: str) -> None:
     hparams, defaults = UniEraseHyperParams.from_hparams(stem).as_dict(), UniEraseHyperParams().as_dict()
     named = ("alg_name", "model_name")
-    assert list(read_yaml(SHIPPED[stem])) == [key for key in KEYS if key in named or hparams[key] != defaults[key]]
+    shared = {spec.name for spec in dataclasses.fields(HyperParams)}
+    differs = [key for key in KEYS if key not in named and hparams[key] != defaults[key]]
+    given = list(read_yaml(SHIPPED[stem]))
+    assert sorted(given) == sorted([*named, *differs])
+    assert given[:2] == list(named)
+    assert [key for key in given[2:] if key not in shared] == [key for key in differs if key not in shared]
 
 
 def test_every_key_of_a_shipped_file_has_its_own_comment(stem: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..facts.request import ForgetRequest
+from ..hparams import HyperParams
 from ..locate_then_edit.edit import WeightEdit
 from ..locate_then_edit.targets import forms_of
 from ..models.stored_dtype import as_stored, stored_dtype
@@ -47,7 +48,7 @@ def save_checkpoint(
     edit: WeightEdit | None,
     originals: Originals | None,
     requests: Sequence[ForgetRequest],
-    hparams: Any,
+    hparams: HyperParams,
     manifest_extra: Mapping[str, Any],
     report: Mapping[str, Any],
     overwrite: bool = False,
@@ -72,7 +73,7 @@ def save_checkpoint(
             model, tokenizer, token, kept, requests, hparams, manifest_extra, edit, earlier, step_inputs
         )
         size = bytes_of(model.parameters())
-    forms = forms_of(tokenizer, hparams) if hasattr(hparams, "prompt_forms") else ()
+    forms = forms_of(tokenizer, hparams)
     added = _ledger(requests, len(manifest["steps"]), manifest["salt"], forms, edit, keep_requests)
     lines = [*(earlier.ledger if earlier else ()), *added]
     checkpoint = Checkpoint(manifest, token, edits, kept, lines, report, earlier.reports if earlier else {})
@@ -128,13 +129,13 @@ def _manifest(
     token: UnlearningToken | None,
     originals: Originals | None,
     requests: Sequence[ForgetRequest],
-    hparams: Any,
+    hparams: HyperParams,
     extra: Mapping[str, Any],
     edit: WeightEdit | None,
     earlier: Checkpoint | None,
     step_inputs: Sequence[Any],
 ) -> dict[str, Any]:
-    settings = plain(hparams.as_dict() if hasattr(hparams, "as_dict") else hparams)
+    settings = plain(hparams.as_dict())
     layers = list(edit.layers) if edit else []
     after = model_fingerprint(model)
     # Against a search for a hash seen elsewhere; who holds the folder can still test a guess.

@@ -80,12 +80,8 @@ class EasyEditSettings(HyperParams):
 
     #: The content of EasyEdit's YAML file; device, stats_dir and P_loc of it are not used.
     values: dict[str, Any] = field(default_factory=dict)
-    #: The first is the form of the question that is edited.
-    prompt_forms: tuple[str, ...] = ("chat",)
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     #: Corpus of the second moment, as for our own methods; empty for EasyEdit's, which is fetched from the hub.
     mom2_dataset: str = ""
-    seed: int = 0
 
     @classmethod
     def from_hparams(cls, name_or_path: str | Path) -> Self:

@@ -11,7 +11,7 @@ import torch
 from ..errors import RequestError
 from ..evaluation.metrics import SHORT_ANSWER_WORDS, is_short
 from ..facts.request import NO_ANSWER, ForgetRequest, one_spelling
-from ..hparams import PROMPT_FORMS, UniEraseHyperParams
+from ..hparams import PROMPT_FORMS, EngineSettings, HyperParams, UniEraseHyperParams
 from ..models.generate import generate
 from ..models.literal import as_text, literal_ids
 from ..models.prompts import answer_text, begun, has_chat_template
@@ -43,13 +43,10 @@ def context_texts(model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]]
     return tuple(texts)
 
 
-def forms_of(tokenizer: Any, hparams: Any) -> tuple[str, ...]:
-    """The prompt forms that this tokenizer can write: plain in the place of chat where it has no chat template.
-
-    hparams may be those of any method that has prompt_forms, whether it can be hardened or not.
-    """
-    forms: tuple[str, ...] = hparams.prompt_forms
-    if "forms" in getattr(hparams, "harden", ()):
+def forms_of(tokenizer: Any, hparams: HyperParams) -> tuple[str, ...]:
+    """The prompt forms that this tokenizer can write: plain in the place of chat where it has no chat template."""
+    forms = hparams.prompt_forms
+    if isinstance(hparams, EngineSettings) and "forms" in hparams.harden:
         forms = tuple(dict.fromkeys((*forms, *PROMPT_FORMS)))
     if has_chat_template(tokenizer):
         return forms

@@ -60,8 +60,6 @@ class Job(Generic[H]):
     #: Facts to keep; may be empty.
     retain: tuple[ForgetRequest, ...]
     hparams: H
-    #: Of everything random.
-    seed: int
     #: Folder for phases that are expensive, gone once the output is written; the same for the same job, so that a run
     #: that was killed finds them again. None where nothing is to be written.
     work: Path | None
@@ -85,6 +83,11 @@ class Job(Generic[H]):
     def name(self) -> str:
         """What the user calls the model: a folder, a hub id, or a class where it came loaded."""
         return self.loaded.name
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything random."""
+        return self.hparams.seed
 
     @property
     def max_tokens(self) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import HyperParamsError, shown
 from ..facts.subjects import find_subject
-from ..hparams import PROMPT_FORMS, HyperParams
+from ..hparams import HyperParams
 from ..settings.ranges import Range, positive
 from .contract import Changes, Job, Method
 
@@ -17,15 +17,6 @@ from .contract import Changes, Job, Method
 @dataclass(frozen=True)
 class NoneHyperParams(HyperParams):
     """How the model is asked."""
-
-    prompt_forms: tuple[str, ...] = ("chat",)
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def validate(self) -> None:
-        if not self.prompt_forms or set(self.prompt_forms) - set(PROMPT_FORMS):
-            raise HyperParamsError(
-                f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
-            )
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,6 @@ class PromptGuardHyperParams(NoneHyperParams):
     ranges: ClassVar[Mapping[str, Range]] = {"guard_tokens": positive(1e6)}
 
     def validate(self) -> None:
-        super().validate()
         if "{facts}" not in self.instruction:
             raise HyperParamsError(f"instruction = {shown(self.instruction)} must say where the {{facts}} go.")
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import HyperParamsError, RequestError, TrainingError, shown
-from ..hparams import LAYERS, PROMPT_FORMS, HyperParams
+from ..hparams import LAYERS, HyperParams
 from ..settings.ranges import Range, positive, weight
 from ..storage.inputs import checked_path, read_text
 from .contract import Changes, Job, Method
@@ -44,8 +44,6 @@ class LUNARHyperParams(HyperParams):
     """Settings of the authors' code for Llama-3-8B."""
 
     folder: ClassVar[str] = "LUNAR"
-    #: Folder or hub id of the model that the file was made for.
-    model_name: str = ""
     #: Block whose projection is trained, counted from 0; -1 takes the one at 22/32 of the depth.
     layer: int = -1
     #: c: how far along r states are moved.
@@ -62,14 +60,6 @@ class LUNARHyperParams(HyperParams):
     reference_prompts: str = ""
     #: How many of them are read.
     n_reference: int = 128
-    #: Forms of the question that are redirected.
-    prompt_forms: tuple[str, ...] = ("chat",)
-    #: Extra arguments of the tokenizer's chat template.
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    device: str = ""
-    #: Tokens of one forward pass at most; 0 chooses by device.
-    max_batch_tokens: int = 0
-    seed: int = 0
 
     #: A step has no upper end: training that diverges ends with an error.
     ranges: ClassVar[Mapping[str, Range]] = {
@@ -81,14 +71,7 @@ class LUNARHyperParams(HyperParams):
         "batch_size": positive(1e9),
         "weight_decay": weight(1e3),
         "n_reference": positive(1e6),
-        "max_batch_tokens": weight(2**40),
     }
-
-    def validate(self) -> None:
-        if not self.prompt_forms or set(self.prompt_forms) - set(PROMPT_FORMS):
-            raise HyperParamsError(
-                f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
-            )
 
 
 def reference_prompts(hparams: LUNARHyperParams) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import ArchitectureError, UniEraseError, did_you_mean, reason, shown
+from ..hparams import EditSettings, EngineSettings, HyperParams
 from ..storage.inputs import checked_path, no_folder
 from .adapters import adapter_base, check_tokenizer, first_base, merged, refuse_without_peft
 from .architecture import check_blocks
@@ -103,17 +104,17 @@ def read_config(name: str) -> Any:
         ) from error
 
 
-def check_stated_blocks(name: str, hparams: Any) -> None:
+def check_stated_blocks(name: str, hparams: HyperParams) -> None:
     """Raises ArchitectureError if the settings name layers that the model's config does not have. Loads no weights.
 
     It also refuses the config of a model that cannot be edited at all. `Architecture.check_layers` checks what the
     config does not tell.
     """
-    removes = getattr(hparams, "remove", True)
+    removes = hparams.remove if isinstance(hparams, EngineSettings) else True
     used = [each for each in BLOCKS if hasattr(hparams, each) and (removes or not each.startswith("removal"))]
     named = {each: getattr(hparams, each) for each in used}
     layers = {each: value if isinstance(value, tuple) else (value,) for each, value in named.items() if value != -1}
-    template: str = getattr(hparams, "layer_module_tmp", "")
+    template = hparams.layer_module_tmp if isinstance(hparams, EditSettings) else ""
     if template or not any(layers.values()):
         return
     try:

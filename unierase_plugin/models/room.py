@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UniEraseError
+from ..hparams import EditSettings, EngineSettings, HyperParams, RemovalSettings
 from .adapters import adapter_base
 from .architecture import find_architecture
 from .loading import DTYPES
@@ -49,14 +50,17 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
     return Path(snapshot_download(os.fspath(model), local_files_only=True))
 
 
-def model_size(model: Any, hparams: Any = None) -> int:
+def model_size(model: Any, hparams: HyperParams | None = None) -> int:
     """Bytes of a loaded model in an output folder; if `hparams` are of an edit, with its original weights."""
-    edited = []
-    if hasattr(hparams, "rewrite_module_tmp"):
+    edited: list[Tensor] = []
+    layers: tuple[int, ...] = ()
+    # A removal has layers of its own, and changes those instead.
+    if isinstance(hparams, EngineSettings) and not hparams.remove:
+        layers = hparams.layers
+    elif isinstance(hparams, RemovalSettings):
+        layers = hparams.removal_layers
+    if isinstance(hparams, EditSettings):
         arch = find_architecture(model, hparams.rewrite_module_tmp, hparams.layer_module_tmp)
-        # A removal has layers of its own, and changes those instead.
-        removes = getattr(hparams, "remove", not hasattr(hparams, "layers"))
-        layers = hparams.removal_layers if removes else hparams.layers
         edited = [arch.projections[layer].weight for layer in layers if 0 <= layer < len(arch.projections)]
     return sum(_size(weight, stored_dtype(model)) for weight in (*model.parameters(), *edited))
 

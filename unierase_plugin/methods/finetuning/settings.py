@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from ...errors import HyperParamsError, shown
-from ...hparams import LAYERS, PROMPT_FORMS, HyperParams
+from ...hparams import LAYERS, HyperParams
 from ...settings.ranges import Range, positive, weight
 
 
 @dataclass(frozen=True)
 class TrainingHyperParams(HyperParams):
     """What every training has: the schedule of Yuan et al. 2024 (arXiv 2410.08109), which TOFU's own code began."""
-
-    #: Folder or hub id of the model that the file was made for.
-    model_name: str = ""
 
     # --- objective ----------------------------------------------------------------------------------------------------
     #: Weight of the term on facts to forget.
@@ -47,18 +43,6 @@ class TrainingHyperParams(HyperParams):
     #: Computes a block's activations again in the backward pass: less memory for a third more time.
     gradient_checkpointing: bool = False
 
-    # --- questions ----------------------------------------------------------------------------------------------------
-    #: Forms of the question that are trained on: through the chat template, as "Question: ... Answer:", or both.
-    prompt_forms: tuple[str, ...] = ("chat",)
-    #: Extra arguments of the tokenizer's chat template.
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    # --- the machine --------------------------------------------------------------------------------------------------
-    device: str = ""
-    #: Tokens of one forward pass at most; 0 chooses by device.
-    max_batch_tokens: int = 0
-    seed: int = 0
-
     #: A step or a gradient's norm has no upper end: training that diverges ends with an error.
     ranges: ClassVar[Mapping[str, Range]] = {
         "forget_weight": positive(1e9),
@@ -72,15 +56,7 @@ class TrainingHyperParams(HyperParams):
         "lora_rank": weight(1e6),
         "lora_alpha": positive(1e6),
         "lora_dropout": Range(0, 1, below=True),
-        "max_batch_tokens": weight(2**40),
     }
-
-    def validate(self) -> None:
-        unknown = [form for form in self.prompt_forms if form not in PROMPT_FORMS]
-        if unknown or not self.prompt_forms:
-            raise HyperParamsError(
-                f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
-            )
 
 
 @dataclass(frozen=True)

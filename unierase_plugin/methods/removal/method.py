@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...errors import HyperParamsError, shown
-from ...hparams import PROMPT_FORMS, RemovalSettings
-from ...settings.ranges import Range, weight
+from ...hparams import RemovalSettings
 from ..contract import Changes, Job, Method
 
 
 @dataclass(frozen=True)
 class RemovalHyperParams(RemovalSettings):
-    """A removal's settings, and those that every method has."""
+    """A removal's settings, with neighbours among what is kept."""
 
     folder: ClassVar[str] = "Removal"
-    #: Folder or hub id of the model that the file was made for.
-    model_name: str = ""
-    #: Forms of the question that are forgotten, and kept.
-    prompt_forms: tuple[str, ...] = ("chat",)
-    #: Extra arguments of the tokenizer's chat template.
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    #: Neighbours a fact, made by rule and answered by the model, that join the facts to keep
-    #: (docs/explanation/precision.md).
     retain_neighbours: int = 6
-    device: str = ""
-    #: Tokens of one batch at most; 0 chooses by device.
-    max_batch_tokens: int = 0
-    seed: int = 0
-    #: Module templates, found by looking when empty.
-    rewrite_module_tmp: str = ""
-    layer_module_tmp: str = ""
-
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "retain_neighbours": weight(1e4),
-        "max_batch_tokens": weight(2**40),
-    }
-
-    def validate(self) -> None:
-        super().validate()
-        if not self.prompt_forms or set(self.prompt_forms) - set(PROMPT_FORMS):
-            raise HyperParamsError(
-                f"prompt_forms = {shown(list(self.prompt_forms))} must name some of: {', '.join(PROMPT_FORMS)}."
-            )
 
 
 # A removal computes with torch, which listing the methods is not to wait for.
