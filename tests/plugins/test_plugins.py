@@ -68,6 +68,9 @@ def register_attacks(register):
 @hookimpl
 def register_solvers(register):
     register("{name}_solver", lambda system: Ridge.of(system.moment()))
+@hookimpl
+def register_commands(register):
+    register("{name}-command", lambda: print("said"))
 """
 
 
@@ -92,7 +95,9 @@ def third_party(registry: module.Registry) -> list[str]:
 def test_what_comes_with_the_package_is_registered_through_every_hook(install: Install) -> None:
     found = load_registry("")
     (built_in,) = found.plugins
-    assert (built_in.name, built_in.package, sorted(built_in.hooks)) == (BUILT_IN, "unierase-plugin", HOOKS)
+    # The command line stands above what is registered.
+    through = [hook for hook in HOOKS if hook != "register_commands"]
+    assert (built_in.name, built_in.package, sorted(built_in.hooks)) == (BUILT_IN, "unierase-plugin", through)
     assert found.methods["unierase"].hparams is UniEraseHyperParams
     assert dict(found.readers) == dict(READERS)
     assert found.metrics["answered"]("Paris", "It is Paris.")
@@ -111,6 +116,7 @@ def test_an_installed_plugin_adds_through_every_hook(install: Install) -> None:
     assert found.hosts.owner("extra_host") == plugin
     assert found.attacks["extra-attack"].asks == "what it asks"
     assert found.solvers.owner("extra_solver") == plugin
+    assert found.commands.owner("extra-command") == plugin
     assert {"unierase", "extra"} <= set(found.methods)
 
 
@@ -192,7 +198,15 @@ def test_a_broken_plugin_is_named_and_the_rest_works(
     (error,) = [plugin.error for plugin in found.plugins if plugin.error]
     assert reason in error
     assert third_party(found) == ["aleph", "zeta"]
-    for catalogue in (found.methods, found.readers, found.metrics, found.hosts, found.attacks, found.solvers):
+    for catalogue in (
+        found.methods,
+        found.readers,
+        found.metrics,
+        found.hosts,
+        found.attacks,
+        found.solvers,
+        found.commands,
+    ):
         assert not [name for name in catalogue if name.startswith("broken")]
         assert len([name for name in catalogue if name.startswith(("aleph", "zeta"))]) == 2
 

@@ -83,8 +83,21 @@ class _Command(TyperCommand):
 class _Commands(TyperGroup):
     """Turns errors of ours into one red paragraph and exit status 1, and signals into a line and theirs.
 
-    Ctrl-C gives 130, SIGTERM 143, SIGHUP 129.
+    Ctrl-C gives 130, SIGTERM 143, SIGHUP 129. Commands of plugins come after those of this package.
     """
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        from ..plugins.registration import registry
+
+        return [*super().list_commands(ctx), *registry().commands]
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        from ..plugins.registration import registry
+
+        return registry().commands.get(cmd_name)
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         with _plain_usage_errors():

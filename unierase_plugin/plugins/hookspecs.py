@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pluggy import HookimplMarker, HookspecMarker
 
 if TYPE_CHECKING:
+    from typer import Typer
+
     from ..attack import Attack
     from ..facts.records import Reader
     from ..locate_then_edit.solvers import MakeSolver
@@ -77,4 +79,14 @@ def register_solvers(register: Callable[[str, MakeSolver], None]) -> None:
 
     The function takes a `System` (`unierase_plugin.locate_then_edit.solvers`), which holds the second moments and the
     settings of one block. It returns a `Solver` (`unierase_plugin.locate_then_edit.solve`).
+    """
+
+
+@hookspec
+def register_commands(register: Callable[[str, Callable[..., Any] | Typer], None]) -> None:
+    """Commands of `unierase`: `register("rank", rank)`, for `unierase rank`.
+
+    A function is made a command as typer makes one: parameters are options and arguments, the docstring is the help. A
+    `typer.Typer` with several commands is a group. A UniEraseError that a command raises is printed as one line. The
+    names of the commands that come with the package are taken.
     """

@@ -27,6 +27,7 @@ from ..methods.contract import Method
 from ..version import __version__
 from . import hookspecs
 from .catalogue import BUILT_IN, RESTRICTION, Catalogue, Plugin
+from .commands import made_command
 from .foreign import guarded, guarded_maker, guarded_parts, kept_in, quiet
 from .hookspecs import PROJECT, Host, Metric
 
@@ -46,6 +47,8 @@ class Registry:
     metrics: Catalogue[Metric]
     hosts: Catalogue[Host]
     attacks: Catalogue[Attack]
+    #: As typer made them: of a type that it has from click, by version.
+    commands: Catalogue[Any]
     solvers: Catalogue[MakeSolver]
 
 
@@ -100,6 +103,8 @@ class Hook:
     takes: type[Any] | None = None
     #: Functions of such an object, none of which ends the program.
     functions: tuple[str, ...] = ()
+    #: Whether it may end the program, as a command does.
+    ends: bool = False
     #: Methods of what such a function makes, none of which does either.
     makes: tuple[str, ...] = ()
 
@@ -118,6 +123,7 @@ HOOKS: Mapping[str, Hook] = MappingProxyType(
         "register_metrics": Hook("metric"),
         "register_hosts": Hook("host", Host, ("register",)),
         "register_attacks": Hook("attack", Attack, ("run", "unfit")),
+        "register_commands": Hook("command", ends=True),
         "register_solvers": Hook("solver", makes=("protecting", "solve", "condition", "error")),
     }
 )
@@ -151,6 +157,8 @@ def _guarded(hook: str, entries: list[tuple[str, Any]], owner: Plugin) -> list[t
 
     def held(name: str, thing: Any) -> Any:
         what = f"The {parts.kind} {name!r} of the plugin {owner}"
+        if parts.ends:
+            return thing
         if parts.functions:
             return guarded_parts(thing, parts.functions, what)
         return guarded_maker(thing, parts.makes, what) if parts.makes else guarded(thing, what)
@@ -170,11 +178,11 @@ def _register(plugin: Any, described: Plugin) -> tuple[Plugin, _Entries]:
     if not hooks:
         raise PluginError(f"{described.module} has none of the hooks {', '.join(HOOKS)}; each needs @hookimpl")
     for hook in hooks:
-        getattr(manager.hook, hook)(register=_collector(hook, entries[hook]))
+        getattr(manager.hook, hook)(register=_collector(hook, entries[hook], described))
     return replace(described, hooks=hooks), entries
 
 
-def _collector(hook: str, entries: list[tuple[str, Any]]) -> Callable[..., None]:
+def _collector(hook: str, entries: list[tuple[str, Any]], plugin: Plugin) -> Callable[..., None]:
     """The `register` function that a plugin's hook is called with: takes a thing with a name, or a name and a thing."""
     kind = HOOKS[hook].takes
 
@@ -193,6 +201,14 @@ def _collector(hook: str, entries: list[tuple[str, Any]]) -> Callable[..., None]
             raise PluginError(f"{hook}: register takes {HOOKS[hook].wanted}, not {name!r} and {function!r}")
         collect(name, function)
 
+    def register_command(name: str, thing: Any) -> None:
+        # typer's applications are no functions.
+        if not isinstance(name, str) or not name or not (callable(thing) or hasattr(thing, "registered_commands")):
+            raise PluginError(f"{hook}: register takes a name and a function or a typer.Typer, not {name!r}, {thing!r}")
+        collect(name, made_command(name, thing, plugin))
+
+    if hook == "register_commands":
+        return register_command
     return register_function if kind is None else register_named
 
 
