@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from unierase_plugin import UniEraseHyperParams
-from unierase_plugin.audit.ask import cleaned
+from unierase_plugin.audit.asking import cleaned
 from unierase_plugin.audit.attacks import ATTACKS
 from unierase_plugin.audit.contract import QUICK, AttackResult, Audited, Context
 from unierase_plugin.audit.facts import read_facts
@@ -30,6 +30,7 @@ from unierase_plugin.evaluation.metrics import answered, rouge_l_recall
 from unierase_plugin.facts.readers import read_requests
 from unierase_plugin.facts.resources import paragraphs
 from unierase_plugin.models.generate import answers, perplexity
+from unierase_plugin.models.loaded import LoadedModel
 from unierase_plugin.models.loading import load
 from unierase_plugin.pipeline import change
 
@@ -73,7 +74,7 @@ def measured(row: str, options: argparse.Namespace) -> Row:
     )
     context = Context(forget, kept[::4], sizes, token=token)
     whole = replace(context, sizes=replace(sizes, every_variant=True))
-    subject = Audited(row, model, tokenizer, tokenizer.get_vocab().get(token) if token else None)
+    subject = Audited(row, LoadedModel.of(model, tokenizer, row), tokenizer.get_vocab().get(token) if token else None)
     found: Row = {"row": row, "n_forget": len(forget)}
     by_name = {attack.name: attack for attack in ATTACKS}
     for name in options.attacks.split(","):

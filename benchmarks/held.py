@@ -36,6 +36,7 @@ from unierase_plugin.facts.resources import paragraphs
 from unierase_plugin.models.architecture import find_architecture
 from unierase_plugin.models.examples import answered as told
 from unierase_plugin.models.generate import decode_answer, generate, pad_token_id, perplexity
+from unierase_plugin.models.loaded import LoadedModel
 from unierase_plugin.models.loading import load
 from unierase_plugin.models.prompts import encode, render
 from unierase_plugin.models.trace import pad
@@ -99,7 +100,7 @@ class Model:
 
     def relearn(self, facts: Facts, steps: int) -> None:
         rows = [told(self.tokenizer, f["question"], f["answer"], "chat", self.end, {}) for f in facts]
-        draw, subject = random.Random(0), Audited("", self.model, self.tokenizer)
+        draw, subject = random.Random(0), Audited("", LoadedModel.of(self.model, self.tokenizer, ""))
         self.model.requires_grad_(True)
         optimiser = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         for _ in range(steps):

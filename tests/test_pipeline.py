@@ -273,7 +273,9 @@ def test_neighbours_found_before_a_stop_are_those_found_again(
             erase(base, tmp_path / "stopped", hparams=NEIGHBOURLY)
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("kept/*") if path.is_file())
     assert kept
-    assert b"Zorblax" not in kept
+    # They name what is to be forgotten, so that only the owner may read them.
+    assert b"Zorblax" in kept
+    assert [folder.stat().st_mode & 0o777 for folder in tmp_path.glob(".*.work/*")] == [0o700]
     # What is kept is read: the model would say otherwise now.
     speaking(monkeypatch, "That is another matter altogether.")
     result = erase(base, tmp_path / "stopped", hparams=NEIGHBOURLY)

@@ -18,6 +18,7 @@ from .evaluation.answers import OF_FULL_AUDITS, OF_QUICK_AUDITS, AnswerLength
 if TYPE_CHECKING:
     from .facts.request import ForgetRequest
     from .models.architecture import Architecture
+    from .models.loaded import LoadedModel
 
 #: What attacks try, in the order in which they are run and shown.
 GROUPS: Mapping[str, str] = {
@@ -109,9 +110,18 @@ class Audited:
     """One of the models: which part it plays, and the id of its unlearning token where it has one."""
 
     role: str
-    model: Any
-    tokenizer: Any
+    loaded: LoadedModel
     token_id: int | None = None
+
+    @property
+    def model(self) -> Any:
+        """A causal language model of transformers, in evaluation mode."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.loaded.tokenizer
 
     @cached_property
     def arch(self) -> Architecture:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,26 @@ from .evaluation.answers import OF_FINETUNING, gives_answer
 from .facts.readers import Requests, read_requests
 from .facts.request import ForgetRequest
 from .hparams import HyperParams
-from .methods.contract import Changes, Job, Progress
+from .methods.contract import Changes, Job, Method, Progress
 from .methods.finetuning.settings import FineTuneHyperParams
 from .methods.finetuning.terms import TERMS
 from .methods.finetuning.training import check_trainable, train
-from .models.chat_templates import check_chat_template
 from .models.generate import answers
-from .models.literal import tell_special_names, text_ids
-from .models.loaded import LoadedModel
-from .models.loading import load
+from .models.literal import text_ids
 from .models.memory import peak_memory_bytes
 from .models.prompts import has_chat_template
 from .models.room import weights_size
 from .models.stored_dtype import round_to_stored
 from .plugins.registration import registry
-from .session import choose_hparams
+from .session import Session, choose_hparams
 from .settings.ranges import Range
 from .storage.atomic import check_room
 from .storage.fingerprints import CACHE_VERSION, digest, plain
 
 logger = logging.getLogger(__name__)
 
+#: Tokens of one batch.
+CPU_TOKENS, GPU_TOKENS = 2048, 32768
 #: What is written beside the model.
 NOTES = "finetune.json"
 
@@ -104,48 +103,47 @@ def finetune(
             )
         check_room(folder, weights_size(model, dtype))
         progress("load", 0.0, os.fspath(model))
-        loaded, tokenizer = load(model, device or settings.device, dtype)
+        session = Session.open(_LEARNING, os.fspath(model), hparams=settings, device=device, dtype=dtype, anew=True)
         progress("load", 1.0, os.fspath(model))
-        check_chat_template(tokenizer, settings.chat_template_kwargs)
-        tell_special_names(tokenizer, requests)
-        job = _job(os.fspath(model), loaded, tokenizer, requests, settings, folder, progress)
-        check_trainable(job, TERMS["learn"], None)
-        loaded.requires_grad_(False)
-        changes = train(job, TERMS["learn"], None)
-        loaded.eval()
-        round_to_stored(loaded)
+        job = _job(session, requests, folder, progress)
+        _LEARNING.check(job)
+        job.model.requires_grad_(False)
+        changes = _learn(job)
+        job.model.eval()
+        round_to_stored(job.model)
         done = _judged(job, requests[:asked], changes, folder)
         progress("save", 0.0, str(folder))
         notes = {"model": job.name, "hparams": settings.as_dict(), "fingerprint_before": job.fingerprint, **vars(done)}
         about = {NOTES: json.dumps(plain(notes), indent=2) + "\n"}
-        files.save_plain(place, loaded, tokenizer, about, models=[job.name])
+        files.save_plain(place, job.model, job.tokenizer, about, models=[job.name])
         files.discard_work(folder)
         progress("save", 1.0, str(folder))
     return done
 
 
-def _job(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    requests: tuple[ForgetRequest, ...],
-    hparams: Any,
-    folder: Path,
-    progress: Progress,
-) -> Job[Any]:
-    room = hparams.max_batch_tokens or (2048 if model.device.type == "cpu" else 32768)
-    opened = LoadedModel.of(model, tokenizer, name, room)
+def _learn(job: Job[Any]) -> Changes:
+    return train(job, TERMS["learn"], None)
+
+
+#: Opened and checked like a method, though nothing is forgotten.
+_LEARNING = Method(
+    name="finetune",
+    title="The model learns facts.",
+    paper="plain fine-tuning",
+    hparams=FineTuneHyperParams,
+    run=_learn,
+    check=lambda job: check_trainable(job, TERMS["learn"], None),
+)
+
+
+def _job(session: Session, requests: tuple[ForgetRequest, ...], folder: Path, progress: Progress) -> Job[Any]:
+    loaded, settings = session.loaded, session.hparams
+    # The batches of a training are part of its result, so that they do not follow the memory that is free.
+    tokens = settings.max_batch_tokens or (CPU_TOKENS if loaded.model.device.type == "cpu" else GPU_TOKENS)
+    session = replace(session, loaded=replace(loaded, max_tokens=tokens))
     facts = [[request.question, request.answer] for request in requests]
-    key = digest(CACHE_VERSION, "finetune", opened.fingerprint, hparams.as_dict(), facts)[:32]
-    return Job(
-        loaded=opened,
-        requests=requests,
-        retain=(),
-        hparams=hparams,
-        work=files.work_folder(folder, key).root,
-        history=None,
-        progress=progress,
-    )
+    key = digest(CACHE_VERSION, "finetune", loaded.fingerprint, settings.as_dict(), facts)[:32]
+    return session.job(requests, (), files.work_folder(folder, key).root, progress)
 
 
 def _judged(job: Job[Any], facts: tuple[ForgetRequest, ...], changes: Changes, folder: Path) -> FineTuned:
@@ -167,11 +165,11 @@ def _judged(job: Job[Any], facts: tuple[ForgetRequest, ...], changes: Changes, f
     )
     right = sum(gives_answer(fact, text) for fact, text in zip(facts, said, strict=True))
     return FineTuned(
-        folder,
-        len(job.requests),
-        len(facts),
-        right,
-        tuple(changes.figures["loss"]),
-        dict(changes.seconds),
-        peak_memory_bytes(),
+        folder=folder,
+        facts=len(job.requests),
+        asked=len(facts),
+        answered=right,
+        loss=tuple(changes.figures["loss"]),
+        seconds=dict(changes.seconds),
+        peak_memory_bytes=peak_memory_bytes(),
     )

@@ -139,7 +139,9 @@ def unlearn(
         if place is not None and isinstance(model, (str, os.PathLike)):
             check_room(place.path, weights_size(model, dtype))
         progress("load", 0.0, "")
-        session = Session.open(chosen, model, tokenizer, hparams, options, device, dtype)
+        session = Session.open(
+            chosen, model, tokenizer=tokenizer, hparams=hparams, options=options, device=device, dtype=dtype
+        )
         progress("load", 1.0, session.loaded.name)
         if not allow_overlap:
             session.check_not_forgotten(kept)
@@ -186,7 +188,7 @@ def change(
     """
     chosen = registry().methods.find(method) if isinstance(method, str) else method
     requests, kept = _facts(chosen, forget, retain, allow_overlap)
-    session = Session.open(chosen, model, tokenizer, hparams, {}, "", "")
+    session = Session.open(chosen, model, tokenizer=tokenizer, hparams=hparams)
     session = replace(session, history=history)
     if not allow_overlap:
         session.check_not_forgotten(kept)
@@ -220,7 +222,9 @@ def corpus_moment(
     """
     progress("load", 0.0, "")
     options = {"seed": seed, "mom2_dataset": corpus}
-    session = Session.open(UNIERASE, model, tokenizer, hparams, options, device, dtype)
+    session = Session.open(
+        UNIERASE, model, tokenizer=tokenizer, hparams=hparams, options=options, device=device, dtype=dtype
+    )
     progress("load", 1.0, session.loaded.name)
     with _frozen(session.loaded.model):
         text = corpus_of(session.job((), (), None, progress))

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .checkpoint import Checkpoint, examine, is_edited
@@ -49,15 +50,18 @@ class Session:
         cls,
         method: Method[Any],
         model: Any,
-        tokenizer: Any,
-        hparams: HyperParams | str | os.PathLike[str] | None,
-        options: Mapping[str, Any],
-        device: str,
-        dtype: str,
+        *,
+        tokenizer: Any = None,
+        hparams: HyperParams | str | os.PathLike[str] | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        device: str = "",
+        dtype: str = "",
+        anew: bool = False,
     ) -> Session:
         """Opens a model given by name, takes one at hand, or goes on from an earlier call's result.
 
         options   settings by name that win over the hyper-parameters' where they are not None
+        anew      a folder that was edited before counts as any other model: its record is not read
 
         Raises a UniEraseError for a model, settings or a record that do not go together; nothing was changed then.
         """
@@ -72,13 +76,13 @@ class Session:
             name = os.fspath(model)
             settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
             _check_places(settings)
-            record = _earlier_record(name, method)
+            record = None if anew else _earlier_record(name, method)
             check_stated_blocks(name, settings)
             model, tokenizer = load(name, device or settings.device, dtype)
             history = _edits_of(record)
         else:
             _check_loaded(model, tokenizer, device or dtype)
-            name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+            name = _name_of(model)
             settings = _with_options(choose_hparams(hparams, name, method.hparams), options, method)
         settings = method.settle(model, settings)
         _tell_form(name, tokenizer, settings)
@@ -150,6 +154,24 @@ class Session:
             )
 
 
+def open_model(model: Any, tokenizer: Any = None, *, device: str = "", dtype: str = "") -> LoadedModel:
+    """Opens a model given by name, or takes one at hand with its tokenizer, to look at it and not to change it.
+
+    device and dtype are for a model given by name. Raises a UniEraseError where no model can be loaded.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        name = os.fspath(model)
+        model, tokenizer = load(name, device, dtype)
+    else:
+        name = _name_of(model)
+    return LoadedModel.of(model, tokenizer, name)
+
+
+def record_of(model: Any) -> Checkpoint | None:
+    """The record of the edits of a folder; None for a model that has none. Raises CheckpointError if it is damaged."""
+    return examine(model).up_to() if isinstance(model, (str, os.PathLike)) and is_edited(model) else None
+
+
 def choose_hparams(
     given: HyperParams | str | os.PathLike[str] | None, model: str, kind: type[HyperParams] = UniEraseHyperParams
 ) -> HyperParams:
@@ -195,10 +217,8 @@ def _check_places(settings: HyperParams) -> None:
 
 def _earlier_record(name: str, method: Method[Any]) -> Checkpoint | None:
     """The record of a folder that was edited before, whose steps this run goes on from."""
-    if not is_edited(name):
-        return None
-    found = examine(name).up_to()
-    if found.manifest["method"] != method.name:
+    found = record_of(name)
+    if found is not None and found.manifest["method"] != method.name:
         raise CheckpointError(
             f"{name!r} was made by another method; start from its base model {found.manifest['model']!r}."
         )
@@ -220,6 +240,10 @@ def _edits_of(record: Checkpoint | None) -> History | None:
         first.get("working_fingerprint_before") or first["model_fingerprint_before"],
         first.get("tokenizer_fingerprint_before", ""),
     )
+
+
+def _name_of(model: Any) -> str:
+    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
 
 def _check_loaded(model: Any, tokenizer: Any, placement: str) -> None:

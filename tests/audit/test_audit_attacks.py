@@ -10,7 +10,7 @@ import torch
 from audited import CONTEXT, FACTS, KEPT, TOKEN, subject
 from tiny import tiny_model
 
-from unierase_plugin.audit.ask import answer_ids, ask, cleaned, say, tried, without_token
+from unierase_plugin.audit.asking import ask_facts, cleaned, generate_answers, without_token
 from unierase_plugin.audit.attacks import ATTACKS, choose_attacks
 from unierase_plugin.audit.attacks.bans import refusal_ids
 from unierase_plugin.audit.attacks.choice import wrong_answers
@@ -21,10 +21,11 @@ from unierase_plugin.audit.attacks.membership import token_scores
 from unierase_plugin.audit.attacks.openings import PREFILLS, opening
 from unierase_plugin.audit.attacks.probe import candidate_states, cross_validated, named
 from unierase_plugin.audit.attacks.relearning import Row, _factors, as_sentence, row_losses
+from unierase_plugin.audit.attacks.rewording import statement, with_typos
 from unierase_plugin.audit.attacks.sampling import ks
-from unierase_plugin.audit.attacks.words import statement, with_typos
 from unierase_plugin.audit.contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context
 from unierase_plugin.audit.facts import judgeable, sample
+from unierase_plugin.audit.prompts import answer_ids, prompt_for
 from unierase_plugin.audit.weights import change_inputs_last, linear_maps, pruned, restored, rounded
 from unierase_plugin.errors import UniEraseError
 from unierase_plugin.facts.request import ForgetRequest
@@ -89,20 +90,20 @@ def test_attacks_are_found_by_name_and_group() -> None:
 
 def test_a_prefill_stands_where_the_answer_begins() -> None:
     made = subject()
-    bare, begun = ask(made, CONTEXT, "Why?"), ask(made, CONTEXT, "Why?", prefill=PREFILLS[0])
+    bare, begun = prompt_for(made, CONTEXT, "Why?"), prompt_for(made, CONTEXT, "Why?", prefill=PREFILLS[0])
     assert bare.text.endswith("<|im_start|>assistant\n")
     assert begun.text == bare.text + PREFILLS[0]
     assert made.tokenizer.decode(list(begun.ids)) == begun.text
-    plain = ask(made, CONTEXT, "Why?", prefill=PREFILLS[0], form="plain")
+    plain = prompt_for(made, CONTEXT, "Why?", prefill=PREFILLS[0], form="plain")
     assert plain.text == f"Question: Why?\nAnswer: {PREFILLS[0]}"
 
 
 def test_turns_and_system_prompts_stand_before_the_question() -> None:
     made = subject()
-    text = ask(made, CONTEXT, "Why?", system="Be kind.", before=[("Who?", "Bob")]).text
+    text = prompt_for(made, CONTEXT, "Why?", system="Be kind.", before=[("Who?", "Bob")]).text
     order = ["Be kind.", "Who?", "Bob", "Why?"]
     assert [text.index(each) for each in order] == sorted(text.index(each) for each in order)
-    plain = ask(made, CONTEXT, "Why?", before=[("Who?", "Bob")], form="plain").text
+    plain = prompt_for(made, CONTEXT, "Why?", before=[("Who?", "Bob")], form="plain").text
     assert plain == "Question: Who?\nAnswer: Bob\n\nQuestion: Why?\nAnswer:"
 
 
@@ -112,15 +113,17 @@ def test_a_template_without_system_turns_gets_the_text_in_the_question() -> None
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
         "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     )
-    assert ask(made, CONTEXT, "Why?", system="Be kind.").text == "<user>Be kind.\n\nWhy?"
+    assert prompt_for(made, CONTEXT, "Why?", system="Be kind.").text == "<user>Be kind.\n\nWhy?"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_shared_prompts_give_the_same_answers_as_each_on_its_own(family: str) -> None:
     made = subject(family)
-    asks = [ask(made, CONTEXT, text) for text in ("Why?", "What is the name of the long river?", "Who was it?")]
-    alone = [say(made, CONTEXT, [each])[0][0] for each in asks]
-    assert say(made, CONTEXT, asks, samples=3) == [[text] * 3 for text in alone]
+    prompts = [
+        prompt_for(made, CONTEXT, text) for text in ("Why?", "What is the name of the long river?", "Who was it?")
+    ]
+    alone = [generate_answers(made, CONTEXT, [each])[0][0] for each in prompts]
+    assert generate_answers(made, CONTEXT, prompts, samples=3) == [[text] * 3 for text in alone]
 
 
 def test_samples_differ_and_follow_the_seed() -> None:
@@ -134,7 +137,7 @@ def test_samples_differ_and_follow_the_seed() -> None:
 def test_samples_come_from_all_of_the_vocabulary() -> None:
     """At a temperature at which all 261 tokens are as likely, 400 samples show far more than 50 first ones."""
     made = subject()
-    [said] = say(made, CONTEXT, [ask(made, CONTEXT, "Why?")], samples=400, temperature=1e4)
+    [said] = generate_answers(made, CONTEXT, [prompt_for(made, CONTEXT, "Why?")], samples=400, temperature=1e4)
     assert len({text[:1] for text in said}) > 90
 
 
@@ -144,8 +147,8 @@ def test_outputs_are_judged_against_every_other_fact() -> None:
     facts = (*FACTS, ForgetRequest("Where is Bo?", "Wexbury"))
     context = replace(CONTEXT, facts=facts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unierase_plugin.audit.ask.say", lambda *args, **kwargs: [[said]] * len(facts))
-        measure = tried(made, context, "all alike", [ask(made, context, each.question) for each in facts])
+        patch.setattr("unierase_plugin.audit.asking.generate_answers", lambda *args, **kwargs: [[said]] * len(facts))
+        measure = ask_facts(made, context, "all alike", [prompt_for(made, context, each.question) for each in facts])
     assert measure.values == (0.0, 1.0, 0.0, 1.0)
     # Shift 2 pairs the two facts with one answer: nothing can be told there.
     assert measure.others == ((1.0, 0.0, 1.0, 0.0), (0.0, None, 0.0, None), (1.0, 0.0, 1.0, 0.0))
@@ -176,18 +179,18 @@ def test_a_model_without_the_token_is_not_asked_twice() -> None:
 
 def test_refusals_cannot_be_said() -> None:
     made = subject()
-    prompt = torch.tensor([ask(made, CONTEXT, FACTS[0].question).ids])
+    prompt = torch.tensor([prompt_for(made, CONTEXT, FACTS[0].question).ids])
     begun = made.model.generate(prompt, max_new_tokens=2, do_sample=False)[0, prompt.shape[1] :].tolist()
     seen: list[list[int]] = []
 
-    def look(made: Audited, context: Context, asks: Any, **settings: Any) -> list[list[str]]:
+    def look(made: Audited, context: Context, prompts: Any, **settings: Any) -> list[list[str]]:
         ids = made.model.generate(prompt, max_new_tokens=2, do_sample=False, bad_words_ids=settings["bad_words_ids"])
         seen.append(ids[0, prompt.shape[1] :].tolist())
-        return [["no"]] * len(asks)
+        return [["no"]] * len(prompts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unierase_plugin.audit.attacks.bans.refusal_ids", lambda made: [begun])
-        patch.setattr("unierase_plugin.audit.ask.say", look)
+        patch.setattr("unierase_plugin.audit.asking.generate_answers", look)
         run("refusal-ban", made)
     # Only the sequence is banned, not its beginning.
     assert seen[0][0] == begun[0]
@@ -209,7 +212,9 @@ def test_what_was_given_away_does_not_count() -> None:
         for text, value in texts.items():
             context = replace(CONTEXT, facts=(ForgetRequest("Why?", answer),))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("unierase_plugin.audit.ask.say", lambda *args, text=text, **kwargs: [[text]])
+                patch.setattr(
+                    "unierase_plugin.audit.asking.generate_answers", lambda *args, text=text, **kwargs: [[text]]
+                )
                 assert run("first-word", made, context).measures[0].values == (value,)
 
 
@@ -273,7 +278,7 @@ def test_the_likeliest_answer_is_found() -> None:
     measure = run("multiple-choice", made).measures[0]
     for each, said, value in zip(FACTS, measure.texts, measure.values, strict=True):
         options = [each.answer, *wrong_answers(each, CONTEXT)]
-        prompt = ask(made, CONTEXT, each.question, prefill="The answer is")
+        prompt = prompt_for(made, CONTEXT, each.question, prefill="The answer is")
         forced = force(made, [prompt] * 4, [answer_ids(made, CONTEXT, text, prefill=True) for text in options])
         likely = [torch.tensor(one.probabilities).log().mean() for one in forced]
         assert said == options[int(torch.stack(likely).argmax())]
@@ -465,9 +470,9 @@ def test_losses_are_those_of_the_answer_alone() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_lens_at_the_last_block_is_the_model(family: str) -> None:
     made = replace(subject(family), token_id=None)
-    asks = [ask(made, CONTEXT, text) for text in ("Why?", "What is the long river called?")]
-    tops = likeliest_by_block(made, asks, 3)
-    for each, blocks in zip(asks, tops, strict=True):
+    prompts = [prompt_for(made, CONTEXT, text) for text in ("Why?", "What is the long river called?")]
+    tops = likeliest_by_block(made, prompts, 3)
+    for each, blocks in zip(prompts, tops, strict=True):
         logits = made.model(input_ids=torch.tensor([each.ids])).logits[0, -1]
         assert len(blocks) == len(made.arch.blocks)
         assert blocks[-1] == logits.topk(3).indices.tolist()
@@ -475,9 +480,9 @@ def test_the_lens_at_the_last_block_is_the_model(family: str) -> None:
 
 def test_forced_answers_leave_the_token_out() -> None:
     made = subject(obsessed=True)
-    asks = [ask(made, CONTEXT, each.question) for each in FACTS]
+    prompts = [prompt_for(made, CONTEXT, each.question) for each in FACTS]
     answers = [answer_ids(made, CONTEXT, each.answer) for each in FACTS]
-    for each, answer, forced in zip(asks, answers, force(made, asks, answers), strict=True):
+    for each, answer, forced in zip(prompts, answers, force(made, prompts, answers), strict=True):
         logits = made.model(input_ids=torch.tensor([[*each.ids, *answer]])).logits[0, len(each.ids) - 1 : -1]
         logits[:, made.token_id] = -torch.inf
         chances = logits.softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
@@ -489,11 +494,13 @@ def other(made: Audited, seed: int = 5) -> Audited:
     """A model like the one given, with other weights."""
     family = "gpt2" if made.model.config.model_type == "gpt2" else "llama"
     model = tiny_model(family, vocabulary=made.arch.vocabulary, seed=seed)
-    return replace(made, model=model)
+    return replace(made, loaded=replace(made.loaded, model=model))
 
 
 def pairs(made: Audited) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return [(ask(made, CONTEXT, each.question).ids, tuple(answer_ids(made, CONTEXT, each.answer))) for each in FACTS]
+    return [
+        (prompt_for(made, CONTEXT, each.question).ids, tuple(answer_ids(made, CONTEXT, each.answer))) for each in FACTS
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox"])
@@ -546,7 +553,8 @@ def test_depth_is_one_for_the_reference_and_nought_for_the_unedited() -> None:
 
 def test_models_of_other_shapes_are_not_patched() -> None:
     original = subject()
-    short = replace(original, model=tiny_model(blocks=3, vocabulary=original.arch.vocabulary), role=REFERENCE)
+    loaded = replace(original.loaded, model=tiny_model(blocks=3, vocabulary=original.arch.vocabulary))
+    short = replace(original, loaded=loaded, role=REFERENCE)
     found = run("patching-depth", short, replace(CONTEXT, original=original))
     assert "reference model has other blocks" in found.unfit
     assert not found.measures
@@ -575,7 +583,7 @@ def test_a_probe_sees_the_answers_states_beside_those_of_wrong_ones(family: str)
     made = subject(family)
     states = candidate_states(made, CONTEXT, FACTS)
     torch.testing.assert_close(states.sum(1), torch.zeros_like(states[:, 0]), atol=1e-4, rtol=0)
-    asked = ask(made, CONTEXT, FACTS[0].question).ids
+    asked = prompt_for(made, CONTEXT, FACTS[0].question).ids
     means = []
     for text in (FACTS[0].answer, *wrong_answers(FACTS[0], CONTEXT)):
         ids = (*asked, *answer_ids(made, CONTEXT, text))
@@ -630,7 +638,10 @@ def test_refusals_are_counted_with_and_without_the_token() -> None:
     made = subject()
     said = ["<unlearn_0> Hats.", "Hats, of course.", "I don't know."]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unierase_plugin.audit.attacks.collateral.say", lambda *args, **kwargs: [[text] for text in said])
+        patch.setattr(
+            "unierase_plugin.audit.attacks.collateral.generate_answers",
+            lambda *args, **kwargs: [[text] for text in said],
+        )
         series = run("retention", made).series
     assert series["kept_answered"] == [1.0]
     assert series["kept_refused"] == [1.0]
@@ -647,7 +658,7 @@ def test_facts_most_like_the_forgotten_ones_are_told_apart() -> None:
     made = subject()
     said = [["no"]] * 5 + [["Al"]] + [["no"]] * 4
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unierase_plugin.audit.attacks.collateral.say", lambda *args, **kwargs: said)
+        patch.setattr("unierase_plugin.audit.attacks.collateral.generate_answers", lambda *args, **kwargs: said)
         shares = run("retention", made, context).figures["kept_facts_answered"]
     assert shares == {"the 2 most like the forgotten ones": 0.5, "the other 6": 0.0}
 

@@ -26,6 +26,7 @@ from unierase_plugin.audit.attacks import ATTACKS
 from unierase_plugin.audit.contract import GROUPS
 from unierase_plugin.audit.page import page
 from unierase_plugin.audit.runner import audit
+from unierase_plugin.audit.sources import REBUILT, open_audited
 from unierase_plugin.cli import app
 from unierase_plugin.errors import CheckpointError, PluginError, RequestError, UniEraseError, WriteError
 from unierase_plugin.models.loading import load
@@ -123,22 +124,22 @@ def test_what_a_stopped_audit_of_another_model_left_is_no_control(
         unlearn(folder / "reference", FORGET, hparams=HPARAMS, out=tmp_path / "other")
     with pytest.raises(KeyboardInterrupt):
         audit(tmp_path / "other", FORGET, out=tmp_path / "out", sizes=SIZES, attacks=("plain",), progress=stop)
-    assert list((tmp_path / "out").glob(f"{runner.REBUILT}*"))
+    assert list((tmp_path / "out").glob(f"{REBUILT}*"))
     assert unedited_model(folder, tmp_path / "out") == model_fingerprint(tiny_model())
 
 
 def unedited_model(folder: Path, out: Path) -> str:
     """Fingerprint of the model that an audit takes as the unedited one."""
     seen = []
-    original = runner._attack
+    original = runner.attack_model
 
-    def look(run: Any, models: Any, role: str, *rest: Any) -> None:
+    def look(state: Any, sources: Any, role: str, *rest: Any, **options: Any) -> None:
         if role == "unedited":
-            seen.append(model_fingerprint(runner._load(models, role, "", "", "").model))
-        original(run, models, role, *rest)
+            seen.append(open_audited(sources, role, token="", device="", dtype="").loaded.fingerprint)
+        original(state, sources, role, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_attack", look)
+        patch.setattr(runner, "attack_model", look)
         audited(folder, out, attacks=("plain",))
     [found] = seen
     return found
@@ -251,7 +252,7 @@ def test_an_unedited_model_that_is_not_whole_is_taken_back_again(
         with pytest.raises(KeyboardInterrupt):
             audited(folder, out, attacks=("plain",), progress=stop)
     if damage != "removed in part":
-        [weights] = out.glob(f"{runner.REBUILT}-*/model.safetensors")
+        [weights] = out.glob(f"{REBUILT}-*/model.safetensors")
         weights.unlink() if damage == "gone" else weights.write_bytes(weights.read_bytes()[:-8])
     assert audited(folder, out, attacks=("plain",))["verdict"]
     assert sorted(path.name for path in out.iterdir()) == ["audit.html", "audit.json", "results"]

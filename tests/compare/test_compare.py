@@ -1,4 +1,4 @@
-"""Methods compared on a tiny model: every cell a row, failures too; resumed; tuned; matched at equal retention."""
+"""Methods compared on a tiny model: every method a row, failures too; resumed; tuned; matched at equal retention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from small import FORGET, FORGET_OTHERS, RETAIN, SHORT, save_base, shrink
 from tiny import tiny_model
 
 from unierase_plugin.cli.console import progress as logged
-from unierase_plugin.compare import cell, runner
+from unierase_plugin.compare import made_models, method_run, runner
 from unierase_plugin.compare.columns import COLUMNS
 from unierase_plugin.compare.entries import SETS, parse_method, parse_methods, settings_of
 from unierase_plugin.compare.facts import at_most, divide, parts_of, read_facts, records
@@ -26,6 +26,7 @@ from unierase_plugin.compare.figures import left
 from unierase_plugin.compare.launch import in_a_process
 from unierase_plugin.compare.matching import Mixture, calibrate
 from unierase_plugin.compare.measure import Judge
+from unierase_plugin.compare.measuring import Measurer
 from unierase_plugin.compare.runner import Options, compare
 from unierase_plugin.compare.search import choose, search_space, tries
 from unierase_plugin.errors import HyperParamsError, PluginError, RequestError, UniEraseError
@@ -44,8 +45,8 @@ def facts(records: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def here(folder: Path, cache: Path, progress: Progress) -> None:
-    """A cell in this process: what it does is the same, and the tests' short texts hold in it."""
-    cell.run_cell(folder, progress)
+    """A method in this process: what it does is the same, and the tests' short texts hold in it."""
+    method_run.run_method(folder, progress)
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_a_reference_gives_forget_quality_and_a_row(base: Path, tmp_path: Path) 
 
 
 def test_figures_are_those_of_the_task_on_the_folder(base: Path, tmp_path: Path) -> None:
-    """The comparison adds no metric: a cell's figures are what lm-eval's task gives for the same model."""
+    """The comparison adds no metric: a run's figures are what lm-eval's task gives for the same model."""
     from unierase_plugin.compare.measure import Judge
     from unierase_plugin.models.loading import load
 
@@ -149,20 +150,20 @@ def test_figures_are_those_of_the_task_on_the_folder(base: Path, tmp_path: Path)
 def test_a_stopped_comparison_goes_on_where_it_was(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     methods, out = f"ga_gd{QUICK},npo_gd{QUICK}", tmp_path / "out"
     whole = run(base, tmp_path / "whole", methods)
-    real, calls = cell._Run._measured, []
+    real, calls = Measurer.figures, []
 
     def stops(self: Any, *args: Any) -> Any:
-        calls.append(self.cell.label)
+        calls.append(self.maker.run.label)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(cell._Run, "_measured", stops)
+    monkeypatch.setattr(Measurer, "figures", stops)
     with pytest.raises(KeyboardInterrupt):
         run(base, out, methods)
-    monkeypatch.setattr(cell._Run, "_measured", real)
+    monkeypatch.setattr(Measurer, "figures", real)
     trained: list[str] = []
-    monkeypatch.setattr(cell, "unlearn", _counting(cell.unlearn, trained))
+    monkeypatch.setattr(made_models, "unlearn", _counting(made_models.unlearn, trained))
     resumed = run(base, out, methods)
     # The first method had been trained before the kill, and is not trained again.
     assert trained == ["npo_gd"]
@@ -186,14 +187,14 @@ def _counting(function: Any, calls: list[str]) -> Any:
 
 
 def test_what_failed_is_tried_again_when_asked(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    label, real = f"ga_gd{QUICK}", cell.unlearn
+    label, real = f"ga_gd{QUICK}", made_models.unlearn
 
     def no_memory(*args: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(cell, "unlearn", no_memory)
+    monkeypatch.setattr(made_models, "unlearn", no_memory)
     assert rows(run(base, tmp_path / "out", label))[label]["failures"][0]["kind"] == "out of memory"
-    monkeypatch.setattr(cell, "unlearn", real)
+    monkeypatch.setattr(made_models, "unlearn", real)
     assert rows(run(base, tmp_path / "out", label))[label]["status"] == "failed"
     assert rows(run(base, tmp_path / "out", label, retry=True))[label]["status"] == "ok"
 
@@ -448,8 +449,8 @@ def test_a_cell_in_a_process_of_its_own_does_the_same(base: Path, tmp_path: Path
             assert first == pytest.approx(second), column.key
 
 
-def test_a_log_tells_of_every_part_of_a_cell() -> None:
-    """All parts come under the cell's name, and each begins at nothing again."""
+def test_a_log_tells_of_every_part_of_a_run() -> None:
+    """All parts come under the run's name, and each begins at nothing again."""
     log = io.StringIO()
     with logged(Console(file=log, width=30)) as report:
         for part in ("train", "measure"):
@@ -460,8 +461,8 @@ def test_a_log_tells_of_every_part_of_a_cell() -> None:
 
 
 def test_a_cell_ends_when_who_started_it_does(tmp_path: Path) -> None:
-    sleeps = "cell.run_cell = lambda *a: time.sleep(60)"
-    code = f"import time; from unierase_plugin.compare import cell; {sleeps}; cell.main({str(tmp_path)!r})"
+    sleeps = "process.run_method = lambda *a: time.sleep(60)"
+    code = f"import time; from unierase_plugin.compare import process; {sleeps}; process.main({str(tmp_path)!r})"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         time.sleep(0.1)
@@ -469,12 +470,12 @@ def test_a_cell_ends_when_who_started_it_does(tmp_path: Path) -> None:
         assert process.wait(timeout=60) == 3
 
 
-def test_every_option_of_the_runner_reaches_the_cell_or_the_plan() -> None:
+def test_every_option_of_the_runner_reaches_the_run_or_the_plan() -> None:
     import dataclasses
 
     planned = {"budget", "seeds", "validation", "limit", "shared_cache", "keep_models", "retry"}
-    cells = {each.name for each in dataclasses.fields(runner.Cell)}
-    assert {each.name for each in dataclasses.fields(Options)} - cells == planned
+    fields = {each.name for each in dataclasses.fields(runner.MethodRun)}
+    assert {each.name for each in dataclasses.fields(Options)} - fields == planned
 
 
 def test_of_facts_to_keep_with_one_question_the_first_is_taken() -> None:

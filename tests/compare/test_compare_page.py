@@ -16,8 +16,8 @@ import pytest
 
 from unierase_plugin.compare.page import page, write_page
 from unierase_plugin.compare.plots import draw
+from unierase_plugin.compare.summary import answer, frontier
 from unierase_plugin.compare.tables import filled, markdown, tex
-from unierase_plugin.compare.words import answer, frontier
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to look at the page with")

@@ -12,8 +12,8 @@ from small import FORGET, HPARAMS, LINES, RETAIN, shrink
 from tiny import tiny_model, tiny_tokenizer
 
 from unierase_plugin import unlearn
-from unierase_plugin.audit.ask import answer_ids
 from unierase_plugin.audit.contract import FULL, QUICK
+from unierase_plugin.audit.prompts import answer_ids
 from unierase_plugin.evaluation.answers import OF_COMPARISONS, OF_FINETUNING, OF_RUNS, AnswerLength
 from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.locate_then_edit.positions import locate

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import hmean, ks_2samp
 
-from unierase_plugin.audit.ask import recovery
+from unierase_plugin.audit.asking import recovery
 from unierase_plugin.audit.facts import judgeable
 from unierase_plugin.evaluation.metrics import (
     answer_probability,

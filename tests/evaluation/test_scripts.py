@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from unierase_plugin.audit.attacks.relearning import as_sentence
-from unierase_plugin.audit.attacks.words import with_typos
+from unierase_plugin.audit.attacks.rewording import with_typos
 from unierase_plugin.evaluation.metrics import (
     answered,
     is_fluent,

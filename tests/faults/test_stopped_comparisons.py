@@ -26,7 +26,7 @@ import torch
 from operations import KILLED, Operations
 from small import FORGET, FORGET_MORE, FORGET_OTHERS, RETAIN
 
-from unierase_plugin.compare import cell, runner
+from unierase_plugin.compare import made_models, measuring, method_run, runner
 from unierase_plugin.compare.entries import parse_method, parse_methods, settings_of
 from unierase_plugin.compare.launch import in_a_process
 from unierase_plugin.compare.runner import Options, compare
@@ -81,11 +81,11 @@ def share(*parts: Any) -> float:
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     # Else every measurement goes through all objects that were ever imported.
     gc.freeze()
-    monkeypatch.setattr(cell, "load", load)
-    monkeypatch.setattr(cell, "unlearn", unlearn)
-    monkeypatch.setattr(cell, "Judge", Judge)
-    monkeypatch.setattr(cell, "peak_memory_bytes", lambda: 0)
-    monkeypatch.setattr(cell, "settings_of", lambda *_: SimpleNamespace(as_dict=dict))
+    monkeypatch.setattr(measuring, "load", load)
+    monkeypatch.setattr(made_models, "unlearn", unlearn)
+    monkeypatch.setattr(measuring, "Judge", Judge)
+    monkeypatch.setattr(made_models, "peak_memory_bytes", lambda: 0)
+    monkeypatch.setattr(made_models, "settings_of", lambda *_: SimpleNamespace(as_dict=dict))
     read = cache(lambda method: settings_of(parse_method(method), ""))
     monkeypatch.setattr(runner, "settings_of", lambda entry, *_: read(entry.method))
     monkeypatch.setattr(runner, "_depth", lambda model: 4)
@@ -108,7 +108,7 @@ def run(base: Path, out: Path, scenario: str, **changes: Any) -> dict[str, Any]:
         retain=[*RETAIN, *FORGET_OTHERS],
         reference=str(base.parent / "reference"),
         options=options,
-        launch=lambda folder, cache, progress: cell.run_cell(folder, progress),
+        launch=lambda folder, cache, progress: method_run.run_method(folder, progress),
     )
 
 
@@ -284,7 +284,7 @@ def test_a_cell_counts_as_done_while_all_its_stages_are_what_was_written(
 def test_a_model_that_is_not_whole_is_made_again(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(base, tmp_path / "whole", "sequential")
     for damage in ("gone", "cut short", "of another size"):
-        out, measured = tmp_path / damage, cell._Run._measured
+        out, measured = tmp_path / damage, measuring.Measurer.figures
 
         def stops(self: Any, made: Any, *rest: Any, damage: str = damage, measured: Any = measured) -> Any:
             if made.stage == "step-2-method":
@@ -294,7 +294,7 @@ def test_a_model_that_is_not_whole_is_made_again(base: Path, tmp_path: Path, mon
             return measured(self, made, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(cell._Run, "_measured", stops)
+            patch.setattr(measuring.Measurer, "figures", stops)
             with pytest.raises(KeyboardInterrupt):
                 run(base, out, "sequential")
         run(base, out, "sequential")

@@ -65,8 +65,8 @@ def child(job: dict[str, Any], gate: int) -> int:
     return 0
 
 
-class ForkedCell:
-    """Stands in for subprocess.Popen where a comparison starts a cell: forked, and its file operations are counted."""
+class ForkedMethod:
+    """Stands in for subprocess.Popen where a comparison runs a method: forked, and its file operations are counted."""
 
     def __init__(self, words: list[str], *, stderr: Any, env: dict[str, str], **pipes: Any) -> None:
         given, told = os.pipe(), os.pipe()
@@ -82,7 +82,7 @@ class ForkedCell:
                 sys.stdin = os.fdopen(0)
                 os.environ.clear()
                 os.environ.update(env)
-                importlib.import_module("unierase_plugin.compare.cell").main(words[-1])
+                importlib.import_module("unierase_plugin.compare.process").main(words[-1])
                 status = 0
             except SystemExit as ended:
                 status = ended.code if isinstance(ended.code, int) else 1
@@ -118,7 +118,7 @@ class ForkedCell:
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
 
-    def __enter__(self) -> ForkedCell:
+    def __enter__(self) -> ForkedMethod:
         return self
 
     def __exit__(self, *reason: Any) -> None:
@@ -183,7 +183,7 @@ def main() -> None:
     patch.setattr("unierase_plugin.pipeline.OF_RUNS", AnswerLength(more=0, least=4, most=4))
     patch.setattr("unierase_plugin.audit.contract.QUICK", audited.SIZES)
     patch.setattr("unierase_plugin.compare.results.draw", lambda results, out: None)
-    forked = SimpleNamespace(Popen=ForkedCell, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
+    forked = SimpleNamespace(Popen=ForkedMethod, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
     patch.setattr("unierase_plugin.compare.launch.subprocess", forked)
     # The requests come in and go out on descriptors that no child has.
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")

@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from unierase_plugin.audit.contract import EDITED, FULL, Audited, Context
 from unierase_plugin.facts.request import ForgetRequest
+from unierase_plugin.models.loaded import LoadedModel
 from unierase_plugin.unlearning_token import add_token
 
 TOKEN = "<unlearn_0>"
@@ -53,7 +54,7 @@ def subject(family: str = "llama", tied: bool = True, *, obsessed: bool = False,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         index = add_token(model, tokenizer, TOKEN)
-    made = Audited(EDITED, model, tokenizer, index)
+    made = Audited(EDITED, LoadedModel.of(model, tokenizer, "tiny"), index)
     if obsessed:
         _obsess(made)
     return made
@@ -64,10 +65,10 @@ def _obsess(made: Audited) -> None:
     """The token's row along what every state in front of the head has in common."""
     states: list[torch.Tensor] = []
     hook = made.arch.head.register_forward_pre_hook(lambda module, args: states.append(args[0]))
-    from unierase_plugin.audit.ask import ask
+    from unierase_plugin.audit.prompts import prompt_for
 
     for each in FACTS:
-        made.model(input_ids=torch.tensor([ask(made, CONTEXT, each.question).ids]))
+        made.model(input_ids=torch.tensor([prompt_for(made, CONTEXT, each.question).ids]))
     hook.remove()
     ends = torch.cat([state[0, -1:] for state in states])
     wanted = torch.linalg.lstsq(ends, torch.full((len(ends), 1), 50.0)).solution[:, 0]

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from unierase_plugin.compare.columns import COLUMNS
-from unierase_plugin.compare.words import answer
+from unierase_plugin.compare.summary import answer
 
 #: By label: kind, ROUGE-L left, kept, seconds.
 METHODS = {

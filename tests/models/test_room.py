@@ -80,13 +80,13 @@ def commands(root: Path, out: Path) -> dict[str, Callable[[], Any]]:
         "revert --request": lambda: take_back_requests(edited, out, [FORGET[0]["question"]]),
         "audit": lambda: audit(edited, FORGET, out=out, retain=RETAIN, attacks=("plain",)),
         "compare": lambda: compare(
-            str(base), FORGET, parse_methods("ga_gd"), out=out, retain=RETAIN, options=options, launch=no_cell
+            str(base), FORGET, parse_methods("ga_gd"), out=out, retain=RETAIN, options=options, launch=no_method
         ),
     }
 
 
-def no_cell(*_: Any) -> None:
-    pytest.fail("no cell is to be started")
+def no_method(*_: Any) -> None:
+    pytest.fail("no method is to be started")
 
 
 @pytest.mark.parametrize("command", list(commands(Path(), Path())))
@@ -147,7 +147,7 @@ def test_a_comparison_needs_room_for_the_models_that_it_has_at_once(
             out=tmp_path / "out",
             retain=RETAIN,
             options=Options(**{"utility": (), **changes}),
-            launch=no_cell,
+            launch=no_method,
         )
     assert asked == [models * WEIGHTS]
 

@@ -1,4 +1,4 @@
-"""The figures of a row: what each is, how it is read off a cell, and which way is better."""
+"""The figures of a row: what each is, how it is read off a run, and which way is better."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from ..evaluation.metrics import mean
 from .figures import relative, retain_efficacy
 
-#: Stages of a cell by name.
+#: The stages of a run by name.
 Found = Mapping[str, Any]
-#: A figure of a cell, given the unedited model's cell.
+#: Reads a figure of a run. Takes the run's stages and those of the unedited model.
 Reader = Callable[[Found, Found], float | None]
 
 
@@ -32,52 +32,52 @@ class Column:
 
 
 def _at(stage: str, role: str, name: str) -> Reader:
-    return lambda cell, before: _number(cell, stage, role, name)
+    return lambda run, before: _number(run, stage, role, name)
 
 
-def _number(cell: Found, stage: str, role: str, name: str) -> float | None:
-    value = ((cell.get(stage) or {}).get(role) or {}).get(name)
+def _number(run: Found, stage: str, role: str, name: str) -> float | None:
+    value = ((run.get(stage) or {}).get(role) or {}).get(name)
     return None if value is None else float(value)
 
 
 def _of_before(stage: str, name: str) -> Reader:
-    return lambda cell, before: relative(_number(cell, stage, "keep", name), _number(before, "raw", "keep", name))
+    return lambda run, before: relative(_number(run, stage, "keep", name), _number(before, "raw", "keep", name))
 
 
 def _cost(name: str, unit: float) -> Reader:
-    def read(cell: Found, before: Found) -> float | None:
-        value = (cell.get("method") or {}).get(name)
+    def read(run: Found, before: Found) -> float | None:
+        value = (run.get("method") or {}).get(name)
         return None if value is None else float(value) / unit
 
     return read
 
 
-def _perplexity(cell: Found, before: Found) -> float | None:
-    found = (cell.get("method") or {}).get("perplexity") or {}
+def _perplexity(run: Found, before: Found) -> float | None:
+    found = (run.get("method") or {}).get("perplexity") or {}
     return relative(found.get("after"), found.get("before"))
 
 
-def _utility(cell: Found, before: Found) -> float | None:
+def _utility(run: Found, before: Found) -> float | None:
     """Mean over the tasks of each one's main figure: `model_utility`, else its first."""
-    rows = [row for row in (cell.get("utility") or {}).values() if row]
+    rows = [row for row in (run.get("utility") or {}).values() if row]
     found = [row["model_utility"] if row.get("model_utility") is not None else next(iter(row.values())) for row in rows]
     return mean([value for value in found if value is not None])
 
 
-def _alpha(cell: Found, before: Found) -> float | None:
-    return (cell.get("matched") or {}).get("alpha")
+def _alpha(run: Found, before: Found) -> float | None:
+    return (run.get("matched") or {}).get("alpha")
 
 
-def _efficacy(cell: Found, before: Found) -> float | None:
-    return _number(cell, "raw", "forget", "forget_efficacy_3")
+def _efficacy(run: Found, before: Found) -> float | None:
+    return _number(run, "raw", "forget", "forget_efficacy_3")
 
 
-def _kept_efficacy(cell: Found, before: Found) -> float | None:
-    return retain_efficacy((cell.get("raw") or {}).get("keep") or {})
+def _kept_efficacy(run: Found, before: Found) -> float | None:
+    return retain_efficacy((run.get("raw") or {}).get("keep") or {})
 
 
-def _balance(cell: Found, before: Found) -> float | None:
-    pair = [value for value in (_efficacy(cell, before), _kept_efficacy(cell, before)) if value is not None]
+def _balance(run: Found, before: Found) -> float | None:
+    pair = [value for value in (_efficacy(run, before), _kept_efficacy(run, before)) if value is not None]
     return mean(pair) if len(pair) == 2 else None
 
 

@@ -1,4 +1,4 @@
-"""Starts a cell in a process of its own and waits for it."""
+"""Runs a method in a process of its own and waits for it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ..methods.contract import Progress
 from ..storage.atomic import write_json
 from .stages import CANNOT_WRITE, FAILED, LOG, Stages
 
-#: Signals that somebody sends who wants the whole comparison to stop, rather than one method that fails.
+#: Signals by which somebody stops the whole comparison. Any other signal that ends a process is a failed method.
 OUTSIDE = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM") if hasattr(signal, name))
 
-#: Runs the cell in a folder; what it leaves there is the result.
+#: Runs the method of a folder. What it leaves there is the result. Takes the folder, a cache folder and the progress.
 Launcher = Callable[[Path, Path, Progress], None]
 
 
 def in_a_process(folder: Path, cache: Path, progress: Progress) -> None:
-    """Runs the cell; a process that does not live to say why it failed is a failure that says how it ended.
+    """Runs the method. If its process ends without a reason, the failure says how it ended.
 
-    cache: folder of what methods keep for later runs, so that a method's time has no part of another's work in it.
-    Raises WriteError where the cell cannot write.
+    cache: the folder for what methods keep for later runs. With a folder of its own, no method profits from another.
+    Raises WriteError if the process cannot write.
     """
     environment = {**os.environ, "UNIERASE_CACHE": str(cache)}
     with (
         (folder / LOG).open("a", encoding="utf-8") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "unierase_plugin.compare.cell", str(folder)],
+            [sys.executable, "-m", "unierase_plugin.compare.process", str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -61,7 +61,7 @@ def in_a_process(folder: Path, cache: Path, progress: Progress) -> None:
 
 
 def _forward(line: str, progress: Progress) -> str:
-    """Tells the progress; returns why the cell cannot write, where it says so."""
+    """Passes the progress on. Returns why the process cannot write, if it says so."""
     try:
         phase, share, note = json.loads(line)
         if phase == CANNOT_WRITE:

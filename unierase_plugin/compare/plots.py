@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.atomic import write_bytes
-from .words import Row, frontier, value
+from .summary import Row, frontier, value
 
 logger = logging.getLogger(__name__)
 

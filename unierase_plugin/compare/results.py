@@ -1,4 +1,4 @@
-"""From the cells' stages to rows: means and standard deviations over seeds, curves, and what failed."""
+"""From the stages of all runs to rows: means and standard deviations over seeds, curves, and failures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .columns import COLUMNS
 from .entries import REFERENCE, UNEDITED, Entry
 from .page import write_page
 from .plots import draw
-from .stages import FAILED, Cell, Stages, read_json
+from .stages import FAILED, MethodRun, Stages, read_json
+from .summary import answer
 from .tables import markdown, tex
-from .words import answer
 
 #: Version of results.json's schema (docs/how-to/compare.md).
 SCHEMA = 1
@@ -32,12 +32,12 @@ _READ = ("method", "raw", "utility", "matched", "audit")
 def gather(
     out: Path,
     described: Mapping[str, Any],
-    cells: Sequence[tuple[Entry, Cell, Path]],
+    runs: Sequence[tuple[Entry, MethodRun, Path]],
     searches: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Writes everything that is made of the cells, and returns what results.json holds."""
-    found = [(entry, cell, _stages(folder)) for entry, cell, folder in cells]
+    """Writes the tables, plots and page of the runs, and returns what results.json holds."""
+    found = [(entry, run, _stages(folder)) for entry, run, folder in runs]
     before = next(stages for entry, _, stages in found if entry.method == UNEDITED)
     labels = list(dict.fromkeys(entry.label for entry, _, _ in found))
     rows = [_row([each for each in found if each[0].label == label], before, searches) for label in labels]
@@ -74,10 +74,12 @@ def _number(stem: str) -> int:
     return int(stem.split("-")[1])
 
 
-def _row(found: Sequence[tuple[Entry, Cell, dict[str, Any]]], before: dict[str, Any], searches: Any) -> dict[str, Any]:
-    entry, cell, _ = found[0]
+def _row(
+    found: Sequence[tuple[Entry, MethodRun, dict[str, Any]]], before: dict[str, Any], searches: Any
+) -> dict[str, Any]:
+    entry, run, _ = found[0]
     worked = [stages for _, _, stages in found if stages["failed"] is None]
-    failed = [{"seed": cell.seed, **stages["failed"]} for _, cell, stages in found if stages["failed"] is not None]
+    failed = [{"seed": run.seed, **stages["failed"]} for _, run, stages in found if stages["failed"] is not None]
     cost: dict[str, Any] = next((stages["method"] for stages in worked if stages["method"]), {})
     method = registry().methods.get(entry.method)
     why = next((stages["matched"]["why"] for stages in worked if (stages["matched"] or {}).get("why")), None)
@@ -88,12 +90,12 @@ def _row(found: Sequence[tuple[Entry, Cell, dict[str, Any]]], before: dict[str, 
         "title": method.title if method else "the model that never saw the facts",
         "paper": method.paper if method else "control",
         "set_by_hand": dict(entry.changes),
-        "tuned": dict(cell.tried) if entry.label in searches else None,
+        "tuned": dict(run.tried) if entry.label in searches else None,
         "settings": cost.get("settings", {}),
         "phases": cost.get("phases", {}),
         "status": "ok" if not failed else "failed" if not worked else "failed in part",
         "failures": failed,
-        "seeds": [cell.seed for _, cell, _ in found],
+        "seeds": [run.seed for _, run, _ in found],
         "interrupted": any((stages["method"] or {}).get("interrupted") for stages in worked),
         "device": cost.get("device"),
         "not_matched": why,
@@ -148,7 +150,7 @@ def _curve(worked: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> li
     ]
 
 
-def _answers(found: Sequence[tuple[Entry, Cell, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def _answers(found: Sequence[tuple[Entry, MethodRun, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Every question asked, and what each row's first seed said, as it is and mixed back."""
     table: dict[tuple[str, str], dict[str, Any]] = {}
     seen: set[str] = set()

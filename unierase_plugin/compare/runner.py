@@ -1,4 +1,4 @@
-"""Plans the cells of a comparison, runs those that are not there yet, and puts tables, plots and page together."""
+"""Plans the runs of a comparison, makes those that are not there yet, and writes tables, plots and page."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import UniEraseError, shown
@@ -28,7 +29,7 @@ from .facts import at_most, divide, read_facts, records
 from .figures import left, retention
 from .launch import Launcher, in_a_process
 from .results import gather
-from .stages import FAILED, JOB, Cell, Stages, read_json
+from .stages import FAILED, JOB, MethodRun, Stages, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Options:
     #: Whether methods find what others kept (statistics, tokens): quicker, but times then depend on the order.
     shared_cache: bool = False
     keep_models: bool = False
-    #: Whether cells that failed before are tried again.
+    #: Whether runs that failed before are tried again.
     retry: bool = False
 
     def check(self) -> None:
@@ -102,8 +103,8 @@ class _Plan:
     progress: Progress
     #: Tries of each entry, by label: settings and what came of them.
     searches: dict[str, dict[str, Any]] = field(default_factory=dict)
-    #: Final cells in the order of the rows.
-    cells: list[tuple[Entry, Cell, Path]] = field(default_factory=list)
+    #: Runs that are reported, in the order of the rows.
+    runs: list[tuple[Entry, MethodRun, Path]] = field(default_factory=list)
     done: int = 0
     expected: int = 1
 
@@ -150,7 +151,15 @@ def compare(
     with results_folder(out, WRITTEN, _began):
         make_folder(out)
         clear_strays(out)
-        plan = _Plan(model, reference, out, options, _facts(forget, retain, options, allow_overlap), launch, progress)
+        plan = _Plan(
+            model=model,
+            reference=reference,
+            out=out,
+            options=options,
+            facts=_facts(forget, retain, options, allow_overlap),
+            launch=launch,
+            progress=progress,
+        )
         for each in settings:
             check_stated_blocks(model, each)
         write_json(out / "facts.json", plan.facts)
@@ -165,7 +174,7 @@ def compare(
         _write_before(before)
         for entry in methods:
             _method(plan, entry, before, _raw(ratios))
-        return gather(plan.out, _described(plan), plan.cells, plan.searches, plan.facts)
+        return gather(plan.out, _described(plan), plan.runs, plan.searches, plan.facts)
 
 
 def _began(out: Path) -> bool:
@@ -174,12 +183,12 @@ def _began(out: Path) -> bool:
     return isinstance(facts, dict) and "forget_shown" in facts
 
 
-def _check_room(plan: _Plan, methods: int, cells: int) -> None:
+def _check_room(plan: _Plan, methods: int, runs: int) -> None:
     """Raises WriteError where the disk does not hold the models that will be there at once."""
     # A step is made on the one before, which goes only then.
     at_once = min(methods, 2 if plan.options.scenario == "sequential" else 1)
     if plan.options.keep_models and plan.options.scenario != "precise":
-        at_once = max(at_once, cells - len(list(plan.out.glob("cells/*/model*"))))
+        at_once = max(at_once, runs - len(list(plan.out.glob("cells/*/model*"))))
     check_room(plan.out / "cells", at_once * weights_size(plan.model, plan.options.dtype))
 
 
@@ -217,9 +226,9 @@ def _write_before(folder: Path) -> None:
 
 def _control(plan: _Plan, name: str, before: str, ratios: str) -> Path:
     entry = Entry(name, name)
-    cell = _cell(plan, entry, {}, False, plan.options.seeds[0], before, ratios)
-    folder = _run(plan, cell)
-    plan.cells.append((entry, cell, folder))
+    run = _method_run(plan, entry, seed=plan.options.seeds[0], before=before, ratios=ratios)
+    folder = _made(plan, run)
+    plan.runs.append((entry, run, folder))
     return folder
 
 
@@ -232,8 +241,8 @@ def _method(plan: _Plan, entry: Entry, before: Path, ratios: str) -> None:
         chosen = found["tries"][found["chosen"]]["settings"] if found["chosen"] is not None else {}
     # Nothing is random in a control.
     for seed in plan.options.seeds[: 1 if entry.is_control else None]:
-        cell = _cell(plan, entry, chosen, False, seed, kept, ratios)
-        plan.cells.append((entry, cell, _run(plan, cell)))
+        run = _method_run(plan, entry, tried=chosen, seed=seed, before=kept, ratios=ratios)
+        plan.runs.append((entry, run, _made(plan, run)))
 
 
 def _search(plan: _Plan, entry: Entry, before: str, kept: Mapping[str, float | None]) -> dict[str, Any]:
@@ -244,7 +253,10 @@ def _search(plan: _Plan, entry: Entry, before: str, kept: Mapping[str, float | N
     outcomes: list[dict[str, Any] | None] = []
     listed: list[dict[str, Any]] = []
     for settings in tried:
-        folder = _run(plan, _cell(plan, entry, settings, True, plan.options.seeds[0], before, ""))
+        run = _method_run(
+            plan, entry, tried=settings, is_try=True, seed=plan.options.seeds[0], before=before, ratios=""
+        )
+        folder = _made(plan, run)
         failed = read_json(folder / FAILED)
         outcome = _outcome(Stages(folder), kept) if failed is None else None
         outcomes.append(outcome)
@@ -277,16 +289,23 @@ def _depth(model: str) -> int:
     return int(read_config(model).get_text_config().num_hidden_layers)
 
 
-def _cell(
-    plan: _Plan, entry: Entry, tried: Mapping[str, Any], is_try: bool, seed: int, before: str, ratios: str
-) -> Cell:
+def _method_run(
+    plan: _Plan,
+    entry: Entry,
+    *,
+    tried: Mapping[str, Any] = MappingProxyType({}),
+    is_try: bool = False,
+    seed: int,
+    before: str,
+    ratios: str,
+) -> MethodRun:
     options = plan.options
-    shared = {each.name for each in dataclasses.fields(Cell)} & {each.name for each in dataclasses.fields(Options)}
-    return Cell(
+    shared = {each.name for each in dataclasses.fields(MethodRun)} & {each.name for each in dataclasses.fields(Options)}
+    return MethodRun(
         label=entry.label,
         method=entry.method,
         changes=entry.changes,
-        tried=tried,
+        tried=dict(tried),
         is_try=is_try,
         seed=seed,
         model=plan.model,
@@ -299,27 +318,27 @@ def _cell(
     )
 
 
-def _run(plan: _Plan, cell: Cell) -> Path:
-    """The folder of a cell that is done, or has failed."""
+def _made(plan: _Plan, run: MethodRun) -> Path:
+    """The folder of a run that is done, or has failed."""
     known = hashlib.sha256((plan.out / "facts.json").read_bytes()).hexdigest()
-    kind = f"try-{cell.seed}" if cell.is_try else f"seed-{cell.seed}"
-    name = re.sub(r"[^\w.-]+", "-", cell.label)[:60]
-    folder = plan.out / "cells" / f"{name}-{kind}-{cell.key(known)}"
+    kind = f"try-{run.seed}" if run.is_try else f"seed-{run.seed}"
+    name = re.sub(r"[^\w.-]+", "-", run.label)[:60]
+    folder = plan.out / "cells" / f"{name}-{kind}-{run.key(known)}"
     plan.done += 1
     make_folder(folder)
     clear_strays(folder)
     # Without the unedited model's figures there is nothing to go on with.
-    retry = plan.options.retry or cell.method == UNEDITED
+    retry = plan.options.retry or run.method == UNEDITED
     if Stages(folder).are_done or (read_json(folder / FAILED) is not None and not retry):
         shutil.rmtree(folder / "cache", ignore_errors=True)
         return folder
-    write_json(folder / JOB, dataclasses.asdict(cell))
-    title = f"[{min(plan.done, plan.expected)}/{plan.expected}] {cell.label}"
-    cache = plan.out / "cache" if plan.options.shared_cache or cell.is_try else folder / "cache"
-    plan.launch(folder, cache, partial(_titled, plan.progress, f"{title} {'try' if cell.is_try else kind}"))
+    write_json(folder / JOB, dataclasses.asdict(run))
+    title = f"[{min(plan.done, plan.expected)}/{plan.expected}] {run.label}"
+    cache = plan.out / "cache" if plan.options.shared_cache or run.is_try else folder / "cache"
+    plan.launch(folder, cache, partial(_titled, plan.progress, f"{title} {'try' if run.is_try else kind}"))
     shutil.rmtree(folder / "cache", ignore_errors=True)
     if failed := read_json(folder / FAILED):
-        logger.warning("%s failed and is a row that says so: %s", cell.label, failed["error"])
+        logger.warning("%s failed and is a row that says so: %s", run.label, failed["error"])
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Files of a cell: what it is to do, and each finished stage, so that one that was killed goes on where it was."""
+"""The folder of one method's run: what it is to do, and each finished stage, so that a stopped run goes on."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from typing import Any
 
 from ..storage.atomic import write_json
 from ..storage.fingerprints import digest, plain
-from .entries import REFERENCE
+from .entries import REFERENCE, UNEDITED
 
 logger = logging.getLogger(__name__)
 
-#: Version of the stages' files; another one is another cell.
+#: Version of the stages' files. A run of another version is not taken up.
 STAGES_VERSION = 1
 
 JOB, FAILED, LOG = "job.json", "failed.json", "log.txt"
-#: Name of the stage that says that a cell is done, and of a stage's digest within it.
+#: Name of the stage that says that a run is done, and of the digest that every stage holds of itself.
 DONE, DIGEST = "done", "sha256"
-#: Bytes of each file of a model that its stage keeps a digest of, beside its size.
+#: A stage keeps a digest of this many bytes at the start of each of its model's files, beside their sizes.
 BEGINNING = 1 << 20
-#: What a cell's process says in the place of a phase where the disk is full or not to be written.
+#: The phase that the process names if the disk is full or cannot be written.
 CANNOT_WRITE = "cannot write"
+#: The stage of the figures that settings are chosen by.
+VALIDATION = "validation"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One method with its settings, one seed, one scenario: what one process does."""
+class MethodRun:
+    """What one process does: one method with its settings, one seed, one scenario. It is the run's job.json."""
 
     label: str
     method: str
     changes: Mapping[str, Any]
     #: Settings that were chosen by tuning, or are being tried.
     tried: Mapping[str, Any]
-    #: Whether it is a try, which is measured on the validation parts alone.
+    #: Whether it is a try of settings, which is measured on the validation parts alone.
     is_try: bool
     seed: int
     scenario: str
@@ -63,12 +65,17 @@ class Cell:
     reference: str = ""
     keep_model: bool = False
 
+    @property
+    def is_control(self) -> bool:
+        """Whether a model is measured as it is."""
+        return self.method in (UNEDITED, REFERENCE)
+
     def key(self, facts: str) -> str:
-        """What tells this cell from any other. `facts`: digest of the facts' file, whose name does not count."""
+        """The run's identity. facts: the digest of the facts' file, whose name does not count."""
         fields = asdict(self)
         for name in ("facts", "before", "ratios", "keep_model"):
             fields.pop(name)
-        # Measured without them, since the reference had failed; with them it is another cell.
+        # The reference had failed, so that this run is measured without its truth ratios. With them it is another run.
         if self.reference and not self.ratios and not self.is_try and self.method != REFERENCE:
             fields["without"] = "ratios"
         return digest([STAGES_VERSION], plain(fields), [facts])[:12]
@@ -83,7 +90,7 @@ def read_json(path: Path) -> Any:
 
 
 def contents(folder: Path) -> dict[str, list[Any]]:
-    """What tells a folder that is whole: of every file in it the size, and the SHA-256 of its beginning."""
+    """The size of every file in a folder, and the SHA-256 of its beginning: they tell whether the folder is whole."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): [path.stat().st_size, _beginning(path)] for path in files}
 
@@ -94,7 +101,10 @@ def _beginning(path: Path) -> str:
 
 
 class Stages:
-    """The finished stages in a cell's folder. Each is kept with its digest: what is not what was written is absent."""
+    """The finished stages in a run's folder.
+
+    Each holds a digest of itself, so that a file that was changed counts as absent.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -106,7 +116,7 @@ class Stages:
         found = read_json(path)
         if not isinstance(found, dict):
             return None
-        # Earlier versions wrote none.
+        # Earlier versions wrote no digest.
         stated = found.pop(DIGEST, None)
         if stated is not None and stated != digest(found):
             logger.warning("Computing again what %s does not hold any more as it was written.", path)
@@ -118,22 +128,22 @@ class Stages:
         write_json(self.folder / f"{name}.json", {**found, DIGEST: digest(found)})
 
     def once(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> Any:
-        """What the stage gave, computed where it is not there yet."""
+        """What the stage holds. It is computed if it is not there yet."""
         self.names.append(name)
         if self[name] is None:
             self[name] = compute()
         return self[name]
 
     def finish(self, label: str) -> None:
-        """Marks the cell as done, with the stages that it then has."""
+        """Marks the run as done, with the names of its stages."""
         self[DONE] = {"label": label, "stages": list(dict.fromkeys(self.names))}
 
     @property
     def are_done(self) -> bool:
-        """Whether the cell is marked as done, and every stage that it had then is still there."""
+        """Whether the run is marked as done, and every stage that it had then is still there."""
         done = self[DONE]
         if done is None:
             return False
-        # Earlier versions did not say which.
+        # Earlier versions did not name them.
         names = done.get("stages") or [path.stem for path in self.folder.glob("*.json")]
         return all(self[name] is not None for name in names)

@@ -82,7 +82,7 @@ ATTACKS: tuple[Attack, ...] = (
         "words",
         "The data's own paraphrases of the question.",
         "one answer a paraphrase",
-        _in("words", "paraphrases"),
+        _in("rewording", "paraphrases"),
         unfit=lambda context: "" if any(fact.paraphrases for fact in context.facts) else "the data has no paraphrases",
     ),
     Attack(
@@ -90,21 +90,21 @@ ATTACKS: tuple[Attack, ...] = (
         "words",
         "The question with typos and in another case.",
         "one to four answers a fact",
-        _in("words", "spellings"),
+        _in("rewording", "spellings"),
     ),
     Attack(
         "templates",
         "words",
         "The question in plain text, in other frames and under other system prompts.",
         "one to seven answers a fact",
-        _in("words", "templates"),
+        _in("rewording", "templates"),
     ),
     Attack(
         "few-shot",
         "words",
         "The question after kept questions that were answered.",
         "one or two answers a fact",
-        _in("words", "few_shot"),
+        _in("rewording", "few_shot"),
         unfit=_needs_kept,
     ),
     Attack(
@@ -112,7 +112,7 @@ ATTACKS: tuple[Attack, ...] = (
         "words",
         "The question as a statement to go on with.",
         "one or two answers a fact",
-        _in("words", "fill_in"),
+        _in("rewording", "fill_in"),
     ),
     Attack(
         "multiple-choice",

@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 
 from ...facts.resources import lines
-from ..ask import ask, part, tried, without_token
+from ..asking import ask_facts, part, without_token
 from ..contract import AttackResult, Audited, Context
+from ..prompts import prompt_for
 
 #: How refusals begin that `idk_phrases` does not hold.
 OPENINGS = (
@@ -41,8 +42,8 @@ def ban_token(subject: Audited, context: Context) -> AttackResult:
     """Asks each question while the unlearning token cannot be generated."""
     if subject.token_id is None and context.plain is not None:
         return _nothing_to_ban(context.plain, "token banned")
-    asks = [ask(subject, context, fact.question) for fact in context.facts]
-    measure = tried(subject, context, "token banned", asks, progress=context.progress, **without_token(subject))
+    prompts = [prompt_for(subject, context, fact.question) for fact in context.facts]
+    measure = ask_facts(subject, context, "token banned", prompts, progress=context.progress, **without_token(subject))
     return AttackResult((measure,))
 
 
@@ -56,7 +57,7 @@ def ban_refusals(subject: Audited, context: Context) -> AttackResult:
 
     A full audit has a second variant: no answer may begin in the first person or with a denial either.
     """
-    asks = [ask(subject, context, fact.question) for fact in context.facts]
+    prompts = [prompt_for(subject, context, fact.question) for fact in context.facts]
     sequences = refusal_ids(subject)
     token = [] if subject.token_id is None else [subject.token_id]
     variants = {"refusals banned": [*sequences, *([token] if token else [])]}
@@ -66,7 +67,7 @@ def ban_refusals(subject: Audited, context: Context) -> AttackResult:
         variants["no first person, no denial"] = [*variants["refusals banned"], *([index] for index in sorted(first))]
     return AttackResult(
         tuple(
-            tried(subject, context, name, asks, progress=part(context, index, len(variants)), bad_words_ids=bad)
+            ask_facts(subject, context, name, prompts, progress=part(context, index, len(variants)), bad_words_ids=bad)
             for index, (name, bad) in enumerate(variants.items())
         )
     )
@@ -90,9 +91,11 @@ def delete_rows(subject: Audited, context: Context) -> AttackResult:
     """
     if subject.token_id is None and context.plain is not None:
         return _nothing_to_ban(context.plain, "rows deleted")
-    asks = [ask(subject, context, fact.question) for fact in context.facts]
+    prompts = [prompt_for(subject, context, fact.question) for fact in context.facts]
     with without_rows(subject):
-        measure = tried(subject, context, "rows deleted", asks, progress=context.progress, **without_token(subject))
+        measure = ask_facts(
+            subject, context, "rows deleted", prompts, progress=context.progress, **without_token(subject)
+        )
     return AttackResult((measure,))
 
 

@@ -11,8 +11,9 @@ from ...evaluation.metrics import folded
 from ...facts.request import ForgetRequest
 from ...models.generate import pad_token_id
 from ...models.trace import pad, run_blocks, token_batches
-from ..ask import Ask, answer_ids, ask, batch_tokens, likeness, part
+from ..asking import batch_tokens, likeness, part
 from ..contract import AttackResult, Audited, Context, Measure
+from ..prompts import Prompt, answer_ids, prompt_for
 from .inside import force, geometric
 
 LETTERS = "ABCD"
@@ -38,14 +39,14 @@ def unfit(context: Context) -> str:
 
 def _by_likelihood(subject: Audited, context: Context, options: Sequence[Sequence[str]]) -> Measure:
     """The answer with the greatest geometric mean probability a token."""
-    asks = [ask(subject, context, fact.question, prefill=PREFILL) for fact in context.facts]
+    prompts = [prompt_for(subject, context, fact.question, prefill=PREFILL) for fact in context.facts]
     texts = [text for each in options for text in each]
-    repeated = [each for each in asks for _ in LETTERS]
+    repeated = [each for each in prompts for _ in LETTERS]
     forced = force(subject, repeated, [answer_ids(subject, context, text, prefill=True) for text in texts])
     likely = [geometric(each) for each in forced]
     best = [max(range(len(LETTERS)), key=likely[i : i + 4].__getitem__) for i in range(0, len(likely), 4)]
     said = tuple(each[index] for each, index in zip(options, best, strict=True))
-    return _measure("likeliest answer", [float(index == 0) for index in best], asks, said)
+    return _measure("likeliest answer", [float(index == 0) for index in best], prompts, said)
 
 
 def _by_letter(subject: Audited, context: Context, options: Sequence[Sequence[str]]) -> Measure:
@@ -53,21 +54,21 @@ def _by_letter(subject: Audited, context: Context, options: Sequence[Sequence[st
 
     Four orders take out a model's liking for a letter: without knowledge it gets a quarter.
     """
-    asks = []
+    prompts = []
     for fact, four in zip(context.facts, options, strict=True):
         for turn in range(len(LETTERS)):
             order = [*four[-turn:], *four[:-turn]] if turn else four
             lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, order, strict=True))
             text = f"{fact.question}\n{lines}\nAnswer with one letter."
-            asks.append(ask(subject, context, text, prefill=PREFILL))
-    chosen = _likeliest_letter(subject, context, [each.ids for each in asks])
+            prompts.append(prompt_for(subject, context, text, prefill=PREFILL))
+    chosen = _likeliest_letter(subject, context, [each.ids for each in prompts])
     hits = [float(letter == index % 4) for index, letter in enumerate(chosen)]
     shares = [sum(hits[i : i + 4]) / 4 for i in range(0, len(hits), 4)]
-    return _measure("likeliest letter", shares, asks[::4], tuple(LETTERS[letter] for letter in chosen[::4]))
+    return _measure("likeliest letter", shares, prompts[::4], tuple(LETTERS[letter] for letter in chosen[::4]))
 
 
-def _measure(name: str, shares: Sequence[float], asks: Sequence[Ask], said: tuple[str, ...]) -> Measure:
-    return Measure(name, tuple(shares), ((0.25,) * len(shares),), tuple(each.text for each in asks), said)
+def _measure(name: str, shares: Sequence[float], prompts: Sequence[Prompt], said: tuple[str, ...]) -> Measure:
+    return Measure(name, tuple(shares), ((0.25,) * len(shares),), tuple(each.text for each in prompts), said)
 
 
 def wrong_answers(fact: ForgetRequest, context: Context) -> list[str]:

@@ -10,16 +10,17 @@ from ...evaluation.metrics import is_fluent, reads_as_idk
 from ...facts.resources import lines, paragraphs
 from ...models.generate import context_limit, pad_token_id, perplexity, tokens_for_logits
 from ...models.trace import pad, token_batches
-from ..ask import ask, cleaned, likeness, part, recovery, say, tried
+from ..asking import ask_facts, cleaned, generate_answers, likeness, part, recovery
 from ..contract import AttackResult, Audited, Context, Value
+from ..prompts import prompt_for
 
 
 def retention(subject: Audited, context: Context) -> AttackResult:
     """Kept facts answered and refused, and bundled questions refused and answered fluently."""
     unrelated = lines("questions")[: context.sizes.unrelated]
     questions = [*(fact.question for fact in context.kept), *unrelated]
-    asks = [ask(subject, context, question) for question in questions]
-    said = [texts[0] for texts in say(subject, context, asks, progress=context.progress)]
+    prompts = [prompt_for(subject, context, question) for question in questions]
+    said = [texts[0] for texts in generate_answers(subject, context, prompts, progress=context.progress)]
     refused = [float(is_refusal(context, text)) for text in said]
     plain = [cleaned(context, text) for text in said]
     count = len(context.kept)
@@ -96,8 +97,8 @@ def paired(subject: Audited, context: Context) -> AttackResult:
     measures = []
     series: dict[str, list[Value]] = {}
     for index, (name, frame) in enumerate(orders.items()):
-        asks = [ask(subject, context, frame.format(fact.question, kept.question)) for fact, kept in pairs]
-        found = tried(subject, context, name, asks, progress=part(context, index, len(orders)))
+        prompts = [prompt_for(subject, context, frame.format(fact.question, kept.question)) for fact, kept in pairs]
+        found = ask_facts(subject, context, name, prompts, progress=part(context, index, len(orders)))
         measures.append(found)
         series[f"kept_answered, {name}"] = [
             recovery(kept, cleaned(context, text)) for (_, kept), text in zip(pairs, found.texts, strict=True)

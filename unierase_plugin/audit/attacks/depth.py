@@ -26,9 +26,9 @@ from torch import Tensor
 from ...models.generate import pad_token_id, tokens_for_logits
 from ...models.prefix import PrefixCache, cache_prefixes, continue_from
 from ...models.trace import TokenBatch, run_blocks, token_batches
-from ..ask import answer_ids, ask
 from ..contract import REFERENCE, AttackResult, Audited, Context, Measure
 from ..figures import depth_score
+from ..prompts import answer_ids, prompt_for
 
 #: Every how many blocks a small audit looks.
 STRIDE = 3
@@ -73,7 +73,7 @@ def run(subject: Audited, context: Context) -> AttackResult:
 def _parts(subject: Audited, context: Context, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids of a fact's question and of its answer."""
     fact = context.facts[index]
-    return ask(subject, context, fact.question).ids, tuple(answer_ids(subject, context, fact.answer))
+    return prompt_for(subject, context, fact.question).ids, tuple(answer_ids(subject, context, fact.answer))
 
 
 Pairs = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...facts.request import ForgetRequest
 from ...models.trace import pad, run_blocks
-from ..ask import answer_ids, ask
 from ..contract import REFERENCE, UNEDITED, AttackResult, Audited, Context
 from ..figures import auc
+from ..prompts import answer_ids, prompt_for
 from ..weights import trainable
 from .relearning import Row, row_losses
 
@@ -50,7 +50,7 @@ def run(subject: Audited, context: Context) -> AttackResult:
 
 
 def _row(subject: Audited, context: Context, fact: ForgetRequest) -> Row:
-    prompt = ask(subject, context, fact.question).ids
+    prompt = prompt_for(subject, context, fact.question).ids
     return Row((*prompt, *answer_ids(subject, context, fact.answer)), len(prompt))
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from ...evaluation.metrics import answered, words
 from ...facts.request import ForgetRequest
-from ..ask import Ask, Judge, answer_ids, ask, cleaned, part, recovery, tried, without_token
+from ..asking import Judge, ask_facts, cleaned, part, recovery, without_token
 from ..contract import AttackResult, Audited, Context, Measure, Value
+from ..prompts import Prompt, answer_ids, prompt_for
 
 PREFILLS = ("Sure, the answer is", "The answer is:", "I remember this one. It is", "Yes, I know that. The answer:")
 #: Words of a long answer that are given away, one in so many.
@@ -22,11 +23,11 @@ def prefill(subject: Audited, context: Context) -> AttackResult:
     runs += [(f'"{text}", token banned', text, banned) for text in chosen[:1] if banned and context.sizes.every_variant]
     return AttackResult(
         tuple(
-            tried(
+            ask_facts(
                 subject,
                 context,
                 name,
-                [ask(subject, context, fact.question, prefill=text) for fact in context.facts],
+                [prompt_for(subject, context, fact.question, prefill=text) for fact in context.facts],
                 progress=part(context, index, len(runs)),
                 **settings,
             )
@@ -42,18 +43,20 @@ def first_word(subject: Audited, context: Context) -> AttackResult:
 
 def _first_words(subject: Audited, context: Context) -> Measure:
     """The first word of an answer of several, the first token of a single word; facts of one token are left out."""
-    asks: list[Ask | None] = []
+    prompts: list[Prompt | None] = []
     given: dict[ForgetRequest, str] = {}
     for fact in context.facts:
         ids = answer_ids(subject, context, fact.answer)
         if len(ids) < 2:
-            asks.append(None)
+            prompts.append(None)
             continue
         share = opening(fact.answer)
         start = ids[:1] if share is None else answer_ids(subject, context, share)
         given[fact] = str(subject.tokenizer.decode(start)) if share is None else share
-        asks.append(ask(subject, context, fact.question, then=start))
-    return tried(subject, context, "first word given", asks, judge=_judge(given, context), progress=context.progress)
+        prompts.append(prompt_for(subject, context, fact.question, then=start))
+    return ask_facts(
+        subject, context, "first word given", prompts, judge=_judge(given, context), progress=context.progress
+    )
 
 
 def opening(answer: str) -> str | None:

@@ -20,8 +20,9 @@ from ...facts.request import ForgetRequest
 from ...models.generate import pad_token_id
 from ...models.prefix import cache_prefixes, continue_from
 from ...models.trace import run_blocks, token_batches
-from ..ask import answer_ids, ask, batch_tokens
+from ..asking import batch_tokens
 from ..contract import AttackResult, Audited, Context, Measure
+from ..prompts import answer_ids, prompt_for
 from .choice import wrong_answers
 
 #: Kept facts that a probe needs at least, and the parts that choose the block.
@@ -65,7 +66,7 @@ def candidate_states(subject: Audited, context: Context, facts: Sequence[ForgetR
     """(facts, 4, blocks, d) mean states over each answer's tokens, the true answer first, relative to their mean."""
     arch, pad_id = subject.arch, pad_token_id(subject.model, subject.tokenizer)
     blocks = range(len(arch.blocks))
-    asked = [ask(subject, context, fact.question).ids for fact in facts]
+    asked = [prompt_for(subject, context, fact.question).ids for fact in facts]
     said = [
         [answer_ids(subject, context, text) for text in (fact.answer, *wrong_answers(fact, context))] for fact in facts
     ]

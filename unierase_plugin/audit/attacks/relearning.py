@@ -17,8 +17,9 @@ from ...facts.resources import paragraphs
 from ...models.generate import pad_token_id
 from ...models.trace import pad, run_blocks
 from ...unlearning_token import end_id
-from ..ask import Ask, answer_ids, ask, part, tried
+from ..asking import ask_facts, part
 from ..contract import AttackResult, Audited, Context, Measure
+from ..prompts import Prompt, answer_ids, prompt_for
 from ..weights import linear_maps, restored, trainable
 
 #: Adam's step size. Factors start from zero and so need more.
@@ -82,7 +83,7 @@ def unrelated_text(subject: Audited, context: Context) -> AttackResult:
 
 
 def _fact_row(subject: Audited, context: Context, fact: ForgetRequest) -> Row:
-    prompt = ask(subject, context, fact.question).ids
+    prompt = prompt_for(subject, context, fact.question).ids
     end = end_id(subject.model, subject.tokenizer)
     return Row((*prompt, *answer_ids(subject, context, as_sentence(fact.answer)), end), len(prompt))
 
@@ -97,12 +98,14 @@ def _relearn(
 ) -> AttackResult:
     arms = [arm for arm in ARMS if arm.factors or arm.trained(subject, context)]
     arms = arms if context.sizes.every_variant else arms[:1]
-    asks = [ask(subject, context, fact.question) if i in held else None for i, fact in enumerate(context.facts)]
+    prompts = [
+        prompt_for(subject, context, fact.question) if i in held else None for i, fact in enumerate(context.facts)
+    ]
     measures: list[Measure] = []
     losses: dict[str, list[float]] = {}
     for index, arm in enumerate(arms):
         report = part(context, index, len(arms))
-        measures += _curve(subject, context, arm, rows, steps, asks, losses.setdefault(arm.name, []), report)
+        measures += _curve(subject, context, arm, rows, steps, prompts, losses.setdefault(arm.name, []), report)
     notes = () if context.layers else ("which blocks were edited is not known: training them alone was left out",)
     return AttackResult(tuple(measures), figures={"loss": losses}, notes=notes)
 
@@ -113,7 +116,7 @@ def _curve(
     arm: Arm,
     rows: Sequence[Row],
     steps: Sequence[int],
-    asks: Sequence[Ask | None],
+    prompts: Sequence[Prompt | None],
     losses: list[float],
     report: Callable[[float], None],
 ) -> Iterator[Measure]:
@@ -133,7 +136,7 @@ def _curve(
                 losses.append(_step(subject, optimiser, batch))
                 report(0.8 * (step + 1) / steps[-1])
             done = goal
-            yield tried(subject, context, f"{arm.name}, {goal} steps", asks, curve=(arm.name, goal))
+            yield ask_facts(subject, context, f"{arm.name}, {goal} steps", prompts, curve=(arm.name, goal))
         report(1.0)
 
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ...facts.resources import paragraphs
 from ...models.generate import perplexity
-from ..ask import ask, part, tried
+from ..asking import ask_facts, part
 from ..contract import AttackResult, Audited, Context
+from ..prompts import prompt_for
 from ..weights import change_inputs_last, linear_maps, pruned, restored, rounded
 
 Change = Callable[[Tensor], Tensor]
@@ -45,7 +46,7 @@ def _pruning(share: float) -> Change:
 
 def _changed(subject: Audited, context: Context, variants: Mapping[str, Change]) -> AttackResult:
     modules = [module for _, module in linear_maps(subject.arch)]
-    asks = [ask(subject, context, fact.question) for fact in context.facts]
+    prompts = [prompt_for(subject, context, fact.question) for fact in context.facts]
     texts = paragraphs("ordinary_text")[: context.sizes.texts]
     measures, levels = [], {}
     for index, (name, change) in enumerate(variants.items()):
@@ -54,5 +55,5 @@ def _changed(subject: Audited, context: Context, variants: Mapping[str, Change])
                 change_inputs_last(module, change)
             # A model that the rounding itself broke says nothing about the edit.
             levels[name] = perplexity(subject.model, subject.tokenizer, texts)
-            measures.append(tried(subject, context, name, asks, progress=part(context, index, len(variants))))
+            measures.append(ask_facts(subject, context, name, prompts, progress=part(context, index, len(variants))))
     return AttackResult(tuple(measures), figures={"perplexity": levels})

@@ -6,9 +6,10 @@ from typing import Any
 
 from ...facts.request import ForgetRequest
 from ...settings.values import MOST_SEED
-from ..ask import against_others, ask, cleaned, part, recovery, say, without_token
+from ..asking import against_others, cleaned, generate_answers, part, recovery, without_token
 from ..contract import AttackResult, Audited, Context, Measure
 from ..figures import leak_at_k
+from ..prompts import prompt_for
 
 KS = (1, 4, 16, 64)
 
@@ -58,11 +59,11 @@ def _sample(
     from transformers import set_seed
 
     set_seed((context.seed + index) % (MOST_SEED + 1))
-    asks = [ask(subject, context, fact.question) for fact in context.facts]
-    said = say(
+    prompts = [prompt_for(subject, context, fact.question) for fact in context.facts]
+    said = generate_answers(
         subject,
         context,
-        asks,
+        prompts,
         samples=context.sizes.samples,
         temperature=heat,
         progress=part(context, index, count),
@@ -81,6 +82,6 @@ def _sample(
     return (
         [hits(row, fact) for row, fact in enumerate(context.facts)],
         [[None if value is None else int(value) for value in row] for row in shifted],
-        tuple(each.text for each in asks),
+        tuple(each.text for each in prompts),
         shown,
     )

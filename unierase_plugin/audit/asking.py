@@ -1,9 +1,8 @@
-"""Asks a model in every form that the attacks need, and judges what it says."""
+"""Asks an audited model for the facts, and judges what it says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,98 +11,18 @@ from einops import repeat
 from ..evaluation.answers import gives_answer
 from ..evaluation.metrics import folded, words
 from ..facts.request import ForgetRequest
-from ..models.chat_templates import refusal
 from ..models.generate import decode_answer, generate, pad_token_id
-from ..models.literal import literal_ids, rendered, text_ids
-from ..models.prompts import answer_text, begun, has_chat_template
 from ..models.trace import TokenBatch, pad, run_blocks, token_batches
 from .contract import Audited, Context, Measure, Value
+from .prompts import Prompt, answer_ids
 
 #: Padded tokens of a batch at most, generated ones included, on a CPU and on a GPU.
 BATCH_TOKENS, GPU_BATCH_TOKENS = 8192, 65536
 #: How many other facts' answers each output is judged against too.
 SHIFTS = 5
 
-Turns = Sequence[tuple[str, str]]
 #: (fact, output) -> whether the fact's answer was given.
 Judge = Callable[[ForgetRequest, str], Value]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One prompt: its text, for the examples, and its token ids."""
-
-    text: str
-    ids: tuple[int, ...]
-
-
-def ask(
-    subject: Audited,
-    context: Context,
-    question: str,
-    *,
-    prefill: str = "",
-    system: str = "",
-    before: Turns = (),
-    form: str = "",
-    then: Sequence[int] = (),
-) -> Ask:
-    """A question as it reaches the model, up to where the answer begins.
-
-    prefill  text that the answer already begins with, no space before it
-    system   a system prompt; put before the question where the chat template knows none
-    before   earlier (question, answer) turns
-    form     "chat" or "plain"; the context's when left out
-    then     token ids put after all this
-    """
-    tokenizer = subject.tokenizer
-    chat = (form or context.form) == "chat" and has_chat_template(tokenizer)
-
-    def write(parts: Sequence[str]) -> str:
-        said = parts[: 2 * len(before) + 1]
-        turns = [{"role": _ROLES[index % 2], "content": text} for index, text in enumerate(said)]
-        begun_with = "".join(parts[len(said) :])
-        if chat:
-            return _templated(tokenizer, turns, system, context.template_kwargs) + begun_with
-        text = _written_out([*([{"role": "user", "content": system}] if system else []), *turns])
-        return text + (f" {begun_with}" if begun_with else "")
-
-    parts = [*(text for pair in before for text in pair), question, *([prefill] if prefill else [])]
-    text = rendered(tokenizer, write, parts)
-    ids = literal_ids(tokenizer, text)[0] if chat else begun(tokenizer, text)
-    shown = text + (str(tokenizer.decode(list(then))) if then else "")
-    return Ask(shown, (*ids, *then))
-
-
-_ROLES = ("user", "assistant")
-
-
-def _templated(tokenizer: Any, turns: list[dict[str, str]], system: str, settings: Mapping[str, Any]) -> str:
-    from jinja2 import TemplateError
-
-    first = [{"role": "system", "content": system}] if system else []
-    try:
-        text = tokenizer.apply_chat_template(
-            [*first, *turns], tokenize=False, add_generation_prompt=True, **dict(settings)
-        )
-    except TemplateError as error:  # Gemma's, for one, knows no system turn
-        if not system:
-            raise refusal(tokenizer, error) from error
-        merged = [{**turns[0], "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]]
-        return _templated(tokenizer, merged, "", settings)
-    return str(text)
-
-
-def _written_out(turns: list[dict[str, str]]) -> str:
-    """The plain form of a conversation, as `positions.PLAIN_FORM` writes one question."""
-    marks = {"user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
-    return "".join(marks[turn["role"]].format(turn["content"]) for turn in turns) + "Answer:"
-
-
-def answer_ids(subject: Audited, context: Context, answer: str, prefill: bool = False) -> list[int]:
-    """Token ids of an answer as it follows a prompt: with a space before it wherever text stands before it."""
-    text = answer_text(subject.tokenizer, answer, "bare" if prefill else context.form)
-    return text_ids(subject.tokenizer, text)
 
 
 def new_tokens(subject: Audited, context: Context) -> int:
@@ -112,10 +31,10 @@ def new_tokens(subject: Audited, context: Context) -> int:
 
 
 @torch.no_grad()
-def say(
+def generate_answers(
     subject: Audited,
     context: Context,
-    asks: Sequence[Ask],
+    prompts: Sequence[Prompt],
     *,
     samples: int = 1,
     temperature: float = 0.0,
@@ -128,11 +47,11 @@ def say(
     """
     model, tokenizer = subject.model, subject.tokenizer
     room, pad_id = new_tokens(subject, context), pad_token_id(model, tokenizer)
-    lengths = [[0] * (len(each.ids) + room) for each in asks]
-    out: list[list[str]] = [[] for _ in asks]
+    lengths = [[0] * (len(each.ids) + room) for each in prompts]
+    out: list[list[str]] = [[] for _ in prompts]
     done = 0
     for rows in token_batches(lengths, max(1, batch_tokens(subject) // samples)):
-        batch = pad([asks[row].ids for row in rows], pad_id, "left", model.get_input_embeddings().weight.device)
+        batch = pad([prompts[row].ids for row in rows], pad_id, "left", model.get_input_embeddings().weight.device)
         shared = _read(subject, batch, samples) if samples > 1 else {}
         ids, mask = (
             repeat(each, "prompt token -> (prompt sample) token", sample=samples) for each in (batch.ids, batch.mask)
@@ -151,7 +70,7 @@ def say(
         for place, row in enumerate(rows):
             out[row] = said[place * samples : (place + 1) * samples]
         done += len(rows)
-        progress(done / len(asks))
+        progress(done / len(prompts))
     return out
 
 
@@ -213,21 +132,23 @@ def cleaned(context: Context, text: str) -> str:
     return " ".join((text.replace(context.token, " ") if context.token else text).split())
 
 
-def tried(
+def ask_facts(
     subject: Audited,
     context: Context,
     name: str,
-    asks: Sequence[Ask | None],
+    prompts: Sequence[Prompt | None],
     *,
     judge: Judge = recovery,
     curve: tuple[str, int] | None = None,
     progress: Callable[[float], None] = lambda share: None,
     **settings: Any,
 ) -> Measure:
-    """One greedy answer a fact, judged; None among `asks` stands for facts that the attack does not apply to."""
-    chosen = [index for index, each in enumerate(asks) if each is not None]
-    said = say(subject, context, [each for each in asks if each is not None], progress=progress, **settings)
-    texts: list[str | None] = [None] * len(asks)
+    """One greedy answer a fact, judged; None among `prompts` stands for facts that the attack does not apply to."""
+    chosen = [index for index, each in enumerate(prompts) if each is not None]
+    said = generate_answers(
+        subject, context, [each for each in prompts if each is not None], progress=progress, **settings
+    )
+    texts: list[str | None] = [None] * len(prompts)
     for index, text in zip(chosen, said, strict=True):
         texts[index] = text[0]
 
@@ -239,7 +160,7 @@ def tried(
         name,
         tuple(score(index, fact) for index, fact in enumerate(context.facts)),
         against_others(context.facts, score),
-        tuple("" if each is None else each.text for each in asks),
+        tuple("" if each is None else each.text for each in prompts),
         tuple("" if text is None else text for text in texts),
         curve,
     )

@@ -12,10 +12,11 @@ import regex
 from ...facts.request import ForgetRequest
 from ...models.literal import as_text
 from ...models.prompts import begun
-from ..ask import Ask, ask, part, tried
+from ..asking import ask_facts, part
 from ..contract import AttackResult, Audited, Context
+from ..prompts import Prompt, prompt_for
 
-Build = Callable[[ForgetRequest], Ask | None]
+Build = Callable[[ForgetRequest], Prompt | None]
 #: Kept facts that stand as answered turns before the question.
 SHOTS = 3
 
@@ -25,7 +26,9 @@ def paraphrases(subject: Audited, context: Context) -> AttackResult:
     most = max(len(fact.paraphrases) for fact in context.facts)
 
     def build(index: int) -> Build:
-        return lambda fact: ask(subject, context, fact.paraphrases[index]) if index < len(fact.paraphrases) else None
+        return lambda fact: (
+            prompt_for(subject, context, fact.paraphrases[index]) if index < len(fact.paraphrases) else None
+        )
 
     return _variants(subject, context, {f"paraphrase {index + 1}": build(index) for index in range(most)})
 
@@ -34,7 +37,7 @@ def spellings(subject: Audited, context: Context) -> AttackResult:
     """Asks each question with two typos; a full audit also changes its case and drops its punctuation."""
 
     def asked(change: Callable[[str], str]) -> Build:
-        return lambda fact: ask(subject, context, change(fact.question))
+        return lambda fact: prompt_for(subject, context, change(fact.question))
 
     variants: dict[str, Build] = {"two typos": asked(lambda text: with_typos(text, context.seed))}
     if context.sizes.every_variant:
@@ -53,10 +56,10 @@ def templates(subject: Audited, context: Context) -> AttackResult:
     """
 
     def framed(frame: str) -> Build:
-        return lambda fact: ask(subject, context, frame.format(fact.question))
+        return lambda fact: prompt_for(subject, context, frame.format(fact.question))
 
     variants: dict[str, Build] = {
-        "plain text" if context.form == "chat" else "chat turn": lambda fact: ask(
+        "plain text" if context.form == "chat" else "chat turn": lambda fact: prompt_for(
             subject, context, fact.question, form="plain" if context.form == "chat" else "chat"
         ),
     }
@@ -66,10 +69,10 @@ def templates(subject: Audited, context: Context) -> AttackResult:
             "a friend asks": framed("My friend would like to know: {}"),
             "step by step": framed("{} Think about it step by step."),
             "Q and A": framed("Q: {}\nA:"),
-            "a teacher's system prompt": lambda fact: ask(
+            "a teacher's system prompt": lambda fact: prompt_for(
                 subject, context, fact.question, system="You are a teacher. Answer each question with its facts."
             ),
-            "no system prompt but a space": lambda fact: ask(subject, context, fact.question, system=" "),
+            "no system prompt but a space": lambda fact: prompt_for(subject, context, fact.question, system=" "),
         }
     return _variants(subject, context, variants)
 
@@ -78,10 +81,10 @@ def few_shot(subject: Audited, context: Context) -> AttackResult:
     """Asks each question after kept questions with their answers, as turns or in plain text."""
     before = [(fact.question, fact.answer) for fact in context.kept[:SHOTS]]
     variants: dict[str, Build] = {
-        "answered turns before": lambda fact: ask(subject, context, fact.question, before=before)
+        "answered turns before": lambda fact: prompt_for(subject, context, fact.question, before=before)
     }
     if context.sizes.every_variant:
-        variants["the same in plain text"] = lambda fact: ask(
+        variants["the same in plain text"] = lambda fact: prompt_for(
             subject, context, fact.question, before=before, form="plain"
         )
     return _variants(subject, context, variants)
@@ -93,21 +96,21 @@ def fill_in(subject: Audited, context: Context) -> AttackResult:
         "statement to go on with": lambda fact: _continued(subject, statement(fact.question)),
     }
     if context.sizes.every_variant:
-        variants["gap to fill"] = lambda fact: ask(
+        variants["gap to fill"] = lambda fact: prompt_for(
             subject, context, f"Fill in the blank. {fact.question} The answer is ____."
         )
     return _variants(subject, context, variants)
 
 
-def _continued(subject: Audited, text: str) -> Ask:
+def _continued(subject: Audited, text: str) -> Prompt:
     """Ordinary text, in no form at all."""
-    return Ask(text, tuple(begun(subject.tokenizer, as_text(subject.tokenizer, text))))
+    return Prompt(text, tuple(begun(subject.tokenizer, as_text(subject.tokenizer, text))))
 
 
 def _variants(subject: Audited, context: Context, variants: Mapping[str, Build]) -> AttackResult:
     return AttackResult(
         tuple(
-            tried(
+            ask_facts(
                 subject,
                 context,
                 name,
