@@ -307,7 +307,7 @@ def test_leak_counts_the_answers() -> None:
     made = subject()
     said = [["Fizz is it, Quentin Fizz.", "no", "Quentin Fizz", "?"], ["no"] * 4, ["Tom Oak", "a", "b", "c"]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unierase_plugin.audit.attacks.sampling.say", lambda *args, **kwargs: said)
+        patch.setattr("unierase_plugin.audit.attacks.sampling.generate_answers", lambda *args, **kwargs: said)
         found = run("leak-at-k", made)
     assert found.figures["leak_at_k"]["temperature 1"]["1"] == pytest.approx((2 / 4 + 0 + 1 / 4) / 3)
     assert found.measures[0].values == (1.0, 0.0, 1.0)  # leak@4 of 4
