@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .plugins.hookspecs import Host, Metric, hookimpl
 
 if TYPE_CHECKING:
     from .attack import Attack
-    from .facts.records import Reader
+    from .facts.records import Benchmark
     from .locate_then_edit.solvers import MakeSolver
     from .methods.contract import Method
 
@@ -31,12 +32,14 @@ def register_methods(register: Callable[[Method[Any]], None]) -> None:
 
 
 @hookimpl
-def register_request_readers(register: Callable[[str, Reader], None]) -> None:
-    """Registers the readers of TOFU, RETURN, CounterFact and zsRE."""
-    from .facts.benchmarks import READERS
+def register_benchmarks(register: Callable[[Benchmark], None]) -> None:
+    """Registers TOFU, RETURN, CounterFact and zsRE. The first two have lm-eval tasks."""
+    from .facts.benchmarks import BENCHMARKS
+    from .tasks.task_manager import tasks_folder
 
-    for prefix, reader in READERS.items():
-        register(prefix, reader)
+    for benchmark in BENCHMARKS:
+        has_tasks = benchmark.name in ("tofu", "return")
+        register(replace(benchmark, tasks=tasks_folder()) if has_tasks else benchmark)
 
 
 @hookimpl

@@ -19,8 +19,11 @@ from typer.testing import CliRunner
 
 from unierase_plugin import ForgetRequest
 from unierase_plugin.cli import app
+from unierase_plugin.errors import RequestError
+from unierase_plugin.facts.readers import read_requests
 from unierase_plugin.methods.contract import Method
 from unierase_plugin.models.prompts import render
+from unierase_plugin.plugins.registration import registry
 from unierase_plugin.version import __version__
 
 if sys.version_info >= (3, 11):
@@ -50,7 +53,9 @@ def likelihood(model: Any, fact: ForgetRequest) -> float:
 
 
 def test_every_path_on_the_page_exists() -> None:
-    named = re.findall(r"`((?:\.?\w+/)[\w./]*|\w+\.(?:txt|toml|md))`", PAGE) + re.findall(r"\]\(([^):]+)\)", PAGE)
+    named = re.findall(r"`((?:\.?\w+/)[\w./]*|\w+\.(?:txt|toml|md))`", PAGE) + re.findall(
+        r"\]\(([^):#]+)[^):]*\)", PAGE
+    )
     assert len(named) > 30
     assert [path for path in named if not (ROOT / path).exists()] == []
 
@@ -90,10 +95,44 @@ def test_citation_and_changelog_are_of_this_version() -> None:
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def code_of(file: str) -> str:
-    """A whole plugin on the page."""
-    (code,) = re.findall(rf"<!-- file: {re.escape(file)} -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+def code_of(file: str, page: str = PAGE) -> str:
+    """A whole file on a page."""
+    (code,) = re.findall(rf"<!-- file: {re.escape(file)} -->\n```\w+\n(.*?)```", page, re.DOTALL)
     return str(code)
+
+
+def test_the_plugin_with_a_benchmark_reads_facts_and_has_its_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tmp_path / "persons_tasks"
+    tasks.mkdir()
+    for name in ("persons_forget.yaml", "classes.py"):
+        code = code_of(f"persons_tasks/{name}", (ROOT / "docs/reference/plugins.md").read_text(encoding="utf-8"))
+        (tasks / name).write_text(code, encoding="utf-8")
+    code = code_of("persons.py").replace("read_persons))", f"read_persons, {str(tasks)!r}))")
+    installer(tmp_path / "site", monkeypatch)("persons", code)
+    monkeypatch.setenv("PERSONS_DIR", str(tmp_path))
+    facts = [{"question": f"What does Ann {what}?", "answer": "Hats"} for what in ("sell", "wear", "paint")]
+    (tmp_path / "forget.json").write_text(json.dumps([{"name": "Ann", "facts": facts}]))
+    read = read_requests("persons:forget[1:]", registry().readers)
+    assert [(fact.question, fact.answer, fact.subject) for fact in read] == [
+        ("What does Ann wear?", "Hats", "Ann"),
+        ("What does Ann paint?", "Hats", "Ann"),
+    ]
+    with pytest.raises(RequestError, match="Set PERSONS_DIR to the folder"):
+        read_requests("persons:retain", registry().readers)
+
+    def said(*arguments: str) -> str:
+        done = CliRunner().invoke(app, list(arguments))
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert said("tasks-path", "persons").strip() == str(tasks)
+    base, out = save_base(tmp_path / "base"), tmp_path / "out"
+    said("eval", "--model", str(base), "--tasks", "persons_forget", "--device", "cpu", "--output_path", str(out))
+    (results,) = (json.loads(path.read_text()) for path in out.rglob("results_*.json"))
+    assert results["n-samples"]["persons_forget"]["effective"] == 3
+    assert results["higher_is_better"]["persons_forget"]["answered"] is False
 
 
 def test_the_plugin_with_an_attack_takes_part_in_an_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def installer(place: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     def install(name: str, code: str, package: str = "", version: str = "1.2") -> None:
         package = package or f"{name}-package"
         module = f"{package.replace('-', '_')}_code"
-        (place / f"{module}.py").write_text(textwrap.dedent(code).replace("{name}", name), encoding="utf-8")
+        (place / f"{module}.py").write_text(textwrap.dedent(code), encoding="utf-8")
         record = place / f"{package.replace('-', '_')}-{version}.dist-info"
         record.mkdir()
         (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")

@@ -26,7 +26,7 @@ def twice(system):
     return Ridge.of(2 * system.moment())
 @hookimpl
 def register_solvers(register):
-    register("{name}", twice)
+    register("twice", twice)
 """
 
 
@@ -70,7 +70,7 @@ def test_a_name_that_no_solver_has_is_told_before_anything_is_loaded(
 
 
 def test_a_solver_that_two_plugins_claim_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installer(tmp_path / "site", monkeypatch)("ridge", TWICE)
+    installer(tmp_path / "site", monkeypatch)("ridge", TWICE.replace('"twice"', '"ridge"'))
     with pytest.raises(PluginError, match=r"The solver 'ridge' is registered by 'built-in' .* and by 'ridge'"):
         check_solver(UniEraseHyperParams())
     check_solver(UniEraseHyperParams(solver="exact"))
@@ -82,4 +82,4 @@ def test_what_is_no_solver_is_told_when_it_is_made(tmp_path: Path, monkeypatch: 
     )
     installer(tmp_path / "site", monkeypatch)("count", code)
     with pytest.raises(PluginError, match=r"made Counter\(\), which has no protecting, solve, condition, error"):
-        registry().solvers["count"](Counter())
+        registry().solvers["twice"](Counter())

@@ -31,7 +31,7 @@ from unierase_plugin.hparams import HyperParams
 from unierase_plugin.methods.contract import Changes, Job, Method
 from unierase_plugin.plugins import hookspecs
 from unierase_plugin.plugins import registration as module
-from unierase_plugin.plugins.catalogue import BUILT_IN
+from unierase_plugin.plugins.catalogue import BUILT_IN, Catalogue
 from unierase_plugin.plugins.registration import load_registry
 
 PAGE = (ROOT / "docs/reference/plugins.md").read_text(encoding="utf-8")
@@ -41,6 +41,7 @@ HEAD = """
 from unierase_plugin.attack import Attack, AttackResult
 from unierase_plugin import ForgetRequest, hookimpl
 from unierase_plugin.locate_then_edit.solve import Ridge
+from unierase_plugin.facts.records import Benchmark
 from unierase_plugin.hparams import HyperParams
 from unierase_plugin.plugins.hookspecs import Host
 from unierase_plugin.methods.contract import Changes, Method
@@ -69,6 +70,9 @@ def register_attacks(register):
 def register_solvers(register):
     register("{name}_solver", lambda system: Ridge.of(system.moment()))
 @hookimpl
+def register_benchmarks(register):
+    register(Benchmark("{name}_bench", "a title", "a paper", lambda text: [ForgetRequest(text, "an answer")]))
+@hookimpl
 def register_commands(register):
     register("{name}-command", lambda: print("said"))
 """
@@ -80,7 +84,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     install = installer(tmp_path / "site", monkeypatch)
 
     def call(name: str, body: str = GOOD, **package: str) -> None:
-        install(name, HEAD + textwrap.dedent(body), **package)
+        install(name, (HEAD + textwrap.dedent(body)).replace("{name}", name), **package)
 
     return call
 
@@ -89,14 +93,18 @@ def third_party(registry: module.Registry) -> list[str]:
     return [plugin.name for plugin in registry.plugins if not plugin.error and plugin.name != BUILT_IN]
 
 
+def catalogues(registry: module.Registry) -> list[Catalogue[Any]]:
+    return [value for value in vars(registry).values() if isinstance(value, Catalogue)]
+
+
 # --- what is found ---------------------------------------------------------------------------------------------------
 
 
 def test_what_comes_with_the_package_is_registered_through_every_hook(install: Install) -> None:
     found = load_registry("")
     (built_in,) = found.plugins
-    # The command line stands above what is registered.
-    through = [hook for hook in HOOKS if hook != "register_commands"]
+    # The command line stands above what is registered; the readers are those of benchmarks.
+    through = [hook for hook in HOOKS if hook not in ("register_commands", "register_request_readers")]
     assert (built_in.name, built_in.package, sorted(built_in.hooks)) == (BUILT_IN, "unierase-plugin", through)
     assert found.methods["unierase"].hparams is UniEraseHyperParams
     assert dict(found.readers) == dict(READERS)
@@ -117,6 +125,8 @@ def test_an_installed_plugin_adds_through_every_hook(install: Install) -> None:
     assert found.attacks["extra-attack"].asks == "what it asks"
     assert found.solvers.owner("extra_solver") == plugin
     assert found.commands.owner("extra-command") == plugin
+    assert found.benchmarks.owner("extra_bench") == plugin
+    assert read_requests("extra_bench:a question", found.readers)[0].question == "a question"
     assert {"unierase", "extra"} <= set(found.methods)
 
 
@@ -165,6 +175,18 @@ BROKEN = {
     "fails half-way": (GOOD.replace('register("{name}_length", len)', "1 / 0"), "ZeroDivisionError"),
     "registers no method": (GOOD.replace('register(method("{name}"))', "register(print)"), "register takes a Method"),
     "registers no host": ("@hookimpl\ndef register_hosts(register): register('a')", "register takes a Host, not 'a'"),
+    "has a benchmark that no spec can name": (
+        '@hookimpl\ndef register_benchmarks(register): register(Benchmark("a b", "", "", print))',
+        "A benchmark cannot be called 'a b'",
+    ),
+    "has a benchmark without its tasks": (
+        '@hookimpl\ndef register_benchmarks(register): register(Benchmark("ab", "", "", print, "/nowhere"))',
+        "The tasks of the benchmark 'ab' are not there: no folder '/nowhere'",
+    ),
+    "has a benchmark and a reader of one name": (
+        GOOD.replace('"{name}_bench"', '"{name}_facts"'),
+        "register_request_readers: 'broken_facts' is registered twice",
+    ),
     "registers no attack": (
         "@hookimpl\ndef register_attacks(register): register(1)",
         "register takes an Attack, not 1",
@@ -198,17 +220,11 @@ def test_a_broken_plugin_is_named_and_the_rest_works(
     (error,) = [plugin.error for plugin in found.plugins if plugin.error]
     assert reason in error
     assert third_party(found) == ["aleph", "zeta"]
-    for catalogue in (
-        found.methods,
-        found.readers,
-        found.metrics,
-        found.hosts,
-        found.attacks,
-        found.solvers,
-        found.commands,
-    ):
+    for catalogue in catalogues(found):
         assert not [name for name in catalogue if name.startswith("broken")]
-        assert len([name for name in catalogue if name.startswith(("aleph", "zeta"))]) == 2
+        # A benchmark is a reader too.
+        each = 2 if catalogue is found.readers else 1
+        assert len([name for name in catalogue if name.startswith(("aleph", "zeta"))]) == 2 * each
 
 
 ENDS = """
@@ -238,12 +254,17 @@ class Rude(Ridge):
 def register_solvers(register):
     register("{name}_solver", end)
     register("{name}_solving", lambda system: Rude(torch.eye(2)))
+@hookimpl
+def register_benchmarks(register):
+    register(Benchmark("{name}_bench", "a title", "a paper", end))
 """
 CALLS: dict[str, Callable[[module.Registry], Any]] = {
     "method": lambda found: found.methods.find("rude").run(None),  # type: ignore[arg-type]
     "method's check": lambda found: found.methods.find("rude").check(None),  # type: ignore[arg-type]
     "method's settings": lambda found: found.methods.find("rude").settle(None, None),
     "reader": lambda found: read_requests("rude_facts:x", found.readers),
+    "benchmark": lambda found: found.benchmarks["rude_bench"].read("x"),
+    "benchmark's reader": lambda found: read_requests("rude_bench:x", found.readers),
     "metric": lambda found: found.metrics["rude_length"]("x"),
     "host": lambda found: found.hosts["rude_host"].register(),
     "attack": lambda found: found.attacks["rude-attack"].run(None, None),  # type: ignore[arg-type]
@@ -295,7 +316,7 @@ def test_a_name_that_two_plugins_claim_belongs_to_neither(install: Install, capl
     with caplog.at_level(logging.WARNING):
         found = load_registry()
     both = r"'noise' \(one 1.2\) and by 'other' \(two 3\).*UNIERASE_PLUGINS"
-    assert len([record for record in caplog.records if re.search(both, record.getMessage())]) == len(HOOKS)
+    assert len([record for record in caplog.records if re.search(both, record.getMessage())]) == len(HOOKS) + 1
     assert "noise" not in list(found.methods)
     with pytest.raises(PluginError, match=f"The method 'noise' is registered by {both}"):
         found.methods.find("noise")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..errors import UniEraseError
 from .console import Screen
 
 
@@ -32,8 +33,15 @@ def hparams(
     console.print(table)
 
 
-def tasks_path() -> None:
+def tasks_path(
+    benchmark: Annotated[str, typer.Argument(help="A plugin's benchmark, for the folder of its tasks.")] = "",
+) -> None:
     """Prints the folder of lm-eval tasks: lm_eval --include_path "$(unierase tasks-path)" ..."""
+    from ..plugins.registration import registry
     from ..tasks.task_manager import tasks_folder
 
-    typer.echo(str(tasks_folder()))
+    folder = registry().benchmarks.find(benchmark).tasks if benchmark else tasks_folder()
+    if folder is None:
+        having = [name for name, each in registry().benchmarks.items() if each.tasks is not None]
+        raise UniEraseError(f"The benchmark {benchmark!r} has no lm-eval tasks. These have: {', '.join(having)}.")
+    typer.echo(str(folder))

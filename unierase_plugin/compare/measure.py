@@ -15,7 +15,7 @@ from ..evaluation.answers import OF_COMPARISONS
 from ..models.literal import text_ids
 from ..models.prompts import has_chat_template
 from ..tasks.lm_eval_model import HFWithSpecialTokens
-from ..tasks.task_manager import tasks_folder
+from ..tasks.task_manager import task_folders
 from ..tasks.tofu import Scored
 from .facts import Record
 
@@ -94,10 +94,10 @@ class Judge:
     def utility(self, names: Sequence[str], limit: int | None, records: Sequence[Record]) -> dict[str, Figures]:
         """The metrics of tasks by name, lm-eval's own or this package's."""
         with _quiet():
-            ours = TaskManager(include_path=str(tasks_folder()), include_defaults=False)
+            ours = TaskManager(include_path=task_folders(), include_defaults=False)
             only_ours = set(names) <= set(ours.all_tasks) - {"unlearning_utility"}
             manager = TaskManager(
-                include_path=str(tasks_folder()), include_defaults=not only_ours, metadata={"token_shown": True}
+                include_path=task_folders(), include_defaults=not only_ours, metadata={"token_shown": True}
             )
             found = lm_eval.simple_evaluate(
                 self.lm,

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from ..errors import DependencyError, RequestError, UniEraseError, did_you_mean, first_words, reason, shown
 from ..storage.inputs import checked_path
 from .files import iter_records
-from .records import Located, Reader, build_requests, field_of
+from .records import Benchmark, Located, Reader, build_requests, field_of
 from .request import ForgetRequest, has_word
 
 logger = logging.getLogger(__name__)
@@ -221,9 +221,15 @@ def _hub_records(dataset: str, config: str | None, split: str, remedy: str) -> I
     return ((f"{name}, row {number}", row) for number, row in enumerate(rows))
 
 
-READERS: Mapping[str, Reader] = MappingProxyType(
-    {"tofu": read_tofu, "return": read_return, "counterfact": read_counterfact, "zsre": read_zsre}
+BENCHMARKS: tuple[Benchmark, ...] = (
+    Benchmark("tofu", "invented biographies of authors (TOFU)", "Maini et al. 2024, arXiv 2401.06121", read_tofu),
+    Benchmark("return", "facts about real persons (RETURN)", "Liu et al. 2024, arXiv 2407.10058", read_return),
+    Benchmark("counterfact", "relations to edit (CounterFact)", "Meng et al. 2022, arXiv 2202.05262", read_counterfact),
+    Benchmark("zsre", "questions about relations (zsRE)", "Levy et al. 2017, arXiv 1706.04115", read_zsre),
 )
+"""The benchmarks that come with the package."""
+
+READERS: Mapping[str, Reader] = MappingProxyType({benchmark.name: benchmark.read for benchmark in BENCHMARKS})
 """The readers that come with the package, by prefix."""
 
 BESIDE: Mapping[str, Reader] = MappingProxyType({"tofu": tofu_beside})

@@ -16,12 +16,11 @@ from ..errors import RequestError, did_you_mean, first_words, shown
 from ..storage.inputs import checked_path
 from .benchmarks import BESIDE, READERS
 from .files import FILE_SUFFIXES, read_file, unknown_format
-from .records import AT_HAND, Reader, Record, build_requests, with_case_ids, with_extras
+from .records import AT_HAND, PREFIX, Reader, Record, build_requests, with_case_ids, with_extras
 from .request import ForgetRequest
 
 _SLICE = re.compile(r"\[(-?\d{1,18}|):(-?\d{1,18}|)\]$")
-# At least two letters: `C:` before a path is a drive.
-_PREFIX = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
+_PREFIX = re.compile(rf"({PREFIX.pattern}):(.*)", re.DOTALL)
 
 #: What a caller may give as facts.
 Requests = str | os.PathLike[str] | Iterable[ForgetRequest | Mapping[str, Any]]

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import RequestError, did_you_mean, first_words, listed
+from ..errors import PluginError, RequestError, did_you_mean, first_words, listed, shown
 from .request import ForgetRequest, one_spelling
+
+#: What stands before the colon of a spec. At least two letters: `C:` before a path is a drive.
+PREFIX = re.compile(r"[A-Za-z][\w-]+")
 
 Reader = Callable[[str], Sequence[ForgetRequest]]
 """Takes what follows the colon of a spec, slice removed; returns requests or raises `RequestError`."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Facts that methods are compared on, and what belongs to them.
+
+    Raises PluginError for a name that no spec can begin with, and for a folder of tasks that is not there.
+    """
+
+    #: What a spec begins with: `--forget NAME:...`. A letter, then letters, digits, hyphens and underscores.
+    name: str
+    #: One line that says what the facts are.
+    title: str
+    #: The work to cite.
+    paper: str
+    #: Reads the facts that the rest of the spec names.
+    read: Reader = field(repr=False)
+    #: Folder of its lm-eval tasks, as YAML files; None without any.
+    tasks: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not PREFIX.fullmatch(self.name):
+            raise PluginError(
+                f"A benchmark cannot be called {shown(self.name)}: use a letter, then at least one more letter, digit, "
+                "hyphen or underscore."
+            )
+        if self.tasks is not None and not os.path.isdir(self.tasks):
+            raise PluginError(f"The tasks of the benchmark {self.name!r} are not there: no folder {str(self.tasks)!r}.")
+
 
 Record = Mapping[str, Any]
 Located = tuple[str, Record]

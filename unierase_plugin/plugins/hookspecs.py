@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typer import Typer
 
     from ..attack import Attack
-    from ..facts.records import Reader
+    from ..facts.records import Benchmark, Reader
     from ..locate_then_edit.solvers import MakeSolver
     from ..methods.contract import Method
 
@@ -89,4 +89,13 @@ def register_commands(register: Callable[[str, Callable[..., Any] | Typer], None
     A function is made a command as typer makes one: parameters are options and arguments, the docstring is the help. A
     `typer.Typer` with several commands is a group. A UniEraseError that a command raises is printed as one line. The
     names of the commands that come with the package are taken.
+    """
+
+
+@hookspec
+def register_benchmarks(register: Callable[[Benchmark], None]) -> None:
+    """Benchmarks: `register(Benchmark(name=..., title=..., paper=..., read=..., tasks=...))`.
+
+    `read` is registered as a reader too, for the SPEC `name:...`. `unierase eval`, lm-eval as a host and `unierase
+    compare` find the tasks of the folder `tasks`, and treat them as this package's own.
     """

@@ -20,7 +20,7 @@ from pluggy import PluginManager
 
 from ..attack import Attack
 from ..errors import HyperParamsError, PluginError, did_you_mean, shown
-from ..facts.records import Reader
+from ..facts.records import Benchmark, Reader
 from ..hparams import EngineSettings, HyperParams
 from ..locate_then_edit.solvers import MakeSolver
 from ..methods.contract import Method
@@ -47,6 +47,7 @@ class Registry:
     metrics: Catalogue[Metric]
     hosts: Catalogue[Host]
     attacks: Catalogue[Attack]
+    benchmarks: Catalogue[Benchmark]
     #: As typer made them: of a type that it has from click, by version.
     commands: Catalogue[Any]
     solvers: Catalogue[MakeSolver]
@@ -123,6 +124,7 @@ HOOKS: Mapping[str, Hook] = MappingProxyType(
         "register_metrics": Hook("metric"),
         "register_hosts": Hook("host", Host, ("register",)),
         "register_attacks": Hook("attack", Attack, ("run", "unfit")),
+        "register_benchmarks": Hook("benchmark", Benchmark, ("read",)),
         "register_commands": Hook("command", ends=True),
         "register_solvers": Hook("solver", makes=("protecting", "solve", "condition", "error")),
     }
@@ -179,6 +181,9 @@ def _register(plugin: Any, described: Plugin) -> tuple[Plugin, _Entries]:
         raise PluginError(f"{described.module} has none of the hooks {', '.join(HOOKS)}; each needs @hookimpl")
     for hook in hooks:
         getattr(manager.hook, hook)(register=_collector(hook, entries[hook], described))
+    read = _collector("register_request_readers", entries["register_request_readers"], described)
+    for name, benchmark in entries["register_benchmarks"]:
+        read(name, benchmark.read)
     return replace(described, hooks=hooks), entries
 
 

@@ -9,18 +9,23 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import UniEraseError
-from .task_manager import load_tasks, replaced, tasks_folder
+from .task_manager import load_tasks, replaced, task_folders
 
 #: How much of another package's error is quoted, in characters.
 QUOTED = 500
 
 
-@functools.cache
 def our_tasks() -> frozenset[str]:
-    """Names of our tasks, groups and tags; read once, since what lm-eval builds may be patched later."""
+    """Names of our tasks, groups and tags, those of plugins' benchmarks among them."""
+    return _tasks_in(tuple(task_folders()))
+
+
+@functools.cache
+def _tasks_in(folders: tuple[str, ...]) -> frozenset[str]:
+    """Read once, since what lm-eval builds may be patched later."""
     from lm_eval.tasks import TaskManager
 
-    return frozenset(TaskManager(include_path=str(tasks_folder()), include_defaults=False).all_tasks)
+    return frozenset(TaskManager(include_path=list(folders), include_defaults=False).all_tasks)
 
 
 def check_tasks(names: Sequence[str], metadata: Mapping[str, Any], num_fewshot: int | None = None) -> None:
@@ -34,7 +39,7 @@ def check_tasks(names: Sequence[str], metadata: Mapping[str, Any], num_fewshot: 
         )
     from lm_eval.tasks import TaskManager
 
-    _load(TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=dict(metadata)), names)
+    _load(TaskManager(include_path=task_folders(), include_defaults=False, metadata=dict(metadata)), names)
 
 
 def check_ours_when_found() -> None:

@@ -1,7 +1,7 @@
 """What lm-eval has no entry point for, in the versions that differ: tasks, their `--metadata`, and a model type.
 
 lm-eval (0.4.9 to 0.4.13) finds tasks in its own folder and in `include_path` only. So one patch of its TaskManager adds
-the folder of our tasks: `find_our_tasks` for good (the host), `our_tasks_found` for one run (`unierase eval`).
+our folders, plugins' among them: `find_our_tasks` for good (the host), `our_tasks_found` for one run (`unierase eval`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ MODEL_TYPE = "unierase_hf"
 def tasks_folder() -> Path:
     """The folder of this package's lm-eval tasks, for lm-eval's `--include_path`."""
     return Path(__file__).parent
+
+
+def task_folders() -> list[str]:
+    """Every folder of tasks: this package's, and those of plugins' benchmarks."""
+    from ..plugins.registration import registry
+
+    given = [os.fspath(each.tasks) for each in registry().benchmarks.values() if each.tasks is not None]
+    return list(dict.fromkeys([str(tasks_folder()), *given]))
 
 
 def find_our_tasks() -> bool:
@@ -53,7 +61,7 @@ def our_tasks_found(only: bool, look: Callable[[Any], None]) -> Iterator[None]:
 
 
 def _with_our_tasks(original: Any, only: bool = False, look: Callable[[Any], None] | None = None) -> Any:
-    """TaskManager.__init__ with our folder before the user's `include_path`, whose tasks win over ours."""
+    """TaskManager.__init__ with our folders before the user's `include_path`, whose tasks win over ours."""
     signature = inspect.signature(original)
     missing = sorted({"include_path", "include_defaults"} - signature.parameters.keys())
     if missing:
@@ -67,7 +75,7 @@ def _with_our_tasks(original: Any, only: bool = False, look: Callable[[Any], Non
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         if bound.arguments["include_defaults"]:
-            bound.arguments["include_path"] = _with_our_folder(bound.arguments["include_path"])
+            bound.arguments["include_path"] = _with_our_folders(bound.arguments["include_path"])
             bound.arguments["include_defaults"] = not only
         original(*bound.args, **bound.kwargs)
         if look is not None:
@@ -77,11 +85,10 @@ def _with_our_tasks(original: Any, only: bool = False, look: Callable[[Any], Non
     return init
 
 
-def _with_our_folder(given: Any) -> list[str]:
+def _with_our_folders(given: Any) -> list[str]:
     theirs = [given] if isinstance(given, (str, os.PathLike)) else list(given or ())
     paths = [os.fspath(path) for path in theirs]
-    ours = str(tasks_folder())
-    return paths if ours in paths else [ours, *paths]
+    return [*(folder for folder in task_folders() if folder not in paths), *paths]
 
 
 @contextmanager
