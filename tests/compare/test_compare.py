@@ -53,7 +53,7 @@ def here(folder: Path, cache: Path, progress: Progress) -> None:
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shrink(monkeypatch, tmp_path / "cache")
     # Pictures take longer than a tiny model does; test_compare_page.py draws them.
-    monkeypatch.setattr("unierase_plugin.compare.results.draw", lambda results, out: None)
+    monkeypatch.setattr("unierase_plugin.compare.results.draw", lambda results, out: {})
     return save_base(tmp_path / "base")
 
 

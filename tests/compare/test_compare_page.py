@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
@@ -84,14 +83,14 @@ def test_the_answer_names_the_best_at_equal_retention_first_and_never_a_control(
 
 def test_a_budget_that_nothing_was_searched_with_is_no_tuning() -> None:
     results = compared.results()
-    assert "tries each" in page(results)
+    assert "tries each" in page(results, {})
     assert "Nothing was tuned" not in " ".join(answer(results))
     nothing = {"space": {}, "tries": [], "chosen": None, "rule": ""}
     results["searches"]["unierase"] = nothing
-    assert "for 1 of the methods" in page(results)
+    assert "for 1 of the methods" in page(results, {})
     for searches in ({}, {"unierase": nothing}):
         results["searches"] = searches
-        assert "tries each" not in page(results)
+        assert "tries each" not in page(results, {})
         assert "Nothing was tuned" in " ".join(answer(results))
 
 
@@ -146,21 +145,42 @@ class _Links(HTMLParser):
         self.found += [value for name, value in attrs if name in ("src", "href", "data", "action") and value]
 
 
-def test_the_page_needs_nothing_beside_itself_and_holds_all_without_a_script() -> None:
-    text = page(compared.results())
+def test_the_page_needs_nothing_beside_itself_and_holds_all_without_a_script(tmp_path: Path) -> None:
+    results = compared.results(steps=4)
+    charts = draw(results, tmp_path)
+    text = page(results, charts)
     links = _Links()
     links.feed(text)
     assert links.found == []
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", text)
+    # Parts of a chart refer to each other.
+    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest", text)
     before_script = text.partition('<script type="application/json"')[0]
     for label in (*compared.METHODS, compared.FAILED):
         assert f'data-label="{label}"' in before_script
     assert "It needs 40 GiB &amp; more." in before_script
     assert "learning_rate = 0.0001" in before_script
+    assert before_script.count("<svg") == len(charts)
+
+
+def test_a_page_without_charts_says_what_draws_them() -> None:
+    text = page(compared.results(), {})
+    assert "<svg" not in text
+    assert "unierase-plugin[plots]" in text
+
+
+def test_what_is_read_from_files_is_no_markup() -> None:
+    evil = "<script>alert(1)</script>"
+    results = compared.results()
+    results["setup"]["model"] = results["answer"][0] = evil
+    results["searches"] = {evil: {**results["searches"]["npo_gd"], "rule": evil, "space": {evil: [evil]}}}
+    for row in results["rows"]:
+        row.update(label=evil, title=evil, paper=evil, settings={evil: evil}, not_matched=evil, phases={evil: 1.0})
+        row.update(audit={"verdict": evil}, failures=[{"seed": 0, "kind": evil, "error": evil}])
+    assert evil not in page(results, {})
 
 
 def test_what_models_say_cannot_end_the_data() -> None:
-    text = page(compared.results())
+    text = page(compared.results(), {})
     embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert embedded
     assert json.loads(embedded[1])["answers"][2]["question"] == compared.QUESTIONS[2]
@@ -175,7 +195,9 @@ def browse(tmp_path: Path, address: str, *flags: str) -> str:
 
 @pytest.fixture
 def address(tmp_path: Path) -> str:
-    write_page(tmp_path / "report.html", compared.results(steps=4))
+    pytest.importorskip("adjustText")
+    results = compared.results(steps=4)
+    write_page(tmp_path / "report.html", results, draw(results, tmp_path))
     return (tmp_path / "report.html").as_uri()
 
 
@@ -206,17 +228,14 @@ def test_filters_and_answers_follow_the_address(tmp_path: Path, address: str) ->
     assert "unierase says" in reading
     assert "ga_gd says" not in reading
     assert "<mark>Fizz</mark>" in reading
-    # Pictures are drawn of what is shown.
-    picture = dom.partition('id="by-rouge"')[2].partition("</figure>")[0]
-    assert "<svg" in picture
-    # Ticks are round numbers at equal distances.
-    for anchor in ("middle", "end"):
-        values = [float(text) for text in re.findall(rf'text-anchor="{anchor}"[^>]*>([\d.]+)</text>', picture)]
-        [step] = {f"{after - before:.6f}" for before, after in itertools.pairwise(values)}
-        assert step.strip("0.") in ("1", "2", "5")
-    assert "unierase: left 0.040, kept 0.990" in picture
-    assert "ga_gd:" not in picture
-    assert dom.partition('id="curves"')[2].partition("<h2>")[0].count("<svg") == 2
+    # Each chart shows what belongs to the rows that are shown.
+    order = [row["label"] for row in compared.results()["rows"]]
+    for chart in ("tradeoff", "steps", "cost"):
+        found = re.findall(r'id="row-(\d+)-[^"]*"([^>]*)>', dom.partition(f'id="{chart}"')[2].partition("</svg>")[0])
+        hidden = {order[int(at)] for at, rest in found if 'class="off"' in rest}
+        assert hidden == {"ga_gd", "npo_gd"}
+        assert {"unierase", *hidden} <= {order[int(at)] for at, _ in found}
+    assert "unierase: ROUGE-L 0.040 left, 0.990 kept" in dom
 
 
 @needs_browser

@@ -89,7 +89,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     read = cache(lambda method: settings_of(parse_method(method), ""))
     monkeypatch.setattr(runner, "settings_of", lambda entry, *_: read(entry.method))
     monkeypatch.setattr(runner, "_depth", lambda model: 4)
-    monkeypatch.setattr("unierase_plugin.compare.results.draw", lambda results, out: None)
+    monkeypatch.setattr("unierase_plugin.compare.results.draw", lambda results, out: {})
     for name in ("base", "reference"):
         (tmp_path / name).mkdir()
         for part in FILES:

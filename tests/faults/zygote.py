@@ -182,7 +182,7 @@ def main() -> None:
     small.shrink(patch, Path(os.environ["UNIERASE_CACHE"]))
     patch.setattr("unierase_plugin.pipeline.OF_RUNS", AnswerLength(more=0, least=4, most=4))
     patch.setattr("unierase_plugin.audit.contract.QUICK", audited.SIZES)
-    patch.setattr("unierase_plugin.compare.results.draw", lambda results, out: None)
+    patch.setattr("unierase_plugin.compare.results.draw", lambda results, out: {})
     forked = SimpleNamespace(Popen=ForkedMethod, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
     patch.setattr("unierase_plugin.compare.launch.subprocess", forked)
     # The requests come in and go out on descriptors that no child has.

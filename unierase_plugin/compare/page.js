@@ -2,7 +2,6 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const boxes = [...document.querySelectorAll("#filters input")];
-const SVG = "http://www.w3.org/2000/svg";
 // sort, dir and hide describe the table; role and q the question that is read.
 const state = { sort: "", dir: "", hide: new Set(), role: "forget", q: 0 };
 
@@ -24,21 +23,12 @@ function writeAddress() {
   history.replaceState(null, "", "#" + parts);
 }
 
-function node(name, attributes = {}, text = "") {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.textContent = text;
-  return made;
-}
-
 function element(name, className = "", text = "") {
   const made = document.createElement(name);
   if (className) made.className = className;
   made.textContent = text;
   return made;
 }
-
-const shownRows = () => data.rows.filter((row) => !row.failed && !state.hide.has(row.label));
 
 // --- the table
 
@@ -69,118 +59,31 @@ function sortTable() {
   for (const box of boxes) box.checked = !state.hide.has(box.dataset.label);
 }
 
-// --- pictures
+// --- charts
 
-// Round numbers within a span, some five of them, and the digits that they need.
-function ticks(low, high) {
-  const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough);
-  const first = Math.ceil(low / step - 1e-9);
-  const values = Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, k) => (first + k) * step);
-  return { values, digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) };
-}
-
-function axes(title, xName, yName, xs, ys, steps = false) {
-  const [width, height, left, right, top, base] = [480, 330, 46, 12, 12, 286];
-  const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
-  const span = (values, low) => {
-    const [least, most] = [Math.min(low, ...values), Math.max(...values, low + 0.05)];
-    return [least, most + 0.06 * (most - least)];
-  };
-  const [x0, x1] = span(xs, 0), [y0, y1] = span(ys, Math.min(1, ...ys) < 0.5 ? 0 : Math.min(1, ...ys) - 0.05);
-  const x = (value) => left + (width - left - right) * (value - x0) / (x1 - x0);
-  const y = (value) => base - (base - top) * (value - y0) / (y1 - y0);
-  svg.append(node("path", { class: "axis", d: `M${left} ${top}V${base}H${width - right}` }));
-  const [across, up] = [ticks(x0, x1), ticks(y0, y1)];
-  for (const value of steps ? [] : across.values) {
-    svg.append(node("text", { x: x(value), y: base + 15, "text-anchor": "middle" }, value.toFixed(across.digits)));
-  }
-  for (const value of up.values) {
-    svg.append(node("text", { x: left - 5, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(up.digits)));
-    svg.append(node("path", { class: "axis", "stroke-dasharray": "2 4", d: `M${left} ${y(value)}H${width - right}` }));
-  }
-  for (const step of steps ? new Set(xs) : []) {
-    svg.append(node("text", { x: x(step), y: base + 15, "text-anchor": "middle" }, step));
-  }
-  svg.append(node("text", { x: (left + width) / 2, y: height - 8, "text-anchor": "middle" }, xName));
-  svg.append(node("text", { x: -(top + base) / 2, y: 10, transform: "rotate(-90)", "text-anchor": "middle" }, yName));
-  return { svg, x, y };
-}
-
-function scatter(place, left, kept, title) {
-  const points = shownRows().map((row) => ({ row, x: row.figures[left], y: row.figures[kept] }))
-    .filter((point) => point.x[0] !== null && point.y[0] !== null);
-  place.replaceChildren(element("figcaption", "", title));
-  if (!points.length) { place.append(element("p", "faint", "Nothing to draw.")); return; }
-  const drawn = axes(title, "left of the forgotten", "kept, relative to before",
-    points.map((p) => p.x[0] + (p.x[1] || 0)), points.map((p) => p.y[0]));
-  const best = points.filter((p) => p.row.kind !== "control").filter((p, _, all) => !all.some((other) =>
-    other.x[0] <= p.x[0] && other.y[0] >= p.y[0] && (other.x[0] < p.x[0] || other.y[0] > p.y[0])));
-  best.sort((a, b) => a.x[0] - b.x[0]);
-  if (best.length > 1) {
-    drawn.svg.append(node("path", { class: "frontier",
-      d: "M" + best.map((p) => `${drawn.x(p.x[0])} ${drawn.y(p.y[0])}`).join("L") }));
-  }
-  const taken = points.map((p) => [drawn.x(p.x[0]) - 5, drawn.y(p.y[0]), 10]);
-  for (const { row, x, y } of points) {
-    const [px, py] = [drawn.x(x[0]), drawn.y(y[0])];
-    if (x[1]) drawn.svg.append(node("path", { class: "whisker", d: `M${drawn.x(x[0] - x[1])} ${py}H${drawn.x(x[0] + x[1])}` }));
-    if (y[1]) drawn.svg.append(node("path", { class: "whisker", d: `M${px} ${drawn.y(y[0] - y[1])}V${drawn.y(y[0] + y[1])}` }));
-    const dot = node("circle", { cx: px, cy: py, r: 5, class: row.kind });
-    dot.append(node("title", {}, `${row.label}: left ${x[0].toFixed(3)}, kept ${y[0].toFixed(3)}`));
-    drawn.svg.append(dot);
-    // Beside the dot, above or below it; a label that would cover another everywhere is left to the dot's title.
-    const name = row.label.length > 24 ? row.label.slice(0, 23) + "…" : row.label;
-    const wide = 6.2 * name.length, middle = Math.min(Math.max(px - wide / 2, 48), 470 - wide);
-    const free = [[px + 9, py], [px - 9 - wide, py], [middle, py - 13], [middle, py + 13]].find(([side, level]) =>
-      side >= 46 && side + wide <= 470 && level >= 8 && level <= 284
-      && !taken.some(([tx, ty, tw]) => Math.abs(ty - level) < 11 && side < tx + tw && tx < side + wide));
-    if (free) {
-      taken.push([...free, wide]);
-      drawn.svg.append(node("text", { x: free[0], y: free[1] + 4, class: row.kind }, name));
+// A part of a chart is named by its row's number. The lines from points to names stand for all rows or for none.
+function filterCharts() {
+  data.rows.forEach((row, at) => {
+    for (const part of document.querySelectorAll(`.pictures [id^="row-${at}-"]`)) {
+      part.classList.toggle("off", state.hide.has(row.label));
     }
-  }
-  place.append(drawn.svg);
-}
-
-function curves() {
-  const rows = shownRows().filter((row) => row.curve.length);
-  $("curves").replaceChildren();
-  for (const [key, title] of [["forget_rouge", "ROUGE-L on the facts so far, by step"],
-    ["keep_rouge", "kept ROUGE-L, relative to before, by step"]]) {
-    const lines = rows.map((row) => ({ row, points: row.curve.map((p) => [p.step, p[key].mean]).filter((p) => p[1] !== null) }))
-      .filter((line) => line.points.length);
-    if (!lines.length) continue;
-    const place = element("figure");
-    const caption = element("figcaption", "", `${title}: `);
-    place.append(caption);
-    const drawn = axes(title, "step", "", lines.flatMap((l) => l.points.map((p) => p[0])),
-      lines.flatMap((l) => l.points.map((p) => p[1])), true);
-    lines.forEach((line, at) => {
-      const colour = `hsl(${360 * at / lines.length} 65% 50%)`;
-      drawn.svg.append(node("path", { class: "line", stroke: colour,
-        d: "M" + line.points.map(([x, y]) => `${drawn.x(x)} ${drawn.y(y)}`).join("L") }));
-      const name = element("span", "", `${line.row.label} `);
-      name.style.color = colour;
-      caption.append(name);
-    });
-    place.append(drawn.svg);
-    $("curves").append(place);
+  });
+  for (const line of document.querySelectorAll('.pictures [id^="name-line-"]')) {
+    line.classList.toggle("off", state.hide.size > 0);
   }
 }
 
-function costs() {
-  const rows = shownRows().filter((row) => row.figures.seconds[0]);
-  const most = Math.max(...rows.map((row) => row.figures.seconds[0]), 1e-9);
-  $("costs").replaceChildren(...rows.map((row) => {
-    const [seconds, memory] = [row.figures.seconds[0], row.figures.memory[0]];
-    const bar = element("div", "bar"), track = element("span"), fill = element("b", row.kind);
-    fill.style.width = `${100 * seconds / most}%`;
-    track.append(fill);
-    bar.append(element("span", "", row.label), track,
-      element("span", "faint", `${seconds.toFixed(1)} s` + (memory ? `, ${memory.toFixed(2)} GiB` : "")));
-    return bar;
-  }));
+// What a point says when the pointer rests on it.
+function titleCharts() {
+  data.rows.forEach((row, at) => {
+    const { forget_rouge: left, keep_rouge: kept } = row.figures;
+    if (left === null || kept === null) return;
+    for (const part of document.querySelectorAll(`#tradeoff [id^="row-${at}-"]`)) {
+      const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
+      title.textContent = `${row.label}: ROUGE-L ${left.toFixed(3)} left, ${kept.toFixed(3)} kept`;
+      part.prepend(title);
+    }
+  });
 }
 
 // --- answers
@@ -236,10 +139,7 @@ function read() {
 
 function show() {
   sortTable();
-  scatter($("by-rouge"), "forget_rouge", "keep_rouge", "By what is said: ROUGE-L recall");
-  scatter($("by-prob"), "forget_prob", "keep_prob", "By what is held likely: probability");
-  curves();
-  costs();
+  filterCharts();
   listQuestions();
   read();
 }
@@ -267,5 +167,6 @@ addEventListener("keydown", (event) => {
   if (step && !/^(SELECT|INPUT)$/.test(document.activeElement.tagName)) change(() => { state.q += step; });
 });
 addEventListener("hashchange", () => { readAddress(); show(); });
+titleCharts();
 readAddress();
 show();

@@ -1,10 +1,14 @@
-"""Pictures for a paper: forgetting against retention with the frontier, curves over steps, cost. SVG and PNG."""
+"""The charts of a comparison, as SVG and PNG files and for the page.
+
+There are three: forgetting against keeping, with the frontier; curves over steps; cost.
+"""
 
 from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +17,69 @@ from .summary import Row, frontier, value
 
 logger = logging.getLogger(__name__)
 
-#: Characters of a row's name that a picture has room for.
+#: Characters of a row's name that a chart has room for.
 NAME = 28
 
+INK, PAPER, GRID, FAINT, FRONTIER = "#1b1f24", "#ffffff", "#d8dee4", "#59636e", "#1a7f37"
 COLOURS = {"editing": "#0969da", "training": "#bc4c00", "control": "#6e7781", "other": "#8250df"}
 MARKS = {"editing": "o", "training": "s", "control": "D", "other": "^"}
+#: Names of these colours in page.css, which has another set of them for dark mode.
+VARIABLES = {**COLOURS, "ink": INK, "page": PAPER, "line": GRID, "faint": FAINT, "good": FRONTIER}
 
 
-def draw(results: Mapping[str, Any], out: Path) -> None:
-    """Writes what there is to draw; nothing, with a warning, where the packages for it are not installed."""
+def draw(results: Mapping[str, Any], out: Path) -> dict[str, str]:
+    """Writes the charts, and returns the SVG texts by name.
+
+    It draws nothing, and warns, if the packages for it are not installed.
+    """
     try:
         import adjustText  # noqa: F401
         import matplotlib
     except ImportError as error:
-        logger.warning('No plots: %s (pip install "unierase-plugin[plots]"). The page has its own.', error)
-        return
-    # A text stays a text, and the same figures give the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "unierase", "font.size": 9}):
-        rows = [row for row in results["rows"] if row["status"] != "failed"]
-        _tradeoff(rows, out / "tradeoff")
-        if any(row["curve"] for row in rows):
-            _curves(rows, out / "steps")
-        _cost(rows, out / "cost")
+        logger.warning('There are no charts: %s. Install them with: pip install "unierase-plugin[plots]"', error)
+        return {}
+    settings: Any = {
+        # A text stays a text, and the same figures give the same file.
+        "svg.fonttype": "none",
+        "svg.hashsalt": "unierase",
+        "font.size": 9,
+        "figure.facecolor": PAPER,
+        "axes.facecolor": PAPER,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": FAINT,
+        "xtick.color": FAINT,
+        "ytick.color": FAINT,
+        "grid.color": GRID,
+        "legend.edgecolor": GRID,
+    }
+    with matplotlib.rc_context(settings):
+        # A part of a chart is known by its row's number in the results.
+        rows = [(at, row) for at, row in enumerate(results["rows"]) if row["status"] != "failed"]
+        charts = {"tradeoff": _tradeoff(rows), "steps": _curves(rows), "cost": _cost(rows)}
+        return {name: _save(figure, out / name) for name, figure in charts.items() if figure is not None}
+
+
+def embedded(svg: str) -> str:
+    """The chart as an element of a page: without prolog and metadata, and with the page's colours."""
+    text = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    for name, colour in VARIABLES.items():
+        text = text.replace(f": {colour}", f": var(--{name})")
+    return text
+
+
+Rows = Sequence[tuple[int, Row]]
 
 
 def _name(row: Row) -> str:
     label: str = row["label"]
     return label if len(label) <= NAME else f"{label[: NAME - 1]}…"
+
+
+def _mark(at: int, parts: Iterable[Any]) -> None:
+    """Marks the parts of a chart that belong to a row, so that the page can hide them."""
+    for number, part in enumerate(parts):
+        part.set_gid(f"row-{at}-{number}-{type(part).__name__}")
 
 
 def _figure(width: float, height: float, panels: int) -> tuple[Any, Any]:
@@ -50,14 +90,18 @@ def _figure(width: float, height: float, panels: int) -> tuple[Any, Any]:
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path) -> str:
+    """Writes the figure as SVG and PNG, and returns the SVG text."""
+    texts = {}
     for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 160})):
         drawn = io.BytesIO()
         figure.savefig(drawn, format=suffix[1:], **options)
-        write_bytes(path.with_suffix(suffix), drawn.getvalue())
+        texts[suffix] = drawn.getvalue()
+        write_bytes(path.with_suffix(suffix), texts[suffix])
+    return texts[".svg"].decode()
 
 
-def _tradeoff(rows: Sequence[Row], path: Path) -> None:
+def _tradeoff(rows: Rows) -> Any:
     from adjustText import adjust_text
 
     figure, axes = _figure(10, 4.4, 2)
@@ -71,27 +115,28 @@ def _tradeoff(rows: Sequence[Row], path: Path) -> None:
         ),
         strict=True,
     ):
-        for row in rows:
+        for at, row in rows:
             x, y = value(row, left), value(row, kept)
             if x is None or y is None:
                 continue
             spreads = [row["figures"][key]["sd"] for key in (left, kept)]
             colour = COLOURS[row["kind"]]
-            axis.errorbar(
+            drawn = axis.errorbar(
                 x, y, spreads[1], spreads[0], fmt=MARKS[row["kind"]], color=colour, markersize=5, elinewidth=0.8
             )
             texts.append(axis.text(x, y, _name(row), fontsize=7, color=colour))
-        best = frontier([row for row in rows if row["kind"] != "control"], left, kept)
+            _mark(at, (*drawn.get_children(), texts[-1]))
+        best = frontier([row for _, row in rows if row["kind"] != "control"], left, kept)
         points = sorted((value(row, left) or 0.0, value(row, kept) or 0.0) for row in best)
-        axis.plot(*zip(*points, strict=True), color="#1a7f37", linewidth=1, zorder=0) if points else None
+        axis.plot(*zip(*points, strict=True), color=FRONTIER, linewidth=1, zorder=0) if points else None
         axis.set(xlabel=f"left of the facts to forget ({title})", ylabel="kept, relative to before", title=title)
         axis.margins(0.12)
-        axis.grid(alpha=0.25)
+        axis.grid()
     # Where names are to go depends on where the layout puts the axes.
     figure.draw_without_rendering()
     for axis, texts in zip(axes, names, strict=True):
         places = [text.get_position() for text in texts]
-        adjust_text(
+        _, lines = adjust_text(
             texts,
             [x for x, _ in places],
             [y for _, y in places],
@@ -100,38 +145,52 @@ def _tradeoff(rows: Sequence[Row], path: Path) -> None:
             # Steps, not seconds: the same figures are to give the same file.
             force_text=(0.3, 0.5),
             iter_lim=500,
-            arrowprops={"arrowstyle": "-", "color": "#6e7781", "linewidth": 0.5},
+            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.5},
         )
-    _save(figure, path)
+        for number, line in enumerate(lines):
+            line.set_gid(f"name-line-{number}")
+    return figure
 
 
-def _curves(rows: Sequence[Row], path: Path) -> None:
+def _curves(rows: Rows) -> Any:
     from matplotlib.ticker import MaxNLocator
 
+    if not any(row["curve"] for _, row in rows):
+        return None
     figure, axes = _figure(10, 4, 2)
-    for row in rows:
-        steps = [point["step"] for point in row["curve"]]
-        for axis, key in zip(axes, ("forget_rouge", "keep_rouge"), strict=True):
+    for axis, key in zip(axes, ("forget_rouge", "keep_rouge"), strict=True):
+        shown = []
+        for at, row in rows:
+            steps = [point["step"] for point in row["curve"]]
             points = [point[key]["mean"] for point in row["curve"]]
             if steps and None not in points:
-                axis.plot(steps, points, marker="o", markersize=3, label=_name(row))
-    for axis in axes:
+                _mark(at, axis.plot(steps, points, marker="o", markersize=3, label=_name(row)))
+                shown.append(at)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axis is axes[1] and shown:
+            legend = axis.legend(fontsize=7)
+            for at, line, text in zip(shown, legend.get_lines(), legend.get_texts(), strict=True):
+                line.set_gid(f"row-{at}-legend-line")
+                text.set_gid(f"row-{at}-legend-text")
     axes[0].set(xlabel="step", ylabel="ROUGE-L on the facts so far")
     axes[1].set(xlabel="step", ylabel="kept ROUGE-L, relative to before")
-    axes[1].legend(fontsize=7)
-    _save(figure, path)
+    return figure
 
 
-def _cost(rows: Sequence[Row], path: Path) -> None:
-    timed = [row for row in rows if value(row, "seconds")]
+def _cost(rows: Rows) -> Any:
+    timed = [(at, row) for at, row in rows if value(row, "seconds")]
     if not timed:
-        return
+        return None
     figure, axes = _figure(10, 1 + 0.3 * len(timed), 2)
-    for axis, key, title in ((axes[0], "seconds", "seconds"), (axes[1], "memory", "peak memory, GiB")):
-        places, lengths = range(len(timed)), [value(row, key) or 0.0 for row in timed]
-        axis.barh(places, lengths, color=[COLOURS[row["kind"]] for row in timed])
-        axis.set_yticks(places, [_name(row) for row in timed])
+    charts = (("seconds", "seconds", "%.1f"), ("memory", "peak memory, GiB", "%.2f"))
+    for axis, (key, title, form) in zip(axes, charts, strict=True):
+        places, lengths = range(len(timed)), [value(row, key) or 0.0 for _, row in timed]
+        bars = axis.barh(places, lengths, color=[COLOURS[row["kind"]] for _, row in timed])
+        numbers = axis.bar_label(bars, fmt=form, padding=3, fontsize=7, color=FAINT)
+        axis.set_yticks(places, [_name(row) for _, row in timed])
+        axis.margins(x=0.12)
         axis.invert_yaxis()
         axis.set(xlabel=title)
-    _save(figure, path)
+        for (at, _), parts in zip(timed, zip(bars, numbers, axis.get_yticklabels(), strict=True), strict=True):
+            _mark(at, parts)
+    return figure

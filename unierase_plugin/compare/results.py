@@ -59,8 +59,7 @@ def gather(
     write_json(out / "results.json", results)
     write_text(out / "table.md", markdown(results))
     write_text(out / "table.tex", tex(results))
-    draw(results, out)
-    write_page(out / "report.html", results)
+    write_page(out / "report.html", results, draw(results, out))
     return results
 
 
