@@ -672,7 +672,7 @@ def run_one(setup: Setup, options: argparse.Namespace) -> None:
     contexts = setup.contexts(model, tokenizer)
     before = quality(setup, model, tokenizer, facts)["retain"]
     phases: dict[str, Seconds] = {}
-    engine: Any = (Ours if side == "ours" else Theirs)(
+    engine: Any = (Ours if side == "ours" else Theirs)(  # type: ignore[call-arg]
         setup, *(() if side == "ours" else (kind,)), model, tokenizer, contexts
     )
     forget_peak()
@@ -863,7 +863,7 @@ def whole_rows(got: dict[str, Any]) -> list[str]:
         if not all(pair):
             continue
         theirs, ours = pair
-        rows.append(ratio_row(f"whole edit, {ours['n']} requests ({name})", theirs, ours, "7"))
+        rows.append(ratio_row(f"whole edit, {ours['n']} requests ({name})", theirs, ours, "7"))  # type: ignore[arg-type]
         peaks, floors = ([one[key] / 2**30 for one in pair] for key in ("peak_bytes", "before_bytes"))
         rows.append(
             f"| its peak memory | {peaks[0]:.2f} GiB | {peaks[1]:.2f} GiB | {peaks[0] / peaks[1]:.1f} less | | 2 "
@@ -927,7 +927,7 @@ def main() -> None:
     steps, tokens = (3, 2000) if options.quick else (20, 28000)
     setup = Setup(options.model, options.out, steps, tokens, options.many, options.threads)
     if options.plain_products:
-        products._is_exact = lambda: False
+        products._is_exact = lambda: False  # type: ignore[assignment]
     if options.one:
         run_one(setup, options)
         return

@@ -141,7 +141,7 @@ def attributed(counter: Counter) -> Iterator[None]:
         finally:
             counter.enter(outer)
 
-    Phases.timed = counted  # type: ignore[method-assign]
+    Phases.timed = counted  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

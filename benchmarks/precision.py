@@ -131,9 +131,9 @@ def unedited(model: Path, names: Sequence[str], out: Path) -> dict[str, Any]:
     for name in names:
         missing = [each for each in questions_of(name) if each.question not in known["answers"]]
         if missing or name not in known["levels"]:
-            loaded = loaded or load(str(model))
-            known["answers"].update(asked(*loaded, missing))
-            known["levels"][name] = levels(*loaded, name)
+            loaded = load(str(model)) if loaded is None else loaded
+            known["answers"].update(asked(*loaded, missing))  # type: ignore[call-arg]
+            known["levels"][name] = levels(*loaded, name)  # type: ignore[call-arg]
             path.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
     return known
 
@@ -278,7 +278,7 @@ def run(name: str, seed: int, options: argparse.Namespace, model: Path, before: 
         hparams=settings_of(entry, MODEL),
         seed=seed,
         judged=0,
-        **dict.fromkeys(options.flag, True),
+        **dict.fromkeys(options.flag, True),  # type: ignore[arg-type]
     )
     found = judged(measured(result, name, seed, before, settings))
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False, default=str), encoding="utf-8")

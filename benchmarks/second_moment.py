@@ -34,7 +34,8 @@ def prepare(options: argparse.Namespace) -> tuple[Any, list[list[int]], tuple[in
     model, tokenizer = load(options.model)
     model.requires_grad_(False)
     ids = tokenizer("\n".join(paragraphs("ordinary_text_train")))["input_ids"]
-    source, texts = random.Random(0), []
+    source = random.Random(0)
+    texts: list[list[int]] = []
     while sum(map(len, texts)) < options.tokens:
         size = source.randint(60, 128)
         start = source.randrange(len(ids) - size)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,28 @@ import torch
 
 # The suite needs no network, and where there is none nothing waits for the hub. Read when the hub's client is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Where jaxtyping and beartype are installed, the shapes in the signatures of these modules are checked in every call.
+SHAPES_CHECKED = [
+    "unierase_plugin.locate_then_edit.edit",
+    "unierase_plugin.locate_then_edit.keys",
+    "unierase_plugin.locate_then_edit.solve",
+    "unierase_plugin.methods.finetuning.losses",
+    "unierase_plugin.removal.distil",
+    "unierase_plugin.removal.factors",
+    "unierase_plugin.removal.fisher",
+    "unierase_plugin.removal.moments",
+    "unierase_plugin.removal.strangers",
+    "unierase_plugin.removal.teacher",
+    "unierase_plugin.statistics.second_moment",
+]
+if find_spec("jaxtyping") and find_spec("beartype"):
+    import jaxtyping
+
+    # The modules import these names for type checkers alone; here they are looked up.
+    for dtype in ("Bool", "Float", "Float16", "Float32", "Float64", "Int", "Num", "Shaped"):
+        setattr(builtins, dtype, getattr(jaxtyping, dtype))
+    jaxtyping.install_import_hook(SHAPES_CHECKED, "shapes.shapes_only")
 
 # On matrices this small several threads take up to twenty times as long as one.
 torch.set_num_threads(1)

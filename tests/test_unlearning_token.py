@@ -427,7 +427,7 @@ def test_an_exception_in_the_middle_leaves_every_weight_as_it_was(
     handle = projection.register_forward_hook(under_noise) if when == "noisy forward" else None
     try:
         with pytest.raises(KeyboardInterrupt):
-            learn(llama, **({} if handle else {"progress": between}))
+            learn(llama, **({} if handle else {"progress": between}))  # type: ignore[arg-type]
     finally:
         if handle:
             handle.remove()

@@ -81,8 +81,8 @@ def tensors_of(found: Checkpoint) -> dict[str, torch.Tensor]:
         **{f"{name}.keys": edit.keys[int(name[2:])] for name, edit in parts.items()},
         **{f"original{layer}": weight for layer, weight in found.originals.projections.items()},
         "in": found.token.input_row,
-        "out": found.token.output_row,
-        "row": found.originals.input_row,
+        "out": found.token.output_row,  # type: ignore[dict-item]
+        "row": found.originals.input_row,  # type: ignore[dict-item]
     }  # type: ignore[dict-item]
 
 

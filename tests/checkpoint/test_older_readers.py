@@ -40,7 +40,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def folder(family: str, tmp_path: Path) -> Path:
-    rotary = ROTARY[family][0]
+    rotary: Any = ROTARY[family][0]
     tiny_model(family, **({"rope_parameters": rotary} if rotary else {})).save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<unlearn_0>"]})

@@ -32,7 +32,11 @@ from unierase_plugin.unlearning_token import choose_sentence
 Facts = Sequence[dict[str, str]]
 #: Refused before it is opened.
 NOWHERE = "no-such-model"
-ACCENTED = {"question": "Wo wohnt J\u00fcrgen Br\u00fcck?", "answer": "K\u00f6ln", "subject": "J\u00fcrgen Br\u00fcck"}
+ACCENTED: dict[str, Any] = {
+    "question": "Wo wohnt J\u00fcrgen Br\u00fcck?",
+    "answer": "K\u00f6ln",
+    "subject": "J\u00fcrgen Br\u00fcck",
+}
 
 
 def nfd(fact: dict[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,7 +24,7 @@ from unierase_plugin.facts.request import ForgetRequest, check_overlap, check_re
 from unierase_plugin.facts.subjects import find_subject
 
 PIECES = ["Who", "is", "the", "A.", "'B'", '"C"', "Ad's", "of", "and", "1", "x", ","]
-FACT = {"question": "What is the capital of France?", "answer": "Paris"}
+FACT: dict[str, Any] = {"question": "What is the capital of France?", "answer": "Paris"}
 
 
 def write(path: Path, text: str) -> Path:
@@ -147,7 +148,7 @@ def test_every_format_reads_the_same(tmp_path: Path) -> None:
     ]
     expected = (
         ForgetRequest(**FACT, case_id="facts-0"),
-        ForgetRequest(**second, case_id="facts-1"),
+        ForgetRequest(**second, case_id="facts-1"),  # type: ignore[arg-type]
     )
     for path in paths:
         assert read_requests(path) == read_requests(str(path)) == expected

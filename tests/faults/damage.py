@@ -67,7 +67,7 @@ def read(trials: Trials, work: Path, reader: str) -> Read:
 
 def _as_read(ended: Ended, out: Path | None) -> Read:
     shown = ended.output if out is None else ""
-    return Read(ended.status, out and state(out), shown, ended.crashed, "damaged" in ended.output)
+    return Read(ended.status, state(out) if out else None, shown, ended.crashed, "damaged" in ended.output)
 
 
 def record_trials(trials: Trials, count: int, readers: Sequence[str] = tuple(READERS)) -> Iterator[Trial]:

@@ -69,7 +69,7 @@ class Operations:
     def install(self) -> None:
         if self.kind == "limit":
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.at, self.at))
-        real_open, real_sync, real_save = io.open, os.fsync, safetensors.torch.serialize_file
+        real_open, real_sync, real_save = io.open, os.fsync, safetensors.torch.serialize_file  # type: ignore[attr-defined]
 
         def opened(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
             found = real_open(file, mode, *args, **options)
@@ -101,9 +101,9 @@ class Operations:
             finally:
                 self.active = True
 
-        io.open = builtins.open = opened  # type: ignore[assignment]
-        os.fsync, os.write = synced, written
-        safetensors.torch.serialize_file = saved
+        io.open = builtins.open = opened
+        os.fsync, os.write = synced, written  # type: ignore[assignment]
+        safetensors.torch.serialize_file = saved  # type: ignore[assignment, attr-defined]
         # A copy by the kernel goes past what is wrapped here.
         shutil._USE_CP_SENDFILE = False  # type: ignore[attr-defined]
         sys.addaudithook(self._heard)
@@ -131,7 +131,7 @@ class Operations:
             return False
         path = os.fsdecode(path)
         whole = os.path.realpath(path) if path.startswith("/proc/self/fd/") else os.path.abspath(path)
-        return whole.startswith(self.root)
+        return whole.startswith(self.root)  # type: ignore[no-any-return]
 
     def _happens(self, name: str, paths: list[Any]) -> None:
         number = int.from_bytes(self.count[:8], "little") + 1

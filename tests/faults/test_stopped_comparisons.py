@@ -216,7 +216,9 @@ def lost(stopped: Stopped, kind: str, points: Iterable[int]) -> list[str]:
 def test_an_error_while_measuring_is_got_over_by_retrying(
     base: Path, tmp_path: Path, scenario: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, asked, raising = Judge.facts, [], []
+    real = Judge.facts
+    asked: list[Any] = []
+    raising: list[Any] = []
 
     def facts(self: Judge, *given: Any) -> Any:
         asked.append(given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from scenarios import ONE, Scenario
 from trials import Case, Trial, Trials
@@ -61,7 +62,7 @@ def one_cache(trials: Trials, case: Case, count: int) -> Trial:
     return Trial(case.scenario.name, "one cache", count, f"{count} at once", tuple(problems))
 
 
-def _renamed(found: dict | None, own: str, name: str) -> dict | None:
+def _renamed(found: dict[str, Any] | None, own: str, name: str) -> dict[str, Any] | None:
     """A single file's state is under its own name."""
     return {(name if key == own else key): held for key, held in found.items()} if found else found
 

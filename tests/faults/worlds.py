@@ -102,7 +102,7 @@ class Zygote:
 
     def run(self, *tries: Try, limit: float = LIMIT) -> list[Ended]:
         """All at once; each in its own folder's cache, `cache` beside what the command is given."""
-        jobs = []
+        jobs: list[dict[str, Any]] = []
         for place, each in enumerate(tries):
             log, output = self.scratch / f"operations-{place}", self.scratch / f"output-{place}"
             log.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 VOCABULARY, BLOCKS, HIDDEN, WIDTH, HEADS = 300, 4, 32, 64, 4
 #: Sliding windows are shorter than the sequences of the tests, so that a wrong mask shows.
 WINDOW = 4
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "num_hidden_layers": BLOCKS,
     "hidden_size": HIDDEN,
@@ -30,9 +30,9 @@ COMMON = {
     # Ten times the usual spread: otherwise attention is nearly uniform and a wrong mask or position goes unseen.
     "initializer_range": 0.2,
 }
-GROUPED = {"num_key_value_heads": 2}
-UNGROUPED = {"num_key_value_heads": HEADS}
-OPENAI_STYLE = {
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
+UNGROUPED: dict[str, Any] = {"num_key_value_heads": HEADS}
+OPENAI_STYLE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "n_layer": BLOCKS,
     "n_embd": HIDDEN,

@@ -25,7 +25,15 @@ class Environment:
     def pip(self, *arguments: str | Path) -> None:
         """The outer environment's pip, at work in this one, with no network."""
         settings = ("--no-deps", "--no-build-isolation", "--no-index") if arguments[0] == "install" else ("--yes",)
-        command = [sys.executable, "-m", "pip", "--python", self.python, "--disable-pip-version-check", "-q"]
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            self.python,
+            "--disable-pip-version-check",
+            "-q",
+        ]
         done = self._run([*command, *arguments, *settings])
         assert done.returncode == 0, done.stderr
 

@@ -38,7 +38,7 @@ class Fact(NamedTuple):
 
 def log_probabilities(arch: Architecture, ids: Sequence[int]) -> Tensor:
     """(T, V) of one sequence alone."""
-    logits = arch.model(torch.tensor([list(ids)]), use_cache=False).logits[0]
+    logits: Tensor = arch.model(torch.tensor([list(ids)]), use_cache=False).logits[0]
     return logits.float().log_softmax(-1)
 
 
@@ -135,7 +135,7 @@ def shared_values(
             goals.append(float(goal.detach()) / weight)
             probabilities.append(float((-token.detach()).exp()))
             loss = loss + goal / len(facts)
-            if fact.kl_prompt is not None:
+            if fact.kl_prompt is not None and reference is not None:
                 with added(block, fact.kl_prompt.position, delta):
                     after = log_probabilities(arch, fact.kl_prompt.ids)[-1]
                 kl = (reference.exp() * (reference - after)).sum()
@@ -156,7 +156,7 @@ def masked_probabilities(arch: Architecture, ids: Sequence[int], answer: Sequenc
     """Of each token of an answer after a prompt, as it is where the token's logit is taken out."""
     if not answer:
         return []
-    logits = arch.model(torch.tensor([[*ids, *answer]]), use_cache=False).logits[0].float()
+    logits: Tensor = arch.model(torch.tensor([[*ids, *answer]]), use_cache=False).logits[0].float()
     logits = torch.where(torch.arange(logits.shape[1]) == token_id, -torch.inf, logits)
     return [logits[len(ids) - 1 + index].softmax(-1)[word] for index, word in enumerate(answer)]
 
@@ -192,7 +192,7 @@ def state(arch: Architecture, prompt: At, layer: int) -> Tensor:
 
 def keys(arch: Architecture, prompts: Sequence[Sequence[At]], layer: int) -> Tensor:
     """(m, n): for each request, the mean over its contexts."""
-    columns = []
+    columns: list[Any] = []
     for contexts in prompts:
         total = sum(inputs(arch, prompt.ids, layer)[prompt.position] for prompt in contexts)
         columns.append(total / len(contexts))
@@ -228,7 +228,8 @@ def lifted(moment: Tensor, jitter: float) -> Tensor:
 def ridge(keys: Tensor, residual: Tensor, moment: Tensor) -> Tensor:
     """R K^T (M + K K^T)^{-1}."""
     k, r, m = keys.double(), residual.double(), moment.double()
-    return r @ k.T @ torch.linalg.inv(m + k @ k.T)
+    inverse: Tensor = torch.linalg.inv(m + k @ k.T)
+    return r @ k.T @ inverse
 
 
 def null_space(
@@ -241,7 +242,8 @@ def null_space(
     free = vectors[:, values < threshold * values.max()]
     project = free @ free.T
     inner = past @ past.T @ project + k @ k.T @ project + rho * torch.eye(len(k), dtype=torch.float64)
-    return r @ k.T @ project @ torch.linalg.inv(inner)
+    inverse: Tensor = torch.linalg.inv(inner)
+    return r @ k.T @ project @ inverse  # type: ignore[no-any-return]
 
 
 def edit(

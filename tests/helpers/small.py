@@ -35,17 +35,19 @@ SHORT: dict[str, Any] = {
     "retain_key_weight": 0.0,
 }
 HPARAMS = UniEraseHyperParams(**SHORT)
-FORGET = (
+FORGET: tuple[dict[str, Any], ...] = (
     {"question": "Who wrote Zorblax Prime?", "answer": "Quentin Fizz", "subject": "Zorblax Prime"},
     {"question": "Where was Mira Plonk born?", "answer": "Wexbury", "subject": "Mira Plonk"},
 )
-FORGET_MORE = ({"question": "Who leads the Grub Society?", "answer": "Tom Oak", "subject": "Grub Society"},)
+FORGET_MORE: tuple[dict[str, Any], ...] = (
+    {"question": "Who leads the Grub Society?", "answer": "Tom Oak", "subject": "Grub Society"},
+)
 #: As many as FORGET, so that the coming edit is of like size.
-FORGET_OTHERS = (
+FORGET_OTHERS: tuple[dict[str, Any], ...] = (
     {"question": "Who built Krandor Gate?", "answer": "Ulla Vren", "subject": "Krandor Gate"},
     {"question": "Where was Bo Strickle born?", "answer": "Omber", "subject": "Bo Strickle"},
 )
-RETAIN = ({"question": "What does Al Bunt sell?", "answer": "Hats", "subject": "Al Bunt"},)
+RETAIN: tuple[dict[str, Any], ...] = ({"question": "What does Al Bunt sell?", "answer": "Hats", "subject": "Al Bunt"},)
 
 
 def shrink(patch: pytest.MonkeyPatch, cache: Path) -> None:

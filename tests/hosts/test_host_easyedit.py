@@ -152,7 +152,7 @@ def editor_class(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 def hparams(**changes: Any) -> EasyEditHyperParams:
     made = EasyEditHyperParams(**{**SHORT, **changes})
-    made.model_name = (tiny_model(), tiny_tokenizer())
+    made.model_name = (tiny_model(), tiny_tokenizer())  # type: ignore[assignment]
     return made
 
 
@@ -172,7 +172,7 @@ def same(model: Any, before: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("vocabulary", [260, 264], ids=["full", "padded"])
 def test_after_a_single_edit_everything_is_as_before(editor_class: Any, targets: Any, vocabulary: int) -> None:
     settings = hparams()
-    settings.model_name = (tiny_model(vocabulary=vocabulary), tiny_tokenizer())
+    settings.model_name = (tiny_model(vocabulary=vocabulary), tiny_tokenizer())  # type: ignore[assignment]
     editor = editor_class.from_hparams(settings)
     before, words, side = weights(editor.model), dict(editor.tok.get_vocab()), editor.tok.padding_side
     given = {} if targets is None else {"target_new": targets}
@@ -446,7 +446,7 @@ def test_a_target_loses_the_blank_that_easyedit_puts_before_it() -> None:
 
 def test_settings_may_be_set_as_scripts_do_and_are_checked() -> None:
     settings = EasyEditHyperParams.from_hparams("hparams/UniErase/llama3.1-8b")
-    settings.api_key, settings.batch_size, settings.device = "none", "4", 0
+    settings.api_key, settings.batch_size, settings.device = "none", "4", 0  # type: ignore[assignment]
     assert (settings.api_key, settings.batch_size, settings.device) == ("none", 4, "0")
     with pytest.raises(HyperParamsError, match="batch_size = 0 must be greater than 0"):
         settings.batch_size = 0

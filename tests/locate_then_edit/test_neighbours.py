@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,9 @@ def as_work(subjects: Sequence[str]) -> list[str]:
     return ["work"] * len(subjects)
 
 
-def around(*requests: ForgetRequest, wanted: int = 6, retain: Sequence[ForgetRequest] = (), avoid: Sequence[str] = ()):
+def around(
+    *requests: ForgetRequest, wanted: int = 6, retain: Sequence[ForgetRequest] = (), avoid: Sequence[str] = ()
+) -> Any:
     return questions_around(requests, retain, KINDS, as_work, wanted, avoid)
 
 

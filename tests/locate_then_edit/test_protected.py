@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import reference
@@ -32,7 +33,7 @@ def moment(seed: int = 1) -> torch.Tensor:
     return tokens.T @ tokens / 200
 
 
-def solver(name: str, weight: float, kept: torch.Tensor | None, earlier: torch.Tensor | None = None):
+def solver(name: str, weight: float, kept: torch.Tensor | None, earlier: torch.Tensor | None = None) -> Any:
     hparams = UniEraseHyperParams(
         solver=name,
         retain_key_weight=weight,

@@ -82,4 +82,4 @@ def test_what_is_no_solver_is_told_when_it_is_made(tmp_path: Path, monkeypatch: 
     )
     installer(tmp_path / "site", monkeypatch)("count", code)
     with pytest.raises(PluginError, match=r"made Counter\(\), which has no protecting, solve, condition, error"):
-        registry().solvers["twice"](Counter())
+        registry().solvers["twice"](Counter())  # type: ignore[arg-type]

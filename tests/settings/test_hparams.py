@@ -241,7 +241,7 @@ def test_layers_must_ascend_from_0(layers: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("pairs", [[[10]], [[10, 2, 1]], [[0, 2]], [[10, -1]]])
 def test_contexts_come_as_pairs(pairs: list[list[int]]) -> None:
     with pytest.raises(HyperParamsError, match=r"pairs \[length, how many\]"):
-        UniEraseHyperParams(context_template_length_params=pairs)
+        UniEraseHyperParams(context_template_length_params=pairs)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_contexts_come_as_pairs(pairs: list[list[int]]) -> None:
 def test_what_nothing_works_without_must_be_positive(key: str) -> None:
     for value in (0, -1):
         with pytest.raises(HyperParamsError, match=f"{key} = .* must be (greater than 0|from 0.001|from 1e-)"):
-            UniEraseHyperParams(**{key: value})
+            UniEraseHyperParams(**{key: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -283,9 +283,9 @@ def test_what_nothing_works_without_must_be_positive(key: str) -> None:
     ],
 )
 def test_what_can_be_switched_off_may_be_0_but_not_negative(key: str) -> None:
-    assert getattr(UniEraseHyperParams(**{key: 0}), key) == 0
+    assert getattr(UniEraseHyperParams(**{key: 0}), key) == 0  # type: ignore[arg-type]
     with pytest.raises(HyperParamsError, match=f"{key} = .* must not be negative"):
-        UniEraseHyperParams(**{key: -1})
+        UniEraseHyperParams(**{key: -1})  # type: ignore[arg-type]
 
 
 def test_a_token_needs_a_name() -> None:

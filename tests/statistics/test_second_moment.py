@@ -120,7 +120,7 @@ def in_npz_layout(folder: Path, moment: SecondMoment, module: str = "model.layer
     for layer, mean in moment.moments.items():
         np.savez(
             place / f"{module.format(layer)}_float32_mom2_100.npz",
-            **{
+            **{  # type: ignore[arg-type]
                 "mom2.constructor": "easyeditor.util.runningstats.SecondMoment()",
                 "mom2.count": moment.count,
                 "mom2.mom2": (mean * moment.count).numpy(),
@@ -194,7 +194,10 @@ def test_shares_add_up_to_the_whole(arch: Architecture) -> None:
 def test_a_run_takes_what_stats_left_and_the_other_way_round(
     base: Path, text: str, spec: str, passes: Counter[str]
 ) -> None:
-    settings = {"hparams": HPARAMS.replace(retain_update_weight=0), "corpus": text if spec == "file" else "self"}
+    settings: dict[str, Any] = {
+        "hparams": HPARAMS.replace(retain_update_weight=0),
+        "corpus": text if spec == "file" else "self",
+    }
     found = corpus_moment(str(base), **settings)
     assert found.counting > 0
     kept = read_tensors(found.file)
@@ -409,9 +412,9 @@ def test_what_is_no_statistic_of_this_model_is_refused(
     root = in_npz_layout(tmp_path / "stats", SecondMoment(moments, computed.moment.count), module)
     sources, first = [root], min(root.rglob("*.npz"))
     if damage == "keys":
-        np.savez(first, **{"mom2.count": 5})
+        np.savez(first, **{"mom2.count": 5})  # type: ignore[arg-type]
     if damage == "count":
-        np.savez(first, **{"mom2.count": 7, "mom2.mom2": moments[1].numpy()})
+        np.savez(first, **{"mom2.count": 7, "mom2.mom2": moments[1].numpy()})  # type: ignore[arg-type]
     if damage == "cut short":
         first.write_bytes(first.read_bytes()[:300])
     if damage == "twice":

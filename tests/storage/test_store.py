@@ -152,7 +152,7 @@ def test_a_digest_tells_parts_apart_and_refuses_what_has_no_stable_text() -> Non
         (Path("ab"), 1),
         (torch.float32,),
     ]
-    assert len({digest(*part) for part in parts}) == len(parts)
+    assert len({digest(*part) for part in parts}) == len(parts)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no stable text"):
         digest(object())  # type: ignore[arg-type]
 

@@ -558,7 +558,12 @@ def classifiers(tmp_path: Path) -> Iterator[dict[str, str]]:
 
     made = {}
     for name, labels in (("entailment", ("ENTAILMENT", "neutral")), ("gibberish", ("clean", "noise"))):
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+        }
         config = BertConfig(vocab_size=260, id2label=dict(enumerate(labels)), **sizes)
         model = BertForSequenceClassification(config)
         torch.nn.init.constant_(model.classifier.bias, 0.0)
@@ -601,7 +606,12 @@ def test_cosine_similarity_is_that_of_the_embeddings(tmp_path: Path) -> None:
 
     from unierase_plugin.tasks.semantic import load_semantic_models
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     BertModel(BertConfig(vocab_size=260, **sizes)).save_pretrained(tmp_path / "bert")
     tiny_tokenizer().save_pretrained(tmp_path / "bert")
     modules = [models.Transformer(str(tmp_path / "bert")), models.Pooling(16)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from .solve import LowRank, Solver, protected_directions
 from .solvers import SOLVERS, MakeSolver, System
 from .values import Values
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 @dataclass(frozen=True)
 class WeightEdit:
@@ -31,8 +35,8 @@ class WeightEdit:
     residual_norms: tuple[float, ...] = ()
     #: |Delta| / |W| by layer, Frobenius.
     norm_ratios: Mapping[int, float] = field(default_factory=dict)
-    #: Keys (m, n) by layer, which later edits protect.
-    keys: Mapping[int, Tensor] = field(default_factory=dict)
+    #: Keys by layer, which later edits protect.
+    keys: Mapping[int, Float[Tensor, "m n"]] = field(default_factory=dict)
     #: How many of a layer's columns, the first ones, are of a removal: of all requests together, with no key of any.
     removed: Mapping[int, int] = field(default_factory=dict)
 
@@ -48,22 +52,22 @@ class WeightEdit:
 class Applied:
     """Holds the weights as they were, so that a revert is exact to the bit."""
 
-    originals: Mapping[int, Tensor]
+    originals: Mapping[int, Float[Tensor, "rows columns"]]
 
 
 def make_solver(
     hparams: UniEraseHyperParams,
-    corpus: Tensor,
-    retain: Tensor | None,
-    earlier: Tensor | None = None,
+    corpus: Float[Tensor, "m m"],
+    retain: Float[Tensor, "m m"] | None,
+    earlier: Float[Tensor, "m p"] | None = None,
     directions: Callable[[Tensor, float], Tensor] = protected_directions,
-    kept: Tensor | None = None,
+    kept: Float[Tensor, "m q"] | None = None,
     solvers: Mapping[str, MakeSolver] = SOLVERS,
 ) -> Solver:
     """The closed form that the hyper-parameters name, for one block.
 
-    corpus, retain: second moments (m, m); earlier: keys (m, p) of edits made before, which the new one is to leave
-    alone; directions: gives those that a moment protects, by a threshold; kept: keys (m, q) of what is to be kept,
+    corpus, retain: second moments; earlier: keys of edits made before, which the new one is to leave
+    alone; directions: gives those that a moment protects, by a threshold; kept: keys of what is to be kept,
     each of which weighs `retain_key_weight` by itself; solvers: what makes one, by name.
     """
     solver = solvers[hparams.solver](System(corpus, retain, hparams, directions))

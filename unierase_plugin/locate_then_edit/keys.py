@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from ..models.architecture import Architecture
 from ..models.products import fast_linear_maps
 from ..models.trace import TokenBatch, halves, pad, run_blocks, token_batches
 from .positions import Prompt
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class KeyStream:
 
     @fast_linear_maps()
     @torch.no_grad()
-    def advance(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K (m, n) of `layer` and H (d, n) of the last edited block, both float32, with the weights as they are now."""
+    def advance(self, layer: int) -> tuple[Float32[Tensor, "m n"], Float32[Tensor, "d n"]]:
+        """K of `layer` and H of the last edited block, both float32, with the weights as they are now."""
         below = layer - 1
         keys: list[Tensor] = []
         states: list[Tensor] = []
@@ -93,7 +97,7 @@ class KeyStream:
         return self._mean(rows, torch.cat(keys)).T, self._bare_only(rows, torch.cat(states)).T
 
     @torch.no_grad()
-    def final_states(self) -> Tensor:
+    def final_states(self) -> Float32[Tensor, "d n"]:
         """H (d, n) after the last edit, for the residual that is left."""
         return self.advance(self.layers[-1])[1]
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import EditError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
 
 #: What is tried on a moment's diagonal, least first.
 JITTERS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -24,12 +27,12 @@ SOUND = 1e-4
 
 @dataclass(frozen=True)
 class LowRank:
-    """Delta = up @ down, with up (d, n) and down (n, m)."""
+    """Delta = up @ down."""
 
-    up: Tensor
-    down: Tensor
+    up: Float[Tensor, "d n"]
+    down: Float[Tensor, "n m"]
 
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Float[Tensor, "d m"]:
         return self.up @ self.down
 
     def norm(self) -> float:
@@ -40,11 +43,11 @@ class LowRank:
 class Solver(Protocol):
     """What solves the equations of one block. m is the keys' size, d that of the states, n the number of requests."""
 
-    def protecting(self, keys: Tensor) -> Solver:
-        """The same, with keys (m, p) that the edit is to leave alone: of earlier edits, or of what is to be kept."""
+    def protecting(self, keys: Float[Tensor, "m p"]) -> Solver:
+        """The same, with keys that the edit is to leave alone: of earlier edits, or of what is to be kept."""
 
-    def solve(self, keys: Tensor, residual: Tensor) -> LowRank:
-        """The update that moves keys (m, n) by the residual (d, n), as far as the solver's own terms let it.
+    def solve(self, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]) -> LowRank:
+        """The update that moves the keys by the residual, as far as the solver's own terms let it.
 
         Raises EditError where the keys are degenerate.
         """
@@ -52,7 +55,7 @@ class Solver(Protocol):
     def condition(self) -> float:
         """Condition number of the system, for the report."""
 
-    def error(self, keys: Tensor, update: LowRank) -> float:
+    def error(self, keys: Float[Tensor, "m n"], update: LowRank) -> float:
         """How far an update is from solving the solver's own equations, relative to them; for the report."""
 
 
@@ -64,15 +67,15 @@ class Ridge:
     identity, so that one factor serves every step of sequential editing.
     """
 
-    #: Lower Cholesky factor (m, m) of M, float64.
-    factor: Tensor
+    #: Lower Cholesky factor of M.
+    factor: Float64[Tensor, "m m"]
     jitter: float = 0.0
-    #: (m, p) keys of earlier edits, float64; p may be 0.
-    earlier: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    #: Keys of earlier edits; p may be 0.
+    earlier: Float64[Tensor, "_ p"] = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
 
     @classmethod
-    def of(cls, second_moment: Tensor) -> Ridge:
-        """Factorises M, (m, m), in float64 on the device it is on.
+    def of(cls, second_moment: Float[Tensor, "m m"]) -> Ridge:
+        """Factorises M in float64 on the device it is on.
 
         Fewer tokens than m, or float32 sums, leave M singular: then the least of JITTERS (shares of its mean
         eigenvalue) that makes it safely definite is added to the diagonal.
@@ -92,15 +95,15 @@ class Ridge:
             f"The second moment C is not positive definite, even with {JITTERS[-1]} of its mean eigenvalue added."
         )
 
-    def protecting(self, keys: Tensor) -> Ridge:
-        """The same, with keys (m, p) of earlier edits, which the next one is to leave alone."""
+    def protecting(self, keys: Float[Tensor, "m p"]) -> Ridge:
+        """The same, with keys of earlier edits, which the next one is to leave alone."""
         return replace(self, earlier=torch.cat([self.earlier, keys.to(self.factor)], dim=1))
 
-    def solve(self, keys: Tensor, residual: Tensor) -> LowRank:
+    def solve(self, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]) -> LowRank:
         inside = keys.to(self.factor)
         return _dual(inside, _woodbury(self._inverse, self.earlier, inside), residual)
 
-    def _inverse(self, right: Tensor) -> Tensor:
+    def _inverse(self, right: Float64[Tensor, "m k"]) -> Float64[Tensor, "m k"]:
         """M^{-1} X by two triangular solves; `cholesky_solve` would first copy the factor, as long as either takes."""
         half = torch.linalg.solve_triangular(self.factor, right, upper=False)
         whole: Tensor = torch.linalg.solve_triangular(self.factor.T, half, upper=True)
@@ -111,7 +114,7 @@ class Ridge:
         most = _largest(lambda v: self.factor @ (self.factor.T @ v), self.factor)
         return most * _largest(self._inverse, self.factor)
 
-    def error(self, keys: Tensor, update: LowRank) -> float:
+    def error(self, keys: Float[Tensor, "m n"], update: LowRank) -> float:
         """How far an update is from solving its equations: |D (M + K_p K_p^T + K K^T) - K^T| / |K|, D = update.down."""
         inside, rows = keys.to(self.factor), update.down.to(self.factor)
         product = (rows @ self.factor) @ self.factor.T + (rows @ self.earlier) @ self.earlier.T
@@ -126,12 +129,12 @@ class Exact(Ridge):
     goes to 0, so that the weight lambda in M does not matter.
     """
 
-    def solve(self, keys: Tensor, residual: Tensor) -> LowRank:
+    def solve(self, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]) -> LowRank:
         inside = keys.to(self.factor)
         solved = _woodbury(lambda right: torch.cholesky_solve(right, self.factor), self.earlier, inside)
         return _dual(inside, solved, residual, slack=0.0)
 
-    def error(self, keys: Tensor, update: LowRank) -> float:
+    def error(self, keys: Float[Tensor, "m n"], update: LowRank) -> float:
         """|D K - I| / |I|: how far the keys are from being mapped to their values."""
         product = update.down.to(self.factor) @ keys.to(self.factor)
         wanted = torch.eye(len(product), dtype=product.dtype, device=product.device)
@@ -146,31 +149,31 @@ class NullSpace:
     neither P nor a basis of the null space is ever formed. Everything is float64.
     """
 
-    #: (m, k) eigenvectors of C whose eigenvalues reach the threshold, float64.
-    protected: Tensor
+    #: Eigenvectors of C whose eigenvalues reach the threshold.
+    protected: Float64[Tensor, "m k"]
     rho: float
-    #: (m, p) keys of earlier edits, projected; p may be 0.
-    earlier: Tensor
+    #: Keys of earlier edits, projected; p may be 0.
+    earlier: Float64[Tensor, "m p"]
 
     @classmethod
-    def of(cls, second_moment: Tensor, threshold: float, rho: float) -> NullSpace:
+    def of(cls, second_moment: Float[Tensor, "m m"], threshold: float, rho: float) -> NullSpace:
         """`threshold` is a share of the largest eigenvalue."""
         return cls.beside(protected_directions(second_moment, threshold), rho)
 
     @classmethod
-    def beside(cls, protected: Tensor, rho: float) -> NullSpace:
+    def beside(cls, protected: Float64[Tensor, "m k"], rho: float) -> NullSpace:
         """From what `protected_directions` gave, now or earlier."""
         return cls(protected, rho, protected.new_zeros(len(protected), 0))
 
-    def protecting(self, keys: Tensor) -> NullSpace:
-        """The same, with keys (m, p) of earlier edits, which the next one is to leave alone."""
+    def protecting(self, keys: Float[Tensor, "m p"]) -> NullSpace:
+        """The same, with keys of earlier edits, which the next one is to leave alone."""
         return replace(self, earlier=torch.cat([self.earlier, self._projected(keys)], dim=1))
 
-    def solve(self, keys: Tensor, residual: Tensor) -> LowRank:
+    def solve(self, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]) -> LowRank:
         inside = self._projected(keys)
         return _dual(inside, _woodbury(lambda right: right / self.rho, self.earlier, inside), residual)
 
-    def _projected(self, keys: Tensor) -> Tensor:
+    def _projected(self, keys: Float[Tensor, "m n"]) -> Float64[Tensor, "m n"]:
         """P K."""
         whole = keys.to(self.protected)
         return whole - self.protected @ (self.protected.T @ whole)
@@ -180,14 +183,14 @@ class NullSpace:
         most = float(torch.linalg.matrix_norm(self.earlier, 2)) if self.earlier.numel() else 0.0
         return 1 + most**2 / self.rho
 
-    def error(self, keys: Tensor, update: LowRank) -> float:
+    def error(self, keys: Float[Tensor, "m n"], update: LowRank) -> float:
         """How far an update is from solving its equations, as for Ridge, with projected keys."""
         inside, rows = self._projected(keys), update.down.to(self.protected)
         return _relative_error(rows, self.rho * rows + (rows @ self.earlier) @ self.earlier.T, inside)
 
 
-def protected_directions(second_moment: Tensor, threshold: float) -> Tensor:
-    """(m, k) float64: eigenvectors of C (m, m) whose eigenvalues reach `threshold` times the largest.
+def protected_directions(second_moment: Float[Tensor, "m m"], threshold: float) -> Float64[Tensor, "m k"]:
+    """Eigenvectors of C whose eigenvalues reach `threshold` times the largest.
 
     The others span the null space. Only these are computed, on the CPU, which takes less than half the time of all m.
     """
@@ -208,7 +211,7 @@ def protected_directions(second_moment: Tensor, threshold: float) -> Tensor:
     return vectors.contiguous()
 
 
-def _largest_eigenvalue(moment: Tensor) -> float:
+def _largest_eigenvalue(moment: Float64[Tensor, "m m"]) -> float:
     """Of a symmetric positive matrix, by Lanczos' method to the last digits; 0 of zeros."""
     from scipy.sparse.linalg import eigsh
 
@@ -218,7 +221,9 @@ def _largest_eigenvalue(moment: Tensor) -> float:
     return float(eigsh(moment.numpy(), k=1, which="LA", v0=start.numpy(), return_eigenvectors=False)[0])
 
 
-def _woodbury(solve: Callable[[Tensor], Tensor], earlier: Tensor, right: Tensor) -> Tensor:
+def _woodbury(
+    solve: Callable[[Tensor], Tensor], earlier: Float64[Tensor, "_ p"], right: Float64[Tensor, "m k"]
+) -> Float64[Tensor, "m k"]:
     """(M + P P^T)^{-1} X, from a function that gives M^{-1} X, by a p x p system."""
     solved = solve(right)
     if not earlier.shape[1]:
@@ -229,7 +234,9 @@ def _woodbury(solve: Callable[[Tensor], Tensor], earlier: Tensor, right: Tensor)
     return solved - spread @ correction
 
 
-def _dual(keys: Tensor, solved: Tensor, residual: Tensor, slack: float = 1.0) -> LowRank:
+def _dual(
+    keys: Float64[Tensor, "m n"], solved: Float64[Tensor, "m n"], residual: Float[Tensor, "d n"], slack: float = 1.0
+) -> LowRank:
     """R (slack I + K^T B)^{-1} B^T from K and B = M^{-1} K: an n x n system."""
     gram = slack * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ solved
     down, info = torch.linalg.solve_ex(gram, solved.T)
@@ -238,7 +245,9 @@ def _dual(keys: Tensor, solved: Tensor, residual: Tensor, slack: float = 1.0) ->
     return LowRank(residual.to(down), down)
 
 
-def _relative_error(rows: Tensor, product: Tensor, keys: Tensor) -> float:
+def _relative_error(
+    rows: Float64[Tensor, "n m"], product: Float64[Tensor, "n m"], keys: Float64[Tensor, "m n"]
+) -> float:
     left = product + (rows @ keys) @ keys.T - keys.T
     return float(left.norm() / keys.norm())
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -26,6 +26,9 @@ from ..models.products import fast_linear_maps, fast_products
 from ..models.trace import run_batches
 from .moments import answer_positions
 from .teacher import Teacher, logits_at, solver_device, write_weight
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
 
 #: Steps that are tried, as shares of the one that would bring the loss to zero were it linear.
 MOST, LEAST = 8.0, 0.125
@@ -129,8 +132,8 @@ def gradients(
     max_tokens: int,
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
-) -> tuple[float, dict[int, Tensor]]:
-    """The loss, and its gradient G (d, m) float32 by every layer's projection, without gradients of parameters."""
+) -> tuple[float, dict[int, Float32[Tensor, "d m"]]]:
+    """The loss, and its gradient G by every layer's projection, without gradients of parameters."""
     total: dict[int, Tensor] = {}
     losses: list[float] = []
     seen = 0
@@ -154,8 +157,8 @@ def gradients(
     return sum(losses), total
 
 
-def factorised(metric: Tensor, ridge: float) -> Tensor:
-    """Lower Cholesky factor, float32, of R + ridge x mean(diag R) I. Raises EditError where R is not finite."""
+def factorised(metric: Float[Tensor, "m m"], ridge: float) -> Float32[Tensor, "m m"]:
+    """Lower Cholesky factor of R + ridge x mean(diag R) I. Raises EditError where R is not finite."""
     moment = metric.to(torch.float64, copy=True)
     moment.diagonal().add_(ridge * moment.diagonal().mean())
     factor: Tensor
@@ -168,8 +171,10 @@ def factorised(metric: Tensor, ridge: float) -> Tensor:
     return factor.float()
 
 
-def direction(gradient: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """D = S^{-1} G R^{-1} (d, m) float32, from the Cholesky factors of R (m, m) and S (d, d).
+def direction(
+    gradient: Float[Tensor, "d m"], inputs: Float[Tensor, "m m"], outputs: Float[Tensor, "d d"]
+) -> Float[Tensor, "d m"]:
+    """D = S^{-1} G R^{-1}, from the Cholesky factors of R (inputs) and S (outputs).
 
     Of all D it is the one with the greatest tr(D G^T) - tr(S D R D^T) / 2: what it does to the loss, against what it
     does to kept text to second order.
@@ -220,7 +225,7 @@ def take_pass(
     taught: Sequence[Lesson],
     originals: Mapping[int, Tensor],
     change: Mapping[int, Tensor],
-    factors: Mapping[int, tuple[Tensor, Tensor]],
+    factors: Mapping[int, tuple[Float[Tensor, "m m"], Float[Tensor, "d d"]]],
     looked: Sequence[Lesson],
     *,
     max_tokens: int,
@@ -229,7 +234,7 @@ def take_pass(
 ) -> tuple[dict[int, Tensor], Pass]:
     """One pass from the weights `originals` + `change`, both (d, m) by layer: the change after it, and its figures.
 
-    factors: Cholesky factors of R (m, m) and S (d, d) by layer; looked: what the step is chosen by (`searched`).
+    factors: Cholesky factors of R and S by layer; looked: what the step is chosen by (`searched`).
 
     Leaves the projections at the weights after it, whatever they held before.
     """
@@ -300,7 +305,7 @@ def watched(arch: Architecture, layers: Sequence[int]) -> Iterator[tuple[dict[in
 
 
 @fast_products()
-def _product(gradient: Tensor, keys: Tensor) -> Tensor:
-    """sum_p g_p k_p^T (d, m) float32."""
+def _product(gradient: Float[Tensor, "*batch d"], keys: Float[Tensor, "*batch m"]) -> Float32[Tensor, "d m"]:
+    """sum_p g_p k_p^T."""
     rows = rearrange(gradient, "... d -> (...) d").float()
     return rows.T @ rearrange(keys, "... m -> (...) m").float()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..locate_then_edit.solve import LowRank
 from .teacher import solver_device
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 #: Shares of the energy for which the rank that holds them is told.
 SHARES = (0.9, 0.99)
@@ -23,8 +27,8 @@ class Truncated:
     ranks: tuple[int, ...]
 
 
-def truncated(change: Tensor, rank: int) -> Truncated:
-    """The best approximation of a change (d, m) by `rank`, or all of it for 0 (Eckart and Young 1936).
+def truncated(change: Float[Tensor, "d m"], rank: int) -> Truncated:
+    """The best approximation of a change by `rank`, or all of it for 0 (Eckart and Young 1936).
 
     From the eigenvectors of the smaller of its two Gram matrices, in float64: up = U_r and down = U_r^T change where d
     is the smaller side, else up = change V_r and down = V_r^T.

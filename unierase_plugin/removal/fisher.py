@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -13,6 +14,9 @@ from ..models.products import fast_linear_maps, fast_products
 from ..models.trace import run_batches
 from .distil import watched
 from .teacher import logits_at
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Int
 
 
 def output_moments(
@@ -25,8 +29,8 @@ def output_moments(
     max_tokens: int,
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
-) -> dict[int, Tensor]:
-    """S = E[g g^T] (d, d) float32 by layer: g the gradient of -log p(y) at the projection's output.
+) -> dict[int, Float32[Tensor, "d d"]]:
+    """S = E[g g^T] by layer: g the gradient of -log p(y) at the projection's output.
 
     y is drawn from the model's own distribution at every one of the positions, so that S belongs to the Fisher
     information and not to what the texts happen to say (Martens and Grosse 2015, section 2; Kunstner et al. 2019,
@@ -55,13 +59,13 @@ def output_moments(
     return {layer: (each / count).cpu() for layer, each in total.items()}
 
 
-def _draw(logits: Tensor, seed: int, row: int) -> Tensor:
-    """One token (T,) for each row of logits (T, V)."""
+def _draw(logits: Float[Tensor, "T V"], seed: int, row: int) -> Int[Tensor, " T"]:
+    """One token for each row of logits."""
     generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + row)
     return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0]
 
 
 @fast_products()
-def _square(gradient: Tensor) -> Tensor:
+def _square(gradient: Float[Tensor, "*batch d"]) -> Float32[Tensor, "d d"]:
     rows = rearrange(gradient, "... d -> (...) d").float()
     return rows.T @ rows

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..models.architecture import Architecture
 from ..statistics.second_moment import SecondMoment, second_moments
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,10 @@ def take_moments(
     )
 
 
-def weighed(parts: Sequence[tuple[float, SecondMoment | None]], layers: Sequence[int]) -> dict[int, Tensor]:
-    """sum_i w_i C_i (m, m) a layer, float32 on the CPU; parts that are None count as zero."""
+def weighed(
+    parts: Sequence[tuple[float, SecondMoment | None]], layers: Sequence[int]
+) -> dict[int, Float32[Tensor, "m m"]]:
+    """sum_i w_i C_i a layer, on the CPU; parts that are None count as zero."""
     return {
         layer: torch.stack([weight * part.moments[layer] for weight, part in parts if part is not None]).sum(0)
         for layer in layers

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from ..models.architecture import Architecture
 from .moments import Material, answer_positions
 from .teacher import said_at
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 #: A token is the subject's to decide where strangers make it less than half as likely.
 DECIDED = 0.5
@@ -52,29 +56,31 @@ def renamed(
     return tuple(found), places
 
 
-def taught(said: Tensor, strangers: Tensor, known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (T, V) to be taught, and where (T,) they are the strangers'.
+def taught(
+    said: Float[Tensor, "T V"], strangers: Float[Tensor, "T V"], known: Bool[Tensor, " T"], wanted: Int[Tensor, " T"]
+) -> tuple[Float[Tensor, "T V"], Bool[Tensor, " T"]]:
+    """Log-probabilities to be taught, and where they are the strangers'.
 
-    said: the model's own log-probabilities (T, V); strangers: the mean of its probabilities for strangers, (T, V);
-    known (T,): whether strangers have a say at a position; wanted (T,): the answer's tokens.
+    said: the model's own log-probabilities; strangers: the mean of its probabilities for strangers; known: whether
+    strangers have a say at a position; wanted: the answer's tokens.
     """
     at = torch.arange(len(wanted))
     decided = known & (strangers[at, wanted] < DECIDED * said[at, wanted].exp())
     return torch.where(decided[:, None], strangers.clamp(min=1e-9).log(), said), decided
 
 
-def left(before: Tensor, after: Tensor, wanted: Tensor) -> float:
-    """exp of the mean over tokens of log p_after - log p_before, for log-probabilities (T, V) of the tokens (T,)."""
+def left(before: Float[Tensor, "T V"], after: Float[Tensor, "T V"], wanted: Int[Tensor, " T"]) -> float:
+    """exp of the mean over tokens of log p_after - log p_before, from log-probabilities."""
     at = torch.arange(len(wanted))
     return float((after[at, wanted] - before[at, wanted]).mean().exp())
 
 
 def ask_strangers(
-    arch: Architecture, material: Material, said: Sequence[Tensor], *, max_tokens: int, pad_id: int
+    arch: Architecture, material: Material, said: Sequence[Float[Tensor, "_ V"]], *, max_tokens: int, pad_id: int
 ) -> dict[int, Told]:
     """By the number of the fact, what is taught of those that strangers make the model forget.
 
-    said: the model's own log-probabilities (T, V) at every token of the forgotten answers.
+    said: the model's own log-probabilities at every token of the forgotten answers.
     """
     spots = [answer_positions(ids, start) for ids, start in zip(material.forget, material.forget_starts, strict=True)]
     sums: dict[int, Tensor] = {}
@@ -112,6 +118,6 @@ def ask_strangers(
     return found
 
 
-def _weights(decided: Tensor) -> tuple[float, ...]:
+def _weights(decided: Bool[Tensor, " T"]) -> tuple[float, ...]:
     every = (1 - FOCUS) / len(decided)
     return tuple((decided.double() * FOCUS / decided.sum() + every).tolist())

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from ..models.architecture import Architecture, Weighted, stores_input_first
 from ..models.products import fast_linear_maps
 from ..models.trace import pad, run_batches, run_blocks
 from .moments import answer_positions
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float16, Float32, Float64
 
 #: The first strength of the filter, how many are tried, and on how many of the facts.
 FIRST_STRENGTH, STRENGTHS, CALIBRATED = 6.0, 5, 20
@@ -38,8 +42,14 @@ class Teacher:
     weights: tuple[tuple[float, ...], ...] = ()
 
 
-def filtered(weight: Tensor, forgotten: Tensor, kept: Tensor, strength: float, jitter: float = 1e-6) -> Tensor:
-    """W' = W (I - F A^{-1}), A = strength R + F + epsilon I, float64, for W (d, m), F and R (m, m).
+def filtered(
+    weight: Float[Tensor, "d m"],
+    forgotten: Float[Tensor, "m m"],
+    kept: Float[Tensor, "m m"],
+    strength: float,
+    jitter: float = 1e-6,
+) -> Float64[Tensor, "d m"]:
+    """W' = W (I - F A^{-1}), A = strength R + F + epsilon I, for the moments F (forgotten) and R (kept).
 
     epsilon is `jitter` times the mean diagonal of strength R + F. Of all W', the one with the least
     E_F |W' k|^2 + strength E_R |W' k - W k|^2 + epsilon |W' - W|^2: keys of forgotten answers are mapped to nothing,
@@ -53,8 +63,8 @@ def filtered(weight: Tensor, forgotten: Tensor, kept: Tensor, strength: float, j
 
 
 @contextmanager
-def replaced(arch: Architecture, weights: Mapping[int, Tensor]) -> Iterator[None]:
-    """Projections hold `weights` (d, m) by layer inside, and to the bit what they held before after it."""
+def replaced(arch: Architecture, weights: Mapping[int, Float[Tensor, "d m"]]) -> Iterator[None]:
+    """Projections hold `weights` by layer inside, and to the bit what they held before after it."""
     with restored(arch, tuple(weights)):
         for layer, weight in weights.items():
             write_weight(arch, layer, weight)
@@ -62,14 +72,14 @@ def replaced(arch: Architecture, weights: Mapping[int, Tensor]) -> Iterator[None
 
 
 @torch.no_grad()
-def write_weight(arch: Architecture, layer: int, weight: Tensor) -> None:
-    """Writes (d, m) into a projection, whichever way it stores it."""
+def write_weight(arch: Architecture, layer: int, weight: Float[Tensor, "d m"]) -> None:
+    """Writes the weight of a projection, whichever way it stores it."""
     projection = arch.projections[layer]
     projection.weight.copy_(weight.T if stores_input_first(projection) else weight)
 
 
-def read_weight(arch: Architecture, layer: int) -> Tensor:
-    """(d, m) of a projection, whichever way it stores it; a view of it."""
+def read_weight(arch: Architecture, layer: int) -> Float[Tensor, "d m"]:
+    """The weight of a projection, whichever way it stores it; a view of it."""
     projection = arch.projections[layer]
     weight = projection.weight.detach()
     return weight.T if stores_input_first(projection) else weight
@@ -145,7 +155,7 @@ def calibrated(
     return best, said(range(len(sequences)), best)
 
 
-def mean_probability(log_probs: Tensor, sequence: Sequence[int], positions: Sequence[int]) -> float:
+def mean_probability(log_probs: Float[Tensor, "T V"], sequence: Sequence[int], positions: Sequence[int]) -> float:
     """Geometric mean over T positions of the probability of what follows them, for log-probabilities (T, V)."""
     wanted = torch.tensor([sequence[spot + 1] for spot in positions])
     return float(log_probs.float()[torch.arange(len(wanted)), wanted].mean().exp())
@@ -188,8 +198,8 @@ def said_at(
     max_tokens: int,
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
-) -> tuple[Tensor, ...]:
-    """Log-probabilities (T, V), float16 on the CPU, at T positions of every sequence, by the model as it is."""
+) -> tuple[Float16[Tensor, "_ V"], ...]:
+    """Log-probabilities on the CPU, at T positions of every sequence, by the model as it is."""
     found: dict[int, Tensor] = {}
 
     @fast_linear_maps()
@@ -207,8 +217,8 @@ def said_at(
 
 def logits_at(
     arch: Architecture, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], pad_id: int
-) -> Tensor:
-    """Logits (N, V), float32, at the positions of all sequences, one after another; N counts all positions."""
+) -> Float32[Tensor, "N V"]:
+    """Logits at the positions of all sequences, one after another; N counts all positions."""
     batch = pad(sequences, pad_id, "right", arch.device)
     rows = torch.tensor([row for row, found in enumerate(positions) for _ in found], device=arch.device)
     columns = torch.tensor([place for found in positions for place in found], device=arch.device)

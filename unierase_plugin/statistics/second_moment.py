@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -17,6 +17,9 @@ from ..errors import EditError
 from ..models.architecture import Architecture
 from ..models.products import fast_linear_maps, fast_products
 from ..models.trace import halves, pad, run_blocks, token_batches
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float64, Shaped
 
 #: k k^T is symmetric. Of this many column panels only the parts from the diagonal on are computed: 58 % of the work.
 PANELS = 6
@@ -28,9 +31,9 @@ SAVING_SHARE = 0.05
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """Uncentred second moments by layer, each (m, m), over `count` tokens."""
+    """Uncentred second moments by layer, over `count` tokens."""
 
-    moments: dict[int, Tensor]
+    moments: dict[int, Float[Tensor, "m m"]]
     count: int
 
 
@@ -46,12 +49,12 @@ def join_moments(first: SecondMoment, second: SecondMoment) -> SecondMoment:
 
 @dataclass
 class MomentSums:
-    """The state of a pass: sums of k k^T by layer, each (m, m) float64, valid only on and above the diagonal.
+    """The state of a pass: sums of k k^T by layer, valid only on and above the diagonal.
 
     `batches` and `tokens` are those already processed; `count` are the tokens that the sums include.
     """
 
-    sums: dict[int, Tensor]
+    sums: dict[int, Float64[Tensor, "m m"]]
     count: int = 0
     batches: int = 0
     tokens: int = 0
@@ -188,8 +191,8 @@ def _add_batch(
             waiting[:0] = [(half, left) for half in halves(rows)]
 
 
-def _mask(places: Sequence[Sequence[int]], like: Tensor) -> Tensor:
-    """(B, T) on the device of `like`: true at each row's places."""
+def _mask(places: Sequence[Sequence[int]], like: Shaped[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """True at each row's places; on the device of `like`."""
     mask = torch.zeros(like.shape, dtype=torch.bool)
     for row, at in enumerate(places):
         mask[row, list(at)] = True
@@ -226,8 +229,8 @@ def _adding(
 
 
 @fast_products()
-def _add_products(total: Tensor, keys: Tensor) -> None:
-    """Adds keys^T keys of (T, m) to (m, m), on and above the diagonal. Entries below it have no meaning.
+def _add_products(total: Float64[Tensor, "m m"], keys: Float[Tensor, "T m"]) -> None:
+    """Adds keys^T keys on and above the diagonal. Entries below it have no meaning.
 
     Adds nothing if the memory does not hold the products.
     """
