@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .plugins.hookspecs import Host, Metric, hookimpl
+from .plugins.hookspecs import AnswerMetric, Host, hookimpl
 
 if TYPE_CHECKING:
     from .attack import Attack
@@ -43,11 +43,19 @@ def register_benchmarks(register: Callable[[Benchmark], None]) -> None:
 
 
 @hookimpl
-def register_metrics(register: Callable[[str, Metric], None]) -> None:
+def register_metrics(register: Callable[..., None]) -> None:
     """Registers the metrics of one generated text."""
     from .evaluation import metrics
 
-    for function in (metrics.answered, metrics.is_fluent, metrics.reads_as_idk, metrics.rouge_l_recall):
+    register(AnswerMetric("answered", "share of answers that give the fact", metrics.answered))
+    register(
+        AnswerMetric(
+            "rouge_l_recall",
+            "share of the true answer's words that are said, in order",
+            lambda answer, said, question: metrics.rouge_l_recall(answer, said),
+        )
+    )
+    for function in (metrics.is_fluent, metrics.reads_as_idk):
         register(function.__name__, function)
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from ..facts.request import ForgetRequest
 from ..models.memory import peak_memory_bytes
+from ..plugins.hookspecs import AnswerMetric
+from .asking import cleaned
 from .attacking import AuditState
 from .attacks import in_order
-from .contract import EDITED, GROUPS, REFERENCE, UNEDITED, Attack, AttackResult, Context, Measure
+from .contract import EDITED, GROUPS, PLAIN, REFERENCE, UNEDITED, Attack, AttackResult, Context, Measure
 from .facts import judgeable
 from .kept_results import SCHEMA
 from .sources import Sources
@@ -21,9 +23,16 @@ EXAMPLES = 4
 
 
 def make_report(
-    state: AuditState, sources: Sources, facts: Sequence[ForgetRequest], kept: Sequence[ForgetRequest]
+    state: AuditState,
+    sources: Sources,
+    facts: Sequence[ForgetRequest],
+    kept: Sequence[ForgetRequest],
+    metrics: Sequence[AnswerMetric] = (),
 ) -> dict[str, Any]:
-    """The report of a finished audit. facts and kept: all that were read, of which a sample was audited."""
+    """The report of a finished audit. facts and kept: all that were read, of which a sample was audited.
+
+    metrics: what answers to the plain questions are measured by too. No verdict depends on it.
+    """
     context = state.context
     by_attack = {
         attack.name: {role: found[attack.name] for role, found in state.results.items() if attack.name in found}
@@ -67,7 +76,7 @@ def make_report(
         "seed": context.seed,
         "groups": dict(GROUPS),
         "attacks": [
-            _entry(attack, found[attack.name], by_attack[attack.name], context)
+            _entry(attack, found[attack.name], by_attack[attack.name], context, metrics if attack.name == PLAIN else ())
             for attack in state.attacks
             if by_attack[attack.name]
         ],
@@ -78,7 +87,11 @@ def make_report(
 
 
 def _entry(
-    attack: Attack, finding: Finding | None, results: Mapping[str, AttackResult], context: Context
+    attack: Attack,
+    finding: Finding | None,
+    results: Mapping[str, AttackResult],
+    context: Context,
+    metrics: Sequence[AnswerMetric],
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": attack.name, "group": attack.group, "asks": attack.asks, "cost": attack.cost}
     if finding is not None:
@@ -90,12 +103,30 @@ def _entry(
             "excess_interval": list(finding.excess_interval),
             "shares": {role: asdict(share) for role, share in finding.shares.items()},
         }
+    figures = {role: {**found.figures, **_measured(found, context, metrics)} for role, found in results.items()}
     return entry | {
         "variants": {role: [_variant(measure) for measure in found.measures] for role, found in results.items()},
-        "figures": {role: dict(found.figures) for role, found in results.items() if found.figures},
+        "figures": {role: each for role, each in figures.items() if each},
         "notes": sorted({note for found in results.values() for note in found.notes}),
         "seconds": {role: found.seconds for role, found in results.items()},
         "examples": _examples(results, context),
+    }
+
+
+def _measured(result: AttackResult, context: Context, metrics: Sequence[AnswerMetric]) -> dict[str, dict[str, float]]:
+    """The mean of each metric over the answers of one model."""
+    pairs = [
+        (fact, cleaned(context, text))
+        for measure in result.measures
+        for fact, text in zip(context.facts, measure.texts, strict=True)
+    ]
+    if not pairs or not metrics:
+        return {}
+    return {
+        "metrics": {
+            metric.name: sum(float(metric(fact.answer, said, fact.question)) for fact, said in pairs) / len(pairs)
+            for metric in metrics
+        }
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import CheckpointError, RequestError
 from ..facts.readers import Requests
 from ..facts.request import HELD_OUT, TO_KEEP, check_not_forgotten, check_overlap
-from ..plugins.registration import registry
+from ..plugins.registration import answer_metrics, registry
 from ..settings.values import checked_seed
 from ..storage.atomic import clear_strays, make_folder, write_json
 from ..storage.fingerprints import plain
@@ -45,6 +45,7 @@ def audit(
     reference: Source | None = None,
     sizes: Sizes = QUICK,
     attacks: Sequence[str] = (),
+    metrics: Sequence[str] = (),
     seed: int = 0,
     device: str = "",
     dtype: str = "",
@@ -66,6 +67,7 @@ def audit(
         reference: A model trained on everything but the facts to forget, given like `model`.
         sizes: QUICK or FULL.
         attacks: Names of attacks or groups; all where none is given.
+        metrics: Registered metrics that the answers to the plain questions are measured by too.
         seed: Seed of everything random.
         device: cpu, cuda, cuda:1, mps or auto; empty chooses.
         dtype: The dtype that models are loaded in; empty for the checkpoint's.
@@ -78,6 +80,7 @@ def audit(
         UniEraseError: Names the value and the remedy.
     """
     checked_seed(seed)
+    measured = answer_metrics(metrics)
     target = _output_folder(out, model)
     with results_folder(target, ("audit.json", "audit.html"), _began):
         make_folder(target / PARTS)
@@ -117,7 +120,7 @@ def audit(
         for role in ROLES:
             if sources.source(role) is not None:
                 attack_model(state, sources, role, target, device=device, dtype=dtype, progress=progress)
-        report = make_report(state, sources, facts, kept)
+        report = make_report(state, sources, facts, kept, measured)
         write_json(target / "audit.json", report)
         write_page(target / "audit.html", plain(report))
         remove_rebuilt(target)

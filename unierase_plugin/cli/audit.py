@@ -45,6 +45,13 @@ def audit(
     holdout: Annotated[str, typer.Option(help="Facts that no model was trained on, for the membership attacks.")] = "",
     quick: Annotated[bool, typer.Option("--quick/--full", help="A few facts and variants, or all of them.")] = True,
     attacks: Annotated[str, typer.Option(help="Names of attacks or groups, with commas; all when left out.")] = "",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Metrics of plugins, with commas, for the answers to the plain questions; see `unierase plugins`. "
+            "No verdict depends on them."
+        ),
+    ] = "",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "",
     dtype: Dtype = "",
@@ -82,7 +89,8 @@ def audit(
             base=base or None,
             reference=reference or None,
             sizes=QUICK if quick else FULL,
-            attacks=[name.strip() for name in attacks.split(",") if name.strip()],
+            attacks=_names(attacks),
+            metrics=_names(metrics),
             seed=seed,
             device=device,
             dtype=dtype,
@@ -90,6 +98,10 @@ def audit(
         )
     _print(console, result)
     console.print(f"\nWritten: {out / 'audit.html'} and audit.json", soft_wrap=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _list(console: Screen, as_json: bool) -> None:

@@ -89,6 +89,9 @@ def compare(
             help="Attacks of `unierase audit`, with commas, such as token-ban,paraphrases; none when left out."
         ),
     ] = "",
+    metrics: Annotated[
+        str, typer.Option(help="Metrics of plugins, with commas: two columns more for each; see `unierase plugins`.")
+    ] = "",
     corpus: Annotated[str, typer.Option(help="Ordinary text for methods that read some, as for `unierase run`.")] = "",
     device: Device = "",
     dtype: Dtype = "",
@@ -138,6 +141,7 @@ def compare(
         utility=() if utility == "none" else _names(utility),
         utility_limit=utility_limit,
         audit=_names(audit),
+        metrics=_names(metrics),
         corpus=corpus,
         device=device,
         dtype=dtype,
@@ -177,15 +181,15 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _print(console: Screen, results: Mapping[str, Any]) -> None:
-    from ..compare.columns import COLUMNS
+    from ..compare.columns import METRIC, columns_of
     from ..compare.tables import cell
 
     keys = ("forget_rouge", "forget_prob", "idk", "keep_rouge", "matched_rouge", "matched_prob", "seconds")
     rows = results["rows"]
     columns = {
         column.title: [cell(column, row["figures"][column.key]) if row["status"] != "failed" else "" for row in rows]
-        for column in COLUMNS
-        if column.key in keys
+        for column in columns_of(results["setup"].get("metrics", ()))
+        if column.key in keys or column.key.startswith(METRIC)
     }
     for number, titles in enumerate(_that_fit(console.width, [row["label"] for row in rows], columns)):
         table = Table(title="" if number else "Compared", title_justify="left")

@@ -32,16 +32,22 @@ def methods(as_json: AsJson = False) -> None:
 
 
 def plugins(as_json: AsJson = False) -> None:
-    """Lists the plugins: version, hooks, where each is from, and why one could not be loaded.
+    """Lists the plugins: version, hooks, where each is from, what it registers, and why one cannot be loaded.
 
     UNIERASE_PLUGINS=name,name loads only these beside what is built in; UNIERASE_PLUGINS= none.
     """
     import dataclasses
 
+    from ..plugins.catalogue import BUILT_IN
     from ..plugins.registration import registry
 
-    rows = [dataclasses.asdict(plugin) for plugin in registry().plugins]
+    found = registry()
+    rows = [{**dataclasses.asdict(plugin), "registers": found.registered_by(plugin)} for plugin in found.plugins]
     _show(as_json, rows, ("name", "version", "hooks", "package", "module", "error"))
+    for row in () if as_json else rows:
+        if row["name"] != BUILT_IN:
+            for kind, names in row["registers"].items():
+                Screen().print(f"{row['name']}: {kind} {', '.join(names)}", soft_wrap=True)
 
 
 def hosts(as_json: AsJson = False) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..evaluation.metrics import mean
+from ..plugins.registration import answer_metrics
 from .figures import relative, retain_efficacy
 
 #: The stages of a run by name.
@@ -83,6 +84,9 @@ def _balance(run: Found, before: Found) -> float | None:
 
 FORGET, KEEP, COST = "Forgotten facts", "Kept", "Cost"
 MATCHED, COMPOSITES = "At equal retention", "Composites"
+
+#: What the keys of registered metrics' columns begin with.
+METRIC = "metric_"
 
 COLUMNS: tuple[Column, ...] = (
     Column(
@@ -252,6 +256,36 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("balance", "balance", "mean of FE and RE", COMPOSITES, 0, 3, _balance),
 )
+
+
+def columns_of(metrics: Sequence[str]) -> tuple[Column, ...]:
+    """All columns: those that are always there, and two for each of these registered metrics, group by group."""
+    more = [
+        column
+        for metric in answer_metrics(metrics)
+        for column in (
+            Column(
+                key=f"{METRIC}{metric.name}_forget",
+                title=metric.name,
+                meaning=metric.title,
+                group=FORGET,
+                better=metric.forget,
+                digits=3,
+                read=_at("raw", "forget", metric.name),
+            ),
+            Column(
+                key=f"{METRIC}{metric.name}_keep",
+                title=f"kept {metric.name}",
+                meaning=f"{metric.title}, on kept facts",
+                group=KEEP,
+                better=metric.keep,
+                digits=3,
+                read=_at("raw", "keep", metric.name),
+            ),
+        )
+    ]
+    groups = dict.fromkeys(column.group for column in COLUMNS)
+    return tuple(column for group in groups for column in (*COLUMNS, *more) if column.group == group)
 
 
 def shown(column: Column, value: float | None) -> str:

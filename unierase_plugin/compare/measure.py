@@ -53,7 +53,9 @@ class Given(Scored):
 class Judge:
     """A loaded model as lm-eval asks it."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, metrics: Sequence[str] = ()) -> None:
+        """metrics: registered ones that are measured beside the task's own."""
+        self.metrics = list(metrics)
         self.tokenizer, self.chat = tokenizer, has_chat_template(tokenizer)
         # A chat template writes the start of the text itself.
         start = {"add_bos_token": False} if self.chat else {}
@@ -81,7 +83,7 @@ class Judge:
                     "role": role,
                     **({"reference": list(reference)} if reference is not None else {}),
                 },
-                "metadata": {"version": 1.0, "token_shown": True},
+                "metadata": {"version": 1.0, "token_shown": True, "metrics": self.metrics},
             }
         )
         with _quiet():

@@ -110,7 +110,7 @@ class Measurer:
         if bad is not None:
             raise EditError(f"The weight {bad!r} holds NaN or infinity after {run.label!r}.")
         rows = run.batch_size or (CPU_ROWS if model.device.type == "cpu" else GPU_ROWS)
-        return model, Judge(model, tokenizer, rows)
+        return model, Judge(model, tokenizer, rows, run.metrics)
 
     def _figures(self, judge: Judge, forget: Sequence[Record], keep: Sequence[Record]) -> dict[str, Any]:
         forgotten, said = judge.facts(forget, "forget", self._ratios(forget))

@@ -11,7 +11,7 @@ from ..plugins.registration import registry
 from ..storage.atomic import write_json, write_text
 from ..storage.fingerprints import plain
 from ..version import __version__
-from .columns import COLUMNS
+from .columns import COLUMNS, Column, columns_of
 from .entries import REFERENCE, UNEDITED, Entry
 from .page import write_page
 from .plots import draw
@@ -39,8 +39,9 @@ def gather(
     """Writes the tables, plots and page of the runs, and returns what results.json holds."""
     found = [(entry, run, _stages(folder)) for entry, run, folder in runs]
     before = next(stages for entry, _, stages in found if entry.method == UNEDITED)
+    columns = columns_of(described.get("metrics", ()))
     labels = list(dict.fromkeys(entry.label for entry, _, _ in found))
-    rows = [_row([each for each in found if each[0].label == label], before, searches) for label in labels]
+    rows = [_row([each for each in found if each[0].label == label], before, searches, columns) for label in labels]
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "version": __version__,
@@ -50,7 +51,7 @@ def gather(
         "searches": dict(searches),
         "columns": [
             {name: getattr(c, name) for name in ("key", "title", "meaning", "group", "better", "digits")}
-            for c in COLUMNS
+            for c in columns
         ],
         "answers": _answers(found),
     }
@@ -74,7 +75,10 @@ def _number(stem: str) -> int:
 
 
 def _row(
-    found: Sequence[tuple[Entry, MethodRun, dict[str, Any]]], before: dict[str, Any], searches: Any
+    found: Sequence[tuple[Entry, MethodRun, dict[str, Any]]],
+    before: dict[str, Any],
+    searches: Any,
+    columns: Sequence[Column],
 ) -> dict[str, Any]:
     entry, run, _ = found[0]
     worked = [stages for _, _, stages in found if stages["failed"] is None]
@@ -98,7 +102,7 @@ def _row(
         "interrupted": any((stages["method"] or {}).get("interrupted") for stages in worked),
         "device": cost.get("device"),
         "not_matched": why,
-        "figures": {column.key: _spread([column.read(stages, before) for stages in worked]) for column in COLUMNS},
+        "figures": {column.key: _spread([column.read(stages, before) for stages in worked]) for column in columns},
         "curve": _curve(worked, before),
         "audit": next((stages["audit"] for stages in worked if stages["audit"]), None),
         "tried_alpha": next((stages["matched"].get("tried") for stages in worked if stages["matched"]), None),

@@ -20,6 +20,7 @@ from ..facts.request import check_overlap
 from ..methods.contract import Progress
 from ..models.loading import check_stated_blocks, read_config
 from ..models.room import weights_size
+from ..plugins.registration import answer_metrics
 from ..settings.values import checked_seed
 from ..storage.atomic import check_room, clear_strays, make_folder, write_json
 from ..storage.results_folder import results_folder
@@ -61,6 +62,8 @@ class Options:
     utility_limit: int = 60
     #: Attacks of the audit.
     audit: tuple[str, ...] = ()
+    #: Registered metrics that are measured beside the columns that are always there.
+    metrics: tuple[str, ...] = ()
     corpus: str = ""
     device: str = ""
     dtype: str = ""
@@ -86,6 +89,7 @@ class Options:
         for name in ("budget", "bisections", "limit", "utility_limit", "max_batch_tokens", "batch_size"):
             if getattr(self, name) < 0:
                 raise UniEraseError(f"{name} = {getattr(self, name)} must not be negative.")
+        answer_metrics(self.metrics)
         if self.steps < 1:
             raise UniEraseError(f"steps = {self.steps} must be at least 1.")
 

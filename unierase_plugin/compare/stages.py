@@ -61,6 +61,7 @@ class MethodRun:
     utility: Sequence[str] = ()
     utility_limit: int = 0
     audit: Sequence[str] = ()
+    metrics: Sequence[str] = ()
     #: The unedited model's folder for the audit is `model`; the reference's, where there is one.
     reference: str = ""
     keep_model: bool = False
@@ -75,6 +76,8 @@ class MethodRun:
         fields = asdict(self)
         for name in ("facts", "before", "ratios", "keep_model"):
             fields.pop(name)
+        if not self.metrics:  # runs of earlier versions had none
+            fields.pop("metrics")
         # The reference had failed, so that this run is measured without its truth ratios. With them it is another run.
         if self.reference and not self.ratios and not self.is_try and self.method != REFERENCE:
             fields["without"] = "ratios"

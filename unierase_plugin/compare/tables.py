@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .columns import COLUMNS, Column, shown
+from .columns import Column, columns_of, shown
 
 ARROWS = {1: "↑", -1: "↓", 0: ""}
 
@@ -19,8 +19,9 @@ def cell(column: Column, figure: Mapping[str, Any], plus_minus: str = " ± ") ->
 
 def filled(results: Mapping[str, Any]) -> list[Column]:
     """The columns that some row has a figure for, in their order: composites last."""
+    columns = columns_of(results["setup"].get("metrics", ()))
     return [
-        column for column in COLUMNS if any(row["figures"][column.key]["mean"] is not None for row in results["rows"])
+        column for column in columns if any(row["figures"][column.key]["mean"] is not None for row in results["rows"])
     ]
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker, HookspecMarker
 
+from ..errors import PluginError
+
 if TYPE_CHECKING:
     from typer import Typer
 
@@ -25,8 +27,34 @@ PROJECT = "unierase_plugin"
 hookspec = HookspecMarker(PROJECT)
 hookimpl = HookimplMarker(PROJECT)
 
-#: A pure function of texts or numbers.
+#: A pure function of texts or numbers. An AnswerMetric is one.
 Metric = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class AnswerMetric:
+    """A metric of one answer. Tasks, comparisons and audits measure it where it is named; a set's figure is the mean.
+
+    Raises PluginError for a name that no table can have as a heading.
+    """
+
+    #: Letters, digits and underscores.
+    name: str
+    #: What a value says, in a few words.
+    title: str
+    #: Called with the true answer, what the model said without the unlearning token, and the question.
+    measure: Callable[[str, str, str], float] = field(repr=False)
+    #: On facts to forget, and on facts to keep: 1 where more is better, -1 where less is, 0 where neither is.
+    forget: int = -1
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise PluginError(f"A metric cannot be called {self.name!r}: use letters, digits and underscores.")
+
+    def __call__(self, answer: str, said: str, question: str = "") -> float:
+        """The value for one answer."""
+        return self.measure(answer, said, question)
 
 
 @dataclass(frozen=True)
@@ -55,8 +83,12 @@ def register_request_readers(register: Callable[[str, Reader], None]) -> None:
 
 
 @hookspec
-def register_metrics(register: Callable[[str, Metric], None]) -> None:
-    """Measures by name: `register("answered", answered)`."""
+def register_metrics(register: Callable[..., None]) -> None:
+    """Metrics: `register(AnswerMetric(name=..., title=..., measure=...))`, for `--metrics NAME`.
+
+    `register("entropy", entropy)` registers any other pure function of texts or numbers, for programs that ask
+    `unierase_plugin.plugins.registry().metrics` for it.
+    """
 
 
 @hookspec

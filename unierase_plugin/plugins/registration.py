@@ -29,7 +29,7 @@ from . import hookspecs
 from .catalogue import BUILT_IN, RESTRICTION, Catalogue, Plugin
 from .commands import made_command
 from .foreign import guarded, guarded_maker, guarded_parts, kept_in, quiet
-from .hookspecs import PROJECT, Host, Metric
+from .hookspecs import PROJECT, AnswerMetric, Host, Metric
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,32 @@ class Registry:
     commands: Catalogue[Any]
     solvers: Catalogue[MakeSolver]
 
+    def registered_by(self, plugin: Plugin) -> dict[str, tuple[str, ...]]:
+        """The names that a plugin registered, by kind; contested ones too."""
+        catalogues = (each for each in vars(self).values() if isinstance(each, Catalogue))
+        found = {catalogue.kind: catalogue.of(plugin) for catalogue in catalogues}
+        return {kind: names for kind, names in found.items() if names}
+
 
 def registry() -> Registry:
     """Everything that is registered in this process; read once for each value of UNIERASE_PLUGINS."""
     return _registry(os.environ.get(RESTRICTION))
+
+
+def answer_metrics(names: Sequence[str]) -> tuple[AnswerMetric, ...]:
+    """The metrics of those names that tasks, comparisons and audits can measure. Raises PluginError for any other."""
+    known = registry().metrics
+    able = [name for name, metric in known.items() if isinstance(metric, AnswerMetric)]
+    found = []
+    for name in dict.fromkeys(names):
+        metric = known.find(name)
+        if not isinstance(metric, AnswerMetric):
+            raise PluginError(
+                f"The metric {name!r} is a plain function, which cannot be measured of an answer by itself. These can: "
+                f"{', '.join(able)}. Its plugin can register it as an AnswerMetric."
+            )
+        found.append(metric)
+    return tuple(found)
 
 
 def check_solver(settings: HyperParams) -> None:
@@ -104,6 +126,8 @@ class Hook:
     takes: type[Any] | None = None
     #: Functions of such an object, none of which ends the program.
     functions: tuple[str, ...] = ()
+    #: Whether it takes a name and a function too.
+    named: bool = False
     #: Whether it may end the program, as a command does.
     ends: bool = False
     #: Methods of what such a function makes, none of which does either.
@@ -112,8 +136,11 @@ class Hook:
     @property
     def wanted(self) -> str:
         """What `register` takes, in words."""
-        name = self.takes.__name__ if self.takes else ""
-        return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" if name else "a name and a function"
+        function = "a name and a function"
+        if self.takes is None:
+            return function
+        name = self.takes.__name__
+        return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}{f', or {function}' if self.named else ''}"
 
 
 #: The hooks in the order of Registry's fields.
@@ -121,7 +148,7 @@ HOOKS: Mapping[str, Hook] = MappingProxyType(
     {
         "register_methods": Hook("method", Method, ("run", "check", "settle")),
         "register_request_readers": Hook("request reader"),
-        "register_metrics": Hook("metric"),
+        "register_metrics": Hook("metric", AnswerMetric, ("measure",), named=True),
         "register_hosts": Hook("host", Host, ("register",)),
         "register_attacks": Hook("attack", Attack, ("run", "unfit")),
         "register_benchmarks": Hook("benchmark", Benchmark, ("read",)),
@@ -161,7 +188,7 @@ def _guarded(hook: str, entries: list[tuple[str, Any]], owner: Plugin) -> list[t
         what = f"The {parts.kind} {name!r} of the plugin {owner}"
         if parts.ends:
             return thing
-        if parts.functions:
+        if parts.takes is not None and isinstance(thing, parts.takes):
             return guarded_parts(thing, parts.functions, what)
         return guarded_maker(thing, parts.makes, what) if parts.makes else guarded(thing, what)
 
@@ -201,7 +228,7 @@ def _collector(hook: str, entries: list[tuple[str, Any]], plugin: Plugin) -> Cal
             raise PluginError(f"{hook}: register takes {HOOKS[hook].wanted}, not {thing!r}")
         collect(thing.name, thing)
 
-    def register_function(name: str, function: Callable[..., Any]) -> None:
+    def register_function(name: str, function: Callable[..., Any] | None = None) -> None:
         if not isinstance(name, str) or not name or not callable(function):
             raise PluginError(f"{hook}: register takes {HOOKS[hook].wanted}, not {name!r} and {function!r}")
         collect(name, function)
@@ -212,6 +239,14 @@ def _collector(hook: str, entries: list[tuple[str, Any]], plugin: Plugin) -> Cal
             raise PluginError(f"{hook}: register takes a name and a function or a typer.Typer, not {name!r}, {thing!r}")
         collect(name, made_command(name, thing, plugin))
 
+    def register_either(thing: Any, *function: Callable[..., Any]) -> None:
+        if isinstance(thing, kind or ()) and not function:
+            register_named(thing)
+        else:
+            register_function(thing, *function)
+
+    if HOOKS[hook].named:
+        return register_either
     if hook == "register_commands":
         return register_command
     return register_function if kind is None else register_named

@@ -19,7 +19,8 @@ from ..facts.resources import demo_facts, lines
 from ..hparams import UniEraseHyperParams
 from ..models.literal import rendered, spanned, tell_special_names
 from ..models.prompts import PLAIN_FORM
-from ..plugins.registration import registry
+from ..plugins.hookspecs import AnswerMetric
+from ..plugins.registration import answer_metrics, registry
 from .answer_form import named_tokenizer
 
 #: Whether more is better on facts to forget; the other way round on facts to keep.
@@ -38,6 +39,7 @@ class Settings:
     truth_ratio: str = "geometric"
     end_counts: bool = True
     semantic: bool | Mapping[str, str] = False
+    metrics: str | Sequence[str] = ()
 
 
 #: How names of special tokens are read, by the model types of lm-eval.
@@ -69,6 +71,8 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
     reader: Any = None
     #: What a message calls each document: the case_id that the fact has in a run.
     labels: Sequence[str]
+    #: Registered metrics that are measured beside the task's own.
+    more: Sequence[AnswerMetric] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         # `class` brought lm-eval here; its TaskConfig does not know the key.
@@ -80,7 +84,20 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
         self.settings = Settings(**{name: value for name, value in metadata.items() if name in known})
         self.token_shown = self.settings.token_shown
         self.role = (dataset_kwargs or {}).get("role")
+        self.more = self.named_metrics()
         self.dataset = {"test": Dataset.from_list(self.documents(dataset_kwargs or {}))}
+
+    def named_metrics(self) -> Sequence[AnswerMetric]:
+        """The registered metrics that the metadata name. Raises UniEraseError for a name that this task has already."""
+        named = self.settings.metrics
+        found = answer_metrics([name.strip() for name in named.split(",")] if isinstance(named, str) else named)
+        taken = [metric.name for metric in found if metric.name in self.aggregation()]
+        if taken:
+            raise UniEraseError(
+                f"{self.config.task} has a figure called {taken[0]!r} already. Leave it out of `metrics`, or give the "
+                "plugin's metric another name."
+            )
+        return found
 
     def documents(self, dataset_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The task's documents, each with `question` and `answer`."""
@@ -165,6 +182,8 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
             "idk_rate": float(reads_as_idk(said, lines("idk_phrases"))),
             "gibberish": float(not is_fluent(said)),
         }
+        for metric in self.more:
+            measured[metric.name] = float(metric(doc["answer"], said, doc["question"]))
         if self.token_shown:
             measured["token_first"] = float(generated.lstrip().startswith(self.settings.unlearning_token))
         return measured
@@ -174,12 +193,14 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
         return generated.replace(self.settings.unlearning_token, " ")
 
     def aggregation(self) -> dict[str, Callable[..., float]]:
-        return dict.fromkeys((*DIRECTIONS, "gibberish", "bypass"), mean)
+        return dict.fromkeys((*DIRECTIONS, "gibberish", "bypass", *(metric.name for metric in self.more)), mean)
 
     def higher_is_better(self) -> dict[str, bool | None]:
         forget = self.role == "forget"
         directions = {name: better == forget if self.role else None for name, better in DIRECTIONS.items()}
-        return {**directions, "gibberish": False}
+        more = {metric.name: metric.forget if forget else metric.keep for metric in self.more}
+        better = {name: None if not way or not self.role else way > 0 for name, way in more.items()}
+        return {**directions, "gibberish": False, **better}
 
 
 def _read(spec: str) -> Sequence[ForgetRequest]:
