@@ -18,10 +18,8 @@ from small import FORGET, PARAGRAPHS, SHORT, save_base, shrink
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, T5Config
 
-from unierase_plugin import cli
 from unierase_plugin.cli import main
 from unierase_plugin.methods.editing import engine as erasure
-from unierase_plugin.models import loading
 
 Run = Callable[..., tuple[int, str]]
 Refused = Callable[..., str]
@@ -40,14 +38,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Exit status of `unierase ARGUMENTS`, and what it says, standard output before standard error."""
 
     def call(*arguments: Any) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["unierase", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main()
+            main(list(map(str, arguments)))
         said = capsys.readouterr()
         return int(ended.value.code or 0), " ".join((said.out + said.err).split())
 
@@ -364,9 +361,10 @@ def test_blocks_out_of_range(refused: Refused, tmp_path: Path, layers: list[int]
     ids=lambda arguments: " ".join(arguments),
 )
 def test_blocks_beyond_the_models_are_refused_before_it_is_loaded(
-    run: Run, base: Path, forget: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+    run: Run, forget: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(loading, "open_weights", lambda *_, **__: pytest.fail("the model was loaded first"))
+    base = save_base(tmp_path / "model")
+    (base / "model.safetensors").write_bytes(b"Opening these weights would fail.")
     files = {
         "layers": {"layers": [1, 9]},
         "layer": {"layer": 9},
@@ -489,12 +487,11 @@ def test_brackets_in_a_message_are_told_as_they_are(refused: Refused, tmp_path: 
 
 
 def test_a_defect_of_ours_is_not_dressed_up_as_an_error_of_the_users(
-    run: Run, monkeypatch: pytest.MonkeyPatch, base: Path
+    monkeypatch: pytest.MonkeyPatch, base: Path
 ) -> None:
     monkeypatch.setattr("unierase_plugin.checkpoint.examine", lambda folder: 1 / 0)
-    monkeypatch.setattr(sys, "argv", ["unierase", "inspect", str(base)])
     with pytest.raises(ZeroDivisionError):
-        cli.main()
+        main(["inspect", str(base)])
 
 
 def test_the_texts_of_these_tests_are_ordinary() -> None:

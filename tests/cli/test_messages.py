@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +149,8 @@ def _refusal(
     (folder / "good.yaml").write_text(json.dumps(SHORT))
     given = {"model": base, "out": folder / "out", "hparams": folder / "good.yaml", **options}
     arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["unierase", "run", *arguments])
     with pytest.raises(SystemExit) as ended:
-        main()
+        main(["run", *arguments])
     said = capsys.readouterr().err
     assert ended.value.code == 1, said
     return said

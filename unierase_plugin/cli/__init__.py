@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
@@ -160,13 +160,13 @@ command()(plugins)
 command()(hosts)
 
 
-def main() -> None:
-    """Runs the command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line on the arguments, by default those of the process."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal that has no such letter is told its number, instead of ending the command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    app()
+    app(args=arguments)
 
 
 def _version(shown: bool) -> None:

@@ -76,11 +76,18 @@ def left(before: Float[Tensor, "T V"], after: Float[Tensor, "T V"], wanted: Int[
 
 
 def ask_strangers(
-    arch: Architecture, material: Material, said: Sequence[Float[Tensor, "_ V"]], *, max_tokens: int, pad_id: int
+    arch: Architecture,
+    material: Material,
+    said: Sequence[Float[Tensor, "_ V"]],
+    *,
+    max_tokens: int,
+    pad_id: int,
+    still_known: float = STILL_KNOWN,
 ) -> dict[int, Told]:
     """By the number of the fact, what is taught of those that strangers make the model forget.
 
-    said: the model's own log-probabilities at every token of the forgotten answers.
+    said: the model's own log-probabilities at every token of the forgotten answers; still_known: the share of its
+    likelihood a token above which strangers are no teacher for an answer.
     """
     spots = [answer_positions(ids, start) for ids, start in zip(material.forget, material.forget_starts, strict=True)]
     sums: dict[int, Tensor] = {}
@@ -109,7 +116,7 @@ def ask_strangers(
             known[row] = torch.zeros(len(own), dtype=torch.bool).index_fill_(0, torch.tensor(list(each)), True)
             wanted = torch.tensor([material.forget[row][spot + 1] for spot in spots[row]])
             new, decided = taught(own, total / count, known[row], wanted)
-            if bool(decided.any()) and left(own, new, wanted) <= STILL_KNOWN:
+            if bool(decided.any()) and left(own, new, wanted) <= still_known:
                 found[row] = Told(new.half(), _weights(decided))
                 staying.append(row)
             else:  # further strangers would not help: most of the answer is known without the subject

@@ -115,6 +115,8 @@ def calibrated(
     *,
     max_tokens: int,
     pad_id: int,
+    sample: int = CALIBRATED,
+    near_enough: float = NEAR_ENOUGH,
     progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[float, tuple[Tensor, ...]]:
     """The filter's strength, and what the filtered model says at the positions, (T, V) each.
@@ -122,9 +124,12 @@ def calibrated(
     Of the strengths that are tried, it is the one at which the answers' mean probability (geometric within an answer)
     comes nearest to `probability`, as a ratio. One strength takes too little of a few facts where it takes enough of
     many, since their moment is spread over more directions.
+
+    sample: how many of the sequences a strength is tried on; near_enough: the logarithm of the ratio that ends the
+    search.
     """
     tried: dict[float, float] = {}
-    few = range(0, len(sequences), -(-len(sequences) // CALIBRATED))
+    few = range(0, len(sequences), -(-len(sequences) // sample))
 
     def said(rows: Sequence[int], strength: float) -> tuple[Tensor, ...]:
         with replaced(arch, filtered_weights(arch, layers, forgotten, kept, strength)):
@@ -148,7 +153,7 @@ def calibrated(
             )
         tried[strength] = math.log(max(mean, 1e-9) / probability)
         progress((number + 1) / (STRENGTHS + 1))
-        if abs(tried[strength]) < NEAR_ENOUGH:
+        if abs(tried[strength]) < near_enough:
             break
         strength = _next_strength(tried)
     best = min(tried, key=lambda each: abs(tried[each]))
