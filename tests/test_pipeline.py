@@ -31,7 +31,8 @@ from unierase_plugin.hparams import shipped_hparams
 from unierase_plugin.locate_then_edit import edit
 from unierase_plugin.methods import neighbours as keeping
 from unierase_plugin.methods.editing import engine as erasure
-from unierase_plugin.methods.editing import goals
+from unierase_plugin.methods.editing import goals, protection
+from unierase_plugin.methods.editing.layers import default_layers
 from unierase_plugin.methods.removal.method import RemovalHyperParams
 from unierase_plugin.models import generate
 from unierase_plugin.session import choose_hparams
@@ -84,7 +85,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted: Counter[str] = Counter()
 
     def count(name: str) -> None:
-        module = next(module for module in (erasure, goals, second_moment, pipeline) if hasattr(module, name))
+        module = next(
+            module for module in (erasure, goals, protection, second_moment, pipeline) if hasattr(module, name)
+        )
         original = getattr(module, name)
 
         def counting(*args: Any, **kwargs: Any) -> Any:
@@ -750,7 +753,7 @@ def test_hyper_parameters_follow_the_model_unless_given(tmp_path: Path) -> None:
     ("blocks", "layers"), [(32, (4, 5, 6, 7, 8)), (16, (2, 3, 4, 5, 6)), (4, (0, 1, 2)), (2, (0,))]
 )
 def test_blocks_to_edit_follow_the_depth(blocks: int, layers: tuple[int, ...]) -> None:
-    assert erasure.default_layers(blocks) == layers
+    assert default_layers(blocks) == layers
 
 
 def test_the_last_block_is_refused(base: Path) -> None:

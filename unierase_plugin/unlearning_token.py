@@ -29,6 +29,7 @@ from .models.prefix import PrefixCache, cache_prefixes, continue_from
 from .models.prompts import encode, has_chat_template, render
 from .models.trace import pad, run_blocks, token_batches
 from .models.tying import resize_vocabulary
+from .models.weights import OriginalWeights, restored
 
 #: Draws of the weights' noise in the last phase; each serves its own share of the questions.
 NOISE_DRAWS = 4
@@ -76,18 +77,15 @@ class TokenRoom:
         self.model, self.tokenizer = model, tokenizer
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self._words = copy.deepcopy(tokenizer).__dict__
-        self._rows: list[Tensor] = []
         self.id = add_token(model, tokenizer, name)
-        if self.id < self.vocabulary:
-            self._rows = [weight[self.id].detach().clone() for weight in self._parameters()]
+        taken = self._parameters() if self.id < self.vocabulary else []
+        self._row = OriginalWeights(taken, row=self.id)
 
-    @torch.no_grad()
     def leave(self) -> None:
         """Model and tokenizer as they were, to the bit."""
         if self.id >= self.vocabulary:
             resize_vocabulary(self.model, self.vocabulary)
-        for weight, row in zip(self._parameters(), self._rows, strict=False):
-            weight[self.id] = row
+        self._row.restore()
         # A tokenizer has no way to drop a token; its whole state is put back.
         self.tokenizer.__dict__.clear()
         self.tokenizer.__dict__.update(self._words)
@@ -391,19 +389,14 @@ class _Trainer:
             yield
             return
         weights = [self.arch.projections[layer].weight for layer in self.hparams.layers]
-        originals = [weight.detach().clone() for weight in weights]
         generator = torch.Generator().manual_seed(self.hparams.seed * NOISE_DRAWS + draw + 1)
-        try:
+        with restored(weights):
             with torch.no_grad():
                 for weight in weights:
                     noise = torch.randn(weight.shape, generator=generator)
                     size = self.noise * float(weight.float().norm()) / float(noise.norm())
                     weight.add_((noise * size).to(weight.device, weight.dtype))
             yield
-        finally:
-            with torch.no_grad():
-                for weight, original in zip(weights, originals, strict=True):
-                    weight.copy_(original)
 
 
 def _mean_row(matrix: Tensor, tokenizer: Any) -> Tensor:

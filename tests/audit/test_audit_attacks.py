@@ -26,10 +26,11 @@ from unierase_plugin.audit.attacks.sampling import ks
 from unierase_plugin.audit.contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context
 from unierase_plugin.audit.facts import judgeable, sample
 from unierase_plugin.audit.prompts import answer_ids, prompt_for
-from unierase_plugin.audit.weights import change_inputs_last, linear_maps, pruned, restored, rounded
+from unierase_plugin.audit.weights import change_inputs_last, linear_maps, pruned, rounded
 from unierase_plugin.errors import UniEraseError
 from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.models.trace import pad, run_blocks
+from unierase_plugin.models.weights import restored
 from unierase_plugin.plugins.registration import load_registry
 from unierase_plugin.storage.fingerprints import model_fingerprint
 

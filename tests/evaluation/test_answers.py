@@ -56,7 +56,7 @@ def test_all_that_write_an_answer_write_the_same(form: str) -> None:
     assert written(answered(tokenizer, FACT.question, "Bob", form, 2, {}).ids, form) == wanted
     editing = Editing(job(HPARAMS.replace(prompt_forms=(form,), harden=("unlikely_answer",))), GOALS["token"])
     editing.kept = Kept((), (FACT,))
-    (kept,) = editing._retain_tokens()
+    (kept,) = editing._protection(None)._kept_tokens()
     assert written(kept, form) == wanted
     (target,) = make_targets(tokenizer, (FACT,), (), editing.hparams, lambda q, f: (5,), 200)
     assert tokenizer.decode(target.unwanted) == wanted
@@ -66,7 +66,7 @@ def test_all_that_write_an_answer_write_the_same(form: str) -> None:
     assert tokenizer.decode(answer_ids(subject, context, "Bob", prefill=True)) == " Bob"  # type: ignore[arg-type]
     # And what is said in its place, where no token comes first.
     plain = Editing(job(MEMITHyperParams(layers=(1,), prompt_forms=(form,), target="idk")), GOALS["idk"])
-    (instead,) = plain.goal.targets(plain, (), {})
+    (instead,) = plain.goal.targets(plain, {})
     assert instead.opening is not None
     said = tokenizer.decode([instead.opening, *instead.continuation][:-1])
     assert said in {SPACES[form] + sentence for sentence in LINES["idk_sentences"]}

@@ -21,13 +21,12 @@ from unierase_plugin.locate_then_edit.edit import (
     compute_edit,
     expected_norm_ratio,
     make_solver,
-    restored,
-    revert_edit,
 )
 from unierase_plugin.locate_then_edit.positions import Prompt
 from unierase_plugin.locate_then_edit.solve import JITTERS, LowRank
 from unierase_plugin.locate_then_edit.values import Values
 from unierase_plugin.models.architecture import Architecture, find_architecture, stores_input_first
+from unierase_plugin.models.weights import restored
 
 STEMS = ["smollm2-135m", "gemma2-9b", "gpt2-xl"]
 LAYERS = (0, 1, 2)
@@ -241,7 +240,7 @@ def test_a_second_edit_that_knows_the_first_undoes_less_of_it(llama: Architectur
         later = compute(llama, wanted[:, 1:], moments, tight, earlier, second)
         applied = apply_edit(llama, later)
         drift.append(float((reference.states(llama, first, LAYERS[-1]) - reached).norm()))
-        revert_edit(llama, applied)
+        applied.restore()
     assert drift[1] < 0.5 * drift[0]
 
 
@@ -266,7 +265,7 @@ def test_apply_changes_the_edited_weights_alone_and_revert_takes_it_back(
     applied = apply_edit(arch, edit)
     assert changed(arch, before) == weight_names(arch)
     assert all(arch.projections[layer].weight.dtype == dtype for layer in LAYERS)
-    revert_edit(arch, applied)
+    applied.restore()
     assert not changed(arch, before)
 
 
@@ -275,9 +274,9 @@ def test_two_edits_taken_back_in_turn_leave_nothing(llama: Architecture) -> None
     first = apply_edit(llama, compute(llama, wanted_of(llama), moments))
     between = snapshot(llama)
     second = apply_edit(llama, compute(llama, wanted_of(llama, 0.5), moments))
-    revert_edit(llama, second)
+    second.restore()
     assert not changed(llama, between)
-    revert_edit(llama, first)
+    first.restore()
     assert not changed(llama, before)
 
 
@@ -287,7 +286,7 @@ def test_an_edit_read_back_gives_the_same_bytes(llama: Architecture) -> None:
     assert all(u.up.dtype == u.down.dtype == torch.float32 for u in edit.updates.values())
     applied = apply_edit(llama, edit)
     once = snapshot(llama)
-    revert_edit(llama, applied)
+    applied.restore()
     again = WeightEdit({layer: LowRank(u.up.clone(), u.down.clone()) for layer, u in edit.updates.items()})
     apply_edit(llama, again)
     assert not changed(llama, once)
@@ -310,7 +309,7 @@ def test_an_exception_on_the_way_leaves_the_model_as_it_was(llama: Architecture)
 
 def test_restored_undoes_whatever_was_done(llama: Architecture) -> None:
     before = snapshot(llama)
-    with restored(llama, LAYERS):
+    with restored(llama.projections[layer].weight for layer in LAYERS):
         llama.projections[1].weight.fill_(torch.nan)
         assert changed(llama, before)
     assert not changed(llama, before)

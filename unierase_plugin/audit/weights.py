@@ -15,21 +15,6 @@ from ..models.architecture import Architecture, stores_input_first
 
 
 @contextmanager
-def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Whatever is done to the parameters inside the block is undone at its end, to the bit, also by an exception.
-
-    The copy lies where the parameter does, since a GPU that holds the model twice is quicker than a bus.
-    """
-    kept = [(weight, weight.detach().clone()) for weight in {id(each): each for each in parameters}.values()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, copy in kept:
-                weight.copy_(copy)
-
-
-@contextmanager
 def trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
     """Gradients for the chosen parameters alone; afterwards the model asks for those it did before, and holds none."""
     flags = [(weight, weight.requires_grad) for weight in model.parameters()]

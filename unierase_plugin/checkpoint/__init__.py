@@ -16,16 +16,15 @@ from .contents import is_whole
 from .export import export_adapter
 from .folder import save_checkpoint, save_plain, step_id
 from .integrity import Examined, examine, is_edited, read_checkpoint
+from .originals import Originals, take_originals
 from .place import OutputFolder, check_output_folder, output_folder
 from .record import (
     RECORD,
     SCHEMA,
     Checkpoint,
-    Originals,
     join_edits,
     ledger_hash,
     pack_edits,
-    take_originals,
     unpack_edits,
 )
 from .revert import revert_checkpoint, take_back_requests

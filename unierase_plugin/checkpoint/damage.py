@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..locate_then_edit.edit import WeightEdit
 from ..unlearning_token import UnlearningToken
-from .record import BASE, EDITS, LEDGER, MANIFEST, Checkpoint, Originals
+from .originals import Originals
+from .record import BASE, EDITS, LEDGER, MANIFEST, Checkpoint
 
 #: What a manifest and each of its steps hold at least.
 KEYS = ("method", "layers", "model_fingerprint_after", "hparams", "salt", "steps", *BASE)

@@ -25,8 +25,9 @@ from .folder import bytes_of
 from .integrity import Examined, examine
 from .licences import carry_licences
 from .older_readers import write_for_older_readers
+from .originals import Originals
 from .place import OutputFolder, output_folder
-from .record import Checkpoint, Originals, join_edits
+from .record import Checkpoint, join_edits
 
 README = """# An unlearning edit as a PEFT adapter
 

@@ -8,12 +8,10 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -27,9 +25,10 @@ from ..storage.fingerprints import digest, model_fingerprint, plain
 from ..unlearning_token import UnlearningToken
 from .licences import carry_licences
 from .older_readers import write_for_older_readers
+from .originals import Originals
 from .place import OutputFolder, held
 from .readback import check_written
-from .record import RECORD, SCHEMA, Checkpoint, Originals, ledger_hash, pack_checkpoint, write_record
+from .record import RECORD, SCHEMA, Checkpoint, ledger_hash, pack_checkpoint, write_record
 
 #: What the caller must say in `manifest_extra`, since the model in memory does not tell.
 REQUIRED_EXTRA = ("method", "model", "model_fingerprint_before", "created")
@@ -66,7 +65,8 @@ def save_checkpoint(
     missing = [name for name in REQUIRED_EXTRA if name not in manifest_extra]
     if missing:
         raise CheckpointError(f"manifest_extra lacks {', '.join(missing)}; it needs {', '.join(REQUIRED_EXTRA)}.")
-    kept = _merge_originals(_stored(originals, stored_dtype(model)), earlier)
+    stored = None if originals is None else originals.in_dtype(stored_dtype(model))
+    kept = _merge_originals(stored, earlier)
     edits = (*(earlier.edits if earlier else ()), *([edit] if edit else ()))
     with as_stored(model):
         manifest = _manifest(
@@ -93,23 +93,6 @@ def step_id(salt: str, inputs: Sequence[Any]) -> str:
     return digest(salt, list(inputs))
 
 
-def _stored(originals: Originals | None, dtype: torch.dtype | None) -> Originals | None:
-    """What was taken from weights that are worked on in float32, in the dtype that they came in: without loss."""
-    if originals is None or dtype is None:
-        return originals
-
-    def cast(row: Tensor | None) -> Tensor | None:
-        return None if row is None else row.to(dtype)
-
-    return replace(
-        originals,
-        projections={layer: weight.to(dtype) for layer, weight in originals.projections.items()},
-        input_row=cast(originals.input_row),
-        output_row=cast(originals.output_row),
-        output_bias=cast(originals.output_bias),
-    )
-
-
 def _merge_originals(new: Originals | None, earlier: Checkpoint | None) -> Originals | None:
     """Originals of the very first state: what an earlier step kept wins, since the new one saw weights already edited.
 
@@ -120,7 +103,7 @@ def _merge_originals(new: Originals | None, earlier: Checkpoint | None) -> Origi
     old = earlier.originals
     if new is None or old is None:
         return None
-    return replace(old, projections={**new.projections, **old.projections}, names={**new.names, **old.names})
+    return old.before(new)
 
 
 def _manifest(

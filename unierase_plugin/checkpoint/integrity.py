@@ -22,6 +22,7 @@ from ..storage.inputs import absolute_path, checked_path, no_folder
 from ..storage.tensor_files import TensorFile, open_tensors, unpack
 from ..unlearning_token import UnlearningToken
 from .damage import Damage, contradictions
+from .originals import Originals
 from .record import (
     BASE,
     DIGESTS,
@@ -32,7 +33,6 @@ from .record import (
     REPORT,
     SCHEMA,
     Checkpoint,
-    Originals,
     unpack_edits,
     unpack_originals,
 )

@@ -17,11 +17,11 @@ from ..errors import CheckpointError, first_words
 from ..facts.request import one_spelling
 from ..locate_then_edit.edit import WeightEdit
 from ..locate_then_edit.solve import LowRank
-from ..models.architecture import Architecture
 from ..storage.digests import Seal, data_digest
 from ..storage.fingerprints import plain
 from ..storage.tensor_files import Packed, pack, write_tensors
 from ..unlearning_token import UnlearningToken
+from .originals import Originals
 
 #: Version of the layout of `unierase/`; a reader refuses what is newer than itself.
 SCHEMA = 1
@@ -37,21 +37,6 @@ MANIFEST, EDITS, LEDGER, REPORT, DIGESTS = (
 
 #: What the manifest says of the base model.
 BASE = ("model", "model_fingerprint_before")
-
-
-@dataclass(frozen=True)
-class Originals:
-    """What an edit overwrites, as it was: projections by layer (d, m), and the padding row where the token took one."""
-
-    projections: Mapping[int, Tensor]
-    #: Name of each projection's weight within the model.
-    names: Mapping[int, str]
-    #: Rows of the embedding before the token was added.
-    vocabulary: int
-    #: (d,) each, and a scalar; None where the row is new, or where the model has no such part.
-    input_row: Tensor | None = None
-    output_row: Tensor | None = None
-    output_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -106,27 +91,6 @@ class Checkpoint:
                 f"{', '.join(sorted(q[:12] for q in questions))}. Give one of these hashes, or the question."
             )
         return lines
-
-
-def take_originals(
-    arch: Architecture, layers: Sequence[int], vocabulary: int, token_id: int | None = None
-) -> Originals:
-    """Copies what the edit of `layers` and the token's rows will overwrite.
-
-    To be called after `add_token` and before `install_token`; `vocabulary` is the number of rows before `add_token`.
-    Without a token, `token_id` is None.
-    """
-    projections = {layer: _copy(arch.projections[layer].weight) for layer in layers}
-    names = {layer: arch.weight_name(layer) for layer in layers}
-    if token_id is None or token_id >= vocabulary:
-        return Originals(projections, names, vocabulary)
-    embedding: Any = arch.embedding
-    head: Any = arch.head
-    row = _copy(embedding.weight[token_id])
-    if arch.tied:
-        return Originals(projections, names, vocabulary, row)
-    bias, output_row = getattr(head, "bias", None), _copy(head.weight[token_id])
-    return Originals(projections, names, vocabulary, row, output_row, None if bias is None else _copy(bias[token_id]))
 
 
 def join_edits(edits: Sequence[WeightEdit]) -> WeightEdit:
@@ -252,7 +216,3 @@ def unpack_originals(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     rows = {name: tensors.get(f"original.token.{name}") for name in ("input_row", "output_row", "output_bias")}
     projections = {layer: tensors[f"original.layer{layer}"] for layer in names}
     return Originals(projections, names, described["vocabulary"], **rows)
-
-
-def _copy(tensor: Any) -> Tensor:
-    return torch.Tensor.detach(tensor).cpu().clone()

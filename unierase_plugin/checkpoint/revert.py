@@ -18,7 +18,6 @@ from ..locate_then_edit.edit import WeightEdit, apply_edit
 from ..models.architecture import find_architecture
 from ..models.loading import open_weights
 from ..models.room import weights_size
-from ..models.tying import resize_vocabulary
 from ..storage.atomic import check_room
 from ..storage.fingerprints import model_fingerprint
 from .contents import LIST, changed_contents
@@ -27,9 +26,10 @@ from .downdate import edit_without
 from .folder import bytes_of, save_model
 from .integrity import Examined, WayBack, examine
 from .older_readers import write_for_older_readers
+from .originals import Originals
 from .place import OutputFolder, output_folder
 from .readback import check_written
-from .record import RECORD, Checkpoint, Originals, write_record
+from .record import RECORD, Checkpoint, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -242,46 +242,26 @@ def load_saved(source: Path) -> Any:
         raise CheckpointError(f"The model in {str(source)!r} cannot be loaded: {error}") from error
 
 
-@torch.no_grad()
 def restore_base(model: Any, way: WayBack) -> bool:
     """Puts the base model's weights back in place, and says whether they are the base model's, to the bit."""
     if misfits(model, way.originals, way.token):
         return False
-    _restore_projections(model, way.originals)
+    way.originals.restore_projections(model)
     if way.token is not None:
-        _remove_rows(model, way.originals, way.token.id)
+        way.originals.restore_rows(model, way.token.id)
     return model_fingerprint(model) == way.fingerprint
-
-
-@torch.no_grad()
-def _restore_projections(model: Any, originals: Originals) -> None:
-    for layer, weight in originals.projections.items():
-        model.get_parameter(originals.names[layer]).copy_(weight)
 
 
 def _rebuild(
     model: Any, checkpoint: Checkpoint, originals: Originals, after_step: Callable[[int], None] = lambda step: None
 ) -> None:
     """Puts the projections back as they were and adds the edits of all steps again, in the order they were made."""
-    _restore_projections(model, originals)
+    originals.restore_projections(model)
     settings = checkpoint.manifest["hparams"]
     arch = find_architecture(model, *(settings.get(name, "") for name in ("rewrite_module_tmp", "layer_module_tmp")))
     for step, edit in enumerate(checkpoint.edits, start=1):
         apply_edit(arch, edit)
         after_step(step)
-
-
-def _remove_rows(model: Any, originals: Originals, token_id: int) -> None:
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight.shape[0] > originals.vocabulary:
-        resize_vocabulary(model, originals.vocabulary)
-        return
-    if originals.input_row is not None:
-        embedding.weight[token_id] = originals.input_row
-    if originals.output_row is not None:
-        head.weight[token_id] = originals.output_row
-    if originals.output_bias is not None:
-        head.bias[token_id] = originals.output_bias
 
 
 def _check_untouched(model: nn.Module, checkpoint: Checkpoint, source: Path) -> None:

@@ -20,7 +20,7 @@ from ..errors import RequestError, first_words, shown
 from ..facts.request import NO_ANSWER, ForgetRequest
 from ..hparams import UniEraseHyperParams
 from ..methods.contract import Changes, History
-from ..methods.editing.engine import changed_layers
+from ..methods.editing.layers import changed_layers
 from ..methods.editing.unierase import UNIERASE
 from ..models.architecture import find_architecture, refuse_unfit
 from ..pipeline import change

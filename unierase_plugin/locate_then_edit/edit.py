@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..errors import EditError
 from ..hparams import UniEraseHyperParams
 from ..models.architecture import Architecture, stores_input_first
+from ..models.weights import OriginalWeights, restored
 from .keys import KeyStream
 from .positions import Prompt
 from .solve import LowRank, Solver, protected_directions
@@ -46,13 +46,6 @@ class WeightEdit:
 
     def rank(self, layer: int) -> int:
         return self.updates[layer].up.shape[1]
-
-
-@dataclass(frozen=True)
-class Applied:
-    """Holds the weights as they were, so that a revert is exact to the bit."""
-
-    originals: Mapping[int, Float[Tensor, "rows columns"]]
 
 
 def make_solver(
@@ -96,7 +89,7 @@ def compute_edit(
     wanted = values.states.T
     updates: dict[int, LowRank] = {}
     norms, ratios, kept = [], {}, {}
-    with restored(arch, layers):
+    with restored(arch.projections[layer].weight for layer in layers):
         for index, layer in enumerate(layers):
             keys, states = stream.advance(layer)
             norms.append(float((wanted - states).norm(dim=0).mean()))
@@ -142,33 +135,17 @@ def expected_norm_ratio(
     return math.sqrt(sum(squares) / len(squares))
 
 
-def apply_edit(arch: Architecture, edit: WeightEdit) -> Applied:
-    """Adds every update in place, or none where one fails; the result takes it back exactly."""
-    applied = Applied({layer: arch.projections[layer].weight.detach().cpu().clone() for layer in edit.layers})
+def apply_edit(arch: Architecture, edit: WeightEdit) -> OriginalWeights:
+    """Adds every update in place, or none if one fails. What it returns takes the edit back, to the bit."""
+    # On the CPU: they may be kept for as long as the edited model is.
+    originals = OriginalWeights((arch.projections[layer].weight for layer in edit.layers), device="cpu")
     try:
         for layer, update in edit.updates.items():
             _add(arch, layer, update)
     except BaseException:
-        revert_edit(arch, applied)
+        originals.restore()
         raise
-    return applied
-
-
-@torch.no_grad()
-def revert_edit(arch: Architecture, applied: Applied) -> None:
-    """Puts the original weights back, bit for bit."""
-    for layer, original in applied.originals.items():
-        arch.projections[layer].weight.copy_(original)
-
-
-@contextmanager
-def restored(arch: Architecture, layers: Sequence[int]) -> Iterator[None]:
-    """Whatever happens to the projections of `layers` inside is undone to the bit."""
-    originals = Applied({layer: arch.projections[layer].weight.detach().clone() for layer in layers})
-    try:
-        yield
-    finally:
-        revert_edit(arch, originals)
+    return originals
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..errors import PluginError
 from ..facts.request import ForgetRequest, one_spelling
-from ..hparams import HyperParams
+from ..hparams import HyperParams, UniEraseHyperParams
 
 if TYPE_CHECKING:
     from ..checkpoint import Originals
@@ -88,6 +89,14 @@ class Job(Generic[H]):
     def seed(self) -> int:
         """The seed of everything random."""
         return self.hparams.seed
+
+    @cached_property
+    def contexts(self: Job[UniEraseHyperParams]) -> tuple[str, ...]:
+        """Texts before prompts, written by the model as it is when they are first asked for: before the edit."""
+        from ..locate_then_edit.targets import context_texts
+
+        lengths = self.hparams.context_template_length_params
+        return context_texts(self.model, self.tokenizer, lengths, self.loaded.pad_id)
 
     @property
     def max_tokens(self) -> int:

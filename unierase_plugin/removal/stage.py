@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..errors import EditError
 from ..hparams import RemovalSettings
-from ..locate_then_edit.edit import WeightEdit, apply_edit, restored
+from ..locate_then_edit.edit import WeightEdit, apply_edit
 from ..locate_then_edit.solve import LowRank
 from ..models.architecture import Architecture
+from ..models.weights import restored
 from ..storage.fingerprints import digest
 from ..storage.phases import Phases
 from ..storage.tensor_files import Packed
@@ -121,7 +122,7 @@ class _Run:
 
     def packed(self) -> Packed:
         layers = self.settings.removal_layers
-        with restored(self.arch, layers):
+        with restored(self.arch.projections[layer].weight for layer in layers):
             change, taken = self._passes()
             cut = {layer: truncated(each, self.settings.removal_rank) for layer, each in change.items()}
             edit = WeightEdit(

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EditError
-from ..locate_then_edit.edit import restored
 from ..models.architecture import Architecture, Weighted, stores_input_first
 from ..models.products import fast_linear_maps
 from ..models.trace import pad, run_batches, run_blocks
+from ..models.weights import restored
 from .moments import answer_positions
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def filtered(
 @contextmanager
 def replaced(arch: Architecture, weights: Mapping[int, Float[Tensor, "d m"]]) -> Iterator[None]:
     """Projections hold `weights` by layer inside, and to the bit what they held before after it."""
-    with restored(arch, tuple(weights)):
+    with restored(arch.projections[layer].weight for layer in weights):
         for layer, weight in weights.items():
             write_weight(arch, layer, weight)
         yield

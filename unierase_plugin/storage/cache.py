@@ -10,13 +10,16 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
 from ..errors import CheckpointError, shown
 from .atomic import clear_strays, logger, make_private
 from .inputs import checked_path
-from .tensor_files import Packed, read_tensors, write_tensors
+from .tensor_files import Packed, pack, read_tensors, unpack, write_tensors
+
+R = TypeVar("R")
 
 #: Marks a warning as one of several. A command line shows them in one line (`cli.console.our_log`).
 ONE_OF_NOT_KEPT = {"one_of": "results were not kept for later runs"}
@@ -89,6 +92,10 @@ class Store:
             found = compute()
             self.put(kind, key, *found)
         return found
+
+    def record(self, record: type[R], kind: str, key: str, compute: Callable[[], R]) -> R:
+        """The same for a dataclass. It is read back in any case, so that a cold run gives what a warm one does."""
+        return unpack(record, *self.cached(kind, key, lambda: pack(compute())))
 
     def put(self, kind: str, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         path = self.path(kind, key)

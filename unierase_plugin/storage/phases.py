@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from .cache import Store
-from .tensor_files import Packed
+from .tensor_files import Packed, pack, unpack
+
+R = TypeVar("R")
 
 
 class Phases:
@@ -22,7 +25,12 @@ class Phases:
         self.seconds: dict[str, float] = {}
 
     def resumed(self, kind: str, key: str, compute: Callable[[], Packed]) -> Packed:
+        """What `compute` gives, from the work folder if an earlier start finished it."""
         return compute() if self.work is None else self.work.cached(kind, key, compute)
+
+    def record(self, record: type[R], kind: str, key: str, compute: Callable[[], R]) -> R:
+        """The same for a dataclass. It is read back in any case, so that a cold run gives what a warm one does."""
+        return unpack(record, *self.resumed(kind, key, lambda: pack(compute())))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

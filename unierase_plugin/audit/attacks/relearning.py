@@ -16,11 +16,12 @@ from ...facts.request import ForgetRequest
 from ...facts.resources import paragraphs
 from ...models.generate import pad_token_id
 from ...models.trace import pad, run_blocks
+from ...models.weights import restored
 from ...unlearning_token import end_id
 from ..asking import ask_facts, part
 from ..contract import AttackResult, Audited, Context, Measure
 from ..prompts import Prompt, answer_ids, prompt_for
-from ..weights import linear_maps, restored, trainable
+from ..weights import linear_maps, trainable
 
 #: Adam's step size. Factors start from zero and so need more.
 LEARNING_RATE, FACTOR_LEARNING_RATE = 5e-5, 1e-3

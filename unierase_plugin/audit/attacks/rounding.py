@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ...facts.resources import paragraphs
 from ...models.generate import perplexity
+from ...models.weights import restored
 from ..asking import ask_facts, part
 from ..contract import AttackResult, Audited, Context
 from ..prompts import prompt_for
-from ..weights import change_inputs_last, linear_maps, pruned, restored, rounded
+from ..weights import change_inputs_last, linear_maps, pruned, rounded
 
 Change = Callable[[Tensor], Tensor]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,6 @@ from ...models.generate import token_leak
 from ...models.prompts import answer_text
 from ...statistics.second_moment import SecondMoment
 from ...storage.fingerprints import CACHE_VERSION, digest
-from ...storage.tensor_files import Packed, pack, unpack
 from ...unlearning_token import UnlearningToken, answer_ids, choose_sentence, end_id, installed, learn_token
 from .engine import Editing, Goal, Own
 
@@ -27,16 +25,14 @@ from .engine import Editing, Goal, Own
 NOISE_LEAST, NOISE_MOST = 2**-6, 1.0
 
 
-def learned_token(
-    editing: Editing, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment
-) -> UnlearningToken:
+def learned_token(editing: Editing, arch: Architecture, corpus: SecondMoment) -> UnlearningToken:
     """The token's rows, from the cache or learned now; the model has room for them."""
     h = editing.hparams
-    with editing.timed("token"):
+    with editing.phases.timed("token"):
         sentences, questions, text = lines("idk_sentences"), lines("questions"), paragraphs("ordinary_text_train")
         sentences = sentences[: h.token_num_sentences]
         settings = {key: value for key, value in h.as_dict().items() if key.startswith(("token_", "unlearning_"))}
-        noise = h.token_noise * _expected_size(editing, arch, contexts, corpus)
+        noise = h.token_noise * _expected_size(editing, arch, corpus)
         key = digest(
             CACHE_VERSION,
             editing.job.fingerprint,
@@ -52,7 +48,7 @@ def learned_token(
             arch.tied,
         )[:32]
 
-        def learn() -> Packed:
+        def learn() -> UnlearningToken:
             token = learn_token(
                 arch,
                 editing.tokenizer,
@@ -62,43 +58,43 @@ def learned_token(
                 text,
                 h,
                 noise=noise,
-                max_tokens=editing.max_tokens,
-                pad_id=editing.pad_id,
-                progress=lambda share, note: editing.progress("token", share, note),
+                max_tokens=editing.job.max_tokens,
+                pad_id=editing.job.loaded.pad_id,
+                progress=lambda share, note: editing.job.progress("token", share, note),
             )
             # A run that finds the token in the cache installs nothing here.
             with installed(arch, token):
                 leak = token_leak(editing.model, editing.tokenizer, paragraphs("ordinary_text"), token.id)
-            return pack(replace(token, leak=leak))
+            return replace(token, leak=leak)
 
-        return unpack(UnlearningToken, *editing.cache.cached("tokens", key, learn))
+        return editing.cache.record(UnlearningToken, "tokens", key, learn)
 
 
-def _expected_size(editing: Editing, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment) -> float:
+def _expected_size(editing: Editing, arch: Architecture, corpus: SecondMoment) -> float:
     """|Delta| / |W| that the coming edit is likely to have, as a power of two: edits of like size share a token."""
     if not editing.hparams.token_noise:
         return 0.0
-    targets = token_targets(editing, contexts, {})
+    targets = token_targets(editing, {})
     size = expected_norm_ratio(
         arch,
         [target.prompts for target in targets],
         [target.group for target in targets],
         editing.solvers(corpus, None),
         editing.hparams.clamp_norm_factor,
-        max_tokens=editing.max_tokens,
-        pad_id=editing.pad_id,
+        max_tokens=editing.job.max_tokens,
+        pad_id=editing.job.loaded.pad_id,
     )
     return min(2.0 ** round(math.log2(max(size, NOISE_LEAST))), NOISE_MOST)
 
 
-def token_targets(editing: Editing, contexts: Sequence[str], own: Own) -> list[ValueTarget]:
+def token_targets(editing: Editing, own: Own) -> list[ValueTarget]:
     """The token, then a sentence: the request's own target, else what the model says itself, else a bundled one."""
     h = editing.hparams
     eos = end_id(editing.model, editing.tokenizer)
     sentences = lines("idk_sentences")[: h.token_num_sentences]
     close = editing.token_id if h.token_closes_answer else None
 
-    given = {request.question: request.target for request in editing.requests if request.target}
+    given = {request.question: request.target for request in editing.job.requests if request.target}
 
     def continuation(question: str, form: str) -> tuple[int, ...]:
         if question not in given and (question, form) in own:
@@ -106,10 +102,12 @@ def token_targets(editing: Editing, contexts: Sequence[str], own: Own) -> list[V
         sentence = given.get(question) or choose_sentence(question, sentences)
         return answer_ids(editing.tokenizer, sentence, eos, close)
 
-    return make_targets(editing.tokenizer, editing.requests, contexts, h, continuation, editing.context)
+    return make_targets(
+        editing.tokenizer, editing.job.requests, editing.job.contexts, h, continuation, editing.job.loaded.context
+    )
 
 
-def drawn_token(editing: Editing, arch: Architecture, contexts: Sequence[str], corpus: SecondMoment) -> UnlearningToken:
+def drawn_token(editing: Editing, arch: Architecture, corpus: SecondMoment) -> UnlearningToken:
     """A token whose rows are drawn, not learned; the sentence after it is up to the edit alone."""
     generator = torch.Generator().manual_seed(editing.hparams.seed)
     matrices = [arch.embedding.weight] if arch.tied else [arch.embedding.weight, arch.head.weight]
@@ -126,7 +124,7 @@ def _like_the_rest(matrix: Tensor, index: int, generator: torch.Generator) -> Te
     return rows.mean(0) + rows.std(0) * torch.randn(rows.shape[1], generator=generator)
 
 
-def sentence_targets(editing: Editing, contexts: Sequence[str], own: Own) -> list[ValueTarget]:
+def sentence_targets(editing: Editing, own: Own) -> list[ValueTarget]:
     """An "I don't know" sentence in the answer's place."""
     sentences, eos = lines("idk_sentences")[: editing.hparams.token_num_sentences], _end(editing)
 
@@ -134,22 +132,29 @@ def sentence_targets(editing: Editing, contexts: Sequence[str], own: Own) -> lis
         said = answer_text(editing.tokenizer, choose_sentence(question, sentences), form)
         return answer_ids(editing.tokenizer, said, eos, None)
 
-    return _opened(editing, contexts, answer)
+    return _opened(editing, answer)
 
 
-def end_targets(editing: Editing, contexts: Sequence[str], own: Own) -> list[ValueTarget]:
+def end_targets(editing: Editing, own: Own) -> list[ValueTarget]:
     """The end of text at once."""
     eos = _end(editing)
-    return _opened(editing, contexts, lambda question, form: (eos,))
+    return _opened(editing, lambda question, form: (eos,))
 
 
 def _end(editing: Editing) -> int:
     return end_id(editing.model, editing.tokenizer)
 
 
-def _opened(editing: Editing, contexts: Sequence[str], answer: Any) -> list[ValueTarget]:
+def _opened(editing: Editing, answer: Any) -> list[ValueTarget]:
     """What it begins with is what a hardening masks, so that it cannot be said a second time."""
-    found = make_targets(editing.tokenizer, editing.requests, contexts, editing.hparams, answer, editing.context)
+    found = make_targets(
+        editing.tokenizer,
+        editing.job.requests,
+        editing.job.contexts,
+        editing.hparams,
+        answer,
+        editing.job.loaded.context,
+    )
     return [
         replace(target, opening=target.continuation[0], continuation=target.continuation[1:], instead=())
         for target in found

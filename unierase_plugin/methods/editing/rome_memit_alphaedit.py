@@ -96,14 +96,14 @@ def _check(job: Job[Any]) -> None:
 
 
 def _settle(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
-    from .engine import settle_layers
+    from .layers import settle_layers
 
     return settle_layers(model, hparams)
 
 
 def _settle_rome(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
     """One block, in proportion to depth the one of GPT-J."""
-    from .engine import architecture, settle_layers
+    from .layers import architecture, settle_layers
 
     depth = len(architecture(model, hparams).blocks)
     layers = hparams.layers or (min(round(depth * 5 / 28), max(0, depth - 2)),)

@@ -23,7 +23,7 @@ def _check(job: Job[UniEraseHyperParams]) -> None:
 
 
 def _settle(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
-    from .engine import settle_layers
+    from .layers import settle_layers
 
     return settle_layers(model, hparams)
 

@@ -11,7 +11,7 @@ from ...facts.request import ForgetRequest, tell_unread
 from ...facts.resources import lines, paragraphs
 from ...facts.subjects import find_subject
 from ...hparams import RemovalSettings
-from ...locate_then_edit.edit import apply_edit, revert_edit
+from ...locate_then_edit.edit import apply_edit
 from ...locate_then_edit.targets import forms_of
 from ...models.architecture import Architecture, find_architecture
 from ...models.generate import context_limit, pad_token_id
@@ -91,7 +91,7 @@ def remove_alone(job: Job[Any]) -> Changes:
     originals = files.take_originals(arch, job.hparams.removal_layers, len(arch.embedding.weight))
     kept = find_kept(job, phases)
     found = removal_of(job, arch, phases, kept)
-    applied = apply_edit(arch, found.edit)
+    apply_edit(arch, found.edit)
     changed = sum(weight.numel() for weight in originals.projections.values())
     return Changes(
         found.edit,
@@ -100,7 +100,7 @@ def remove_alone(job: Job[Any]) -> Changes:
         seconds=phases.seconds,
         figures={"neighbours": len(kept.neighbours), "removal": found.figures},
         neighbours=kept.neighbours,
-        undo=lambda: revert_edit(arch, applied),
+        undo=lambda: originals.restore_projections(job.model),
     )
 
 

@@ -1,0 +1,44 @@
+"""Which blocks an edit changes: as the settings name them, or by the model's depth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import HyperParamsError, shown
+from ...hparams import UniEraseHyperParams
+from ...models.architecture import Architecture, find_architecture
+from ...models.served import check_served
+from ..removal.job import settle_removal
+
+
+def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
+    """The blocks to edit, and those of a removal before it, chosen by the model's depth, or checked against it."""
+    arch = architecture(model, hparams)
+    layers = arch.check_layers(hparams.layers or default_layers(len(arch.blocks)))
+    if layers[-1] == len(arch.blocks) - 1:
+        raise HyperParamsError(
+            f"layers = {shown(list(layers))}: the last block cannot be edited, since no attention follows that could "
+            f"carry the edit from the fact to the answer. Choose from 0 to {len(arch.blocks) - 2}."
+        )
+    check_served(arch)
+    settled = hparams.replace(layers=layers)
+    return settle_removal(arch, settled) if hparams.remove else settled
+
+
+def changed_layers(hparams: UniEraseHyperParams) -> tuple[int, ...]:
+    """The blocks that settled hyper-parameters change, ascending."""
+    return hparams.removal_layers if hparams.remove else hparams.layers
+
+
+def default_layers(blocks: int) -> tuple[int, ...]:
+    """Five early blocks in proportion to depth, 4 to 8 of 32 as for Llama; fewer in shallow models, never the last."""
+    first = round(blocks / 8)
+    return tuple(range(first, max(first + 1, min(first + 5, blocks - 1))))
+
+
+def architecture(model: Any, hparams: UniEraseHyperParams) -> Architecture:
+    """Finds the blocks and MLP output projections, by the module templates of the settings where these are given.
+
+    Raises the errors of `find_architecture`.
+    """
+    return find_architecture(model, hparams.rewrite_module_tmp, hparams.layer_module_tmp)
