@@ -62,7 +62,8 @@ from unierase_plugin.locate_then_edit.keys import KeyStream
 from unierase_plugin.locate_then_edit.positions import Prompt, locate_in_text
 from unierase_plugin.locate_then_edit.solve import Solver
 from unierase_plugin.locate_then_edit.targets import context_texts
-from unierase_plugin.locate_then_edit.values import Values, ValueTarget, optimise_values
+from unierase_plugin.locate_then_edit.value_loss import ValueTarget
+from unierase_plugin.locate_then_edit.values import Values, optimise_values
 from unierase_plugin.models import products
 from unierase_plugin.models.architecture import find_architecture
 from unierase_plugin.models.generate import continue_greedily, pad_token_id

@@ -25,12 +25,7 @@ from .errors import CheckpointError, RequestError, StepAppliedError, UniEraseErr
 from .evaluation.answers import OF_RUNS
 from .evaluation.report import Outcome, Report, judge
 from .facts.readers import Requests, read_requests
-from .facts.request import (
-    ForgetRequest,
-    check_overlap,
-    check_requests,
-    with_subjects,
-)
+from .facts.request import ForgetRequest, check_overlap, check_requests, with_subjects
 from .facts.resources import lines, paragraphs
 from .hparams import HARDENED, REMOVED, EngineSettings, HyperParams, UniEraseHyperParams
 from .methods.contract import Changes, History, Method, Progress

@@ -15,13 +15,7 @@ from torch import Tensor
 
 from unierase_plugin.errors import EditError
 from unierase_plugin.hparams import UniEraseHyperParams
-from unierase_plugin.locate_then_edit.edit import (
-    WeightEdit,
-    apply_edit,
-    compute_edit,
-    expected_norm_ratio,
-    make_solver,
-)
+from unierase_plugin.locate_then_edit.edit import WeightEdit, apply_edit, compute_edit, expected_norm_ratio, make_solver
 from unierase_plugin.locate_then_edit.positions import Prompt
 from unierase_plugin.locate_then_edit.solve import JITTERS, LowRank
 from unierase_plugin.locate_then_edit.values import Values

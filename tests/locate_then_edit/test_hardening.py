@@ -24,7 +24,8 @@ from unierase_plugin.hparams import HARDENED, HARDENINGS, UniEraseHyperParams
 from unierase_plugin.locate_then_edit.positions import Prompt, locate
 from unierase_plugin.locate_then_edit.rewording import LEAD_IN, REWORDINGS, reworded, with_typo
 from unierase_plugin.locate_then_edit.targets import forms_of, make_targets, targets_a_request
-from unierase_plugin.locate_then_edit.values import Values, ValueTarget, optimise_values
+from unierase_plugin.locate_then_edit.value_loss import ValueTarget
+from unierase_plugin.locate_then_edit.values import Values, optimise_values
 from unierase_plugin.models.architecture import Architecture, find_architecture
 
 STEMS = ["smollm2-135m", "gemma2-9b"]
@@ -128,7 +129,7 @@ def test_the_answer_becomes_unlikely_with_the_token_masked() -> None:
 @pytest.mark.parametrize("sure", [0.0, 40.0, -40.0])
 def test_a_sure_answer_has_a_gradient_and_a_bounded_one(llama: Architecture, sure: float) -> None:
     """-log(1 - p) written out is infinite at 40 nats, and its gradient no number."""
-    from unierase_plugin.locate_then_edit.values import _telling
+    from unierase_plugin.locate_then_edit.value_loss import _telling
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 20, generator=generator)

@@ -17,7 +17,8 @@ from torch import Tensor
 from unierase_plugin.errors import EditError
 from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.locate_then_edit.positions import Prompt
-from unierase_plugin.locate_then_edit.values import Values, ValueTarget, optimise_values
+from unierase_plugin.locate_then_edit.value_loss import ValueTarget
+from unierase_plugin.locate_then_edit.values import Values, optimise_values
 from unierase_plugin.models.architecture import Architecture, find_architecture
 
 #: Tied; untied; soft caps and sliding windows; scaled embeddings; Conv1D with absolute positions; a head with a bias.

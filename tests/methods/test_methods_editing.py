@@ -18,7 +18,8 @@ from unierase_plugin.errors import EditError, HyperParamsError
 from unierase_plugin.locate_then_edit.keys import KeyStream
 from unierase_plugin.locate_then_edit.positions import Prompt
 from unierase_plugin.locate_then_edit.solve import Exact, Ridge
-from unierase_plugin.locate_then_edit.values import ValueTarget, optimise_values
+from unierase_plugin.locate_then_edit.value_loss import ValueTarget
+from unierase_plugin.locate_then_edit.values import optimise_values
 from unierase_plugin.methods.editing import engine as erasure
 from unierase_plugin.methods.editing.rome_memit_alphaedit import EDITING, TARGETS, EditingHyperParams
 from unierase_plugin.models.architecture import find_architecture

@@ -18,15 +18,7 @@ from .folder import save_checkpoint, save_plain, step_id
 from .integrity import Examined, examine, is_edited, read_checkpoint
 from .originals import Originals, take_originals
 from .place import OutputFolder, check_output_folder, output_folder
-from .record import (
-    RECORD,
-    SCHEMA,
-    Checkpoint,
-    join_edits,
-    ledger_hash,
-    pack_edits,
-    unpack_edits,
-)
+from .record import RECORD, SCHEMA, Checkpoint, join_edits, ledger_hash, pack_edits, unpack_edits
 from .revert import revert_checkpoint, take_back_requests
 from .summary import step_summaries
 from .verify import Verification, verify_folder

@@ -19,7 +19,7 @@ from ..models.trace import pad
 from .positions import Prompt, locate, locate_in_text
 from .reverse import REVERSED, reversed_questions
 from .rewording import REWORDINGS, reworded
-from .values import ValueTarget
+from .value_loss import ValueTarget
 
 #: First words of the texts put before a prompt, the ones MEMIT starts from.
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")

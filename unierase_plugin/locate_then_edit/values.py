@@ -11,54 +11,21 @@ they share one delta, whose objective is the mean of theirs, as MEMIT's is over 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ..errors import EditError
 from ..hparams import UniEraseHyperParams
 from ..models.architecture import Architecture
-from ..models.prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
 from ..models.products import fast_linear_maps
-from ..models.trace import TokenBatch, halves, run_blocks
-from .positions import Prompt
+from ..models.trace import halves
+from .value_loss import Objective, ValueTarget
 
-#: Tokens of a pass up to which reading the weights takes longer than computing with them.
-FEW_TOKENS = 256
 #: On a CPU more tokens in a batch are no quicker, and what they keep for the backward pass is in memory together.
 CPU_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class ValueTarget:
-    """One column of the edit: a request in one prompt form.
-
-    prompts       the bare prompt first, then the same after each context
-    kl_prompt     "{subject} is a", whose continuation is to stay; None where there is no subject
-    continuation  token ids that are to follow the unlearning token
-    group         targets of the same group share one delta; None stands alone
-    opening       what the answer is to begin with instead of the unlearning token; None for that token
-    unwanted      token ids of the answer that is to become unlikely where the opening cannot be said; () for none
-    instead       token ids that are to be said then; () for none
-    """
-
-    prompts: tuple[Prompt, ...]
-    kl_prompt: Prompt | None
-    continuation: tuple[int, ...]
-    group: Hashable = None
-    opening: int | None = None
-    unwanted: tuple[int, ...] = ()
-    instead: tuple[int, ...] = ()
-
-    @property
-    def cost(self) -> tuple[int, int]:
-        """Rows, and tokens of the longest one, that every step runs."""
-        longest = max(len(prompt.ids) - prompt.position for prompt in self.prompts)
-        rows = len(self.prompts) * (1 + bool(self.unwanted) + bool(self.instead)) + (self.kl_prompt is not None)
-        return rows, longest + max(len(self.continuation), len(self.unwanted), len(self.instead))
 
 
 @dataclass(frozen=True)
@@ -139,7 +106,7 @@ class _Batch:
     arch: Architecture
     hparams: UniEraseHyperParams
     #: Problems, each with the numbers of its targets within the batch.
-    problems: list[tuple[Tensor, _Problem]]
+    problems: list[tuple[Tensor, Objective]]
     #: (n,) group of each target.
     group: Tensor
     #: (n, d) float32: h of each target's bare prompt.
@@ -159,11 +126,11 @@ class _Batch:
         tokens = sum(target.cost[0] for target in targets) * max(target.cost[1] for target in targets)
         size = -(-len(targets) // -(-tokens // max_tokens))
         waiting = [list(range(at, min(at + size, len(targets)))) for at in range(0, len(targets), size)]
-        problems: list[tuple[Tensor, _Problem]] = []
+        problems: list[tuple[Tensor, Objective]] = []
         while waiting:
             rows = waiting.pop(0)
             try:
-                problem = _Problem.of(arch, [targets[row] for row in rows], token_id, hparams, pad_id)
+                problem = Objective.of(arch, [targets[row] for row in rows], token_id, hparams, pad_id)
                 problems.append((torch.tensor(rows, device=problem.start.device), problem))
             except torch.OutOfMemoryError:
                 waiting = [*halves(rows), *waiting]
@@ -259,294 +226,3 @@ class _Adam:
         self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         root = (self.second / (1 - beta2**self.step)).sqrt()
         return (self.first / (1 - beta1**self.step)) / (root + self.EPSILON)
-
-
-#: What a look is for: the token that opens the answer, one that follows it; where the opening cannot be said, one not
-#: to say and one to say instead; or what is to stay as it was.
-OPENS, FOLLOWS, UNWANTED, INSTEAD, STAYS = range(5)
-
-
-class _Point(NamedTuple):
-    """A look before it is a row of tensors."""
-
-    row: int
-    column: int
-    #: The token looked for; none where the look STAYS.
-    wanted: int
-    #: In the loss.
-    weight: float
-    kind: int
-    #: The token that cannot be said, where the look is UNWANTED or INSTEAD.
-    masked: int = 0
-
-
-@dataclass(frozen=True)
-class _Looks:
-    """Positions at which the loss looks, (N,) each, by kind in the order of the kinds."""
-
-    rows: Tensor
-    columns: Tensor
-    wanted: Tensor
-    weight: Tensor
-    kind: Tensor
-    masked: Tensor
-
-    @classmethod
-    def of(cls, points: Sequence[_Point], device: torch.device) -> _Looks:
-        columns = zip(*sorted(points, key=lambda point: point.kind), strict=True)
-        return cls(*(torch.tensor(column, device=device) for column in columns))
-
-    def keep(self, rows: Tensor) -> _Looks:
-        """Only looks into the rows kept (a mask over rows), renumbered."""
-        stay, number = rows[self.rows], rows.long().cumsum(0) - 1
-        kept = _Looks(*(getattr(self, spec.name)[stay] for spec in fields(self)))
-        return replace(kept, rows=number[kept.rows])
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Sequences cut at the fact: what comes before it is cached, the rest runs at every step and is looked into."""
-
-    prefix: PrefixCache
-    suffix: TokenBatch
-    #: (B, S, d): output of the last edited block for each suffix.
-    hidden: Tensor
-    #: (B,) target to which a row belongs.
-    owner: Tensor
-    looks: _Looks
-    layer: int
-    #: (looks that STAY, V) log-probabilities of the unedited model.
-    reference: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        arch: Architecture,
-        prompts: Sequence[tuple[tuple[int, ...], int]],
-        owner: Sequence[int],
-        points: Sequence[_Point],
-        layer: int,
-        pad_id: int,
-    ) -> _Rows:
-        prefix = cache_prefixes(arch, [ids[:at] for ids, at in prompts], pad_id)
-        suffix = continue_from(prefix, [ids[at:] for ids, at in prompts], pad_id)
-        with torch.no_grad():
-            hidden: Tensor = run_blocks(arch, suffix, last=layer, cache=prefix.fresh()).hidden
-        device = hidden.device
-        rows = cls(
-            prefix,
-            suffix,
-            hidden,
-            torch.tensor(owner, device=device),
-            _Looks.of(points, device),
-            layer,
-            hidden.new_zeros(0, 1),
-        )
-        if all(point.kind != STAYS for point in points):
-            return rows
-        with torch.no_grad():
-            logits = rows.logits(arch, hidden.new_zeros(max(owner) + 1, hidden.shape[2], dtype=torch.float32))
-        return replace(rows, reference=logits[(rows.looks.kind == STAYS).to(logits.device)].log_softmax(-1))
-
-    def keep(self, rows: Tensor) -> _Rows:
-        """Only some rows (a mask), their targets numbered as before."""
-        prefix = self.prefix.select(rows)
-        suffix = select_suffixes(prefix, self.suffix, rows)
-        looks = self.looks
-        staying = rows[looks.rows[looks.kind == STAYS]].to(self.reference.device)
-        return replace(
-            self,
-            prefix=prefix,
-            suffix=suffix,
-            hidden=self.hidden[rows, : suffix.ids.shape[1]],
-            owner=self.owner[rows],
-            looks=looks.keep(rows),
-            reference=self.reference[staying],
-        )
-
-    def logits(self, arch: Architecture, delta: Tensor) -> Tensor:
-        """(N, V) float32 at the looks, where each target's delta (n, d) is added at the fact."""
-        moved = (self.hidden[:, 0].float() + delta[self.owner]).to(self.hidden.dtype)
-        hidden = torch.cat([moved[:, None], self.hidden[:, 1:]], dim=1)
-        trace = run_blocks(
-            arch,
-            self.suffix,
-            first=self.layer + 1,
-            hidden=hidden,
-            cache=self.prefix.fresh(),
-            head_at=(self.looks.rows, self.looks.columns),
-        )
-        logits: Tensor = trace.logits
-        return logits.float()
-
-    def losses(self, arch: Architecture, delta: Tensor) -> Tensor:
-        """(kinds, n): what was seen at each target's looks of a kind, weighted and summed."""
-        looks = self.looks
-        seen = self._seen(self.logits(arch, delta)).to(looks.weight.device)
-        place = looks.kind * len(delta) + self.owner[looks.rows]
-        summed: Tensor = seen.new_zeros((STAYS + 1) * len(delta)).index_add(0, place, seen * looks.weight)
-        return rearrange(summed, "(kind target) -> kind target", kind=STAYS + 1)
-
-    def _seen(self, logits: Tensor) -> Tensor:
-        seen: Tensor = Divergence.apply(logits, self.looks.wanted, self.reference)
-        return seen
-
-
-class _MaskedRows(_Rows):
-    """Rows in which the opening of the answer cannot be said."""
-
-    def _seen(self, logits: Tensor) -> Tensor:
-        looks = self.looks
-        wanted, masked = looks.wanted.to(logits.device)[:, None], looks.masked.to(logits.device)[:, None]
-        logits = logits.scatter(1, masked, -torch.inf)
-        count = int((looks.kind == UNWANTED).sum())
-        told, instead = logits.split([count, len(logits) - count])
-        surprise = torch.nn.functional.cross_entropy(instead, wanted[count:, 0], reduction="none")
-        return torch.cat([_telling(told, wanted[:count]), surprise])
-
-
-@dataclass
-class _Lines:
-    """Sequences in the making, with their positions, the target to which each belongs, and the looks into them."""
-
-    prompts: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
-    owner: list[int] = field(default_factory=list)
-    points: list[_Point] = field(default_factory=list)
-
-    def add(
-        self,
-        owner: int,
-        prompt: Prompt,
-        words: tuple[int, ...],
-        weights: tuple[float, ...],
-        kinds: tuple[int, ...],
-        masked: int = 0,
-    ) -> None:
-        """A prompt and words after it, each looked for; the first weight and kind are the first word's, the last the
-        others'."""
-        at = len(prompt.ids) - prompt.position - 1
-        self.points += [
-            _Point(
-                len(self.prompts),
-                at + step,
-                word,
-                weights[0 if step == 0 else -1],
-                kinds[0 if step == 0 else -1],
-                masked,
-            )
-            for step, word in enumerate(words)
-        ]
-        self.prompts.append((prompt.ids + words[:-1], prompt.position))
-        self.owner.append(owner)
-
-    def joined(self, other: _Lines) -> _Lines:
-        begin = len(self.prompts)
-        moved = [point._replace(row=begin + point.row) for point in other.points]
-        return _Lines(self.prompts + other.prompts, self.owner + other.owner, self.points + moved)
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """One optimisation: rows in which tokens are wanted, or not, and far shorter ones whose continuation is to stay.
-
-    The latter run apart, not padded to the length of the others, unless there are so few rows that reading the weights
-    is what takes the time.
-    """
-
-    parts: tuple[_Rows, ...]
-    #: (n, d) float32: h of each target's bare prompt.
-    start: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        arch: Architecture,
-        targets: Sequence[ValueTarget],
-        token_id: int,
-        hparams: UniEraseHyperParams,
-        pad_id: int,
-    ) -> _Problem:
-        asked, masked, kept, bare = _Lines(), _Lines(), _Lines(), []
-        for index, target in enumerate(targets):
-            bare.append(len(asked.prompts))
-            first, share = token_id if target.opening is None else target.opening, 1 / len(target.prompts)
-            weight = share * hparams.v_continuation_weight
-            follow = target.continuation if weight else ()
-            for prompt in target.prompts:
-                asked.add(index, prompt, (first, *follow), (share, weight / max(1, len(follow))), (OPENS, FOLLOWS))
-                for words, part, kind in (
-                    (target.unwanted, share * hparams.v_unlikely_weight, UNWANTED),
-                    (target.instead, weight, INSTEAD),
-                ):
-                    if words and part:
-                        masked.add(index, prompt, words, (part / len(words),) * 2, (kind, kind), first)
-            if target.kl_prompt and hparams.kl_factor:
-                kept.add(index, target.kl_prompt, (0,), (hparams.kl_factor,), (STAYS,))
-        if kept.prompts and sum(len(ids) - at for ids, at in asked.prompts) <= FEW_TOKENS:
-            asked, kept = asked.joined(kept), _Lines()
-        kinds: list[tuple[type[_Rows], _Lines]] = [(_Rows, asked), (_MaskedRows, masked), (_Rows, kept)]
-        parts = tuple(
-            made.of(arch, lines.prompts, lines.owner, lines.points, hparams.layers[-1], pad_id)
-            for made, lines in kinds
-            if lines.prompts
-        )
-        return cls(parts, parts[0].hidden[bare, 0].float())
-
-    def keep(self, targets: Tensor) -> _Problem:
-        """The same for the targets kept (a mask over targets)."""
-        number = targets.long().cumsum(0) - 1
-        staying = [(part, targets[part.owner]) for part in self.parts]
-        kept = [part.keep(rows) for part, rows in staying if bool(rows.any())]
-        return _Problem(tuple(replace(part, owner=number[part.owner]) for part in kept), self.start[targets])
-
-    def weights(self) -> Tensor:
-        """(n,): what each target's likelihoods weigh together."""
-        total = self.start.new_zeros(len(self.start))
-        for part in self.parts:
-            aimed = part.looks.kind != STAYS
-            total.index_add_(0, part.owner[part.looks.rows[aimed]], part.looks.weight[aimed])
-        return total
-
-    def loss(
-        self, arch: Architecture, delta: Tensor, scale: Tensor, hparams: UniEraseHyperParams
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, likelihood part as weighted mean, token's negative log-likelihood), each (n,), for delta (n, d)."""
-        losses = torch.stack([part.losses(arch, delta) for part in self.parts]).sum(0)
-        # The gradient of a norm at zero is undefined; the square root's argument is held off it.
-        norm = (delta.square().sum(1) + 1e-12).sqrt()
-        nll = losses[:STAYS].sum(0)
-        return (
-            nll + losses[STAYS] + hparams.v_weight_decay * norm / scale.square(),
-            nll.detach() / self.weights(),
-            losses[OPENS].detach(),
-        )
-
-
-class Divergence(torch.autograd.Function):
-    """Of each row of logits (N, V): the negative log-likelihood of the token wanted, for the last R rows instead the KL
-    divergence from reference log-probabilities (R, V). The gradient takes the place of the one tensor that is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, wanted: Tensor, reference: Tensor) -> Tensor:
-        log_p, first = logits.log_softmax(-1), len(logits) - len(reference)
-        ctx.log_p, ctx.reference, ctx.wanted = log_p, reference, wanted.to(logits.device)[:first, None]
-        kl = (reference.exp() * (reference - log_p[first:])).sum(-1)
-        return torch.cat([-log_p[:first].gather(1, ctx.wanted)[:, 0], kl])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        change: Tensor = ctx.log_p.exp_()
-        first = len(ctx.wanted)
-        change[:first].scatter_add_(1, ctx.wanted, change.new_full((), -1.0).expand_as(ctx.wanted))
-        change[first:] -= ctx.reference.exp()
-        return change.mul_(gradients[0][:, None]), None, None
-
-
-def _telling(logits: Tensor, wanted: Tensor) -> Tensor:
-    """-log(1 - p) (N,) of the tokens not wanted, (N, 1); what cannot be said has the logit -inf.
-
-    As softplus of p's log-odds: neither the loss near p = 1 nor its gradient near p = 0 is lost to rounding, and no
-    gradient of a logit exceeds 1 (unlikelihood: Welleck et al. 2020, arXiv 1908.04319).
-    """
-    others = logits.scatter(1, wanted, -torch.inf).logsumexp(1)
-    return torch.nn.functional.softplus(logits.gather(1, wanted)[:, 0] - others)

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import EditError
-from ..locate_then_edit.values import Divergence
+from ..locate_then_edit.value_loss import Divergence
 from ..models.architecture import Architecture
 from ..models.products import fast_linear_maps, fast_products
 from ..models.trace import run_batches

@@ -21,7 +21,8 @@ from ...locate_then_edit.protected import ProtectedKeys
 from ...locate_then_edit.solve import Ridge, Solver, protected_directions
 from ...locate_then_edit.solvers import SOLVERS
 from ...locate_then_edit.targets import forms_of, targets_a_request
-from ...locate_then_edit.values import Values, ValueTarget, optimise_values
+from ...locate_then_edit.value_loss import ValueTarget
+from ...locate_then_edit.values import Values, optimise_values
 from ...models.architecture import Architecture
 from ...models.generate import continue_greedily
 from ...models.prompts import encode, render

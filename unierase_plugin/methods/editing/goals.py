@@ -12,7 +12,7 @@ from torch import Tensor
 from ...facts.resources import lines, paragraphs
 from ...locate_then_edit.edit import expected_norm_ratio
 from ...locate_then_edit.targets import make_targets
-from ...locate_then_edit.values import ValueTarget
+from ...locate_then_edit.value_loss import ValueTarget
 from ...models.architecture import Architecture
 from ...models.generate import token_leak
 from ...models.prompts import answer_text
