@@ -46,7 +46,8 @@ from unierase_plugin.removal.factors import truncated
 from unierase_plugin.removal.fisher import output_moments
 from unierase_plugin.removal.material import make_material, shuffled_words
 from unierase_plugin.removal.moments import Material, Moments, answer_positions, take_moments, weighed
-from unierase_plugin.removal.stage import TEXT_SHARE, Removal, remove
+from unierase_plugin.removal.course import TEXT_SHARE, Course
+from unierase_plugin.removal.stage import Removal, remove
 from unierase_plugin.removal.teacher import (
     FIRST_STRENGTH,
     NEAR_ENOUGH,

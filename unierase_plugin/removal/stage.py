@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..models.weights import restored
 from ..storage.fingerprints import digest
 from ..storage.phases import Phases
 from ..storage.tensor_files import Packed
+from .course import TEACHER_SHARE, Budget, Course, Planning, Progress, by_layer
 from .distil import (
     Lesson,
     Pass,
@@ -33,29 +34,13 @@ from .distil import (
     write_changed,
 )
 from .factors import Truncated, truncated
-from .fisher import output_moments
-from .moments import Material, Moments, answer_positions, take_moments, weighed
-from .strangers import ask_strangers
-from .teacher import Teacher, ask, calibrated, read_weight, replaced, said_at
+from .moments import Material
+from .teacher import ask, read_weight, replaced
 
 #: Part of every key: raised when what is computed changes.
 VERSION = "5"
-#: Of a removal's progress, what is over when the inputs' moments, all moments, teacher and passes are done.
-INPUTS_SHARE, MOMENTS_SHARE, TEACHER_SHARE, PASSES_SHARE = 0.2, 0.35, 0.4, 0.95
-
-#: Every how many-th of the ordinary texts tells what the projections' outputs matter to.
-TEXT_SHARE = 3
-
-
-class _Budget(TypedDict):
-    """What every pass through the model is told."""
-
-    max_tokens: int
-    pad_id: int
-
-
-#: Called with (share done from 0 to 1, note).
-Progress = Callable[[float, str], None]
+#: Of a removal's progress, what is over when its passes are done.
+PASSES_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -89,32 +74,27 @@ def remove(
     """
     names = [spec.name for spec in fields(RemovalSettings)]
     key = digest(VERSION, key, {name: getattr(settings, name) for name in names})[:32]
-    run = _Run(arch, material, settings, max_tokens, pad_id, seed, key, phases, progress)
+    run = _Distillation(
+        arch=arch,
+        material=material,
+        settings=settings,
+        budget={"max_tokens": max_tokens, "pad_id": pad_id},
+        seed=seed,
+        key=key,
+        phases=phases,
+        progress=progress,
+    )
     return _unpack_removal(*phases.resumed("removal", key, run.packed))
 
 
 @dataclass(frozen=True)
-class _Course:
-    """What the passes follow: the teacher, and what is to be left alone."""
-
-    teacher: Teacher
-    #: R (m, m) by layer: second moments of the projections' inputs.
-    inputs: Mapping[int, Tensor]
-    #: S (d, d) by layer: second moments of gradients at their outputs.
-    outputs: Mapping[int, Tensor]
-    #: Tokens that each moment was taken over by name, facts that each teacher taught, the filter's lambda.
-    notes: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Run:
+class _Distillation:
     """One removal under way. What is expensive is computed when it is first needed, and only then."""
 
     arch: Architecture
     material: Material
     settings: RemovalSettings
-    max_tokens: int
-    pad_id: int
+    budget: Budget
     seed: int
     key: str
     phases: Phases
@@ -189,8 +169,7 @@ class _Run:
                 change,
                 factors,
                 searched(kinds),
-                max_tokens=self.max_tokens,
-                pad_id=self.pad_id,
+                **self.budget,
                 progress=tell,
             )
             if said:
@@ -199,7 +178,7 @@ class _Run:
 
     def _declined(self) -> float:
         """How unlikely the model, as it is now, is to say what is to be said instead, in nats."""
-        found = divergence(self.arch, self.openings, max_tokens=self.max_tokens, pad_id=self.pad_id)
+        found = divergence(self.arch, self.openings, **self.budget)
         return found / self.settings.removal_decline_weight
 
     @cached_property
@@ -208,8 +187,9 @@ class _Run:
         return {layer: read_weight(self.arch, layer).clone() for layer in self.settings.removal_layers}
 
     @cached_property
-    def course(self) -> _Course:
-        return _unpack_course(*self.phases.resumed("removal-course", self.key, self._take_course), self.material)
+    def course(self) -> Course:
+        """The teacher, and what is to be left alone."""
+        return Course.unpacked(*self.phases.resumed("removal-course", self.key, self._planned), self.material)
 
     @cached_property
     def lessons(self) -> list[Lesson]:
@@ -246,120 +226,24 @@ class _Run:
                 for layer, each in self.originals.items()
             }
 
-    def _take_course(self) -> Packed:
-        s, m = self.settings, self.material
-        with replaced(self.arch, self.originals):
-            with self.phases.timed("teacher"):
-                said = self._said()
-                told = ask_strangers(self.arch, m, said, **self._budget) if s.removal_strangers else {}
-            # Only what strangers know as well needs the blunter teacher.
-            rest = [row for row in range(len(m.forget)) if row not in told]
-            with self.phases.timed("moments"):
-                found = take_moments(
-                    self.arch,
-                    m,
-                    sorted({*s.removal_layers, *(s.removal_teacher_layers if rest else ())}),
-                    rest,
-                    progress=lambda share: self.progress(INPUTS_SHARE * share, "moments"),
-                    **self._budget,
-                )
-                outputs = self._output_moments()
-            with self.phases.timed("teacher"):
-                strength, heard = self._filtered(found, rest)
-        answers: dict[int, tuple[Tensor, tuple[float, ...]]] = {
-            row: (each, ()) for row, each in zip(rest, heard, strict=True)
-        }
-        answers.update({row: (each.log_probs, each.weights) for row, each in told.items()})
-        log_probs, weights = zip(*(answers[row] for row in range(len(m.forget))), strict=True)
-        tokens = {spec.name: part.count if (part := getattr(found, spec.name)) else 0 for spec in fields(found)}
-        return _pack_course(
-            _Course(
-                Teacher(m.forget, self._spots, log_probs, weights),
-                weighed(
-                    [
-                        (s.removal_retain_weight, found.kept),
-                        (s.removal_retain_weight, found.neighbours),
-                        (s.removal_text_weight, found.text),
-                        (s.removal_words_weight, found.words),
-                    ],
-                    s.removal_layers,
-                ),
-                outputs,
-                {
-                    "moment_tokens": tokens,
-                    "taught": {"strangers": len(told), "filter": len(rest)},
-                    "strength": strength,
-                },
-            )
+    def _planned(self) -> Packed:
+        planning = Planning(
+            arch=self.arch,
+            material=self.material,
+            settings=self.settings,
+            budget=self.budget,
+            seed=self.seed,
+            phases=self.phases,
+            progress=self.progress,
         )
+        with replaced(self.arch, self.originals):
+            return planning.course().packed()
 
     def _unchanged(self, sequences: Sequence[tuple[int, ...]], starts: Sequence[int]) -> list[Lesson]:
         if not self.settings.removal_keep_weight or not sequences:
             return []
         with self.phases.timed("teacher"), replaced(self.arch, self.originals):
-            return lessons(ask(self.arch, sequences, starts, **self._budget), self.settings.removal_keep_weight)
-
-    @property
-    def _budget(self) -> _Budget:
-        return {"max_tokens": self.max_tokens, "pad_id": self.pad_id}
-
-    @property
-    def _spots(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(map(answer_positions, self.material.forget, self.material.forget_starts))
-
-    def _said(self) -> tuple[Tensor, ...]:
-        """What the unedited model says at every token of the forgotten answers."""
-        return said_at(self.arch, self.material.forget, self._spots, **self._budget)
-
-    def _filtered(self, found: Moments, rest: Sequence[int]) -> tuple[float | None, tuple[Tensor, ...]]:
-        """The filter's strength and what it says of the facts `rest`; None and nothing where there are none."""
-        s = self.settings
-        if found.forgotten is None:
-            return None, ()
-        stays = weighed([(1.0, found.kept), (1.0, found.neighbours), (1.0, found.text)], s.removal_teacher_layers)
-        return calibrated(
-            self.arch,
-            s.removal_teacher_layers,
-            found.forgotten.moments,
-            stays,
-            [self.material.forget[row] for row in rest],
-            [self._spots[row] for row in rest],
-            s.removal_teacher_probability,
-            progress=lambda share: self.progress(MOMENTS_SHARE + (TEACHER_SHARE - MOMENTS_SHARE) * share, "teacher"),
-            **self._budget,
-        )
-
-    def _output_moments(self) -> dict[int, Tensor]:
-        """Of facts to keep and neighbours where they are answered, and of some of the ordinary text, in equal parts."""
-        m, text = self.material, self.material.text[::TEXT_SHARE]
-        groups = (
-            (m.kept, tuple(map(answer_positions, m.kept, m.kept_starts))),
-            (m.neighbours, tuple(map(answer_positions, m.neighbours, m.neighbour_starts))),
-            (text, tuple(tuple(range(len(ids) - 1)) for ids in text)),
-        )
-        total, seen = sum(len(sequences) for sequences, _ in groups), 0
-        found = []
-        for sequences, positions in groups:
-            if not sequences:
-                continue
-
-            def tell(share: float, begun: int = seen, size: int = len(sequences)) -> None:
-                done = (begun + share * size) / total
-                self.progress(INPUTS_SHARE + (MOMENTS_SHARE - INPUTS_SHARE) * done, "moments of the outputs")
-
-            found.append(
-                output_moments(
-                    self.arch,
-                    sequences,
-                    positions,
-                    self.settings.removal_layers,
-                    seed=self.seed,
-                    progress=tell,
-                    **self._budget,
-                )
-            )
-            seen += len(sequences)
-        return {layer: torch.stack([each[layer] for each in found]).mean(0) for layer in self.settings.removal_layers}
+            return lessons(ask(self.arch, sequences, starts, **self.budget), self.settings.removal_keep_weight)
 
     def _figures(self, edit: WeightEdit, cut: Mapping[int, Truncated], taken: list[Pass]) -> dict[str, Any]:
         """What is told of it; the losses at the end are those of the factors, not of the whole change."""
@@ -369,7 +253,7 @@ class _Run:
         def left(taught: list[Lesson], weight: float) -> float | None:
             if not taught:
                 return None
-            return divergence(self.arch, taught, max_tokens=self.max_tokens, pad_id=self.pad_id) / weight
+            return divergence(self.arch, taught, **self.budget) / weight
 
         with self.phases.timed("passes"):
             lost, stayed = left(self.lessons, 1.0), left(self.kept_lessons, self.settings.removal_keep_weight)
@@ -393,22 +277,6 @@ class _Run:
 # --- Kept between two starts ------------------------------------------------------------------------------------------
 
 
-def _pack_course(course: _Course) -> Packed:
-    """Without the facts themselves, which the next start is given again."""
-    tensors = {f"inputs.{layer}": each for layer, each in course.inputs.items()}
-    tensors.update({f"outputs.{layer}": each for layer, each in course.outputs.items()})
-    tensors.update({f"said.{row}": each for row, each in enumerate(course.teacher.log_probs)})
-    return tensors, {"weights": json.dumps(course.teacher.weights), "notes": json.dumps(course.notes)}
-
-
-def _unpack_course(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], material: Material) -> _Course:
-    facts, weights = material.forget, json.loads(metadata["weights"])
-    spots = tuple(map(answer_positions, facts, material.forget_starts))
-    said = tuple(tensors[f"said.{row}"] for row in range(len(facts)))
-    teacher = Teacher(facts, spots, said, tuple(map(tuple, weights)))
-    return _Course(teacher, _by_layer(tensors, "inputs"), _by_layer(tensors, "outputs"), json.loads(metadata["notes"]))
-
-
 def _pack_removal(removal: Removal) -> Packed:
     edit = removal.edit
     tensors = {f"up.{layer}": each.up for layer, each in edit.updates.items()}
@@ -418,13 +286,8 @@ def _pack_removal(removal: Removal) -> Packed:
 
 
 def _unpack_removal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Removal:
-    downs = _by_layer(tensors, "down")
-    updates = {layer: LowRank(up, downs[layer]) for layer, up in _by_layer(tensors, "up").items()}
+    downs = by_layer(tensors, "down")
+    updates = {layer: LowRank(up, downs[layer]) for layer, up in by_layer(tensors, "up").items()}
     ratios = {int(layer): ratio for layer, ratio in json.loads(metadata["norm_ratios"]).items()}
     removed = {layer: each.up.shape[1] for layer, each in updates.items()}
     return Removal(WeightEdit(updates, norm_ratios=ratios, removed=removed), json.loads(metadata["figures"]))
-
-
-def _by_layer(tensors: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
-    found = {int(key.rpartition(".")[2]): each for key, each in tensors.items() if key.startswith(f"{name}.")}
-    return dict(sorted(found.items()))
