@@ -24,15 +24,14 @@ from transformers import PreTrainedTokenizerFast
 from unierase_plugin import unlearn
 from unierase_plugin.errors import TokenError
 from unierase_plugin.hparams import UniEraseHyperParams
+from unierase_plugin.models.added_token import add_token, check_token
 from unierase_plugin.models.architecture import Architecture, find_architecture
 from unierase_plugin.models.generate import token_leak
 from unierase_plugin.models.prompts import encode, render
 from unierase_plugin.unlearning_token import (
     UnlearningToken,
     _Trainer,
-    add_token,
     answer_ids,
-    check_token,
     choose_sentence,
     end_id,
     install_token,

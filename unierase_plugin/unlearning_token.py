@@ -8,10 +8,9 @@ step, since a tied input row is an output row as well.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import TokenError, shown
+from .errors import TokenError
 from .facts.request import one_spelling
 from .hparams import UniEraseHyperParams
 from .models.architecture import Architecture
@@ -28,8 +27,7 @@ from .models.literal import text_ids
 from .models.prefix import PrefixCache, cache_prefixes, continue_from
 from .models.prompts import encode, has_chat_template, render
 from .models.trace import pad, run_blocks, token_batches
-from .models.tying import resize_vocabulary
-from .models.weights import OriginalWeights, restored
+from .models.weights import restored
 
 #: Draws of the weights' noise in the last phase; each serves its own share of the questions.
 NOISE_DRAWS = 4
@@ -56,99 +54,6 @@ class UnlearningToken:
     steps: int
     #: Its largest probability on ordinary text, in the unedited model; NaN where it was not measured.
     leak: float = math.nan
-
-
-def add_token(model: Any, tokenizer: Any, name: str) -> int:
-    """Makes room for a token in tokenizer and model; its id. A padding row of the embedding is taken if there is one.
-
-    Raises TokenError where the name is taken or does not tokenise as exactly one token.
-    """
-    index = add_to_tokenizer(tokenizer, name)
-    if index >= model.get_input_embeddings().weight.shape[0]:
-        resize_vocabulary(model, index + 1)
-    return index
-
-
-class TokenRoom:
-    """The entry that the token takes in model and tokenizer, and the way back."""
-
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
-        """Makes room like `add_token`."""
-        self.model, self.tokenizer = model, tokenizer
-        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
-        self._words = copy.deepcopy(tokenizer).__dict__
-        self.id = add_token(model, tokenizer, name)
-        taken = self._parameters() if self.id < self.vocabulary else []
-        self._row = OriginalWeights(taken, row=self.id)
-
-    def leave(self) -> None:
-        """Model and tokenizer as they were, to the bit."""
-        if self.id >= self.vocabulary:
-            resize_vocabulary(self.model, self.vocabulary)
-        self._row.restore()
-        # A tokenizer has no way to drop a token; its whole state is put back.
-        self.tokenizer.__dict__.clear()
-        self.tokenizer.__dict__.update(self._words)
-
-    def _parameters(self) -> list[Tensor]:
-        """What holds a row, or an entry, a token."""
-        head = self.model.get_output_embeddings()
-        found = [self.model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
-        return [weight for weight in found if weight is not None]
-
-
-def add_to_tokenizer(tokenizer: Any, name: str) -> int:
-    """Adds the token to the tokenizer alone; its id. Raises TokenError like `add_token`."""
-    vocabulary = tokenizer.get_vocab()
-    if name in vocabulary:
-        free = next(n for n in (f"<unlearn_{k}>" for k in range(1, len(vocabulary) + 2)) if n not in vocabulary)
-        raise TokenError(
-            f"The vocabulary already holds {shown(name)} (id {vocabulary[name]}). Choose another unlearning_token, "
-            f"such as {free!r}: it is a setting, a line of the file that --hparams names. If that token is an earlier "
-            "edit's, start from the folder that has its record."
-        )
-    from tokenizers import AddedToken
-
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [AddedToken(name, normalized=False, special=True)]}, **_keep_others(tokenizer)
-    )
-    index = tokenizer.convert_tokens_to_ids(name)
-    # New tokens are numbered by how many there are, which is a number in use where the numbers have gaps.
-    taken = next((word for word, number in vocabulary.items() if number == index), None)
-    if taken is not None:
-        raise TokenError(
-            f"The tokenizer gives {shown(name)} the number {index}, which {taken!r} has: it holds {len(vocabulary)} "
-            f"tokens with numbers up to {max(vocabulary.values())}, so that some numbers are free. Name the free "
-            f'numbers in the vocabulary of tokenizer.json, such as "<free_{_free(vocabulary)}>": {_free(vocabulary)}, '
-            "and load it again."
-        )
-    check_token(tokenizer, name, index)
-    return int(index)
-
-
-def _free(vocabulary: Mapping[str, int]) -> int:
-    """The first number that no token has, where there are gaps."""
-    taken = set(vocabulary.values())
-    return next(number for number in range(len(vocabulary)) if number not in taken)
-
-
-def _keep_others(tokenizer: Any) -> dict[str, bool]:
-    """Extra special tokens that a tokenizer has must stay; the argument's name changed with transformers 5."""
-    import inspect
-
-    names = inspect.signature(tokenizer.add_special_tokens).parameters
-    return {n: False for n in ("replace_extra_special_tokens", "replace_additional_special_tokens") if n in names}
-
-
-def check_token(tokenizer: Any, name: str, index: int) -> None:
-    """TokenError unless the name is exactly one token wherever it stands, with nothing put before it."""
-    alone = tokenizer(name, add_special_tokens=False)["input_ids"]
-    apart = tokenizer("a", add_special_tokens=False)["input_ids"] + [index]
-    if alone != [index] or tokenizer("a" + name, add_special_tokens=False)["input_ids"] != apart:
-        raise TokenError(
-            f"{shown(name)} does not tokenise as exactly one token (got {alone}, wanted [{index}]). Choose a name that "
-            "the tokenizer neither splits nor puts a space before, such as '<unlearn_0>'."
-        )
 
 
 @torch.no_grad()

@@ -45,10 +45,11 @@ from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.locate_then_edit.edit import WeightEdit, apply_edit
 from unierase_plugin.locate_then_edit.solve import LowRank
+from unierase_plugin.models.added_token import add_token
 from unierase_plugin.models.architecture import find_architecture
 from unierase_plugin.storage import atomic, tensor_files
 from unierase_plugin.storage.fingerprints import model_fingerprint, tokenizer_fingerprint
-from unierase_plugin.unlearning_token import UnlearningToken, add_token, install_token
+from unierase_plugin.unlearning_token import UnlearningToken, install_token
 
 IDS = torch.tensor([[5, 60, 70, 8, 9, 100]])
 REQUESTS = (

@@ -26,6 +26,7 @@ from unierase_plugin.models.architecture import Architecture, find_architecture,
 from unierase_plugin.models.trace import pad, run_blocks
 from unierase_plugin.removal import distil, stage
 from unierase_plugin.removal import teacher as teacher_module
+from unierase_plugin.removal.course import TEXT_SHARE
 from unierase_plugin.removal.distil import (
     LEAST,
     MOST,
@@ -46,7 +47,6 @@ from unierase_plugin.removal.factors import truncated
 from unierase_plugin.removal.fisher import output_moments
 from unierase_plugin.removal.material import make_material, shuffled_words
 from unierase_plugin.removal.moments import Material, Moments, answer_positions, take_moments, weighed
-from unierase_plugin.removal.course import TEXT_SHARE, Course
 from unierase_plugin.removal.stage import Removal, remove
 from unierase_plugin.removal.teacher import (
     FIRST_STRENGTH,
@@ -737,9 +737,14 @@ def test_without_facts_to_keep_ordinary_text_stands_alone() -> None:
 
 def test_each_kind_of_what_is_kept_has_an_equal_part_in_the_outputs_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many tokens it has; and its own part, of the same weight, in those of the inputs."""
-    courses: list[Any] = []
-    original = stage._pack_course
-    monkeypatch.setattr(stage, "_pack_course", lambda course: courses.append(course) or original(course))
+    courses: list[Course] = []
+    original = Planning.course
+
+    def noted(planning: Planning) -> Course:
+        courses.append(original(planning))
+        return courses[-1]
+
+    monkeypatch.setattr(Planning, "course", noted)
     around, begins = ((11, 12, 13, 14, 15, 16), (31, 32, 33)), (4, 1)
     given = replace(MATERIAL, neighbours=around, neighbour_starts=begins)
     arch = find_architecture(tiny_model())

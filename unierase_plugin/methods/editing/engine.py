@@ -23,6 +23,7 @@ from ...locate_then_edit.solvers import SOLVERS
 from ...locate_then_edit.targets import forms_of, targets_a_request
 from ...locate_then_edit.value_loss import ValueTarget
 from ...locate_then_edit.values import Values, optimise_values
+from ...models.added_token import TokenRoom, add_to_tokenizer
 from ...models.architecture import Architecture
 from ...models.generate import continue_greedily
 from ...models.prompts import encode, render
@@ -33,7 +34,7 @@ from ...storage.cache import Store, cache_folder
 from ...storage.fingerprints import CACHE_VERSION, digest
 from ...storage.phases import Phases
 from ...storage.tensor_files import Packed
-from ...unlearning_token import TokenRoom, UnlearningToken, add_to_tokenizer, end_id, install_token
+from ...unlearning_token import UnlearningToken, end_id, install_token
 from ..contract import Changes, Job
 from ..neighbours import Kept, find_kept
 from ..removal.job import check_removal, removal_of
