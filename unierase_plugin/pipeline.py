@@ -146,7 +146,7 @@ def unlearn(
             )
         if place is not None:
             check_room(place.path, model_size(session.loaded.model, session.hparams))
-        run = _Run(session, requests, kept, place, judged, progress)
+        run = _Unlearning(session, requests, kept, place, judged, progress)
         run.refuse_applied()
         session.tell_forgotten(requests)
         result = run.unlearn()
@@ -267,7 +267,7 @@ def _facts(
     return requests, kept
 
 
-class _Run(Phases):
+class _Unlearning(Phases):
     """One run of any method: the model loaded, asked before and after, and the folder written."""
 
     def __init__(

@@ -26,7 +26,7 @@ from unierase_plugin.models.architecture import Architecture, find_architecture,
 from unierase_plugin.models.trace import pad, run_blocks
 from unierase_plugin.removal import distil, stage
 from unierase_plugin.removal import teacher as teacher_module
-from unierase_plugin.removal.course import TEXT_SHARE
+from unierase_plugin.removal.course import TEXT_SHARE, Course, Planning
 from unierase_plugin.removal.distil import (
     LEAST,
     MOST,
