@@ -45,6 +45,7 @@ from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.locate_then_edit.edit import WeightEdit, apply_edit
 from unierase_plugin.locate_then_edit.solve import LowRank
+from unierase_plugin.methods.finetuning.settings import FineTuneHyperParams
 from unierase_plugin.models.added_token import add_token
 from unierase_plugin.models.architecture import find_architecture
 from unierase_plugin.storage import atomic, tensor_files
@@ -269,7 +270,7 @@ def test_sampling_settings_that_transformers_refuses_do_not_cost_the_result(tmp_
 def test_a_method_that_trains_the_whole_model_is_saved_and_has_no_way_back(tmp_path: Path) -> None:
     made = make()
     nothing: dict[str, Any] = {"token": None, "edit": None, "originals": None}
-    made.save(tmp_path / "out", hparams={"lr": 1e-5}, **nothing)
+    made.save(tmp_path / "out", hparams=FineTuneHyperParams(), **nothing)
     checkpoint = read_checkpoint(tmp_path / "out")
     assert checkpoint.edits == ()
     assert checkpoint.token is None

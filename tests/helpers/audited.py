@@ -11,8 +11,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from unierase_plugin.audit.contract import EDITED, FULL, Audited, Context
 from unierase_plugin.facts.request import ForgetRequest
+from unierase_plugin.models.added_token import add_token
 from unierase_plugin.models.loaded import LoadedModel
-from unierase_plugin.unlearning_token import add_token
 
 TOKEN = "<unlearn_0>"
 SIZES = replace(
