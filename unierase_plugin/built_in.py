@@ -26,6 +26,8 @@ def register_methods(register: Callable[[Method[Any]], None]) -> None:
     from .methods.lunar import LUNAR
     from .methods.removal.method import REMOVAL
 
+    # EasyEdit's are no entry point of their own: an installation that was not refreshed would not list them, and
+    # UNIERASE_PLUGINS= (none) would leave them out.
     own: tuple[Method[Any], ...] = (UNIERASE, REMOVAL, *EDITING, *FINE_TUNING, LUNAR, *CONTROLS)
     for method in (*own, *easyedit_methods()):
         register(method)

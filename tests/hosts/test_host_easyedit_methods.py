@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from easyedit_host import easyedit_or_skip
+from installed import installer
 from small import FORGET, shrink
 from tiny import tiny_model, tiny_tokenizer
 
 from unierase_plugin import unlearn
 from unierase_plugin.errors import DependencyError, EditError, HyperParamsError, RequestError
 from unierase_plugin.hosts.easyedit_methods import easyedit_methods
+from unierase_plugin.plugins.catalogue import BUILT_IN
+from unierase_plugin.plugins.registration import registry
 
 #: A package with EasyEdit's layout. HALVE halves a projection, NOTHING leaves all as it was, BREAK fails half-way.
 PACKAGE = {
@@ -107,6 +110,32 @@ def run(algorithm: str, folder: Path, **options: Any) -> tuple[Any, Any, Any]:
 def test_what_edits_plain_weights_is_offered_under_a_name_of_its_own(stand_in: Path) -> None:
     assert [method.name for method in easyedit_methods()] == ["easyedit_halve", "easyedit_no_thing", "easyedit_break"]
     assert "easyeditor" not in sys.modules, "listing the methods must not import EasyEdit"
+
+
+#: The hooks are enough for a whole harness' methods: a package of its own could bring these.
+AS_A_PLUGIN = """
+from dataclasses import replace
+from unierase_plugin import hookimpl
+from unierase_plugin.hosts.easyedit_methods import easyedit_methods
+@hookimpl
+def register_methods(register):
+    for method in easyedit_methods():
+        register(replace(method, name=f"theirs_{method.name}"))
+"""
+
+
+def test_they_could_come_from_a_package_of_their_own(
+    stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installer(tmp_path / "site", monkeypatch)("theirs", AS_A_PLUGIN)
+    names = {name: registry().methods.owner(name).name for name in registry().methods if "easyedit" in name}
+    for name in ("easyedit_halve", "easyedit_no_thing", "easyedit_break"):
+        assert (names[name], names[f"theirs_{name}"]) == (BUILT_IN, "theirs")
+    model = tiny_model()
+    before = model.get_parameter(WEIGHT).detach().clone()
+    options = {"hparams": settings(stand_in, "HALVE"), "tokenizer": tiny_tokenizer()}
+    unlearn(model, list(FORGET), method="theirs_easyedit_halve", **options)
+    torch.testing.assert_close(model.get_parameter(WEIGHT), before / 4, rtol=0, atol=0)
 
 
 def test_without_easyedit_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:

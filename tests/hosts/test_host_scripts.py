@@ -13,6 +13,7 @@ import easyedit_host
 import hosts_data
 import pytest
 from easyedit_host import easyedit_or_skip
+from installed import installer
 from small import SHORT, save_base, shrink
 from tiny import tiny_model
 from typer.testing import CliRunner
@@ -86,6 +87,31 @@ def test_a_chain_chooses_ours_and_its_own(tmp_path: Path, method: str, wanted: s
     done = CliRunner().invoke(app, ["harness", str(path), "--editing_method", method])
     assert json.loads(done.stdout) == ["__main__", method, wanted]
     assert path.read_text(encoding="utf-8") == CHAIN
+
+
+#: The hooks are enough for the launcher: a package of its own could bring it.
+AS_A_PLUGIN = """
+import typer
+from unierase_plugin import hookimpl
+from unierase_plugin.cli.harness import harness
+app = typer.Typer()
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)(harness)
+@hookimpl
+def register_commands(register):
+    register("launch", app)
+"""
+
+
+def test_the_launcher_could_come_from_a_package_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installer(tmp_path / "site", monkeypatch)("launcher", AS_A_PLUGIN)
+    path = script(tmp_path, CHAIN)
+    said = [
+        CliRunner().invoke(app, [name, str(path), "--editing_method", "UniErase"]) for name in ("harness", "launch")
+    ]
+    assert said[0].stdout == said[1].stdout == '["__main__", "UniErase", "UniEraseHyperParams"]\n'
+    assert "Runs a harness' script" in CliRunner().invoke(app, ["launch", "--help"]).output
 
 
 def test_tables_get_an_entry_and_others_do_not(tmp_path: Path) -> None:
