@@ -1,4 +1,4 @@
-"""What comes with the package, registered through the hooks that any other package uses."""
+"""Registers what this package brings, through the hooks that plugins use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_methods(register: Callable[[Method[Any]], None]) -> None:
-    """Registers UniErase, the other methods of this package, and those of EasyEdit where it is installed."""
+    """Registers UniErase, the other methods of this package, and EasyEdit's own where EasyEdit is installed."""
     from .hosts.easyedit_methods import easyedit_methods
     from .methods.controls import CONTROLS
     from .methods.editing.rome_memit_alphaedit import EDITING
@@ -26,8 +26,8 @@ def register_methods(register: Callable[[Method[Any]], None]) -> None:
     from .methods.lunar import LUNAR
     from .methods.removal.method import REMOVAL
 
-    # EasyEdit's are no entry point of their own: an installation that was not refreshed would not list them, and
-    # UNIERASE_PLUGINS= (none) would leave them out.
+    # EasyEdit's methods have no entry point: an editable installation that was not refreshed would lose them, and so
+    # would a run with UNIERASE_PLUGINS= (no plugins).
     own: tuple[Method[Any], ...] = (UNIERASE, REMOVAL, *EDITING, *FINE_TUNING, LUNAR, *CONTROLS)
     for method in (*own, *easyedit_methods()):
         register(method)

@@ -55,7 +55,7 @@ def test_what_can_be_measured_of_an_answer_is_found_by_name() -> None:
     assert [metric.name for metric in answer_metrics(["copied", "letters", "copied"])] == ["copied", "letters"]
     with pytest.raises(PluginError, match=r"no metric 'leters'\. Did you mean 'letters'"):
         answer_metrics(["leters"])
-    with pytest.raises(PluginError, match=r"'half' is a plain function.*These can: answered, rouge_l_recall, letters"):
+    with pytest.raises(PluginError, match=r"'half' is a plain function .*one of: answered, rouge_l_recall, letters"):
         answer_metrics(["half"])
     with pytest.raises(PluginError, match="A metric cannot be called 'a,b'"):
         AnswerMetric("a,b", "", answered)
@@ -120,7 +120,7 @@ def compared(base: Path, out: Path, **options: Any) -> dict[str, Any]:
 def test_a_comparison_has_two_columns_for_each_metric(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unierase_plugin.compare.results.draw", lambda results, out: None)
+    monkeypatch.setattr("unierase_plugin.compare.results.draw", lambda results, out: {})
     plain = compared(base, tmp_path / "plain")
     found = compared(base, tmp_path / "more", metrics=("letters", "copied"))
     said = {

@@ -163,12 +163,12 @@ BROKEN = {
     "ends the program": ("raise SystemError('no')", "SystemError: no"),
     "exits when imported": (
         "import sys\nprint('noise')\nsys.exit(3)",
-        "called for the end of the program (SystemExit: 3)",
+        "tried to end the program (SystemExit: 3)",
     ),
-    "exits in silence": ("raise SystemExit", "called for the end of the program (SystemExit: )"),
-    "interrupts when imported": ("raise KeyboardInterrupt", "called for the end of the program (KeyboardInterrupt: )"),
+    "exits in silence": ("raise SystemExit", "tried to end the program (SystemExit: )"),
+    "interrupts when imported": ("raise KeyboardInterrupt", "tried to end the program (KeyboardInterrupt: )"),
     "is cancelled when imported": ("import asyncio\nraise asyncio.CancelledError", "the program (CancelledError: )"),
-    "exits in a hook": (GOOD.replace('register("{name}_length", len)', "exit()"), "of the program (SystemExit: None)"),
+    "exits in a hook": (GOOD.replace('register("{name}_length", len)', "exit()"), "the program (SystemExit: None)"),
     "has no hook": ("x = 1", "has none of the hooks register_methods"),
     "has an unknown hook": ("@hookimpl\ndef register_method(register): pass", "unknown hook 'register_method'"),
     "takes something else": ("@hookimpl\ndef register_methods(methods): pass", "Argument(s) {'methods'}"),
@@ -278,7 +278,7 @@ CALLS: dict[str, Callable[[module.Registry], Any]] = {
 @pytest.mark.parametrize("part", CALLS)
 def test_nothing_of_a_plugin_ends_the_program(part: str, how: str, install: Install) -> None:
     install("rude", ENDS.replace("{how}", how))
-    with pytest.raises(PluginError, match=r"of the plugin 'rude' \(rude-package 1.2\) called for the end"):
+    with pytest.raises(PluginError, match=r"of the plugin 'rude' \(rude-package 1.2\) tried to end the program"):
         CALLS[part](load_registry())
 
 

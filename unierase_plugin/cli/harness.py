@@ -1,4 +1,4 @@
-"""`unierase harness`: a harness' own script, run as it stands with UniErase among its methods."""
+"""`unierase harness`: runs a script of a harness with UniErase among its methods."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import typer
 
 def harness(
     context: typer.Context,
-    script: Annotated[Path, typer.Argument(help="Python script of EasyEdit or of ROME's family; it is not changed.")],
+    script: Annotated[
+        Path, typer.Argument(help="A Python script of EasyEdit or of the ROME family. The file is not changed.")
+    ],
 ) -> None:
     """Runs a harness' script with the method UniErase: unierase harness SCRIPT.py --editing_method UniErase OPTIONS.
 
-    The script is run as `python SCRIPT.py` would run it, in the current folder. In memory, UniErase is added to the
-    methods that it chooses settings for: EasyEdit's examples (--editing_method UniErase, --hparams_dir FILE.yaml) and
-    evaluate.py of MEMIT and AlphaEdit (--alg_name UniErase, --hparams_fname FILE.json). What follows the script's name
-    is the script's own, --help included.
+    The script runs as `python SCRIPT.py` would run it, in the current folder. UniErase is added in memory to the
+    methods that the script can choose. That works for EasyEdit's examples (--editing_method UniErase, --hparams_dir
+    FILE.yaml) and for evaluate.py of MEMIT and AlphaEdit (--alg_name UniErase, --hparams_fname FILE.json). Everything
+    after the script's name goes to the script, --help too.
     """
     from ..hosts.scripts import run_script
 

@@ -1,4 +1,4 @@
-"""Commands that list what is there."""
+"""Commands that list shipped files and folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .console import Screen
 
 
 def hparams(
-    method: Annotated[str, typer.Option(help="Method whose files are listed: see `unierase methods`.")] = "unierase",
+    method: Annotated[str, typer.Option(help="The method: see `unierase methods`.")] = "unierase",
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Lists the shipped hyper-parameter files of a method."""
@@ -34,9 +34,11 @@ def hparams(
 
 
 def tasks_path(
-    benchmark: Annotated[str, typer.Argument(help="A plugin's benchmark, for the folder of its tasks.")] = "",
+    benchmark: Annotated[
+        str, typer.Argument(help="A benchmark of a plugin: prints the folder of its tasks instead.")
+    ] = "",
 ) -> None:
-    """Prints the folder of lm-eval tasks: lm_eval --include_path "$(unierase tasks-path)" ..."""
+    """Prints the folder of this package's lm-eval tasks: lm_eval --include_path "$(unierase tasks-path)" ..."""
     from ..plugins.registration import registry
     from ..tasks.task_manager import tasks_folder
 

@@ -1,4 +1,4 @@
-"""Commands that list what is registered: by this package, and by plugins that other packages bring."""
+"""Commands that list what this package and the installed plugins register."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def methods(as_json: AsJson = False) -> None:
-    """Lists the unlearning methods: what each does, the work to cite, and its settings."""
+    """Lists the unlearning methods: what each does, the paper to cite, and its settings."""
     from ..plugins.registration import registry
 
     found = registry().methods
@@ -32,9 +32,9 @@ def methods(as_json: AsJson = False) -> None:
 
 
 def plugins(as_json: AsJson = False) -> None:
-    """Lists the plugins: version, hooks, where each is from, what it registers, and why one cannot be loaded.
+    """Lists the plugins: version, hooks, package, what each registers, and why one cannot be loaded.
 
-    UNIERASE_PLUGINS=name,name loads only these beside what is built in; UNIERASE_PLUGINS= none.
+    UNIERASE_PLUGINS=name,name loads only these. UNIERASE_PLUGINS= loads none. What comes with the package stays.
     """
     import dataclasses
 
@@ -51,9 +51,9 @@ def plugins(as_json: AsJson = False) -> None:
 
 
 def hosts(as_json: AsJson = False) -> None:
-    """Lists the harnesses that can be told of this package, and whether that happens when they are imported.
+    """Lists the harnesses that can be told of UniErase, and whether that happens when they are imported.
 
-    UNIERASE_AUTOLOAD=0 switches it off; docs/how-to/hosts.md says what it does.
+    UNIERASE_AUTOLOAD=0 switches that off. docs/how-to/hosts.md explains it.
     """
     from ..hosts import is_awaited, is_installed
     from ..plugins.registration import registry

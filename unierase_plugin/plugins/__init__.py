@@ -1,3 +1,3 @@
-"""What plugins can add, and what they have added."""
+"""Plugins: what they can add, and how they are found."""
 
 from .registration import registry as registry

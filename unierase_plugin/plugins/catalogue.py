@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from ..errors import PluginError, did_you_mean, shown
 
-#: Environment variable: names of the plugins to load, or of the packages that they came with, with commas between.
-#: Empty for none.
+#: An environment variable with the names of the plugins to load, or of their packages, with commas between. Empty
+#: loads none.
 RESTRICTION = "UNIERASE_PLUGINS"
 #: The plugin that comes with the package. It is always loaded.
 BUILT_IN = "built-in"
@@ -25,7 +25,7 @@ class Plugin:
     version: str
     #: The hooks that it implements.
     hooks: tuple[str, ...]
-    #: The package that it came with, and the module or object in it.
+    #: The package that brings it, and the module or object in that package.
     package: str
     module: str
     #: Why it cannot be used; empty where it can.
@@ -59,7 +59,7 @@ class Catalogue(Mapping[str, T]):
         return sum(1 for _ in self)
 
     def find(self, name: str) -> T:
-        """The thing of that name. Raises PluginError with the names that there are, or with those who contest it."""
+        """The thing of that name. Raises PluginError for an unknown name, and for one that two plugins claim."""
         if name not in self:
             raise PluginError(
                 f"There is no {self.kind} {shown(name)}.{did_you_mean(name, self)} Available: "
@@ -72,7 +72,7 @@ class Catalogue(Mapping[str, T]):
         return self._owners[name][0]
 
     def of(self, plugin: Plugin) -> tuple[str, ...]:
-        """The names that a plugin registered, contested ones too."""
+        """The names that a plugin registered. Names that another plugin claims too are among them."""
         return tuple(name for name, owners in self._owners.items() if plugin in owners)
 
     def contested(self) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ class Catalogue(Mapping[str, T]):
         return tuple(name for name, owners in self._owners.items() if len(owners) > 1)
 
     def clash(self, name: str) -> str:
-        """Says who claims a contested name, and what to do about it."""
+        """Says which plugins claim a name, and what to do."""
         owners = " and by ".join(map(str, self._owners[name]))
         return (
             f"The {self.kind} {name!r} is registered by {owners}. Uninstall one of them, "

@@ -20,8 +20,8 @@ OWN_COMMANDS = (
 def made_command(name: str, thing: Any, owner: Plugin) -> Any:
     """The command that typer makes of a function, or of a `typer.Typer`.
 
-    An application with one command and no callback is that command; any other is a group of commands.
-    Raises PluginError for a name of `unierase` itself, and for what typer cannot use.
+    A `typer.Typer` with one command and no callback becomes that command. Any other becomes a group of commands.
+    Raises PluginError for the name of a command of `unierase` itself, and for what typer cannot use.
     """
     import typer
     from typer.main import get_group
@@ -29,7 +29,7 @@ def made_command(name: str, thing: Any, owner: Plugin) -> Any:
     if name in OWN_COMMANDS:
         raise PluginError(f"{name!r} is a command of unierase itself. Choose another name.")
     outer = typer.Typer(add_completion=False)
-    # Two commands at least, so that typer makes a group.
+    # typer makes a group only of two commands or more.
     outer.command("-")(lambda: None)
     if not isinstance(thing, typer.Typer):
         outer.command(name)(thing)
@@ -41,7 +41,7 @@ def made_command(name: str, thing: Any, owner: Plugin) -> Any:
         outer.add_typer(thing, name=name)
     try:
         command = get_group(outer).commands[name]
-    except Exception as error:  # typer raises kinds of its own, by what it finds in the signature
+    except Exception as error:  # typer raises several kinds, depending on the signature
         raise PluginError(f"typer makes no command {name!r} of {thing!r} ({error})") from error
     command.rich_help_panel = f"Commands of the plugin {owner}"  # type: ignore[attr-defined]
     return command

@@ -1,4 +1,4 @@
-"""Other packages' code, run so that it ends nothing but itself and prints nothing into what a command prints."""
+"""Runs the code of other packages: it cannot end the program, and prints nothing into the output of a command."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..errors import PluginError
 
 @contextmanager
 def kept_in(what: str) -> Iterator[None]:
-    """Within it a wish to end the program is a PluginError that names `what`.
+    """Turns SystemExit and the like into a PluginError that names `what`.
 
-    Ctrl-C and other signals end the program all the same. The handler of SIGINT is put back at the end.
+    Ctrl-C and other signals end the program as always. The handler of SIGINT is put back at the end.
     """
     with _ctrl_c_noted() as pressed:
         try:
@@ -27,25 +27,25 @@ def kept_in(what: str) -> Iterator[None]:
         except Exception:
             raise
         except BaseException as error:
-            # Signals of other kinds raise exceptions of their own (cli/signals.py).
+            # Other signals raise exceptions of their own (cli/signals.py).
             own = isinstance(error, KeyboardInterrupt) and type(error) is not KeyboardInterrupt
             if own or pressed:
                 raise
             raise PluginError(
-                f"{what} called for the end of the program ({type(error).__name__}: {error}), which is not its to end. "
-                "Ask its authors to raise an error instead, or leave it out."
+                f"{what} tried to end the program ({type(error).__name__}: {error}). Only a command may do that. Ask "
+                "its authors to raise an error instead, or leave it out."
             ) from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it, what is printed goes to the error stream, since standard output may be read by a program."""
+    """Sends what is printed to the error stream. A program may read standard output."""
     with redirect_stdout(sys.stderr):
         yield
 
 
 def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """The function, kept in."""
+    """The function, run within `kept_in`."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +56,7 @@ def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
 
 
 def guarded_parts(thing: Any, names: tuple[str, ...], what: str) -> Any:
-    """A copy of a frozen dataclass in which the functions of those names are kept in."""
+    """A copy of a frozen dataclass. Its functions of those names run within `kept_in`."""
     copied = copy.copy(thing)
     for name in names:
         object.__setattr__(copied, name, guarded(getattr(thing, name), what))
@@ -64,7 +64,7 @@ def guarded_parts(thing: Any, names: tuple[str, ...], what: str) -> Any:
 
 
 def guarded_maker(make: Callable[..., Any], methods: tuple[str, ...], what: str) -> Callable[..., Any]:
-    """The function, kept in. So are these methods of what it makes, which has to have them."""
+    """The function, run within `kept_in`. The object that it makes must have `methods`, and they run so too."""
 
     @functools.wraps(make)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -72,14 +72,14 @@ def guarded_maker(make: Callable[..., Any], methods: tuple[str, ...], what: str)
             made = make(*args, **kwargs)
         lacking = [name for name in methods if not callable(getattr(made, name, None))]
         if lacking:
-            raise PluginError(f"{what} made {made!r}, which has no {', '.join(lacking)}. Tell its authors.")
+            raise PluginError(f"{what} made {made!r}, which has no {', '.join(lacking)}. Ask its authors to add them.")
         return _Guarded(made, methods, what)
 
     return call
 
 
 class _Guarded:
-    """An object of which some methods are kept in, also where they return another object that has all of them."""
+    """An object some of whose methods run within `kept_in`. An object that they return with all of them is another."""
 
     def __init__(self, thing: Any, methods: tuple[str, ...], what: str) -> None:
         self._thing, self._methods, self._what = thing, methods, what
@@ -99,7 +99,7 @@ class _Guarded:
 
 @contextmanager
 def _ctrl_c_noted() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C is pressed. Signals reach the main thread alone."""
+    """A list that stays empty until Ctrl-C is pressed. Only the main thread gets signals."""
     pressed: list[int] = []
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

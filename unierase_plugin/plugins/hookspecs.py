@@ -1,7 +1,7 @@
-"""The hooks that a plugin may implement, each called once with a function that takes what is to be registered.
+"""The hooks that a plugin may implement. Each is called once, with a function `register` that takes what it adds.
 
-A plugin is a module, or any object, that an entry point of the group `unierase_plugin` names. Its hooks carry
-`unierase_plugin.hookimpl`; what comes with the package is registered through the same ones (`built_in`).
+A plugin is a module, or any object, that an entry point of the group `unierase_plugin` names. Its hooks carry the
+marker `unierase_plugin.hookimpl`. This package registers what it brings through the same hooks (`built_in`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..locate_then_edit.solvers import MakeSolver
     from ..methods.contract import Method
 
-#: Marker, manager and entry-point group have one name.
+#: The name of the hooks' marker, of pluggy's manager, and of the group of entry points.
 PROJECT = "unierase_plugin"
 hookspec = HookspecMarker(PROJECT)
 hookimpl = HookimplMarker(PROJECT)
@@ -33,18 +33,18 @@ Metric = Callable[..., Any]
 
 @dataclass(frozen=True)
 class AnswerMetric:
-    """A metric of one answer. Tasks, comparisons and audits measure it where it is named; a set's figure is the mean.
+    """A metric of one answer. Tasks, comparisons and audits that name it give its mean over each set of facts.
 
-    Raises PluginError for a name that no table can have as a heading.
+    Raises PluginError for a name that cannot be the heading of a column.
     """
 
     #: Letters, digits and underscores.
     name: str
-    #: What a value says, in a few words.
+    #: What the mean says, in a few words.
     title: str
-    #: Called with the true answer, what the model said without the unlearning token, and the question.
+    #: Called with the true answer, the model's answer without the unlearning token, and the question.
     measure: Callable[[str, str, str], float] = field(repr=False)
-    #: On facts to forget, and on facts to keep: 1 where more is better, -1 where less is, 0 where neither is.
+    #: Which way is better, on facts to forget and on facts to keep: 1 for more, -1 for less, 0 for neither.
     forget: int = -1
     keep: int = 1
 
@@ -59,55 +59,55 @@ class AnswerMetric:
 
 @dataclass(frozen=True)
 class Host:
-    """A harness that this package, or a plugin, can make itself known to."""
+    """A harness that can be told of UniErase, so that its users find it there."""
 
     name: str
     title: str
-    #: The host's module that `register` needs; whether it is installed is looked up by its first part.
+    #: The module of the harness that `register` imports. The harness is installed where its first part is.
     module: str
-    #: Makes us known to the host, which it imports. Harmless when called again.
+    #: Imports the harness and tells it of UniErase. A second call does nothing.
     register: Callable[[], None] = field(repr=False)
 
 
 @hookspec
 def register_methods(register: Callable[[Method[Any]], None]) -> None:
-    """Unlearning methods: `register(Method(name=..., run=..., ...))`, for `unierase run --method NAME`."""
+    """Adds unlearning methods: `register(Method(name=..., run=..., ...))`, for `unierase run --method NAME`."""
 
 
 @hookspec
 def register_request_readers(register: Callable[[str, Reader], None]) -> None:
-    """Where facts are read from: `register("quiz", read_quiz)`, for the SPEC `quiz:...`.
+    """Adds sources of facts: `register("quiz", read_quiz)`, for the SPEC `quiz:...`.
 
-    The function takes what follows the colon, slice removed, and returns ForgetRequests or raises RequestError.
+    The function takes what follows the colon, without the slice. It returns ForgetRequests, or raises RequestError.
     """
 
 
 @hookspec
 def register_metrics(register: Callable[..., None]) -> None:
-    """Metrics: `register(AnswerMetric(name=..., title=..., measure=...))`, for `--metrics NAME`.
+    """Adds metrics: `register(AnswerMetric(name=..., title=..., measure=...))`, for `--metrics NAME`.
 
-    `register("entropy", entropy)` registers any other pure function of texts or numbers, for programs that ask
-    `unierase_plugin.plugins.registry().metrics` for it.
+    `register("entropy", entropy)` adds any other pure function of texts or numbers. Only programs that look it up in
+    `unierase_plugin.plugins.registry().metrics` use it.
     """
 
 
 @hookspec
 def register_hosts(register: Callable[[Host], None]) -> None:
-    """Harnesses to be known to: `register(Host(name=..., module=..., register=...))`."""
+    """Adds harnesses that can be told of UniErase: `register(Host(name=..., module=..., register=...))`."""
 
 
 @hookspec
 def register_attacks(register: Callable[[Attack], None]) -> None:
-    """Attacks of the audit: `register(Attack(name=..., group=..., asks=..., cost=..., run=...))`.
+    """Adds attacks to the audit: `register(Attack(name=..., group=..., asks=..., cost=..., run=...))`.
 
-    `unierase audit` runs them on every model, compares what they find, and names them in the verdict. An attack that
-    leaves other weights than it found ends the audit.
+    `unierase audit` runs an attack on every model, compares what it finds, and names it in the verdict. The audit ends
+    with an error if the attack changes the weights and does not put them back.
     """
 
 
 @hookspec
 def register_solvers(register: Callable[[str, MakeSolver], None]) -> None:
-    """Closed forms of the edit: `register("damped", make_damped)`, for the setting `solver: damped`.
+    """Adds closed forms of the edit: `register("damped", make_damped)`, for the setting `solver: damped`.
 
     The function takes a `System` (`unierase_plugin.locate_then_edit.solvers`), which holds the second moments and the
     settings of one block. It returns a `Solver` (`unierase_plugin.locate_then_edit.solve`).
@@ -116,18 +116,18 @@ def register_solvers(register: Callable[[str, MakeSolver], None]) -> None:
 
 @hookspec
 def register_commands(register: Callable[[str, Callable[..., Any] | Typer], None]) -> None:
-    """Commands of `unierase`: `register("rank", rank)`, for `unierase rank`.
+    """Adds commands to `unierase`: `register("rank", rank)`, for `unierase rank`.
 
-    A function is made a command as typer makes one: parameters are options and arguments, the docstring is the help. A
-    `typer.Typer` with several commands is a group. A UniEraseError that a command raises is printed as one line. The
-    names of the commands that come with the package are taken.
+    typer makes a command of the function: its parameters are options and arguments, its docstring is the help. A
+    `typer.Typer` with several commands is a group. A UniEraseError that a command raises is printed as one line. No
+    command can have the name of a command that comes with this package.
     """
 
 
 @hookspec
 def register_benchmarks(register: Callable[[Benchmark], None]) -> None:
-    """Benchmarks: `register(Benchmark(name=..., title=..., paper=..., read=..., tasks=...))`.
+    """Adds benchmarks: `register(Benchmark(name=..., title=..., paper=..., read=..., tasks=...))`.
 
-    `read` is registered as a reader too, for the SPEC `name:...`. `unierase eval`, lm-eval as a host and `unierase
-    compare` find the tasks of the folder `tasks`, and treat them as this package's own.
+    `read` is a reader too, for the SPEC `name:...`. `unierase eval`, `unierase compare` and lm-eval as a host find the
+    tasks in the folder `tasks`, and treat them as the tasks of this package.
     """

@@ -1,7 +1,7 @@
-"""Finds what there is: methods, readers, metrics and hosts of this package and of every plugin that is installed.
+"""Finds the plugins, and everything that they and this package register.
 
-A plugin that cannot be used is left out as a whole and named in a warning; the rest works. A name that two plugins
-claim belongs to neither: looking it up raises an error that names both, since which one is meant cannot be known.
+A plugin that cannot be used is left out as a whole. A warning names it, and the rest works. A name that two plugins
+claim belongs to neither: nobody can know which one is meant. Looking it up raises an error that names both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .hookspecs import PROJECT, AnswerMetric, Host, Metric
 
 logger = logging.getLogger(__name__)
 
-#: By its name, since it imports hosts and methods, which stand above this module.
+#: Imported by its name: it imports methods, hosts and attacks, and some of these are layers above this one.
 BUILT_IN_MODULE = f"{PROJECT}.built_in"
 
 
@@ -48,24 +48,24 @@ class Registry:
     hosts: Catalogue[Host]
     attacks: Catalogue[Attack]
     benchmarks: Catalogue[Benchmark]
-    #: As typer made them: of a type that it has from click, by version.
+    #: As typer made them. Which class of click that is depends on typer's version.
     commands: Catalogue[Any]
     solvers: Catalogue[MakeSolver]
 
     def registered_by(self, plugin: Plugin) -> dict[str, tuple[str, ...]]:
-        """The names that a plugin registered, by kind; contested ones too."""
+        """The names that a plugin registered, by kind. Names that another plugin claims too are among them."""
         catalogues = (each for each in vars(self).values() if isinstance(each, Catalogue))
         found = {catalogue.kind: catalogue.of(plugin) for catalogue in catalogues}
         return {kind: names for kind, names in found.items() if names}
 
 
 def registry() -> Registry:
-    """Everything that is registered in this process; read once for each value of UNIERASE_PLUGINS."""
+    """Everything that is registered. It is read once in a process for each value of UNIERASE_PLUGINS."""
     return _registry(os.environ.get(RESTRICTION))
 
 
 def answer_metrics(names: Sequence[str]) -> tuple[AnswerMetric, ...]:
-    """The metrics of those names that tasks, comparisons and audits can measure. Raises PluginError for any other."""
+    """The metrics of these names. Tasks, comparisons and audits measure them. Raises PluginError for any other name."""
     known = registry().metrics
     able = [name for name, metric in known.items() if isinstance(metric, AnswerMetric)]
     found = []
@@ -73,20 +73,18 @@ def answer_metrics(names: Sequence[str]) -> tuple[AnswerMetric, ...]:
         metric = known.find(name)
         if not isinstance(metric, AnswerMetric):
             raise PluginError(
-                f"The metric {name!r} is a plain function, which cannot be measured of an answer by itself. These can: "
-                f"{', '.join(able)}. Its plugin can register it as an AnswerMetric."
+                f"The metric {name!r} is a plain function and no AnswerMetric, so that nobody knows how to apply it to "
+                f"an answer. Choose one of: {', '.join(able)}."
             )
         found.append(metric)
     return tuple(found)
 
 
 def check_solver(settings: HyperParams) -> None:
-    """Raises HyperParamsError where settings name a solver that is not registered, PluginError for a contested one."""
+    """Raises HyperParamsError for settings whose solver is not registered, PluginError where two plugins claim it."""
     if not isinstance(settings, EngineSettings):
         return
     known = registry().solvers
-    if settings.solver in known.contested():
-        raise PluginError(known.clash(settings.solver))
     if settings.solver not in known:
         raise HyperParamsError(
             f"solver = {shown(settings.solver)} must be one of: {', '.join(known)}."
@@ -100,7 +98,7 @@ def _registry(only: str | None) -> Registry:
 
 
 def load_registry(only: str | None = None) -> Registry:
-    """Loads the built-in plugin, and those that are installed: all, or the ones that `only` names (RESTRICTION)."""
+    """Loads the built-in plugin and the installed ones. `only` restricts these as UNIERASE_PLUGINS does."""
     module = importlib.import_module(BUILT_IN_MODULE)
     built_in = Plugin(BUILT_IN, __version__, (), "unierase-plugin", module.__name__)
     loaded = [_register(module, built_in), *map(_load, _wanted(entry_points(group=PROJECT), only))]
@@ -120,17 +118,17 @@ def load_registry(only: str | None = None) -> Registry:
 class Hook:
     """What one hook registers."""
 
-    #: What an error calls one of them.
+    #: What messages call one of them.
     kind: str
     #: The class that `register` takes; None where it takes a name and a function.
     takes: type[Any] | None = None
-    #: Functions of such an object, none of which ends the program.
+    #: Functions of such an object. None of them can end the program.
     functions: tuple[str, ...] = ()
-    #: Whether it takes a name and a function too.
+    #: Whether `register` takes a name and a function too.
     named: bool = False
     #: Whether it may end the program, as a command does.
     ends: bool = False
-    #: Methods of what such a function makes, none of which does either.
+    #: Methods of the object that such a function makes. None of them can end the program.
     makes: tuple[str, ...] = ()
 
     @property
@@ -162,7 +160,7 @@ _Entries = Mapping[str, list[tuple[str, Any]]]
 
 
 def _load(point: EntryPoint) -> tuple[Plugin, _Entries]:
-    """Loads an entry point; whatever goes wrong in it is reported and is nobody else's trouble."""
+    """Loads a plugin by its entry point. A plugin that fails is reported, and changes nothing for the others."""
     package, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
     described = Plugin(point.name, version, (), package, point.value)
     try:
@@ -181,7 +179,7 @@ def _load(point: EntryPoint) -> tuple[Plugin, _Entries]:
 
 
 def _guarded(hook: str, entries: list[tuple[str, Any]], owner: Plugin) -> list[tuple[str, Any]]:
-    """What a plugin registered, so that none of its functions ends the program."""
+    """What a plugin registered, with functions that cannot end the program."""
     parts = HOOKS[hook]
 
     def held(name: str, thing: Any) -> Any:
@@ -196,8 +194,8 @@ def _guarded(hook: str, entries: list[tuple[str, Any]], owner: Plugin) -> list[t
 
 
 def _register(plugin: Any, described: Plugin) -> tuple[Plugin, _Entries]:
-    """What a plugin registers: all of it or, where anything in it fails, an exception."""
-    # A manager of its own, so that a plugin which fails half-way leaves nothing behind.
+    """Everything that a plugin registers. Raises what its code raises."""
+    # Each plugin has a manager of its own, so that one which fails half-way leaves nothing behind.
     manager = PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(plugin, described.name)
@@ -215,7 +213,7 @@ def _register(plugin: Any, described: Plugin) -> tuple[Plugin, _Entries]:
 
 
 def _collector(hook: str, entries: list[tuple[str, Any]], plugin: Plugin) -> Callable[..., None]:
-    """The `register` function that a plugin's hook is called with: takes a thing with a name, or a name and a thing."""
+    """The `register` function that a plugin's hook is called with. It adds to the entries."""
     kind = HOOKS[hook].takes
 
     def collect(name: str, thing: Any) -> None:
@@ -234,7 +232,7 @@ def _collector(hook: str, entries: list[tuple[str, Any]], plugin: Plugin) -> Cal
         collect(name, function)
 
     def register_command(name: str, thing: Any) -> None:
-        # typer's applications are no functions.
+        # A typer.Typer is not callable in every version.
         if not isinstance(name, str) or not name or not (callable(thing) or hasattr(thing, "registered_commands")):
             raise PluginError(f"{hook}: register takes a name and a function or a typer.Typer, not {name!r}, {thing!r}")
         collect(name, made_command(name, thing, plugin))
@@ -253,7 +251,7 @@ def _collector(hook: str, entries: list[tuple[str, Any]], plugin: Plugin) -> Cal
 
 
 def _wanted(points: Sequence[EntryPoint], only: str | None) -> list[EntryPoint]:
-    """The entry points that `only` names by their own name or their package's, in the order of their names."""
+    """The entry points to load, by name. `only` holds names of entry points or of packages; None loads all."""
     ordered = sorted(points, key=lambda point: (point.name, point.value))
     if only is None:
         return ordered
