@@ -1,6 +1,6 @@
-"""Harnesses that this package makes itself known to: one module each, which imports its host inside functions.
+"""Harnesses that are told of UniErase. Each has a module of its own, which imports the harness inside functions only.
 
-`autoload/` calls a module's `register` when its host is imported; `register(name)` is the way to do it by hand.
+`autoload/` calls a module's `register` when its harness is imported. `register(name)` does it by hand.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from ..plugins.registration import registry
 
 
 def register(name: str) -> None:
-    """Makes this package known to the host of that name, built in or a plugin's. Harmless when called again.
+    """Tells the harness of that name of UniErase. A second call does nothing.
 
-    Raises PluginError for an unknown name, DependencyError where the host is not installed or too old.
+    Raises PluginError for an unknown name, and DependencyError where the harness is not installed or too old.
     """
     registry().hosts.find(name).register()
 
 
 def is_installed(host: Host) -> bool:
-    """Whether the host can be imported, told without importing it."""
+    """Whether the harness can be imported. It is not imported for that."""
     return importlib.util.find_spec(host.module.partition(".")[0]) is not None
 
 
 def is_awaited(host: Host) -> bool:
-    """Whether this process registers itself with the host as soon as that is imported."""
+    """Whether this process tells the harness of UniErase as soon as the harness is imported."""
     return any(host.module in getattr(finder, "unierase_hosts", ()) for finder in sys.meta_path)

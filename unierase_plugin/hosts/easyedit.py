@@ -1,8 +1,8 @@
-"""EasyEdit: `alg_name: UniErase` for its BaseEditor, with no file of it changed.
+"""EasyEdit: `alg_name: UniErase` for its BaseEditor. No file of EasyEdit is changed.
 
-`register` puts our function into EasyEdit's table of algorithms and wraps the methods of BaseEditor where they would
-stumble over UniErase: requests without a target, an evaluation that puts a blank before it, and models that only a name
-of a known family would load. Other algorithms go through the wrappers as they came.
+`register` puts our function into EasyEdit's table of algorithms. It also wraps the methods of BaseEditor that fail with
+UniErase: requests may have no target, the evaluation puts a space before the target, and only models of known families
+are loaded. The wrappers leave other algorithms alone.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from ..settings.values import coerced
 logger = logging.getLogger(__name__)
 
 ALGORITHM = "UniErase"
-#: What the name of a set of neighbours ends in where they are asked in chat form.
+#: Ending of a set of neighbours that is asked in chat form.
 IN_CHAT = "_in_chat"
-#: What EasyEdit puts in the place of an answer that it was not given.
+#: What EasyEdit writes for an answer that is not given.
 NO_TRUTH = "<|endoftext|>"
 #: How names of special tokens in a text are read.
 NAMES_READ = (
-    "The edit reads them as text. EasyEdit's evaluation gives them to the tokenizer, which reads the tokens, so that "
-    "its figures for these facts are those of other texts."
+    "The edit reads them as text. EasyEdit's evaluation reads them as the tokens, so that its figures for these facts "
+    "are those of other texts."
 )
-#: Methods of BaseEditor that take prompts and their targets.
+#: Methods of BaseEditor that take prompts and targets.
 EDITING = ("edit", "batch_edit", "normal_edit", "generate_edit")
 
-#: Arguments of theirs that hold texts, one for each fact or for all.
+#: Their arguments that hold texts, one for each fact or one for all.
 TEXTS = ("prompts", "target_new", "ground_truth", "rephrase_prompts", "locality_inputs", "portability_inputs")
 
 
 class EasyEditHyperParams(UniEraseHyperParams):
-    """UniErase's settings as EasyEdit's scripts use theirs: attributes may be set, unknown ones too.
+    """UniErase's settings as EasyEdit's scripts use settings: any attribute can be set, unknown ones too.
 
-    `model_name` may be set to (model, tokenizer). What is set to one of our settings is checked like the rest.
+    `model_name` can be set to (model, tokenizer). A value that is set for one of our settings is checked.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -63,7 +63,7 @@ class EasyEditHyperParams(UniEraseHyperParams):
 
 
 class Asked(NamedTuple):
-    """A request as `literal.tell_special_names` looks at it."""
+    """A request as `literal.tell_special_names` reads it."""
 
     label: str
     question: str
@@ -71,12 +71,12 @@ class Asked(NamedTuple):
 
 
 class Aim(str):
-    """What the edited model is to say, in EasyEdit's requests and metrics: the token, then the text asked for if any.
+    """The target in EasyEdit's requests and metrics: the token, and the wanted text after it where there is one.
 
-    EasyEdit joins a prompt and its target by a blank, which the token does not bear: it goes when the two are joined.
+    EasyEdit puts a space between a prompt and its target. No space may stand before the token, so it is removed here.
     """
 
-    #: The text that was asked for.
+    #: The wanted text.
     wanted: str | None
 
     def __new__(cls, text: str, wanted: str | None = None) -> Aim:
@@ -86,7 +86,7 @@ class Aim(str):
 
     @classmethod
     def at(cls, target: Any, token: str) -> Aim:
-        """target: a text, or None for an "I don't know" sentence that is chosen when the model is edited."""
+        """target: a text, or None for an "I don't know" sentence. That is chosen when the model is edited."""
         if isinstance(target, cls):
             return target
         wanted = target.strip() if isinstance(target, str) else ""
@@ -107,19 +107,19 @@ def apply_unierase_to_model(
     train_ds: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Makes the model forget what the requests ask, by EasyEdit's contract for its algorithms.
+    """Makes the model forget what the requests ask. It has the signature of EasyEdit's algorithms.
 
-    requests   with `prompt`, and optionally `subject`, `ground_truth`, `case_id`, and `target_new`: the text that is to
-               follow the token; None, or none at all, for an "I don't know" sentence
+    requests   mappings with `prompt`, and optionally `subject`, `ground_truth`, `case_id` and `target_new`. The last is
+               the text that follows the token; without it, an "I don't know" sentence follows
 
-    Returns the model, edited in place unless `copy` is set, and the weights before by name. A model that was edited
-    before and not restored is edited further. Raises a UniEraseError that names value and remedy; the model is then as
-    before.
+    Returns the model and its weights before the edit, by name. The model is edited in place unless `copy` is set. A
+    model that was edited before and not restored is edited further. Raises a UniEraseError that names the value and the
+    remedy; the model is then as before.
     """
     from .in_place import edit_in_place, plain_hparams
 
     facts = [_fact(request, index) for index, request in enumerate(requests)]
-    # What comes through the editor was looked at there, with the texts that only EasyEdit reads.
+    # The editor has already told of requests that come through it, and of the texts that only EasyEdit reads.
     told = all(isinstance(request.get("target_new"), Aim) for request in requests)
     edited, originals = edit_in_place(model, tok, facts, plain_hparams(hparams), copy=copy, told=told)
     return edited, originals if return_orig_weights or keep_original_weight else {}
@@ -137,9 +137,9 @@ def _fact(request: Mapping[str, Any], index: int) -> ForgetRequest:
 
 
 def register() -> None:
-    """Makes EasyEdit know the algorithm UniErase. Harmless when called again.
+    """Adds the algorithm UniErase to EasyEdit. A second call does nothing.
 
-    Raises DependencyError where EasyEdit is not installed, or lacks what is needed.
+    Raises DependencyError where EasyEdit is not installed or lacks something.
     """
     try:
         import easyeditor
@@ -147,8 +147,8 @@ def register() -> None:
         from easyeditor.util.alg_dict import ALG_DICT
     except ImportError as error:
         raise DependencyError(
-            "EasyEdit cannot be imported. It has no packaging: clone zjunlp/EasyEdit, install its requirements.txt, "
-            f"and put the folder on PYTHONPATH ({error})."
+            "EasyEdit cannot be imported. It is no package: clone zjunlp/EasyEdit, install its requirements.txt, and "
+            f"put the folder on PYTHONPATH ({error})."
         ) from error
     if ALG_DICT.get(ALGORITHM) is apply_unierase_to_model:
         return
@@ -159,7 +159,7 @@ def register() -> None:
         _wrap(BaseEditor, name, _with_aims)
     if hasattr(BaseEditor, "edit_requests"):
         _wrap(BaseEditor, "edit_requests", _with_aims_in_requests)
-    # For its scripts, which import the classes of the settings from there.
+    # Its scripts import the classes of settings from there.
     easyeditor.UniEraseHyperParams = EasyEditHyperParams
 
 
@@ -185,7 +185,7 @@ def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def _with_our_model(theirs: Callable[..., None], editor: Any, hparams: Any) -> None:
-    """BaseEditor's constructor, given the loaded model: by name it takes known families alone, some with slow
+    """BaseEditor's constructor, which gets the loaded model. By name it loads known families only, some with slow
     tokenizers, which give no character offsets."""
     if not isinstance(hparams, UniEraseHyperParams):
         if getattr(hparams, "alg_name", None) == ALGORITHM:
@@ -199,7 +199,7 @@ def _with_our_model(theirs: Callable[..., None], editor: Any, hparams: Any) -> N
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token
-    # It asks the evaluated prompts in the form that the edit goes by.
+    # The evaluation then asks in the form of the edit.
     if not hasattr(hparams, "use_chat_template"):
         hparams.use_chat_template = hparams.prompt_forms[0] == "chat" and bool(tok.chat_template)
     given = hparams.model_name
@@ -209,7 +209,7 @@ def _with_our_model(theirs: Callable[..., None], editor: Any, hparams: Any) -> N
     finally:
         hparams.model_name = given if isinstance(given, str) else name
     editor.model_name = hparams.model_name
-    # As it does itself for every algorithm that is not on its list, so that generation goes on from the prompt's end.
+    # EasyEdit does so for every algorithm that is not on its list, so that generation goes on from the prompt's end.
     tok.padding_side = "left"
     return None
 
@@ -229,7 +229,7 @@ def _load(hparams: EasyEditHyperParams) -> tuple[Any, Any]:
 
 
 def _with_aims(theirs: Callable[..., Any], editor: Any, *args: Any, **kwargs: Any) -> Any:
-    """`prompts` and `target_new`, the latter of which may be left out."""
+    """A method of BaseEditor with our targets in `target_new`, which the caller may leave out."""
     if editor.alg_name != ALGORITHM:
         return theirs(editor, *args, **kwargs)
     bound = inspect.signature(theirs).bind_partial(editor, *args, **kwargs)
@@ -239,7 +239,7 @@ def _with_aims(theirs: Callable[..., Any], editor: Any, *args: Any, **kwargs: An
         bound.arguments["target_new"] = [_aim(editor, target) for target in wanted]
     elif isinstance(prompts, str):
         bound.arguments["target_new"] = _aim(editor, targets)
-    # `edit` hands its requests on to `edit_requests`.
+    # `edit` calls `edit_requests`, which does the rest.
     if theirs.__name__ != "edit":
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         texts = {name: given[name] for name in TEXTS if name in given}
@@ -255,7 +255,7 @@ def _with_aims_in_requests(theirs: Callable[..., Any], editor: Any, requests: An
     if editor.alg_name == ALGORITHM:
         _tell_of_names(editor, requests)
         _tell_of_figures(editor, any(each.get("locality") for each in requests))
-        # An edit at a time is given one of them, which it could not name by its place.
+        # EasyEdit edits one request at a time, which then has no place to be named by.
         requests = [
             {
                 "case_id": index,
@@ -269,9 +269,9 @@ def _with_aims_in_requests(theirs: Callable[..., Any], editor: Any, requests: An
 
 
 def _asked_in_chat_too(editor: Any, locality: Mapping[str, Any]) -> dict[str, Any]:
-    """Sets of neighbours as EasyEdit takes them, each beside itself in the form in which the edit acts.
+    """EasyEdit's sets of neighbours, and each set once more in chat form where the edit is in chat form.
 
-    EasyEdit asks locality as bare text whatever the form of the edit, and has no setting for it.
+    EasyEdit always asks locality as bare text, and has no setting for that.
     """
     if not _acts_in_chat(editor):
         return dict(locality)
@@ -291,30 +291,30 @@ def _asked_in_chat_too(editor: Any, locality: Mapping[str, Any]) -> dict[str, An
 
 
 def _acts_in_chat(editor: Any) -> bool:
-    """Whether the edit is in chat form and EasyEdit's evaluation is not: where it judges what is generated, it is."""
+    """Whether the edit is in chat form and EasyEdit's evaluation is not. It is where generated text is judged."""
     generates = getattr(editor.hparams, "evaluation_type", None) in ("LLM-judge", "generate-text")
     return bool(getattr(editor.hparams, "use_chat_template", False) and editor.tok.chat_template) and not generates
 
 
 def _tell_of_figures(editor: Any, locality: bool) -> None:
-    """Says of EasyEdit's figures what they do not say themselves."""
+    """Warns of figures of EasyEdit that are easily misread."""
     token = editor.hparams.unlearning_token
     if token not in editor.tok.get_vocab():
         logger.warning(
-            "pre.rewrite_acc counts the pieces into which the tokenizer splits %r before the edit adds it as a token. "
-            "It is no accuracy, and above 0 where the model guesses one piece from the others.",
+            "pre.rewrite_acc counts the pieces into which the tokenizer splits %r before the edit. It is no accuracy: "
+            "it is above 0 where the model guesses one piece from the others.",
             token,
         )
     if locality and _acts_in_chat(editor):
         logger.warning(
-            "EasyEdit asks locality as bare text, where an edit in chat form hardly acts, so that 1.0 says little. "
+            "EasyEdit asks locality as bare text. An edit in chat form hardly acts there, so that 1.0 says little. "
             "NAME%s_acc beside NAME_acc asks the same neighbours in chat form.",
             IN_CHAT,
         )
 
 
 def _tell_of_names(editor: Any, requests: Sequence[Mapping[str, Any]]) -> None:
-    """Says which requests have names of special tokens in a text of theirs, be it one that only EasyEdit reads."""
+    """Warns of requests with names of special tokens in any text, also in texts that only EasyEdit reads."""
     facts = [
         Asked(shown(each.get("case_id", index)), "", "\0".join(_texts(each))) for index, each in enumerate(requests)
     ]
@@ -322,14 +322,14 @@ def _tell_of_names(editor: Any, requests: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _at(value: Any, index: int) -> Any:
-    """What belongs to one fact in arguments that hold a list of one text for each."""
+    """The part of the arguments that belongs to one fact, where they hold a list with one text for each."""
     if isinstance(value, Mapping):
         return {name: _at(each, index) for name, each in value.items()}
     return value[index : index + 1] if isinstance(value, (list, tuple)) else value
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts of a request, without those that are of EasyEdit or of this module."""
+    """All texts of a request, without those that EasyEdit or this module wrote."""
     value = value.wanted if isinstance(value, Aim) else value
     if isinstance(value, str) and value != NO_TRUTH:
         yield value

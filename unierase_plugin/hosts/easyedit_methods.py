@@ -1,9 +1,9 @@
-"""EasyEdit's own methods as methods of ours: `unierase run --method easyedit_memit`, beside our `memit`.
+"""EasyEdit's own methods, run by this package: `unierase run --method easyedit_memit`, beside our `memit`.
 
-Their names are EasyEdit's in lower case after `easyedit_`, so that both can be meant without doubt. A question becomes
-an edit towards " I don't know." (or the request's own target), in the form in which the model is asked. EasyEdit keeps
-statistics by the last part of a model's name and more in module globals; here they are kept by the weights, and the
-globals are cleared before a run.
+Their names are EasyEdit's in lower case, after `easyedit_`. A question becomes an edit towards " I don't know.", or
+towards the request's own target, in the form in which the model is asked. EasyEdit keeps statistics by the last part of
+a model's name, and more in module globals. Here statistics are kept by the weights, and the globals are cleared before
+a run.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "easyedit_"
 TARGET = "I don't know."
-#: How names of special tokens in a text are read by EasyEdit's methods.
+#: How EasyEdit's methods read names of special tokens in a text.
 NAMES_READ = (
-    "EasyEdit gives them to the tokenizer, which reads the tokens, so that what is edited is another prompt than the "
-    "one that is asked. Leave such facts out, or take a method of this package."
+    "EasyEdit reads them as the tokens, so that it edits another prompt than the one that is asked. Leave such facts "
+    "out, or take a method of this package."
 )
-#: Algorithms that leave no plain weights behind (adapters, codebooks, prompts, calls of a remote model), or that need
-#: more than facts: a trained editor, safety data.
+#: Algorithms that change no plain weights (adapters, codebooks, prompts, a remote model), or that need more than facts
+#: (a trained editor, safety data).
 NOT_OFFERED = frozenset(
     {
         "DEFER",
@@ -63,9 +63,9 @@ NOT_OFFERED = frozenset(
         "WISE",
     }
 )
-#: Algorithms that look a fact up at a token counted from the left; EasyEdit pads on the right for them.
+#: Algorithms that count a fact's token from the left. EasyEdit pads on the right for them.
 PADDED_RIGHT = frozenset({"AlphaEdit", "CORE", "EAMET", "EMMET", "MEMIT", "R-ROME", "ROME", "SPHERE"})
-#: What its modules keep between calls, and the value that they start from.
+#: What its modules keep between calls, with the value at the start.
 GLOBALS: Mapping[str, Any] = MappingProxyType(
     {"CONTEXT_TEMPLATES_CACHE": None, "COV_CACHE": {}, "P_loaded": False, "cache_c_new": False}
 )
@@ -73,19 +73,19 @@ GLOBALS: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class EasyEditSettings(HyperParams):
-    """Settings of one of EasyEdit's methods: its own YAML file as it stands, and how we ask."""
+    """Settings of one of EasyEdit's methods: the content of its own YAML file, and how questions are asked."""
 
-    #: EasyEdit's name of the method; each has a class of its own.
+    #: EasyEdit's name of the method. Each method has a class of its own.
     algorithm: ClassVar[str] = ""
 
-    #: The content of EasyEdit's YAML file; device, stats_dir and P_loc of it are not used.
+    #: The content of EasyEdit's YAML file. Its device, stats_dir and P_loc are not used.
     values: dict[str, Any] = field(default_factory=dict)
-    #: Corpus of the second moment, as for our own methods; empty for EasyEdit's, which is fetched from the hub.
+    #: Corpus of the second moment, as for our own methods. Empty for EasyEdit's own, which comes from the hub.
     mom2_dataset: str = ""
 
     @classmethod
     def from_hparams(cls, name_or_path: str | Path) -> Self:
-        """Reads one of EasyEdit's YAML files. Raises HyperParamsError for one of another method."""
+        """Reads one of EasyEdit's YAML files. Raises HyperParamsError for the file of another method."""
         path = Path(name_or_path)
         if not path.is_file():
             raise HyperParamsError(
@@ -101,7 +101,10 @@ class EasyEditSettings(HyperParams):
 
     @classmethod
     def for_model(cls, model: str) -> Self:
-        """The file in EasyEdit's checkout whose model_name ends like the model's name."""
+        """Reads the file in EasyEdit's checkout whose model_name ends like the model's name.
+
+        Raises HyperParamsError where there is none.
+        """
         folder = next((each for each in _hparams_folders() if _folded(each.name) == _folded(cls.algorithm)), None)
         for path in sorted(folder.glob("*.yaml")) if folder else ():
             values = read_yaml(path)
@@ -115,9 +118,9 @@ class EasyEditSettings(HyperParams):
 
 
 def easyedit_methods() -> Iterator[Method[Any]]:
-    """One for every algorithm of the EasyEdit that is installed that edits plain weights; none where there is none.
+    """A method for every algorithm of the installed EasyEdit that edits plain weights; none without EasyEdit.
 
-    Nothing of EasyEdit is imported: its table is read as text.
+    EasyEdit is not imported: its table is read as text.
     """
     for algorithm in _algorithms():
         if algorithm not in NOT_OFFERED:
@@ -154,7 +157,7 @@ def _algorithms() -> list[str]:
 def _package() -> Path | None:
     try:
         spec = importlib.util.find_spec("easyeditor")
-    except ValueError:  # a module that something else has put there by hand
+    except ValueError:  # a module that was put there by hand has no spec
         return None
     return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
 
@@ -184,7 +187,7 @@ def _check(job: Job[EasyEditSettings]) -> None:
 
 
 def _requests(job: Job[EasyEditSettings]) -> list[dict[str, Any]]:
-    """EasyEdit's requests. Raises RequestError for a fact that its templates cannot hold."""
+    """The facts as EasyEdit's requests. Raises RequestError for a fact that its templates cannot hold."""
     from ..models.prompts import render
 
     found = []
@@ -212,7 +215,7 @@ def _requests(job: Job[EasyEditSettings]) -> list[dict[str, Any]]:
 
 
 def _without_start(tokenizer: Any, text: str) -> str:
-    """EasyEdit's tokenisation puts the start of text before everything, templates that have it included."""
+    """The text without the start-of-text token. EasyEdit's tokenisation adds that even where a template has it."""
     start = tokenizer.bos_token
     added = bool(start) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return text.removeprefix(start) if added else text
@@ -244,7 +247,7 @@ def _run(job: Job[EasyEditSettings]) -> Changes:
                 )
                 if (edited[0] if isinstance(edited, tuple) else edited) is not job.model:
                     raise EditError(
-                        f"EasyEdit's {job.hparams.algorithm} left no plain weights, but a model of its own."
+                        f"EasyEdit's {job.hparams.algorithm} returned a model of its own instead of edited weights."
                     )
                 job.progress("edit", (number + 1) / len(batches), f"{len(requests)} requests")
     except EditError:
@@ -288,7 +291,7 @@ def _write(model: Any, weights: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _surroundings(job: Job[EasyEditSettings], package: Any) -> Iterator[Any]:
-    """What EasyEdit's code expects around it, and its settings: a folder to write into, padding, no earlier state."""
+    """EasyEdit's settings, and what its code expects: a folder to write into, padding, no state of earlier calls."""
     from ..storage.cache import cache_folder
     from ..storage.fingerprints import digest
 
@@ -312,7 +315,7 @@ def _surroundings(job: Job[EasyEditSettings], package: Any) -> Iterator[Any]:
 
 
 def _settings(job: Job[EasyEditSettings], package: Any, scratch: Path, statistics: Path) -> Any:
-    """An object of EasyEdit's own class, made by itself from the file's content."""
+    """An object of EasyEdit's own class of settings, which reads the file's content itself."""
     import yaml
 
     from ..models.architecture import find_architecture
@@ -329,13 +332,13 @@ def _settings(job: Job[EasyEditSettings], package: Any, scratch: Path, statistic
     made.P_loc = str(scratch / "none.pt")
     arch = find_architecture(job.model)
     made.model_name = _family(arch, str(made.model_name))
-    if arch.tied:  # it looks for a parameter of that name, and a tied one has the embedding's alone
+    if arch.tied:  # EasyEdit looks for a parameter of that name; a tied one has the embedding's name only
         made.lm_head_module = next(name for name, each in job.model.named_modules() if each is arch.embedding)
     return made
 
 
 def _family(arch: Architecture, name: str) -> str:
-    """The name with one in it that EasyEdit tells a projection's orientation by, where it has none."""
+    """The model's name, with a family's name in it. EasyEdit tells the orientation of a projection by that."""
     from ..models.architecture import stores_input_first
 
     known = ("gpt2-xl",) if stores_input_first(arch.projections[0]) else ("llama", "qwen", "gpt-j-6b")
@@ -352,7 +355,7 @@ def _clear_globals(package: Any) -> None:
 
 @contextlib.contextmanager
 def _corpus(job: Job[EasyEditSettings], settings: Any) -> Iterator[None]:
-    """The corpus that was asked for in the place of the one that EasyEdit fetches."""
+    """Within it, EasyEdit reads the corpus that the settings name instead of the one from the hub."""
     if not job.hparams.mom2_dataset:
         yield
         return
@@ -392,7 +395,7 @@ def _texts(job: Job[EasyEditSettings], samples: int) -> Sequence[str]:
 
 
 class _Log(io.TextIOBase):
-    """What EasyEdit prints, in the log."""
+    """Writes what EasyEdit prints to the log."""
 
     def write(self, text: str) -> int:
         if text.strip():

@@ -1,8 +1,8 @@
-"""UniErase on a model that a harness holds: edited in place, step after step, and taken back as harnesses do it.
+"""UniErase on a model that a harness holds: the edit is made in place, and taken back as harnesses do it.
 
-A harness restores a model by writing the old weights over the new ones. It knows nothing of the token, so what it gets
-as old weights watches for that and takes the token back too. What was done to a model is kept on the model itself and
-ends with it: two models of one process never share anything.
+A harness takes an edit back by writing the old weights over the new ones. It knows nothing of the token. So the old
+weights that it gets notice this, and take the token back too. The edits of a model are kept on the model itself. Two
+models of one process share nothing.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from ..pipeline import change
 from ..storage.fingerprints import model_fingerprint
 from .progress import progress_bar
 
-#: Attribute of an edited model that holds its EditsInPlace.
+#: The attribute of an edited model that holds its EditsInPlace.
 HISTORY = "unierase_history"
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One edit: the weights that it changed, and their fingerprints on both sides of it."""
+    """One edit: the weights that it changed, and their fingerprints before and after it."""
 
     names: tuple[str, ...]
     before: str
     after: str
-    #: What the step went on from.
+    #: The edits before this one.
     history: History | None
 
 
 class EditsInPlace:
-    """The edits that a harness applied to one model, and may take back by itself."""
+    """The edits that a harness applied to one model, and can take back by itself."""
 
     def __init__(self) -> None:
         self.steps: list[_Step] = []
@@ -52,7 +52,7 @@ class EditsInPlace:
 
     @classmethod
     def of(cls, model: Any) -> EditsInPlace:
-        """The model's own; a new one where it has none."""
+        """Those of the model. A model without any gets a new object."""
         found = vars(model).get(HISTORY)
         if not isinstance(found, cls):
             found = cls()
@@ -60,7 +60,7 @@ class EditsInPlace:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model has the edits behind it as well, but cannot be taken back through the original."""
+        """A copy of the model keeps the history, but the harness cannot take the copy's edits back."""
         return {"steps": [], "history": self.history, "_first": None}
 
     def add(self, names: tuple[str, ...], before: str, after: str, changes: Changes, history: History) -> None:
@@ -70,7 +70,7 @@ class EditsInPlace:
         self.history = history
 
     def settle(self, model: Any) -> None:
-        """Forgets the steps that the harness has taken back by now; the token goes with the first of them."""
+        """Removes the steps that the harness has taken back. The token is removed with the first step."""
         if not self.steps or self._now(model, self.steps[-1]) == self.steps[-1].after:
             return
         for index in range(len(self.steps) - 1, -1, -1):
@@ -91,10 +91,10 @@ class EditsInPlace:
 
 
 class OriginalWeights(dict[str, Tensor]):
-    """Weights by name as they were before an edit, for a harness to write back.
+    """The weights before an edit, by name, for a harness to write back.
 
-    Whoever writes them back while going through `items()`, as the harnesses do, has the vocabulary back too when the
-    loop ends. Looking at them changes nothing.
+    Harnesses write them back in a loop over `items()`. When such a loop ends, the vocabulary is restored too. Only
+    reading the weights changes nothing.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], model: Any) -> None:
@@ -106,7 +106,7 @@ class OriginalWeights(dict[str, Tensor]):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Writes the weights back, vocabulary included."""
+        """Writes the weights back, and restores the vocabulary."""
         for name, weight in self.items():
             self._model.get_parameter(name).copy_(weight)
 
@@ -134,12 +134,13 @@ def edit_in_place(
     originals_on: str | None = None,
     told: bool = False,
 ) -> tuple[Any, OriginalWeights]:
-    """Edits the model, or a copy of it, going on from the edits that it has; the model, and its weights before.
+    """Edits the model, or a copy of it. Returns it, and its weights before.
 
-    originals_on   device for the weights before; None leaves each where it is
-    told           the caller has said which facts have names of special tokens in their texts
+    originals_on   the device for the weights before; None leaves each where it is
+    told           whether the caller has already warned of names of special tokens in the facts
 
-    Raises a UniEraseError that names the value and the remedy; the model is then as before.
+    Earlier edits of the model are kept. Raises a UniEraseError that names the value and the remedy. The model is then
+    as before.
     """
     refuse_unfit(model)
     model = copying.deepcopy(model) if copy else model
@@ -163,7 +164,7 @@ def _kept(weight: Tensor, device: str | None) -> Tensor:
 
 
 def plain_hparams(hparams: Any) -> UniEraseHyperParams:
-    """The harness' settings object as ours: unknown attributes of it are its own business.
+    """Our settings from the harness' settings object. Attributes that are not ours are ignored.
 
     Raises HyperParamsError for a value that does not fit.
     """
@@ -175,9 +176,9 @@ def plain_hparams(hparams: Any) -> UniEraseHyperParams:
 
 
 def make_request(request: Mapping[str, Any], index: int, *, answer: Any, target: str | None) -> ForgetRequest:
-    """A harness' request as ours. Its prompt may hold {} in the place of the subject.
+    """Our request from a harness' request. Its prompt may hold {} in the place of the subject.
 
-    Raises RequestError that names the request where it does not fit.
+    Raises RequestError, which names the request, for one that does not fit.
     """
     label = f"request {shown(request.get('case_id', index))}"
     prompt, subject = request.get("prompt"), request.get("subject")

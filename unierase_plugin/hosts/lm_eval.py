@@ -1,4 +1,4 @@
-"""lm-eval: this package's tasks among lm-eval's own, so that `lm_eval --tasks tofu_forget` needs no further option.
+"""lm-eval: adds this package's tasks to lm-eval's own, so that `lm_eval --tasks tofu_forget` needs no other option.
 
 lm-eval has no entry point for tasks, so its TaskManager is patched (`tasks/task_manager.py`).
 """
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Makes every TaskManager that looks at lm-eval's own tasks look at ours too.
+    """Makes every TaskManager that reads lm-eval's own tasks read ours too. A second call does nothing.
 
-    Raises DependencyError where lm-eval is not installed, or its TaskManager takes no folders.
+    Raises DependencyError where lm-eval is not installed, or where its TaskManager takes no folders.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -33,7 +33,7 @@ def register() -> None:
         return
     _hint_at_ours(TaskManager)
     hand_on_metadata()
-    # An lm-eval that has neither keeps the tasks.
+    # The tasks work without our model type too.
     with suppress(ImportError):
         register_model_type()
     check_ours_when_found()
@@ -41,7 +41,7 @@ def register() -> None:
 
 
 def _end_in_a_line() -> None:
-    """lm-eval's command line lets errors through as tracebacks; ours say in a line what to do."""
+    """Makes lm-eval's command line print our errors as one line. It shows others as tracebacks, as before."""
     original = sys.excepthook
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -54,13 +54,13 @@ def _end_in_a_line() -> None:
 
 
 def _is_command_line() -> bool:
-    """Whether lm-eval's command line is what runs, by its script or by `python -m lm_eval`."""
+    """Whether lm-eval's command line runs, by its script or by `python -m lm_eval`."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return "lm_eval.__main__" in {*sys.modules, getattr(spec, "name", None)}
 
 
 def _hint_at_ours(manager: Any) -> None:
-    """lm-eval says of a task that it does not find no more than that; what is nearly one of ours is told in its log."""
+    """Logs the nearest name of ours where lm-eval does not find a task. lm-eval itself says only that it is missing."""
     original = getattr(manager, "match_tasks", None)
     if original is None:
         return
@@ -69,7 +69,7 @@ def _hint_at_ours(manager: Any) -> None:
     @functools.wraps(original)
     def match_tasks(self: Any, task_list: Any) -> Any:
         found = original(self, task_list)
-        # Some versions ask for one name as it is.
+        # Some versions give one name as a text.
         asked = [task_list] if isinstance(task_list, str) else task_list
         for name in (each for each in asked if isinstance(each, str) and not original(self, [each])):
             hint = did_you_mean(name, ours)

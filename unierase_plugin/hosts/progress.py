@@ -1,4 +1,4 @@
-"""Progress inside a harness, whose own bar stands still while a fact is edited: minutes where the token is learned."""
+"""Progress inside a harness. Its own bar does not move while a fact is edited, which can take minutes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tqdm import tqdm
 from ..methods.contract import Progress
 from ..storage.phase_names import PHASES
 
-#: Seconds between two lines, on a terminal and in a file.
+#: Seconds between two lines: on a terminal (True), and in a file.
 INTERVALS = {True: 0.5, False: 30.0}
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on the error stream, as the harnesses show theirs: the phase, its share and what is said of it."""
+    """A bar on the error stream, where harnesses show theirs: the phase, the share that is done, and a note."""
     with tqdm(
         total=100,
         leave=False,

@@ -1,6 +1,6 @@
-"""ROME, MEMIT, AlphaEdit and their relatives: their `apply_X_to_model` for UniErase.
+"""ROME, MEMIT, AlphaEdit and harnesses like them: `apply_unierase_to_model`, with the signature of their own methods.
 
-Such a harness takes it by an import and an entry in its table of algorithms. docs/how-to/hosts.md shows both lines.
+A harness needs two lines for it: an import, and an entry in its table of algorithms. docs/how-to/hosts.md shows both.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ def apply_unierase_to_model(
     return_orig_weights_device: str | None = None,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Makes the model forget what the requests ask, by the contract of ROME and MEMIT.
+    """Makes the model forget what the requests ask. It has the signature of ROME's and MEMIT's own functions.
 
-    requests         `prompt` with {} for the `subject`, `case_id`, and optionally `target_true` ({"str": ...}), the
-                     fact to be forgotten. `target_new` is what an editing method would write in its place, which
-                     the data sets of these harnesses always have; UniErase writes its token and an "I don't know"
-                     sentence, so it is not read
-    cache_template   where MEMIT keeps values; UniErase has a cache of its own, so it is not read
-    return_orig_weights_device   where the returned weights are to lie; None leaves them beside the model's
+    requests         mappings with `prompt` (with {} for the subject), `subject`, `case_id`, and optionally
+                     `target_true` ({"str": ...}): the answer to forget. `target_new` is ignored: it is what an editing
+                     method would write, and UniErase writes its token and an "I don't know" sentence
+    cache_template   ignored: UniErase has a cache of its own
+    return_orig_weights_device   the device for the returned weights; None leaves them where the model's are
 
-    Returns the model, edited in place unless `copy` is set, and the weights before by name, empty unless
-    `return_orig_weights` is set. A model that was edited before, and whose weights were not written back, is edited
-    further. Raises a UniEraseError that names value and remedy; the model is then as before.
+    Returns the model and its weights before the edit, by name. The model is edited in place unless `copy` is set. The
+    weights are empty unless `return_orig_weights` is set. A model that was edited before, and whose weights were not
+    written back, is edited further. Raises a UniEraseError that names the value and the remedy; the model is then as
+    before.
     """
     facts = [
         make_request(request, index, answer=_true_answer(request), target=None)

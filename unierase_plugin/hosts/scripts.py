@@ -1,7 +1,7 @@
-"""Runs a harness' own script as it stands, with UniErase among the methods that it can choose from.
+"""Runs a script of a harness with UniErase among its methods.
 
-EasyEdit's examples, and the evaluate.py of ROME's family, choose a class of settings by the method's name: by a chain
-of if and elif, or by a table. The choice is added to the program in memory; the file is not touched.
+EasyEdit's examples, and evaluate.py of the ROME family, choose a class of settings by the method's name: by a chain of
+if and elif, or by a table. UniErase is added to the program in memory. The file is not changed.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 from ..errors import UniEraseError, reason, shown
 
 METHOD = "UniErase"
-#: Where a script goes different ways for different methods, ours goes this one's: a batch of facts with their subjects.
+#: Where a script treats methods differently, it treats ours as this one: a batch of facts with their subjects.
 LIKE = "MEMIT"
-#: Names that the changed program finds our things under.
+#: The names of our class and our function in the changed program.
 HPARAMS, APPLY = "_unierase_hparams", "_apply_unierase"
-#: Where there is an option's `choices`, it is the method's if it holds one of these.
+#: An option chooses the method if its `choices` hold one of these.
 PEERS = frozenset({"ROME", "MEMIT", "AlphaEdit", "FT"})
 
 
 def run_script(path: Path, arguments: Sequence[str]) -> None:
-    """Runs the script as `python path arguments` would, after adding the method UniErase to its choices.
+    """Runs the script as `python path arguments` would, with the method UniErase among its choices.
 
-    Raises UniEraseError where the file cannot be read, or chooses no settings by a method's name.
+    Raises UniEraseError for a file that cannot be read, and for one that chooses no settings by a method's name.
     """
     program = add_choice(_read(path), path)
     _find_modules(path)
@@ -46,7 +46,7 @@ def run_script(path: Path, arguments: Sequence[str]) -> None:
 def add_choice(source: str, path: Path) -> ast.Module:
     """The script's program with the choice added.
 
-    Raises UniEraseError for what is no Python, and where there is nothing to add it to.
+    Raises UniEraseError for a file that is no Python, and for one where no method is chosen.
     """
     try:
         program = ast.parse(source, str(path))
@@ -57,15 +57,15 @@ def add_choice(source: str, path: Path) -> ast.Module:
     ast.fix_missing_locations(program)
     if not adder.added:
         raise UniEraseError(
-            f"{path} chooses no class of settings by a method's name, neither by `if ... == 'ROME': ... = "
-            f"ROMEHyperParams` nor by a table of such names, so that {METHOD} cannot be added to it. Change the script "
-            "by hand: docs/how-to/hosts.md shows the two lines."
+            f"{METHOD} cannot be added to {path}: it chooses no class of settings by a method's name, neither by "
+            "`if ... == 'ROME': ... = ROMEHyperParams` nor by a table. Change the script by hand: "
+            "docs/how-to/hosts.md shows the two lines."
         )
     return program
 
 
 class _Adder(ast.NodeTransformer):
-    """Adds the choice to every chain and table of settings' classes, and to the choices of the option."""
+    """Adds the choice to every chain and every table of classes of settings, and to the choices of the option."""
 
     def __init__(self) -> None:
         self.added = 0
@@ -74,7 +74,7 @@ class _Adder(ast.NodeTransformer):
         chosen = _chosen_settings(node)
         if chosen is None:
             return self.generic_visit(node)
-        # The rest of the chain is left as it is: the first branch is enough.
+        # A branch at the beginning is enough. The rest of the chain stays.
         option, targets = chosen
         self.added += 1
         ours = ast.If(
@@ -98,7 +98,7 @@ class _Adder(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
-        """`METHOD in ["ROME", "MEMIT"]`, by which a script treats some methods alike."""
+        """Adds to `METHOD in ["ROME", "MEMIT"]`, by which a script treats some methods alike."""
         listed = node.comparators[0]
         named = listed.elts if isinstance(listed, (ast.List, ast.Tuple, ast.Set)) else []
         if isinstance(node.ops[0], (ast.In, ast.NotIn)) and LIKE in map(_text, named):
@@ -115,7 +115,7 @@ class _Adder(ast.NodeTransformer):
 
 
 def _chosen_settings(node: ast.If) -> tuple[ast.expr, list[ast.expr]] | None:
-    """The option that is compared and what is assigned, where the branch is `if OPTION == 'NAME': X = YHyperParams`."""
+    """OPTION and X of a branch `if OPTION == 'NAME': X = YHyperParams`; None for any other."""
     test = node.test
     if not (isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq) and _text(test.comparators[0])):
         return None
@@ -124,7 +124,7 @@ def _chosen_settings(node: ast.If) -> tuple[ast.expr, list[ast.expr]] | None:
 
 
 def _kind(key: ast.expr | None, value: ast.expr) -> str:
-    """What an entry of a table is: a class of settings, a pair of it and a function, or something else."""
+    """What an entry of a table is: a class of settings, a pair of such a class and a function, or something else."""
     if _text(key) and _is_settings(value):
         return "settings"
     pair = isinstance(value, ast.Tuple) and len(value.elts) == 2 and _is_settings(value.elts[0])
@@ -132,7 +132,7 @@ def _kind(key: ast.expr | None, value: ast.expr) -> str:
 
 
 def _is_table_of_ways(node: ast.Dict) -> bool:
-    """Whether a table says by a method's name which method of the script's own object edits."""
+    """Whether a table maps methods' names to functions of the script's own object."""
     own = [
         isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == "self"
         for each in node.values
@@ -158,8 +158,8 @@ def _read(path: Path) -> str:
 
 
 def _find_modules(path: Path) -> None:
-    """Puts on the path the script's folder, as Python does, the current one, as `python -m` does, and EasyEdit's where
-    the script lies in a checkout of it."""
+    """Puts three folders on the path: the script's, as Python does; the current one, as `python -m` does; and that of
+    EasyEdit's checkout where the script lies in one."""
     folder = path.resolve().parent
     checkout = [each for each in folder.parents if (each / "easyeditor" / "__init__.py").is_file()]
     installed = importlib.util.find_spec("easyeditor") is not None
@@ -173,7 +173,7 @@ def _imports_easyedit(program: ast.Module) -> bool:
 
 
 def _ours(easyedit: bool) -> Mapping[str, Any]:
-    """Our class of settings and our function, for the harness at hand; EasyEdit is told of the method."""
+    """Our class of settings and our function for this harness. EasyEdit is told of UniErase."""
     if easyedit:
         from . import easyedit as host
 
