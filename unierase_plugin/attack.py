@@ -1,7 +1,7 @@
 """What an attack of the audit is: a name, what it asks, and one function that runs on one model.
 
-An attack knows nothing of the other models. The verdict compares what it found on the edited model with what it found
-on the unedited one and, where there is one, on a model that never knew the facts.
+An attack sees one model at a time. The verdict compares its results on the edited model with those on the unedited
+model and, if there is one, on a reference model that never knew the facts.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ GROUPS: Mapping[str, str] = {
 }
 
 EDITED, UNEDITED, REFERENCE = "edited", "unedited", "reference"
-#: The attack that every audit makes, and that the verdict begins with: the questions as they are.
+#: The attack that every audit makes and that the verdict begins with: the questions as they are.
 PLAIN = "plain"
 
-#: A share in [0, 1], or None where the attack does not apply to the fact.
+#: A share in [0, 1], or None if the attack does not apply to the fact.
 Value = float | None
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything an audit does."""
+    """How much an audit does."""
 
     name: str
-    #: Facts to forget, kept facts, questions and texts of the collateral checks, at most.
+    #: At most so many facts to forget, kept facts, unrelated questions and ordinary texts.
     facts: int
     kept: int
     unrelated: int
@@ -54,15 +54,15 @@ class Sizes:
     answer_room: int
     answer_least: int
     answer_most: int
-    #: Variants of an attack that are left out where it is small.
+    #: Whether every variant of an attack is made. A small audit leaves some out.
     every_variant: bool
     samples: int
     temperatures: tuple[float, ...]
-    #: Steps after which the answers are looked at, where kept facts or other text are trained on.
+    #: The answers are measured after these numbers of steps, if kept facts or other text are trained on.
     relearn_steps: tuple[int, ...]
-    #: The same where some of the forgotten facts are: too few steps show nothing of what more bring back.
+    #: The same if some of the forgotten facts are trained on. They need more steps to show what comes back.
     relearn_some_steps: tuple[int, ...]
-    #: Rows of a step.
+    #: Rows of one training step.
     relearn_batch: int
 
     @property
@@ -107,7 +107,7 @@ FULL = Sizes(
 
 @dataclass(frozen=True)
 class Audited:
-    """One of the models: which part it plays, and the id of its unlearning token where it has one."""
+    """One of the audited models: its role, and the id of its unlearning token if it has one."""
 
     role: str
     loaded: LoadedModel
@@ -133,27 +133,27 @@ class Audited:
 
 @dataclass(frozen=True)
 class Context:
-    """What all attacks on all models share."""
+    """What an attack is given beside the model."""
 
     facts: tuple[ForgetRequest, ...]
     kept: tuple[ForgetRequest, ...]
     sizes: Sizes
     seed: int = 0
-    #: Facts that no model was trained on, for the membership attacks; the kept ones stand in where there are none.
+    #: Facts that no model was trained on, for the membership attacks. Without them the kept facts take their place.
     holdout: tuple[ForgetRequest, ...] = ()
     form: str = "chat"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    #: The unlearning token as text, for prompts that name it and to take it out of answers; "" where there is none.
+    #: The text of the unlearning token, to name it in prompts and to remove it from answers; "" if there is none.
     token: str = ""
-    #: Blocks whose projections were edited, where the folder's record tells.
+    #: Blocks whose projections were edited, if the folder's record tells them.
     layers: tuple[int, ...] = ()
-    #: Whether there is a model that never knew the facts.
+    #: Whether there is a reference model that never knew the facts.
     has_reference: bool = False
     #: The unedited model, for an attack that `needs_original`.
     original: Audited | None = None
-    #: What the plain questions drew from the model now attacked, where they were asked before.
+    #: The result of the plain questions on the same model, if they were asked before.
     plain: AttackResult | None = None
-    #: Results of the same attack on models that were attacked before, by role.
+    #: Results of the same attack on other models, if they were attacked before, by role.
     earlier: Mapping[str, AttackResult] = field(default_factory=dict)
     progress: Callable[[float], None] = lambda share: None
 
@@ -163,14 +163,14 @@ class Measure:
     """One variant of an attack on one model."""
 
     name: str
-    #: By fact: 1 where the answer was given, else 0; or a probability.
+    #: By fact: 1 if the answer was given, else 0; or a share in between.
     values: tuple[Value, ...]
-    #: The same outputs judged against other facts' answers, (shifts, facts): what chance alone gives.
+    #: The same outputs judged against other facts' answers, (shifts, facts). They show what chance gives.
     others: tuple[tuple[Value, ...], ...]
-    #: What was asked and said, by fact; empty where nothing was generated.
+    #: The prompts and the outputs by fact; empty if nothing was generated.
     prompts: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
-    #: (line, steps) where the measure is a point of a curve.
+    #: (line, steps) if the measure is a point of a curve.
     curve: tuple[str, int] | None = None
 
 
@@ -179,23 +179,23 @@ class AttackResult:
     """What one attack found on one model."""
 
     measures: tuple[Measure, ...] = ()
-    #: Values by item that are no recovery of a fact: perplexity by text, refusals by question, ...
+    #: Values by item that recover no fact, such as perplexity by text or refusals by question.
     series: Mapping[str, Sequence[Value]] = field(default_factory=dict)
     #: Single figures, and curves by block.
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    #: Why the attack could not be made on this model after all; "" where it was.
+    #: Why the attack cannot be made on this model; "" if it was made.
     unfit: str = ""
     seconds: float = 0.0
 
     @property
     def values(self) -> tuple[Value, ...]:
-        """By fact: the best that any variant got out of the model."""
+        """The largest value of any variant, by fact."""
         return _best([measure.values for measure in self.measures])
 
     @property
     def others(self) -> tuple[tuple[Value, ...], ...]:
-        """The best of any variant by chance, (shifts, facts)."""
+        """The same against other facts' answers, (shifts, facts)."""
         return tuple(map(_best, zip(*(measure.others for measure in self.measures), strict=True)))
 
 
@@ -206,7 +206,7 @@ def _best(rows: Sequence[Sequence[Value]]) -> tuple[Value, ...]:
 
 @dataclass(frozen=True)
 class Attack:
-    """One way to get at a fact. Raises PluginError for a name that no file can have, and for an unknown group."""
+    """One way to recover a fact. Raises PluginError for a name with other characters, and for an unknown group."""
 
     #: What `--attacks` takes: letters, digits, hyphens and underscores.
     name: str
@@ -219,15 +219,15 @@ class Attack:
     #: Attacks one model. It leaves every weight as it was, to the bit.
     run: Callable[[Audited, Context], AttackResult] = field(repr=False)
     needs_token: bool = False
-    #: A model that never knew the facts can do well at it, so that only a reference model tells what a result means.
+    #: A model that never knew the facts may do well at it, so a result means something only beside a reference model.
     needs_reference: bool = False
-    #: It looks into the unedited model beside the one attacked.
+    #: It also looks into the unedited model (`Context.original`).
     needs_original: bool = False
-    #: What it finds is a trace and no answer: it forbids the word "removed" and is not called a recovery.
+    #: It finds traces and no answers. They forbid the word "removed", and are not called a recovery.
     tells_only: bool = False
-    #: It asks what the edit changed, of the unedited and the edited model alone.
+    #: It asks what the edit changed. It is made on the unedited and the edited model alone.
     of_the_edit: bool = False
-    #: Why it cannot be run on these facts; empty where it can.
+    #: Why it cannot be made on these facts; "" if it can.
     unfit: Callable[[Context], str] = field(default=lambda context: "", repr=False)
 
     def __post_init__(self) -> None:
@@ -243,7 +243,7 @@ class Attack:
 
 
 def check_result(attack: Attack, result: Any, facts: int) -> None:
-    """Raises PluginError for a result that the verdict cannot read. `facts`: how many were asked."""
+    """Raises PluginError for a result that the verdict cannot read. facts: how many were asked."""
     if not isinstance(result, AttackResult):
         raise PluginError(f"The attack {attack.name!r} gave {shown(result)}. It is to give an AttackResult.")
     for measure in result.measures:

@@ -425,7 +425,7 @@ def test_bad_arguments_say_what_to_do(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(CheckpointError, match="is a file"):
         audited(folder, tmp_path / "file")
-    with pytest.raises(RequestError, match="already holds its answer"):
+    with pytest.raises(RequestError, match="every question already gives its answer"):
         audit(folder / "edited", [{"question": "Is it Al or Bo?", "answer": "Al"}], out=tmp_path / "out")
 
 

@@ -180,7 +180,7 @@ def test_slices_keep_the_numbers_of_the_whole(tmp_path: Path) -> None:
         ("a.json", '[{"question": "q", "answer": "a", "subject": "z"}]', r"item 1: The subject 'z' does not occur"),
         ("a.jsonl", "3", r"line 1: expected an object.*got 3"),
         ("a.csv", "question,answer\nq,a\nq,\n", r"a\.csv, row 3: the field 'answer' is missing"),
-        ("a.csv", "question,answer\nq,a,b\n", r"row 2: more cells.*'b'"),
+        ("a.csv", "question,answer\nq,a,b\n", r"row 2: there are more cells.*'b'"),
         ("a.csv", 'question,answer\n"q,a\n', r"malformed CSV"),
         ("a.json", "[]", "holds no requests"),
         ("a.txt", "", r"format of .*\.jsonl.*tofu"),
@@ -268,7 +268,7 @@ def test_questions_that_the_rule_cannot_read_are_told_once(caplog: pytest.LogCap
     [record] = caplog.records
     said = record.getMessage()
     assert said.startswith("9 of 10 facts have no subject")
-    assert "'zh-0', 'zh-1', 'zh-2' and 6 more. Give each a 'subject'" in said
+    assert "'zh-0', 'zh-1', 'zh-2' and 6 more. Give each fact a 'subject'" in said
 
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:

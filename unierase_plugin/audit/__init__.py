@@ -1,1 +1,1 @@
-"""Asks of an edited model whether a fact is gone or only silenced: attacks, controls, and a verdict by a fixed rule."""
+"""Tests whether a fact is gone from an edited model or only silenced: attacks, controls, and a verdict by a rule."""

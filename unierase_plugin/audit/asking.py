@@ -16,9 +16,9 @@ from ..models.trace import TokenBatch, pad, run_blocks, token_batches
 from .contract import Audited, Context, Measure, Value
 from .prompts import Prompt, answer_ids
 
-#: Padded tokens of a batch at most, generated ones included, on a CPU and on a GPU.
+#: Padded tokens of a batch at most, with generated ones, on a CPU and on a GPU.
 BATCH_TOKENS, GPU_BATCH_TOKENS = 8192, 65536
-#: How many other facts' answers each output is judged against too.
+#: Each output is also judged against the answers of this many other facts.
 SHIFTS = 5
 
 #: (fact, output) -> whether the fact's answer was given.
@@ -41,9 +41,9 @@ def generate_answers(
     progress: Callable[[float], None] = lambda share: None,
     **settings: Any,
 ) -> list[list[str]]:
-    """`samples` answers to each prompt, greedy at temperature 0; `settings` go to `generate`.
+    """Returns `samples` answers to each prompt. Temperature 0 is greedy. `settings` go to `models.generate.generate`.
 
-    What a prompt is read into is shared by its samples. Special tokens other than the end stay in the text.
+    The samples of a prompt share its cache. Special tokens other than the end stay in the text.
     """
     model, tokenizer = subject.model, subject.tokenizer
     room, pad_id = new_tokens(subject, context), pad_token_id(model, tokenizer)
@@ -75,7 +75,7 @@ def generate_answers(
 
 
 def _read(subject: Audited, batch: TokenBatch, samples: int) -> dict[str, Any]:
-    """A cache of all but the last token of each prompt, once for each of its samples."""
+    """A cache of all but the last token of each prompt, repeated for each sample."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=subject.model.config)
@@ -96,7 +96,7 @@ def without_token(subject: Audited) -> dict[str, Any]:
 
 
 def shuffles(n: int) -> range:
-    """By how much the facts are shifted when an output is judged against another fact's answer."""
+    """The shifts between a fact and the other fact whose answer its output is judged against."""
     return range(1, min(SHIFTS, n - 1) + 1)
 
 
@@ -122,13 +122,13 @@ def recovery(fact: ForgetRequest, text: str) -> Value:
 
 
 def likeness(one: str, other: str) -> float:
-    """Share of the words of two texts that both have, in [0, 1]."""
+    """The share of the words of two texts that occur in both, in [0, 1]."""
     own, theirs = set(words(one)), set(words(other))
     return len(own & theirs) / max(1, len(own | theirs))
 
 
 def cleaned(context: Context, text: str) -> str:
-    """Without the unlearning token."""
+    """The text without the unlearning token."""
     return " ".join((text.replace(context.token, " ") if context.token else text).split())
 
 
@@ -143,7 +143,11 @@ def ask_facts(
     progress: Callable[[float], None] = lambda share: None,
     **settings: Any,
 ) -> Measure:
-    """One greedy answer a fact, judged; None among `prompts` stands for facts that the attack does not apply to."""
+    """Asks for one greedy answer to each fact, and judges it.
+
+    prompts: one for each fact, None for a fact that the attack does not apply to. curve: (line, steps) if the measure
+    is a point of a curve.
+    """
     chosen = [index for index, each in enumerate(prompts) if each is not None]
     said = generate_answers(
         subject, context, [each for each in prompts if each is not None], progress=progress, **settings
@@ -167,5 +171,5 @@ def ask_facts(
 
 
 def part(context: Context, index: int, count: int) -> Callable[[float], None]:
-    """Progress of the `index`-th of `count` equal parts."""
+    """The progress function of the `index`-th of `count` equal parts."""
     return lambda share: context.progress((index + share) / count)

@@ -1,4 +1,4 @@
-"""Makes the attacks on one model after another."""
+"""Makes the attacks, on one model after another."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Progress = Callable[[str, float, str], None]
 
 @dataclass
 class AuditState:
-    """What is known of a running audit."""
+    """The state of a running audit."""
 
     context: Context
-    #: Every attack that there is.
+    #: Every registered attack.
     known: Catalogue[Attack]
     #: The attacks that were chosen.
     attacks: tuple[Attack, ...]
-    #: Why an attack is left out, by its name: it was not chosen, or cannot be made on these facts.
+    #: Why an attack was left out, by name: it was not chosen, or it cannot be made on these facts.
     not_run: dict[str, str]
-    #: Why an attack does not apply to the model, by its name.
+    #: Why an attack does not apply to the model, by name.
     inapplicable: dict[str, str]
     #: Fingerprints of each model and its tokenizer, by role.
     identities: dict[str, list[str]] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class AuditState:
 
 
 def settle(context: Context, known: Catalogue[Attack], chosen: tuple[Attack, ...], sources: Sources) -> AuditState:
-    """The context with what the edited folder tells (token, prompt form, edited blocks), and what is left out."""
+    """The state before the first attack. The edited folder gives the token, the prompt form and the edited blocks."""
     tokenizer = tokenizer_of(sources.edited)
     tell_special_names(tokenizer, (*context.facts, *context.kept))
     record, token = sources.record, unlearning_token(sources.record, tokenizer)
@@ -90,7 +90,7 @@ def attack_model(
             progress=partial(_forward, progress, f"{role}: {attack.name}"),
         )
         if attack.needs_original:
-            # Loaded for this attack alone, so that other attacks have the memory.
+            # It is loaded for this attack alone, to leave memory for the others.
             original = subject if role == UNEDITED else opened(UNEDITED)
             state.identities.setdefault(UNEDITED, fingerprints(original))
             context = replace(context, original=original)

@@ -1,4 +1,4 @@
-"""Estimators of the audit: intervals, leak@k, AUC, extraction strength. Pure functions of numbers."""
+"""The audit's estimators: intervals, leak@k, AUC, extraction strength. They are pure functions of numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Interval = tuple[float, float]
 
 
 def wilson(hits: float, n: int) -> Interval:
-    """95 % score interval of a share (Wilson 1927); (0, 1) where n is 0."""
+    """95 % score interval of a share (Wilson 1927); (0, 1) if n is 0."""
     if n == 0:
         return 0.0, 1.0
     share, z2 = hits / n, Z95 * Z95
@@ -26,7 +26,7 @@ def wilson(hits: float, n: int) -> Interval:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """95 % percentile interval of a mean over resampled items; the value itself where there is one."""
+    """95 % percentile interval of a mean over resampled items. One item gives an interval without width."""
     if len(values) < 2:  # scipy resamples no single item
         return (values[0], values[0])
     drawn = scipy.stats.bootstrap(
@@ -40,10 +40,10 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean of shares in [0, 1]: Wilson's, joined with the bootstrap's where some are fractions.
+    """95 % interval of the mean of shares in [0, 1].
 
-    Joined, since a bootstrap over items that are all alike has no width. Wilson's is too wide for fractions, whose
-    variance is smaller than that of zeros and ones, and so errs on the side of claiming less.
+    It is Wilson's, joined with the bootstrap's if some values are fractions. A bootstrap alone has no width if all
+    values are equal. Wilson's is too wide for fractions, which vary less than zeros and ones: it claims less.
     """
     low, high = wilson(sum(values), len(values))
     if not values or all(value in (0.0, 1.0) for value in values):
@@ -62,9 +62,9 @@ def difference(share: float, own: Interval, control: float, others: Interval) ->
 
 
 def leak_at_k(n: int, hits: int, k: int) -> float:
-    """Chance that at least one of k answers is right, estimated without bias from n of which `hits` are.
+    """Unbiased estimate of the chance that at least one of k answers is right, from n answers with `hits` right ones.
 
-    1 - C(n - hits, k) / C(n, k) (Chen et al. 2021, equation 1). Raises ValueError where k > n.
+    It is 1 - C(n - hits, k) / C(n, k) (Chen et al. 2021, equation 1). Raises ValueError if k > n.
     """
     if not 0 <= hits <= n or not 1 <= k <= n:
         raise ValueError(f"leak@{k} of {hits} hits among {n} samples")
@@ -72,7 +72,7 @@ def leak_at_k(n: int, hits: int, k: int) -> float:
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Chance that a positive scores above a negative, ties counting half; 0.5 where one of them is empty."""
+    """The chance that a positive scores above a negative, with ties as one half; 0.5 if one of the lists is empty."""
     if not positive or not negative:
         return 0.5
     return float(scipy.stats.mannwhitneyu(positive, negative).statistic) / (len(positive) * len(negative))
@@ -81,7 +81,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
 def extraction_strength(wanted: Sequence[int], predicted: Sequence[int]) -> float:
     """1 - k / T for the shortest prefix of k tokens after which all others are predicted (Carlini et al. 2021).
 
-    `predicted[i]` is the likeliest token given everything before position i. In [0, 1]; 0 where the last one is missed.
+    predicted: the likeliest token at each position, given everything before it. In [0, 1]; 0 if the last one is wrong.
     """
     right = 0
     for token, guess in zip(reversed(wanted), reversed(predicted), strict=True):
@@ -91,15 +91,15 @@ def extraction_strength(wanted: Sequence[int], predicted: Sequence[int]) -> floa
     return right / len(wanted)
 
 
-#: Log-probability in nats that a block's states must cost before they count as holding knowledge (Lee et al. 2026).
+#: A block's states count as holding knowledge if they cost more log-probability than this, in nats (Lee et al. 2026).
 LEAST_LOSS = 0.05
 
 
 def depth_score(baseline: Sequence[float], losses: Sequence[float]) -> float | None:
     """Unlearning Depth Score of one fact (Lee et al. 2026, equations 2, 4 and 5), in [0, 1].
 
-    `baseline` and `losses` by block: what the answer loses by the states of a model that never knew it, and of the one
-    in question. None where the former loses nothing worth naming at any block.
+    baseline, losses: log-probability that the answer loses by block, through the states of a model that never knew it,
+    and through those of the model in question. None if no baseline exceeds LEAST_LOSS.
     """
     pairs = [(most, loss) for most, loss in zip(baseline, losses, strict=True) if most > LEAST_LOSS]
     if not pairs:

@@ -1,4 +1,4 @@
-"""Keeps the result of each attack as it comes, so that an audit that was stopped goes on."""
+"""Keeps the result of each attack, so that a stopped audit goes on."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .contract import UNEDITED, Attack, AttackResult, Audited, Context, Measure
 
 logger = logging.getLogger(__name__)
 
-#: Version of audit.json's schema (docs/explanation/audit.md), and part of every kept result's key.
+#: Version of audit.json's schema (docs/explanation/audit.md). It is part of the key of every kept result.
 SCHEMA = 1
 #: Folder within the output in which results are kept.
 PARTS = "results"
 
-#: Fields of the context that a result depends on, beside the facts.
+#: A result depends on these fields of the context, and on the facts.
 _SHARED = ("sizes", "seed", "form", "template_kwargs", "token", "layers")
 
 
@@ -37,9 +37,9 @@ def kept_or_run(
     path: Path,
     plugin: Plugin | None = None,
 ) -> AttackResult:
-    """The result that an earlier call kept under the same key, else that of the attack, which is then kept.
+    """Returns the result that an earlier call kept under the same key. Else it makes the attack, and keeps the result.
 
-    identities: fingerprints of the models, by role. plugin: where the attack is from, if not from this package.
+    identities: fingerprints of the models, by role. plugin: where the attack is from; None for this package.
 
     Raises PluginError for an attack of a plugin that gives no usable result, or that leaves a model changed.
     """
@@ -66,18 +66,18 @@ def kept_or_run(
 def _check_unchanged(
     attack: Attack, plugin: Plugin, subjects: Sequence[Audited], identities: Mapping[str, list[str]]
 ) -> None:
-    """Raises PluginError where an attack left other weights than it found. Those of this package are tested for it."""
+    """Raises PluginError if an attack left other weights than it found. Tests check the attacks of this package."""
     for subject in subjects:
         if [model_fingerprint(subject.model), tokenizer_fingerprint(subject.tokenizer)] != identities[subject.role]:
             raise PluginError(
                 f"The attack {attack.name!r} of the plugin {plugin} changed the {subject.role} model or its tokenizer, "
-                "and did not put it back. What later attacks find would mean nothing, so the audit ends here. Results "
-                "of earlier attacks are kept. Tell the plugin's authors, or leave the attack out by --attacks."
+                "and did not put it back. Results of later attacks would mean nothing, so the audit ends here. Results "
+                "of earlier attacks are kept. Tell the plugin's authors, or leave the attack out with --attacks."
             )
 
 
 def _key_of(fact: ForgetRequest) -> dict[str, Any]:
-    """What a result depends on of a fact."""
+    """The parts of a fact that a result depends on."""
     return {
         "question": fact.question,
         "answer": fact.answer,
@@ -88,22 +88,22 @@ def _key_of(fact: ForgetRequest) -> dict[str, Any]:
 
 
 def _read_part(path: Path, key: str) -> AttackResult | None:
-    """A result kept by an earlier call with the same key; what cannot be read counts as absent."""
+    """The result that an earlier call kept under this key. A file that cannot be read counts as absent."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         # Earlier versions wrote no digest.
         if kept.get("sha256", digest(kept["result"])) != digest(kept["result"]):
-            raise ValueError("it is not what was written")
+            raise ValueError("its digest does not match")
         return _from_plain(kept["result"]) if kept["key"] == key else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("Running again what %s cannot give back: %s", path, error)
+        logger.warning("The kept result %s cannot be read (%s). The attack is made again.", path, error)
         return None
 
 
 def _from_plain(value: Mapping[str, Any]) -> AttackResult:
-    """The result as it is read back, so that a fresh one and a kept one are the same."""
+    """The result as it is read from its file, so that a new and a kept result are equal."""
     measures = tuple(
         Measure(
             each["name"],

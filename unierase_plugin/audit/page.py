@@ -14,7 +14,7 @@ from ..storage.html import render
 
 Report = Mapping[str, Any]
 
-#: What stands before the attacks in a verdict.
+#: The words before the attacks in a verdict.
 RECOVERABLE = "ecoverable by: "
 
 #: Order and colour class of the models in every chart.

@@ -16,7 +16,7 @@ Turns = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its text, for the examples, and its token ids."""
+    """A prompt: its text, which the report shows, and its token ids."""
 
     text: str
     ids: tuple[int, ...]
@@ -33,13 +33,11 @@ def prompt_for(
     form: str = "",
     then: Sequence[int] = (),
 ) -> Prompt:
-    """A question as it reaches the model, up to where the answer begins.
+    """Returns a question as the model reads it, up to the place where the answer begins.
 
-    prefill  text that the answer already begins with, no space before it
-    system   a system prompt; put before the question where the chat template knows none
-    before   earlier (question, answer) turns
-    form     "chat" or "plain"; the context's when left out
-    then     token ids put after all this
+    prefill: text that the answer already begins with, without a space in front. system: a system prompt; it goes
+    before the question if the chat template knows none. before: earlier (question, answer) turns. form: "chat" or
+    "plain"; the context's if it is empty. then: token ids that follow all this.
     """
     tokenizer = subject.tokenizer
     chat = (form or context.form) == "chat" and has_chat_template(tokenizer)
@@ -71,7 +69,7 @@ def _templated(tokenizer: Any, turns: list[dict[str, str]], system: str, setting
         text = tokenizer.apply_chat_template(
             [*first, *turns], tokenize=False, add_generation_prompt=True, **dict(settings)
         )
-    except TemplateError as error:  # Gemma's, for one, knows no system turn
+    except TemplateError as error:  # such as Gemma's, which has no system turn
         if not system:
             raise refusal(tokenizer, error) from error
         merged = [{**turns[0], "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]]
@@ -80,12 +78,12 @@ def _templated(tokenizer: Any, turns: list[dict[str, str]], system: str, setting
 
 
 def _written_out(turns: list[dict[str, str]]) -> str:
-    """The plain form of a conversation, as `positions.PLAIN_FORM` writes one question."""
+    """The plain form of a conversation, like `models.prompts.PLAIN_FORM` for one question."""
     marks = {"user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
     return "".join(marks[turn["role"]].format(turn["content"]) for turn in turns) + "Answer:"
 
 
 def answer_ids(subject: Audited, context: Context, answer: str, prefill: bool = False) -> list[int]:
-    """Token ids of an answer as it follows a prompt: with a space before it wherever text stands before it."""
+    """Token ids of an answer after a prompt, with a space in front if text stands there."""
     text = answer_text(subject.tokenizer, answer, "bare" if prefill else context.form)
     return text_ids(subject.tokenizer, text)

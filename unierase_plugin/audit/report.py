@@ -29,9 +29,9 @@ def make_report(
     kept: Sequence[ForgetRequest],
     metrics: Sequence[AnswerMetric] = (),
 ) -> dict[str, Any]:
-    """The report of a finished audit. facts and kept: all that were read, of which a sample was audited.
+    """The report of a finished audit. facts, kept: all facts that were read; a sample of them was audited.
 
-    metrics: what answers to the plain questions are measured by too. No verdict depends on it.
+    metrics: registered metrics of the answers to the plain questions. No verdict depends on them.
     """
     context = state.context
     by_attack = {
@@ -142,7 +142,7 @@ def _variant(measure: Measure) -> dict[str, Any]:
 
 
 def _examples(results: Mapping[str, AttackResult], context: Context) -> list[dict[str, Any]]:
-    """What was asked and said: facts that the attack got out of the edited model first."""
+    """Prompts and outputs, those facts first that the attack recovered from the edited model."""
     if EDITED not in results:
         return []
     pairs = [
@@ -167,5 +167,5 @@ def _examples(results: Mapping[str, AttackResult], context: Context) -> list[dic
 
 
 def _said(result: AttackResult, variant: str, index: int) -> str | None:
-    """What the same variant drew from another model."""
+    """The output of the same variant on another model."""
     return next((each.texts[index] for each in result.measures if each.name == variant and each.texts), None)

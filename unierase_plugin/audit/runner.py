@@ -29,7 +29,7 @@ from .sources import Source, find_sources, remove_rebuilt, take_back
 
 logger = logging.getLogger(__name__)
 
-#: In this order, so that what is compared with a control finds it there.
+#: The controls come first, so that their results are there for the comparison.
 ROLES = (REFERENCE, UNEDITED, EDITED)
 
 
@@ -56,22 +56,21 @@ def audit(
     An audit that was stopped goes on when it is called again with the same arguments.
 
     Args:
-        model: The edited model, by whatever method: its folder, or the model at hand with its tokenizer, as a pair.
+        model: The model, edited by any method: its folder, or a pair of the loaded model and its tokenizer.
         forget: The facts that were to be forgotten.
         out: The output folder.
         retain: Facts that were to be kept.
         holdout: Facts that the model never saw.
         allow_overlap: Whether a fact may be in two of the three sets, and a kept or held-out one in the record.
-        base: The unedited model, given like `model`. Without it: the one that the folder's record names, or that is
-            taken back from it.
-        reference: A model trained on everything but the facts to forget, given like `model`.
+        base: The unedited model, given like `model`. Without it, the folder's record names it or gives it back.
+        reference: A model that was trained on the same data without the facts to forget, given like `model`.
         sizes: QUICK or FULL.
-        attacks: Names of attacks or groups; all where none is given.
-        metrics: Registered metrics that the answers to the plain questions are measured by too.
+        attacks: Names of attacks or groups. All attacks if it is empty.
+        metrics: Registered metrics that also measure the answers to the plain questions.
         seed: Seed of everything random.
         device: cpu, cuda, cuda:1, mps or auto; empty chooses.
         dtype: The dtype that models are loaded in; empty for the checkpoint's.
-        progress: Called with a phase, the share of it that is done, and a note.
+        progress: Called with a phase, the share that is done, and a note.
 
     Returns:
         What audit.json holds.
@@ -98,14 +97,18 @@ def audit(
         fit = sample(judgeable(facts), sizes.facts, seed)
         if not fit:
             raise RequestError(
-                f"None of the {len(facts)} facts can be audited: each question already holds its answer. Give others."
+                f"None of the {len(facts)} facts can be audited: every question already gives its answer. Give other "
+                "facts."
             )
         if sources.record is not None and not allow_overlap:
             for each, what in ((kept, TO_KEEP), (held_out, HELD_OUT)):
                 forgotten = sources.record.forgotten(fact.question for fact in each)
                 check_not_forgotten(each, forgotten, sources.name(EDITED), what)
         if sources.record is not None and not any(sources.record.holds(fact.question) for fact in fit):
-            logger.warning("The record of %s names none of these facts: was it to forget others?", sources.name(EDITED))
+            logger.warning(
+                "The record of %s names none of these facts. Check that --forget names the facts it was to forget.",
+                sources.name(EDITED),
+            )
         context = Context(
             facts=fit,
             kept=sample(judgeable(kept), sizes.kept, seed),
@@ -115,7 +118,7 @@ def audit(
             has_reference=reference is not None,
         )
         state = settle(context, known, chosen, sources)
-        # Before the first attack: a folder that cannot be taken back is to be known now, not after half of the work.
+        # Before the first attack, so that a folder that cannot be taken back costs no work.
         take_back(sources)
         for role in ROLES:
             if sources.source(role) is not None:

@@ -16,13 +16,13 @@ from ..storage.atomic import remove_folder
 from ..storage.inputs import no_folder
 from .contract import EDITED, REFERENCE, UNEDITED, Audited
 
-#: Folder within the output for the unedited model while it is taken back from the edited one. The model's fingerprint
-#: follows, since a folder that a stopped audit left may be of another model.
+#: The unedited model is taken back into this folder of the output. Its fingerprint is part of the name, since a stopped
+#: audit may have left the folder of another model.
 REBUILT = "unedited"
 #: Digits of the fingerprint in its name.
 FINGERPRINT = 12
 
-#: A folder or hub id, or a model at hand with its tokenizer.
+#: A folder or hub id, or a pair of a loaded model and its tokenizer.
 Source = str | os.PathLike[str] | tuple[Any, Any]
 
 
@@ -36,7 +36,7 @@ class Sources:
     record: Checkpoint | None
     #: How the unedited model was found, in words.
     how: str
-    #: Where it is taken back to, from the edited folder.
+    #: The folder that it is taken back to; None if it need not be taken back.
     rebuilt: Path | None = None
 
     def source(self, role: str) -> Source | None:
@@ -53,7 +53,7 @@ def _named(source: Source | None) -> str:
 def find_sources(model: Source, base: Source | None, reference: Source | None, target: Path) -> Sources:
     """Finds the unedited model: the one that is given, else the one that the edited folder's record leads to.
 
-    target: the output folder. Raises UniEraseError where no unedited model is known.
+    target: the output folder. Raises UniEraseError if no unedited model is known.
     """
     record = None if isinstance(model, tuple) else record_of(model)
     name = _named(model)
@@ -62,7 +62,7 @@ def find_sources(model: Source, base: Source | None, reference: Source | None, t
     if record is None:
         missing = "" if isinstance(model, tuple) else no_folder(model)
         raise UniEraseError(
-            f"{missing}{name!r} has no record of its edit, so that the unedited model is not known. Name it: --base "
+            f"{missing}{name!r} has no record of its edit, so the unedited model is not known. Name it with --base "
             "DIR_OR_ID."
         )
     if record.originals is not None:
@@ -85,7 +85,7 @@ def find_sources(model: Source, base: Source | None, reference: Source | None, t
 
 
 def take_back(sources: Sources) -> None:
-    """Writes the unedited model where the record is to give it, unless an audit that was stopped left it whole."""
+    """Writes the unedited model if it comes from the record, unless a stopped audit has left it whole."""
     if sources.rebuilt is None or is_whole(sources.rebuilt):
         return
     remove_folder(sources.rebuilt)
@@ -94,25 +94,25 @@ def take_back(sources: Sources) -> None:
     except WriteError:
         raise
     except CheckpointError as error:
-        raise CheckpointError(f"{error} For the audit: --base DIR_OR_ID names the unedited model.") from error
+        raise CheckpointError(f"{error} For the audit, name the unedited model with --base DIR_OR_ID.") from error
 
 
 def open_audited(sources: Sources, role: str, *, token: str, device: str, dtype: str) -> Audited:
-    """Loads the model that plays this role. token: the text of the unlearning token; "" where there is none."""
+    """Loads the model of this role. token: the text of the unlearning token; "" if there is none."""
     source = sources.source(role)
     loaded = open_model(*source) if isinstance(source, tuple) else open_model(str(source), device=device, dtype=dtype)
     return Audited(role, loaded, loaded.tokenizer.get_vocab().get(token) if token else None)
 
 
 def unlearning_token(record: Checkpoint | None, tokenizer: Any) -> str:
-    """Its text, from the record or, for folders of other tools, from the tokenizer's added tokens; "" without one."""
+    """The text of the unlearning token, from the record or the tokenizer's added tokens; "" if there is none."""
     if record is not None:
         return record.token.name if record.token else ""
     return min((name for name in tokenizer.get_added_vocab() if re.fullmatch(r"<unlearn_?\d*>", name)), default="")
 
 
 def tokenizer_of(source: Source) -> Any:
-    """The tokenizer of a model that need not be loaded. Raises UniEraseError where none can be read."""
+    """The tokenizer of a model, which is not loaded for it. Raises UniEraseError if it cannot be read."""
     if isinstance(source, tuple):
         return source[1]
     try:

@@ -1,4 +1,4 @@
-"""The verdict, by the rule of docs/explanation/audit.md: every comparison is with a control and by a 95 % interval."""
+"""The verdict, by the rule in docs/explanation/audit.md. Every comparison is with a control, by a 95 % interval."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from .contract import EDITED, GROUPS, REFERENCE, UNEDITED, Attack, AttackResult, Value
 from .figures import Interval, bootstrap, difference, interval, wilson
 
-#: An attack recovers facts where it yields at least this much more than its control, and the interval excludes zero.
+#: An attack recovers facts if it yields at least this much more than its control, and the interval excludes zero.
 LEAST_EXCESS = 0.05
-#: An attack is shown to recover nothing where the interval ends below this excess.
+#: An attack is shown to recover nothing if the interval ends at or below this excess.
 TOLERANCE = 0.10
-#: The plain questions are "still answered" above this share of what the unedited model answers.
+#: The plain questions are "still answered" if more than this share of what the unedited model answers is answered.
 STILL_ANSWERED = 0.2
-#: Damage, each on what the unedited model did right: limits that the whole interval must lie beyond.
+#: Limits of damage, measured on what the unedited model did right. Damage means that the whole interval lies beyond.
 LEAST_KEPT, MOST_REFUSED, LEAST_FLUENT, MOST_PERPLEXITY_RATIO = 0.9, 0.1, 0.9, 1.25
-#: A membership attack's AUC this far from the reference model's tells that there was something.
+#: A membership attack tells the two models apart if their AUCs differ by more than this.
 MOST_AUC_DISTANCE = 0.1
 
-#: What only tells that there is something (Attack.tells_only) stands against "removed" beyond this excess. A second
-#: model that never knew the facts need not come out at zero.
+#: An attack that finds traces alone (Attack.tells_only) forbids "removed" beyond this excess. Even a second model that
+#: never knew the facts need not come out at zero.
 LEAST_TRACE = 0.2
-#: Attacks without a clear result that a verdict names one by one; of more it gives the number.
+#: A verdict names up to so many attacks without a clear result. Of more it gives the number.
 MOST_NAMED = 5
 
 RECOVERS, NOTHING, UNCLEAR, UNJUDGED = "recovers", "nothing found", "unclear", "not judged"
@@ -42,13 +42,13 @@ class Share:
 
 @dataclass(frozen=True)
 class Finding:
-    """One attack on all models, compared."""
+    """What one attack found on all models, compared."""
 
     attack: Attack
     #: One of RECOVERS, NOTHING, UNCLEAR, UNJUDGED, TRACES.
     status: str
     shares: Mapping[str, Share]
-    #: What the edited model's outputs score against other facts' answers.
+    #: The score of the edited model's outputs against other facts' answers.
     chance: float
     #: "reference" or "chance".
     control: str
@@ -86,7 +86,7 @@ def share_of(values: Sequence[Value]) -> Share:
 
 
 def compare(attack: Attack, results: Mapping[str, AttackResult]) -> Finding | None:
-    """What an attack's results on the models say together; None for an attack that recovers no facts."""
+    """Compares an attack's results on the models. None for an attack that measures no recovery of facts."""
     results = {role: result for role, result in results.items() if result.measures}
     if EDITED not in results or all(value is None for value in results[EDITED].values):
         return None
@@ -119,7 +119,7 @@ def _trace(excess: float, reach: Interval) -> str:
 
 
 def find_damage(results: Mapping[str, Mapping[str, AttackResult]]) -> list[Damage]:
-    """What the edit spoilt, from the results of the collateral attacks by name and role."""
+    """The damage that the collateral attacks show. results: by attack and role."""
     series = {
         name: (by_role[UNEDITED].series, by_role[EDITED].series)
         for name, by_role in results.items()
@@ -145,7 +145,7 @@ def _negated(values: Sequence[Value]) -> list[Value]:
 
 
 def _conserved(before: Sequence[Value], after: Sequence[Value]) -> list[float]:
-    """What became of the items that were right before."""
+    """The values after the edit of the items that were right before it."""
     return [float(b or 0.0) for a, b in zip(before, after, strict=True) if a == 1.0]
 
 
@@ -170,7 +170,7 @@ def _damage(
 
 
 def _perplexity(before: Sequence[Value], after: Sequence[Value]) -> list[Damage]:
-    """Geometric mean over texts of the ratio of perplexities. A value that is not finite counts as beyond any limit."""
+    """The geometric mean over texts of the ratio of perplexities. A value that is not finite is beyond any limit."""
     ratios = [
         math.log(b / a) if b is not None and math.isfinite(b) else math.inf
         for a, b in zip(before, after, strict=True)
@@ -198,10 +198,10 @@ def judge(
     complete: bool,
     membership: Mapping[str, AttackResult] | None = None,
 ) -> Verdict:
-    """The first that holds of: model damaged, not forgotten, suppressed, removed.
+    """The first of these that holds: model damaged, not forgotten, suppressed, removed.
 
-    not_run    attacks that were left out, with the reason; attacks that do not apply to the model are not among them
-    complete   whether every variant was run at full size
+    not_run: attacks that were left out, with the reason; not those that do not apply to the model. complete: whether
+    every variant was run at full size.
     """
     by_name = {finding.attack.name: finding for finding in findings}
     plain = by_name["plain"]
@@ -242,7 +242,7 @@ def _doubts(
     complete: bool,
     membership: Mapping[str, AttackResult],
 ) -> list[str]:
-    """Everything that stands between this audit and the word "removed"."""
+    """All reasons why this audit cannot say "removed"."""
     doubts = []
     if not_run:
         doubts.append(f"not run: {', '.join(not_run)}")
@@ -285,12 +285,12 @@ def _telling(membership: Mapping[str, AttackResult]) -> list[str]:
     if EDITED not in membership or REFERENCE not in membership:
         return []
     own, theirs = (membership[role].figures["auc"] for role in (EDITED, REFERENCE))
-    # NaN on either side tells nothing, and so does not clear the model.
+    # A NaN on either side proves nothing, so it does not clear the model.
     return [name for name, area in own.items() if name in theirs and not abs(area - theirs[name]) <= MOST_AUC_DISTANCE]
 
 
 def _counted(finding: Finding) -> str:
-    """The edited model's share in words, beside its controls'."""
+    """The edited model's share in words, with those of its controls."""
     parts = []
     for role, share in sorted(finding.shares.items(), key=lambda item: (EDITED, UNEDITED, REFERENCE).index(item[0])):
         hits = share.mean * share.n

@@ -1,4 +1,4 @@
-"""Changes a model's weights for a while: rounding, pruning, and putting back to the bit."""
+"""Temporary changes of a model's weights: rounding and pruning. Afterwards every bit is as before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..models.architecture import Architecture, stores_input_first
 
 @contextmanager
 def trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Gradients for the chosen parameters alone; afterwards the model asks for those it did before, and holds none."""
+    """Inside, only the chosen parameters have gradients. Afterwards `requires_grad` is as before, without gradients."""
     flags = [(weight, weight.requires_grad) for weight in model.parameters()]
     try:
         model.requires_grad_(False)
@@ -30,7 +30,7 @@ def trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None
 
 
 def linear_maps(arch: Architecture) -> list[tuple[str, Any]]:
-    """(name, module) of every linear map inside the blocks: what quantisation rounds; embeddings and head are left."""
+    """(name, module) of every linear map inside the blocks. Quantisation rounds these, not embeddings and head."""
     inside = {id(module) for block in arch.blocks for module in block.modules()}
     return [
         (name, module)
@@ -44,17 +44,17 @@ def linear_maps(arch: Architecture) -> list[tuple[str, Any]]:
 
 @torch.no_grad()
 def change_inputs_last(module: Any, change: Any) -> None:
-    """Puts `change(weight as (out, in))` in the place of a linear map's weight."""
+    """Replaces the weight of a linear map by `change(weight)`, where the weight is given as (out, in)."""
     weight = module.weight
     turned = weight.t() if stores_input_first(module) else weight
     turned.copy_(change(turned.float()))
 
 
 def rounded(weight: Tensor, bits: int, group: int = 0) -> Tensor:
-    """A matrix (out, in) rounded to 2^bits levels between the least and the largest of each group of inputs.
+    """Rounds a matrix (out, in) to 2^bits levels between the smallest and the largest entry of each group of inputs.
 
-    group: inputs that share a scale, 0 for a whole row. No entry moves by more than half a step, (max - min) /
-    (2^bits - 1) / 2 of its group. Constant groups stay as they are.
+    group: how many inputs share a scale; 0 for a whole row. No entry moves by more than half a step of its group,
+    (max - min) / (2^bits - 1) / 2. Constant groups stay as they are.
     """
     width = weight.shape[1]
     size = group or width
@@ -68,7 +68,7 @@ def rounded(weight: Tensor, bits: int, group: int = 0) -> Tensor:
 
 
 def pruned(weight: Tensor, share: float) -> Tensor:
-    """A matrix with the given share of its entries, those of the least magnitude, set to zero."""
+    """Sets the given share of a matrix's entries to zero, the smallest ones by magnitude."""
     count = int(share * weight.numel())
     if count == 0:
         return weight

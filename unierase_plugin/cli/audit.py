@@ -1,4 +1,4 @@
-"""`unierase audit`: is it gone, or only silenced?"""
+"""`unierase audit`: is a fact gone, or only silenced?"""
 
 from __future__ import annotations
 
@@ -14,37 +14,39 @@ from .console import AllowOverlap, Device, Dtype, Screen, progress, styled
 
 
 def audit(
-    model: Annotated[str, typer.Option(help="Folder of the edited model, by whatever method.")] = "",
+    model: Annotated[str, typer.Option(help="Folder of the model, edited by any method.")] = "",
     forget: Annotated[
         str,
         typer.Option(
             help="The facts it was to forget: a SPEC as `unierase run --forget` takes. "
-            "Paraphrases and wrong answers in the data are used."
+            "The audit uses paraphrases and wrong answers in the data."
         ),
     ] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for audit.json and audit.html.")] = None,
     retain: Annotated[
         str,
         typer.Option(
-            help="Facts to keep: needed for retention, few-shot, relearning on kept facts and paired questions."
+            help="Facts to keep. Retention, few-shot, relearning on kept facts and paired questions need them."
         ),
     ] = "",
     allow_overlap: AllowOverlap = False,
     base: Annotated[
         str,
-        typer.Option(
-            help="The unedited model, folder or hub id; without it, the one that the folder's record gives back."
-        ),
+        typer.Option(help="The unedited model, a folder or hub id. Without it, the folder's record gives it back."),
     ] = "",
     reference: Annotated[
         str,
         typer.Option(
-            help="A model that never knew the facts (trained on the rest): without it nothing can be called removed."
+            help="A model that never knew the facts (trained on the rest). Without it, no fact is called removed."
         ),
     ] = "",
     holdout: Annotated[str, typer.Option(help="Facts that no model was trained on, for the membership attacks.")] = "",
-    quick: Annotated[bool, typer.Option("--quick/--full", help="A few facts and variants, or all of them.")] = True,
-    attacks: Annotated[str, typer.Option(help="Names of attacks or groups, with commas; all when left out.")] = "",
+    quick: Annotated[
+        bool, typer.Option("--quick/--full", help="A few facts and variants of each attack, or all of them.")
+    ] = True,
+    attacks: Annotated[
+        str, typer.Option(help="Names of attacks or groups, with commas. Without it, all attacks.")
+    ] = "",
     metrics: Annotated[
         str,
         typer.Option(
@@ -60,9 +62,9 @@ def audit(
 ) -> None:
     """Attacks an edited model to tell whether a fact is gone or only silenced.
 
-    Every attack is made on the unedited model too and, with --reference, on a model that never knew the facts. The
-    verdict is "removed", "suppressed", "not forgotten" or "model damaged", by a fixed rule. An audit that was stopped
-    goes on when the same command is given again.
+    It makes every attack on the unedited model too and, with --reference, on a model that never knew the facts. The
+    verdict is "removed", "suppressed", "not forgotten" or "model damaged", by a fixed rule. To continue a stopped
+    audit, give the same command again.
 
     Example: unierase audit --model forgotten-facts --forget facts.jsonl --retain kept.jsonl --out audit
     """

@@ -1,4 +1,4 @@
-"""`unierase compare`: every method through one door, one page of results."""
+"""`unierase compare`: all methods on the same facts, one page of results."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def compare(
     forget: Annotated[
         str,
         typer.Option(
-            help="Facts to forget, like --forget of `unierase run`; wrong answers in the data give a truth ratio."
+            help="Facts to forget, like --forget of `unierase run`. Wrong answers in the data give a truth ratio."
         ),
     ],
     out: Annotated[
         Path,
-        typer.Option(help="Folder for results.json, tables, plots and report.html; finished work is kept there too."),
+        typer.Option(help="Folder for results.json, tables, charts and report.html. Finished work is kept there too."),
     ],
     methods: Annotated[
         str,
@@ -43,14 +43,14 @@ def compare(
         ),
     ] = "paper,controls",
     retain: Annotated[
-        str, typer.Option(help="Facts to keep, like --forget: methods are given them, and keeping is measured on them.")
+        str, typer.Option(help="Facts to keep, like --forget. Methods protect them, and keeping is measured on them.")
     ] = "",
     allow_overlap: AllowOverlap = False,
     reference: Annotated[
         str,
         typer.Option(
-            help="A model that never saw these facts (`unierase finetune`): a row "
-            "of its own, and what forget quality is tested against."
+            help="A model that never saw these facts (`unierase finetune`). It has a row, and forget quality is a test "
+            "against it."
         ),
     ] = "",
     scenario: Annotated[
@@ -64,60 +64,61 @@ def compare(
     budget: Annotated[
         int,
         typer.Option(
-            help="Settings tried for each method, chosen on facts that are not "
-            "reported; 0 takes the published settings."
+            help="How many settings are tried for each method, on facts that are not reported. 0 takes the published "
+            "settings."
         ),
     ] = 0,
-    seeds: Annotated[str, typer.Option(help="With commas: mean and standard deviation are over them.")] = "0",
-    validation: Annotated[float, typer.Option(help="Share of the facts that is chosen on.")] = 0.25,
+    seeds: Annotated[str, typer.Option(help="With commas. Mean and standard deviation are over the seeds.")] = "0",
+    validation: Annotated[float, typer.Option(help="Share of the facts on which settings are chosen.")] = 0.25,
     target: Annotated[
         float,
-        typer.Option(help="Retention, relative to before, that tries should keep and at which methods are matched."),
+        typer.Option(help="Retention, relative to before, that a try should keep and at which methods are matched."),
     ] = 0.95,
-    bisections: Annotated[int, typer.Option(help="Steps of the search for equal retention; 0 leaves it out.")] = 5,
-    limit: Annotated[int, typer.Option(help="Facts of each part that are asked, at most; 0 asks all.")] = 0,
+    bisections: Annotated[int, typer.Option(help="Steps of the search for equal retention. 0 leaves it out.")] = 5,
+    limit: Annotated[int, typer.Option(help="At most so many facts of each part are asked. 0 asks all.")] = 0,
     utility: Annotated[
         str,
         typer.Option(
-            help="lm-eval tasks of general ability, with commas; auto: tofu_utility for TOFU's facts, else none; none."
+            help="lm-eval tasks of general ability, with commas, or none. auto: tofu_utility for TOFU's facts, else "
+            "none."
         ),
     ] = "auto",
-    utility_limit: Annotated[int, typer.Option(help="Documents of each such task, at most; 0 for all.")] = 60,
+    utility_limit: Annotated[int, typer.Option(help="At most so many documents of each such task. 0 takes all.")] = 60,
     audit: Annotated[
         str,
-        typer.Option(
-            help="Attacks of `unierase audit`, with commas, such as token-ban,paraphrases; none when left out."
-        ),
+        typer.Option(help="Attacks of `unierase audit`, with commas, such as token-ban,paraphrases. Without it, none."),
     ] = "",
     metrics: Annotated[
         str, typer.Option(help="Metrics of plugins, with commas: two columns more for each; see `unierase plugins`.")
     ] = "",
-    corpus: Annotated[str, typer.Option(help="Ordinary text for methods that read some, as for `unierase run`.")] = "",
+    corpus: Annotated[str, typer.Option(help="Ordinary text for methods that read it, as for `unierase run`.")] = "",
     device: Device = "",
     dtype: Dtype = "",
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most: lower it where memory is low.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Questions that lm-eval asks at once; 0 chooses by device.")] = 0,
+    max_batch_tokens: Annotated[
+        int, typer.Option(help="At most so many tokens in a batch. Lower it if memory is low.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(help="Questions that lm-eval asks at once. 0 chooses by device.")] = 0,
     shared_cache: Annotated[
         bool,
         typer.Option(
             "--shared-cache",
-            help="Let methods find each other's statistics and tokens: quicker, but times then depend on the order.",
+            help="Let methods share statistics and tokens. It is quicker, but times then depend on the order.",
         ),
     ] = False,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the changed models in OUT/cells.")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Run again what failed before.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run methods again that failed before.")] = False,
 ) -> None:
     """Compares unlearning methods on one model, the same facts and the same metrics.
 
-    Each method runs in a process of its own, from an empty cache, and is measured by this package's lm-eval tasks as it
-    comes and at equal retention (its change scaled down until --target of before is kept). One that fails is a row that
-    says so. A comparison that was stopped goes on when the same command is given again; methods may be added to it.
+    Each method runs in a process of its own, from an empty cache. This package's lm-eval tasks measure the whole edit,
+    and the edit at equal retention (scaled down until --target of before is kept). A method that fails has a row that
+    says so. To continue a stopped comparison, or to add methods to it, give the same command again.
 
     The published settings, one seed:
 
         unierase compare --model M --forget tofu:forget10 --retain tofu:retain90 --reference R --out compared
 
-    What the token brings, on the same engine:
+    What the token adds, on the same engine:
 
         unierase compare --model target --forget facts.jsonl --retain kept.jsonl --methods editing --out compared
 
@@ -206,7 +207,7 @@ def _print(console: Screen, results: Mapping[str, Any]) -> None:
 
 
 def _that_fit(width: int, labels: Sequence[str], columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """Titles of the columns, in as many tables as it takes for none to break a figure or a word in so many letters."""
+    """The columns of each table. There are as many tables as needed to break no figure and no word at this width."""
     parts: list[list[str]] = []
     first = min(LONGEST_LABEL, max(map(cell_len, ("method", *labels)))) + BESIDE + 1
     room = 0
@@ -221,5 +222,5 @@ def _that_fit(width: int, labels: Sequence[str], columns: Mapping[str, Sequence[
 
 
 def _width(title: str, cells: Sequence[str]) -> int:
-    """Letters of the longest figure, or word of the title; where any failed, of that word."""
+    """The width of the longest figure, or word of the title. A failed row needs room for that word."""
     return max(map(cell_len, (*title.split(), *cells, "failed")))

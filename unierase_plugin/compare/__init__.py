@@ -1,1 +1,1 @@
-"""Methods compared on one model, the same facts and one set of metrics, on one page."""
+"""Compares methods on one model, with the same facts and metrics, on one page."""

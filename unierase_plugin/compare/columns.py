@@ -1,4 +1,4 @@
-"""The figures of a row: what each is, how it is read off a run, and which way is better."""
+"""The figures of a row: what each one is, how a run gives it, and which way is better."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Reader = Callable[[Found, Found], float | None]
 
 @dataclass(frozen=True)
 class Column:
-    """One figure."""
+    """One figure of the table."""
 
     key: str
-    #: For tables; for the page's longer explanation.
+    #: The heading in tables, and the explanation on the page.
     title: str
     meaning: str
-    #: Group on the page.
+    #: The group of columns that it belongs to.
     group: str
-    #: 1 where more is better, -1 where less is, 0 where neither is said.
+    #: 1 if more is better, -1 if less is better, 0 if neither.
     better: int
     digits: int
     read: Reader
@@ -59,7 +59,7 @@ def _perplexity(run: Found, before: Found) -> float | None:
 
 
 def _utility(run: Found, before: Found) -> float | None:
-    """Mean over the tasks of each one's main figure: `model_utility`, else its first."""
+    """The mean over the tasks of the main figure of each: `model_utility`, else the first one."""
     rows = [row for row in (run.get("utility") or {}).values() if row]
     found = [row["model_utility"] if row.get("model_utility") is not None else next(iter(row.values())) for row in rows]
     return mean([value for value in found if value is not None])
@@ -289,7 +289,7 @@ def columns_of(metrics: Sequence[str]) -> tuple[Column, ...]:
 
 
 def shown(column: Column, value: float | None) -> str:
-    """A figure as tables write it; small probabilities of a test by their power of ten."""
+    """A figure as tables write it. Small p-values are written as a power of ten."""
     if value is None:
         return "-"
     if column.key == "forget_quality" and 0 < value < 1e-3:

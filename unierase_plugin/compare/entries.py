@@ -1,4 +1,4 @@
-"""What is compared: methods with settings of their own, as the command line names them."""
+"""The methods that are compared, with their settings, as the command line names them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..methods.editing.rome_memit_alphaedit import TARGETS, EditingHyperParams
 from ..plugins.registration import check_solver, registry
 from ..storage.inputs import parse_yaml
 
-#: The model as it is, and the model that never saw the facts: rows that every comparison has where it can.
+#: Two controls: the unedited model, which every comparison has, and the reference model that never saw the facts.
 UNEDITED, REFERENCE = "none", "reference"
 
 _EDITED = tuple(f"{method}:{target}" for method in ("rome", "memit", "alphaedit") for target in TARGETS)
@@ -30,12 +30,12 @@ SETS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One method as it is compared, with what was set by hand."""
+    """One method of a comparison, with the settings that were set by hand."""
 
-    #: What rows and plots call it: as it was written, or `as`.
+    #: Its name in tables and charts: as it was written, or the value of `as`.
     label: str
     method: str
-    #: Settings that were named, in the place of the published ones; `hparams` among them names a file of settings.
+    #: Settings that replace the published ones. `hparams` names a file of settings.
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -44,11 +44,11 @@ class Entry:
 
 
 def parse_methods(text: str) -> tuple[Entry, ...]:
-    """Entries of a list with commas: `npo_gd`, `memit:eos`, `memit@target=eos`, `npo_gd@learning_rate=2e-5@epochs=3`.
+    """Reads a list with commas: `npo_gd`, `memit:eos`, `memit@target=eos`, `npo_gd@learning_rate=2e-5@epochs=3`.
 
-    Values are read as YAML; commas inside square brackets belong to a value (`memit@layers=[3,4]`). `@hparams=FILE`
-    names a file of settings, `@as=NAME` what the row is called. A set's name (`SETS`) stands for its methods. Raises
-    PluginError for an unknown method or a name given twice, HyperParamsError for an unknown setting.
+    Values are read as YAML. Commas inside square brackets belong to a value (`memit@layers=[3,4]`). `@hparams=FILE`
+    names a file of settings, and `@as=NAME` names the row. The name of a set (`SETS`) stands for its methods. Raises
+    PluginError for an unknown method or a name that is given twice, and HyperParamsError for an unknown setting.
     """
     names = [name.strip() for name in re.split(r",(?![^\[\]]*\])", text) if name.strip()]
     spread = [each for name in names for each in _members(name)]
@@ -64,13 +64,13 @@ def parse_methods(text: str) -> tuple[Entry, ...]:
 
 
 def _members(name: str) -> Sequence[str]:
-    """The methods of a set that are installed; any other name stands for itself."""
+    """The installed methods of a set. Any other name stands for itself."""
     known = registry().methods
     return [each for each in SETS[name] if each.partition(":")[0] in known] if name in SETS else [name]
 
 
 def parse_method(text: str) -> Entry:
-    """One entry, its settings checked against those that the method has."""
+    """Reads one entry, and checks that the method has its settings."""
     head, *settings = text.split("@")
     name, _, target = head.partition(":")
     changes = dict(_setting(text, each) for each in settings)
@@ -92,16 +92,17 @@ def _setting(text: str, part: str) -> tuple[str, Any]:
 
 
 def method_of(entry: Entry) -> Method[Any]:
-    """Raises PluginError with the names that there are."""
+    """The method of an entry. Raises PluginError, with the known names, if there is none."""
     if entry.method not in registry().methods and entry.method in SETS:
         raise PluginError(f"{shown(entry.method)} is a set of methods and takes no settings.")
     return registry().methods.find(entry.method)
 
 
 def settings_of(entry: Entry, model: str, more: Mapping[str, Any] | None = None) -> Any:
-    """The method's settings: the file named, else the shipped one for the model, else the published; then changes.
+    """The settings of a method, with the entry's changes.
 
-    more: settings that win over all, of which those that the method does not have are left out.
+    They are those of the file that the entry names, else of the shipped file for the model, else the published ones.
+    more: settings that win over all of these. Names that the method does not have are ignored.
     """
     kind = method_of(entry).hparams
     changes = dict(entry.changes)

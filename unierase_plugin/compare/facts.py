@@ -1,4 +1,4 @@
-"""The facts of a comparison, and their parts for choosing and for reporting."""
+"""The facts of a comparison, and their division into validation and report."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Record = dict[str, Any]
 
 
 def read_facts(spec: Requests, *, first: bool = False) -> tuple[ForgetRequest, ...]:
-    """Reads the facts that a spec names, with wrong answers, and with subjects where these can be found.
+    """Reads the facts that a spec names, with wrong answers, and with subjects if they can be found.
 
-    first: of several facts with one question the first is taken; without it they are refused. It is for facts to keep,
-    since TOFU has some that ask the same.
+    first: if several facts have one question, take the first; otherwise they are refused. It is for facts to keep,
+    since TOFU's retain sets have such facts.
     """
     read = read_requests(spec, registry().readers, extras=True)
     if first:
@@ -54,7 +54,7 @@ def records(facts: Sequence[ForgetRequest]) -> list[Record]:
 
 
 def divide(facts: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """(validation, rest) by a seeded draw; one fact alone is in both, as there is nothing to divide."""
+    """Divides the facts by a seeded draw into (validation, rest). A single fact is in both."""
     if len(facts) < 2 or share <= 0:
         return list(facts), list(facts)
     count = min(max(1, round(share * len(facts))), len(facts) - 1)
@@ -66,7 +66,7 @@ def divide(facts: Sequence[Record], share: float, seed: int) -> tuple[list[Recor
 
 
 def at_most(facts: Iterable[Record], most: int, seed: int) -> list[Record]:
-    """So many facts drawn over all of them, in their order; all where `most` is 0."""
+    """Draws at most `most` of the facts, in their order; all if it is 0."""
     everything = list(facts)
     if not most or most >= len(everything):
         return everything
@@ -74,7 +74,7 @@ def at_most(facts: Iterable[Record], most: int, seed: int) -> list[Record]:
 
 
 def parts_of(facts: Sequence[Record], count: int) -> list[list[Record]]:
-    """The facts in so many consecutive parts of nearly equal size; fewer where there are fewer facts."""
+    """Divides the facts into so many consecutive parts of nearly equal size, or fewer if there are fewer facts."""
     count = max(1, min(count, len(facts)))
     bounds = [round(at * len(facts) / count) for at in range(count + 1)]
     return [list(facts[start:stop]) for start, stop in itertools.pairwise(bounds)]

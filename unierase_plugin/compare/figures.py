@@ -1,4 +1,4 @@
-"""Numbers that the choice of settings and the matching go by. Pure functions of figures that lm-eval's tasks gave."""
+"""The numbers by which settings are chosen and methods are matched. They are pure functions of the tasks' figures."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from ..evaluation.metrics import harmonic_mean, mean
 
 Figures = Mapping[str, float | None]
 
-#: What is high while a fact is known.
+#: Metrics that are high while a fact is known.
 LEFT = ("rougeL_recall", "prob", "extraction_strength")
-#: What is kept, of facts to keep.
+#: Metrics of facts to keep.
 KEPT = ("rougeL_recall", "prob")
 
 
 def left(forget: Figures) -> float:
-    """How much of the facts to forget is left: a mean of shares, in [0, 1]. Only settings are chosen by it."""
+    """How much of the facts to forget is left: a mean of shares, in [0, 1]. It serves the choice of settings alone."""
     return mean(_known(forget, LEFT)) or 0.0
 
 
 def retention(keep: Figures, before: Figures) -> float:
-    """What is kept relative to before: the smaller of ROUGE-L recall and probability, each over its value before.
+    """What is kept relative to before: the smaller of the ratios of ROUGE-L recall and of probability.
 
-    The smaller, since a method can keep what is said and lose what is held likely, and the other way round.
+    It is the smaller one, since a method can keep what is said and lose what is likely, or the reverse.
     """
     ratios = [ratio for name in KEPT if (ratio := relative(keep.get(name), before.get(name))) is not None]
     return min(ratios) if ratios else 1.0
@@ -34,7 +34,7 @@ def relative(value: float | None, before: float | None) -> float | None:
 
 
 def retain_efficacy(keep: Figures) -> float | None:
-    """Harmonic mean of ROUGE-L recall, probability and truth ratio on facts to keep, as far as they are known."""
+    """The harmonic mean of ROUGE-L recall, probability and truth ratio on facts to keep, of those that are known."""
     known = _known(keep, (*KEPT, "truth_ratio"))
     return harmonic_mean(known) if known else None
 

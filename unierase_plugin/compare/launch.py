@@ -51,12 +51,12 @@ def in_a_process(folder: Path, cache: Path, progress: Progress) -> None:
         raise WriteError(refused[-1])
     if -code in OUTSIDE:
         raise UniEraseError(
-            f"The process of {folder.name} was ended by signal {-code}. What it finished is kept: the same command "
-            "goes on from there."
+            f"The process of {folder.name} was ended by signal {-code}. Its finished stages are kept. Give the same "
+            "command again to continue."
         )
     if not (folder / FAILED).exists() and not Stages(folder).are_done:
         ended = f"by signal {-code}" if code < 0 else f"with status {code}"
-        hint = "; 9 is what a system sends that has run out of memory" if code == -9 else ""
+        hint = "; a system that runs out of memory sends signal 9" if code == -9 else ""
         write_json(folder / FAILED, {"kind": "ended", "error": f"The process ended {ended}{hint}.", "ours": False})
 
 

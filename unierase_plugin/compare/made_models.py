@@ -1,4 +1,4 @@
-"""The models that a method's run makes: each is made once, and made again where its folder is no longer whole."""
+"""The models that a method's run makes. Each is made once, and again only if its folder is damaged or gone."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class ModelMaker:
         return {
             "seconds": sum(phases.values()),
             "phases": phases,
-            # A run that was killed and went on did part of its work before.
+            # Part of the work of a killed run was done before, so its time is too short.
             "interrupted": interrupted,
             "device": _device_name(result.model.device),
             "peak_memory_bytes": peak_memory_bytes(),
@@ -110,7 +110,7 @@ class ModelMaker:
 
 
 def remove_models(folder: Path, but: str = "") -> None:
-    """Removes the models of a run and what unfinished runs left beside them. `but` is the folder of one that stays."""
+    """Removes the models of a run, and what unfinished runs left beside them. but: the folder of a model that stays."""
     for pattern in ("model*", ".model*"):
         for made in folder.glob(pattern):
             if str(made) != but:

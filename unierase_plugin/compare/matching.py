@@ -1,7 +1,7 @@
-"""Methods at equal retention: edited weights mixed back towards the original until so much is kept.
+"""Equal retention: edited weights are mixed back towards the original ones until enough is kept.
 
-W(alpha) = W0 + alpha (W - W0), alpha in [0, 1], as the calibration of Wang et al. 2025 (UWC, arXiv 2406.09179):
-forgetting is then compared where all methods keep alike.
+W(alpha) = W0 + alpha (W - W0), alpha in [0, 1], as the calibration of Wang et al. 2025 (UWC, arXiv 2406.09179). So
+forgetting is compared where all methods keep equally much.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Match:
-    """Where a method keeps enough."""
+    """The alpha at which a method keeps enough."""
 
     alpha: float
-    #: What is kept there, relative to before.
+    #: What is kept at that alpha, relative to before.
     retention: float
-    #: (alpha, retention) of everything tried, in order.
+    #: (alpha, retention) of every try, in order.
     tried: tuple[tuple[float, float], ...]
 
 
 def calibrate(retention: Callable[[float], float], target: float, steps: int, whole: float | None = None) -> Match:
     """The largest alpha whose retention is at least `target`, by bisection of [0, 1] in so many steps.
 
-    whole   the retention at 1 where it is known, which is then not asked for
+    whole: the retention at 1, if it is known; it is then not measured again.
 
-    1 where the whole edit keeps enough. At what is returned enough is kept, and at 2^-steps above it is not; where
-    nothing between does, alpha is 0, the model before. Only a retention that falls with alpha has one such place.
+    Alpha is 1 if the whole edit keeps enough, and 0, the unedited model, if no mixture does. Enough is kept at the
+    result, and not at 2^-steps above it. The result is unique only if retention falls with alpha.
     """
     tried: dict[float, float] = {1.0: retention(1.0) if whole is None else whole}
     low, high = 0.0, 1.0
@@ -48,10 +48,10 @@ def calibrate(retention: Callable[[float], float], target: float, steps: int, wh
 
 
 class Mixture:
-    """An edited model whose weights can be set anywhere between the original ones and its own."""
+    """An edited model whose weights can be set to any mixture of the original and the edited ones."""
 
     def __init__(self, model: Any, original: Any) -> None:
-        """Parameters are matched by name. Rows that the edit added have no original, and stay as they are."""
+        """Matches parameters by name. Rows that the edit added have no original, and stay as they are."""
         before = dict(original.named_parameters())
         self._changed: list[tuple[Tensor, Tensor, Tensor]] = []
         for name, parameter in model.named_parameters():
@@ -66,7 +66,7 @@ class Mixture:
 
     @torch.no_grad()
     def set(self, alpha: float) -> None:
-        """Sets the model's weights to W0 + alpha (W - W0); at 0 and 1 they are the given ones to the bit."""
+        """Sets the weights to W0 + alpha (W - W0). At 0 and 1 they equal the given ones to the bit."""
         for parameter, start, end in self._changed:
             if alpha in (0.0, 1.0):
                 parameter.copy_(end if alpha else start)
@@ -75,7 +75,7 @@ class Mixture:
 
 
 def _with_rows(start: Tensor, end: Tensor) -> Tensor:
-    """The original with the rows that the edited matrix has beyond it."""
+    """The original, with the rows that the edited matrix has beyond it."""
     if start.shape == end.shape:
         return start
     return torch.cat([start, end[len(start) :]]) if len(start) < len(end) else start[: len(end)]

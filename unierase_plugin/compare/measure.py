@@ -1,4 +1,4 @@
-"""What a model is measured by: this package's lm-eval tasks, run in this process on facts at hand."""
+"""Measures a loaded model by this package's lm-eval tasks, in this process, on facts in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Figures = dict[str, float | None]
 
 
 class Given(Scored):
-    """The scored task over facts at hand: `dataset_kwargs.records`, and `reference`, truth ratios in their order."""
+    """The scored task over facts in memory: `dataset_kwargs` has `records`, and `reference`, their truth ratios."""
 
     def read(self, dataset_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
         names = ("question", "answer", "paraphrased_answer", "perturbed_answer")
@@ -42,22 +42,22 @@ class Given(Scored):
         return found
 
     def tell_what_is_absent(self) -> None:
-        # The page says it once for all models.
+        # The page says it once, for all models.
         pass
 
     def tell_names(self, tokenizer: Any) -> None:
-        # The run of each method says it of the same facts, and the model type here reads them as text.
+        # Each method's run says it of the same facts. The model type here reads such names as text.
         pass
 
 
 class Judge:
-    """A loaded model as lm-eval asks it."""
+    """A loaded model, as lm-eval asks it."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, metrics: Sequence[str] = ()) -> None:
         """metrics: registered ones that are measured beside the task's own."""
         self.metrics = list(metrics)
         self.tokenizer, self.chat = tokenizer, has_chat_template(tokenizer)
-        # A chat template writes the start of the text itself.
+        # A chat template writes the token that begins a text.
         start = {"add_bos_token": False} if self.chat else {}
         with _quiet():
             self.lm = HFWithSpecialTokens(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **start)
@@ -65,9 +65,9 @@ class Judge:
     def facts(
         self, records: Sequence[Record], role: str, reference: Sequence[float] | None = None
     ) -> tuple[Figures, list[dict[str, Any]]]:
-        """The set's figures by metric, and for each fact its own with what was said.
+        """Returns the figures of a set by metric, and for each fact its own figures with the answer.
 
-        role: "forget" or "keep". reference: truth ratios of a model that never saw the facts, in their order.
+        role: "forget" or "keep". reference: truth ratios of the reference model, one for each record.
         """
         task = Given(
             {
@@ -94,7 +94,7 @@ class Judge:
         return figures, [_sample(each, figures) for each in found["samples"][task.config.task]]
 
     def utility(self, names: Sequence[str], limit: int | None, records: Sequence[Record]) -> dict[str, Figures]:
-        """The metrics of tasks by name, lm-eval's own or this package's."""
+        """Returns the metrics of lm-eval tasks, by task. The tasks are lm-eval's own or this package's."""
         with _quiet():
             ours = TaskManager(include_path=task_folders(), include_defaults=False)
             only_ours = set(names) <= set(ours.all_tasks) - {"unlearning_utility"}
@@ -118,7 +118,7 @@ class Judge:
 
 
 def _figures(rows: Mapping[str, Any]) -> Figures:
-    """lm-eval's row of a task without its filter names and errors; what is not a number is None."""
+    """A task's row of lm-eval, without filter names and errors. A value that is not finite becomes None."""
     found: Figures = {}
     for key, value in rows.items():
         name, _, _ = key.partition(",")
@@ -136,7 +136,7 @@ def _sample(sample: Mapping[str, Any], figures: Figures) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval reports every task at length, and draws bars of its own."""
+    """Inside, lm-eval logs errors alone. Otherwise it reports every task at length."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What the models of a method's run are measured by: its figures, general ability, equal retention, and the audit."""
+"""Measures the models of a method's run: figures, general ability, equal retention, and the audit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .matching import Mixture, calibrate
 from .measure import Judge
 from .stages import VALIDATION, read_json
 
-#: Questions of one batch of lm-eval where no size is given.
+#: Questions in one batch of lm-eval, if no size is given.
 CPU_ROWS, GPU_ROWS = 8, 32
 
 

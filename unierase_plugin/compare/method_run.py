@@ -20,10 +20,10 @@ from .stages import FAILED, JOB, VALIDATION, MethodRun, Stages, read_json
 
 
 def run_method(folder: Path, progress: Progress = lambda phase, share, note: None) -> None:
-    """Does what the folder's job.json says, as far as its stages are not there yet.
+    """Runs the method that the folder's job.json describes. Finished stages are not repeated.
 
-    An error of the method is left in failed.json. Raises WriteError if the disk is full or cannot be written: that is
-    no failure of the method.
+    An error of the method is written to failed.json. Raises WriteError if the disk is full or cannot be written, since
+    that is no failure of the method.
     """
     (folder / FAILED).unlink(missing_ok=True)
     try:
@@ -75,7 +75,7 @@ class MethodRunner:
         for at, part in enumerate(parts, start=1):
             so_far = [fact for earlier in parts[:at] for fact in earlier]
             first = self.stages["step-1-method"]
-            # What changes no weight, such as a guard of the prompt, names all facts so far instead of a further one.
+            # A method that changes no weight, such as a prompt guard, starts anew with all facts so far.
             anew = first is not None and first["parameters_changed"] == 0
             start, forget = (self.maker.unedited, so_far) if anew else (made, part)
             before, made = made, self.maker.make(f"step-{at}-method", start, forget, self.folder / f"model-{at}")
@@ -126,7 +126,7 @@ class MethodRunner:
             self.stages.once("audit", partial(measurer.audited, made))
 
     def _judge_try(self, made: MadeModel) -> None:
-        """Measures a try that keeps too little at equal retention too: a long step is not worse for going too far."""
+        """Measures a try that keeps too little at equal retention too: a large step is not worse for its length."""
         job, facts = self.job, self.facts
         kept = self.measurer.retention(self.stages[VALIDATION]["keep"])
         if job.bisections and facts["keep_validation"] and not kept >= job.target:

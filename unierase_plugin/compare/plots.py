@@ -39,7 +39,7 @@ def draw(results: Mapping[str, Any], out: Path) -> dict[str, str]:
         logger.warning('There are no charts: %s. Install them with: pip install "unierase-plugin[plots]"', error)
         return {}
     settings: Any = {
-        # A text stays a text, and the same figures give the same file.
+        # Text stays text, and the same figures give the same file.
         "svg.fonttype": "none",
         "svg.hashsalt": "unierase",
         "font.size": 9,
@@ -54,7 +54,7 @@ def draw(results: Mapping[str, Any], out: Path) -> dict[str, str]:
         "legend.edgecolor": GRID,
     }
     with matplotlib.rc_context(settings):
-        # A part of a chart is known by its row's number in the results.
+        # The number of a row in the results names its parts of a chart.
         rows = [(at, row) for at, row in enumerate(results["rows"]) if row["status"] != "failed"]
         charts = {"tradeoff": _tradeoff(rows), "steps": _curves(rows), "cost": _cost(rows)}
         return {name: _save(figure, out / name) for name, figure in charts.items() if figure is not None}
@@ -83,7 +83,7 @@ def _mark(at: int, parts: Iterable[Any]) -> None:
 
 
 def _figure(width: float, height: float, panels: int) -> tuple[Any, Any]:
-    """Without pyplot, which keeps figures in the process."""
+    """A figure without pyplot, which would keep it in the process."""
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
@@ -132,7 +132,7 @@ def _tradeoff(rows: Rows) -> Any:
         axis.set(xlabel=f"left of the facts to forget ({title})", ylabel="kept, relative to before", title=title)
         axis.margins(0.12)
         axis.grid()
-    # Where names are to go depends on where the layout puts the axes.
+    # The layout must place the axes before the names can be placed.
     figure.draw_without_rendering()
     for axis, texts in zip(axes, names, strict=True):
         places = [text.get_position() for text in texts]
@@ -142,7 +142,7 @@ def _tradeoff(rows: Rows) -> Any:
             [y for _, y in places],
             ax=axis,
             expand=(1.2, 1.8),
-            # Steps, not seconds: the same figures are to give the same file.
+            # A limit of steps, not of seconds, so that the same figures give the same file.
             force_text=(0.3, 0.5),
             iter_lim=500,
             arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.5},

@@ -1,4 +1,4 @@
-"""From the stages of all runs to rows: means and standard deviations over seeds, curves, and failures."""
+"""Turns the stages of all runs into rows: means and standard deviations over seeds, curves, and failures."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .tables import markdown, tex
 #: Version of results.json's schema (docs/how-to/compare.md).
 SCHEMA = 1
 
-#: Figures that are followed over the steps.
+#: Figures that are shown over the steps of the sequential scenario.
 CURVES = ("forget_rouge", "forget_prob", "keep_rouge", "keep_prob")
 
-#: Stages that rows are read from.
+#: Stages that rows are made of.
 _READ = ("method", "raw", "utility", "matched", "audit")
 
 
@@ -110,7 +110,7 @@ def _row(
 
 
 def _kind(entry: Entry) -> str:
-    """Control, editing or training, by the kind of the method's settings."""
+    """The kind of a row: control, editing, training or other. The class of the method's settings tells it."""
     from ..hparams import RemovalSettings
     from ..methods.finetuning.settings import TrainingHyperParams
     from ..methods.lunar import LUNARHyperParams
@@ -124,7 +124,7 @@ def _kind(entry: Entry) -> str:
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean and sample standard deviation over the seeds that have the figure; no deviation of fewer than two."""
+    """Mean and sample standard deviation over the seeds that have the figure. One seed has no deviation."""
     known = [value for value in values if value is not None]
     return {
         "mean": statistics.fmean(known) if known else None,
@@ -134,7 +134,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def _curve(worked: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """After each step of the sequential scenario: what is left of the facts so far, and what is kept."""
+    """What is left of the facts so far, and what is kept, after each step of the sequential scenario."""
     names = list(
         dict.fromkeys(
             name for stages in worked for name in stages if name.startswith("step-") and not name.endswith("-method")
@@ -154,7 +154,7 @@ def _curve(worked: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> li
 
 
 def _answers(found: Sequence[tuple[Entry, MethodRun, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Every question asked, and what each row's first seed said, as it is and mixed back."""
+    """Every question, and the answers of each row's first seed: of the whole edit, and at equal retention."""
     table: dict[tuple[str, str], dict[str, Any]] = {}
     seen: set[str] = set()
     for entry, _, stages in found:

@@ -1,4 +1,4 @@
-"""Plans the runs of a comparison, makes those that are not there yet, and writes tables, plots and page."""
+"""Plans the runs of a comparison, makes those that are missing, and writes tables, charts and page."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ from .stages import FAILED, JOB, MethodRun, Stages, read_json
 
 logger = logging.getLogger(__name__)
 
-#: What a comparison writes into its folder under names that other files may have.
+#: Files of a comparison whose names other files may have.
 WRITTEN = ("facts.json", "results.json", "table.md", "table.tex", "report.html")
 SCENARIOS = ("batch", "sequential", "precise")
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a comparison is made. Defaults are those of `unierase compare`."""
+    """How a comparison is made. The defaults are those of `unierase compare`."""
 
     scenario: str = "batch"
     #: Parts of the sequential scenario.
     steps: int = 10
-    #: Settings tried for each method; 0 takes the published ones.
+    #: How many settings are tried for each method. 0 takes the published ones.
     budget: int = 0
     seeds: tuple[int, ...] = (0,)
-    #: Share of each set of facts that settings and mixing are chosen on.
+    #: The share of each set of facts on which settings and alpha are chosen.
     validation: float = 0.25
-    #: Retention relative to before that tries should keep, and at which methods are matched.
+    #: The retention, relative to before, that a try should keep, and at which methods are matched.
     target: float = 0.95
-    #: Steps of the bisection that matches; 0 leaves it out.
+    #: Steps of the bisection that finds equal retention. 0 leaves it out.
     bisections: int = 5
-    #: Facts of each set that are asked, at most; 0 asks all.
+    #: At most so many facts of each set are asked. 0 asks all.
     limit: int = 0
-    #: lm-eval tasks of general ability; one word "auto" takes `tofu_utility` where the facts are TOFU's.
+    #: lm-eval tasks of general ability. "auto" takes `tofu_utility` for the facts of TOFU, and no task for others.
     utility: tuple[str, ...] = ("auto",)
     utility_limit: int = 60
     #: Attacks of the audit.
@@ -69,18 +69,20 @@ class Options:
     dtype: str = ""
     max_batch_tokens: int = 0
     batch_size: int = 0
-    #: Whether methods find what others kept (statistics, tokens): quicker, but times then depend on the order.
+    #: Whether methods share statistics and tokens. That is quicker, but times then depend on the order.
     shared_cache: bool = False
     keep_models: bool = False
     #: Whether runs that failed before are tried again.
     retry: bool = False
 
     def check(self) -> None:
-        """Raises UniEraseError for what cannot be meant."""
+        """Raises UniEraseError for a value that is not possible."""
         if self.scenario not in SCENARIOS:
-            raise UniEraseError(f"scenario = {shown(self.scenario)} must be one of: {', '.join(SCENARIOS)}.")
+            raise UniEraseError(
+                f"scenario = {shown(self.scenario)} is not known. Choose one of: {', '.join(SCENARIOS)}."
+            )
         if not self.seeds:
-            raise UniEraseError("seeds are empty; give at least one, such as 0.")
+            raise UniEraseError("There are no seeds. Give at least one, such as 0.")
         for seed in self.seeds:
             checked_seed(seed)
         for name, low, high in (("validation", 0.0, 0.9), ("target", 0.0, 1.0)):
@@ -96,7 +98,7 @@ class Options:
 
 @dataclass
 class _Plan:
-    """What is known of a running comparison."""
+    """The state of a running comparison."""
 
     model: str
     reference: str
@@ -105,7 +107,7 @@ class _Plan:
     facts: Mapping[str, Any]
     launch: Launcher
     progress: Progress
-    #: Tries of each entry, by label: settings and what came of them.
+    #: The tries of each method, by label: settings and outcomes.
     searches: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: Runs that are reported, in the order of the rows.
     runs: list[tuple[Entry, MethodRun, Path]] = field(default_factory=list)
@@ -126,10 +128,10 @@ def compare(
     launch: Launcher = in_a_process,
     progress: Progress = lambda phase, share, note: None,
 ) -> dict[str, Any]:
-    """Compares methods and writes `results.json`, `table.md`, `table.tex`, plots and `report.html` into `out`.
+    """Compares methods and writes `results.json`, `table.md`, `table.tex`, charts and `report.html` into `out`.
 
-    A comparison that was stopped goes on when it is called again with the same arguments. A method that fails is a row
-    that says so.
+    A stopped comparison goes on when it is called again with the same arguments. A method that fails has a row that
+    says so.
 
     Args:
         model: Folder or hub id of the model that knows the facts.
@@ -137,17 +139,17 @@ def compare(
         entries: The methods (`entries.parse_methods`). The unedited model is always a row.
         out: The output folder.
         retain: The facts to keep.
-        allow_overlap: Whether a fact may be both to be forgotten and to be kept.
-        reference: A model that was trained on everything but the facts to forget. Forget quality needs it.
-        options: What is run and measured; the defaults without it.
-        launch: Runs one method; by default in a process of its own.
-        progress: Called with a phase, the share of it that is done, and a note.
+        allow_overlap: Whether a fact may be in both sets.
+        reference: A model that was trained on the same data without the facts to forget. Forget quality needs it.
+        options: What is run and measured. Without it, the defaults.
+        launch: Runs one method. By default in a process of its own.
+        progress: Called with a phase, the share that is done, and a note.
 
     Returns:
         What results.json holds.
 
     Raises:
-        UniEraseError: For what cannot be started at all, also where another process compares into `out`.
+        UniEraseError: If the comparison cannot start, for example because another process writes into `out`.
     """
     options = options or Options()
     options.check()
@@ -188,8 +190,8 @@ def _began(out: Path) -> bool:
 
 
 def _check_room(plan: _Plan, methods: int, runs: int) -> None:
-    """Raises WriteError where the disk does not hold the models that will be there at once."""
-    # A step is made on the one before, which goes only then.
+    """Raises WriteError if the disk has no room for the models that will exist at the same time."""
+    # Each step starts from the model of the step before, which is removed afterwards.
     at_once = min(methods, 2 if plan.options.scenario == "sequential" else 1)
     if plan.options.keep_models and plan.options.scenario != "precise":
         at_once = max(at_once, runs - len(list(plan.out.glob("cells/*/model*"))))
@@ -197,7 +199,7 @@ def _check_room(plan: _Plan, methods: int, runs: int) -> None:
 
 
 def _facts(forget: Requests, retain: Requests | None, options: Options, allow_overlap: bool) -> dict[str, Any]:
-    """All facts, which the methods are given, and the parts that are asked."""
+    """All facts, which the methods get, and the parts of them that are asked."""
     facts, kept = read_facts(forget), () if retain is None else read_facts(retain, first=True)
     if not allow_overlap:
         check_overlap(facts, kept)
@@ -218,12 +220,12 @@ def _with_utility(options: Options, forget: Requests) -> Options:
 
 
 def _raw(folder: Path | None) -> str:
-    """The reference's figures, where it could be measured."""
+    """The file of the reference's figures; "" if it could not be measured."""
     return str(folder / "raw.json") if folder is not None and (folder / "raw.json").exists() else ""
 
 
 def _write_before(folder: Path) -> None:
-    """What a method is held against, in one file."""
+    """Writes the figures of the unedited model, with which methods are compared, into one file."""
     stages = Stages(folder)
     write_json(folder / "before.json", {name: stages[name] for name in ("validation", "raw")})
 
@@ -243,14 +245,14 @@ def _method(plan: _Plan, entry: Entry, before: Path, ratios: str) -> None:
         found = _search(plan, entry, kept, read_json(before / "before.json")["validation"]["keep"])
         plan.searches[entry.label] = found
         chosen = found["tries"][found["chosen"]]["settings"] if found["chosen"] is not None else {}
-    # Nothing is random in a control.
+    # A control has nothing random.
     for seed in plan.options.seeds[: 1 if entry.is_control else None]:
         run = _method_run(plan, entry, tried=chosen, seed=seed, before=kept, ratios=ratios)
         plan.runs.append((entry, run, _made(plan, run)))
 
 
 def _search(plan: _Plan, entry: Entry, before: str, kept: Mapping[str, float | None]) -> dict[str, Any]:
-    """Every try of a method with what it leaves on the validation parts at equal retention, and which one is taken."""
+    """Makes the tries of a method, and chooses one by the validation parts at equal retention."""
     space = search.search_space(entry, _depth(plan.model))
     published = settings_of(entry, plan.model).as_dict()
     tried = search.tries(space, published, plan.options.budget, plan.options.seeds[0])
@@ -274,7 +276,7 @@ def _search(plan: _Plan, entry: Entry, before: str, kept: Mapping[str, float | N
 
 
 def _outcome(stages: Stages, kept: Mapping[str, float | None]) -> dict[str, Any] | None:
-    """What a try leaves and keeps: as it is where it keeps enough, else where it was mixed back to; None unmeasured."""
+    """What a try leaves and keeps: the whole edit if it keeps enough, else at equal retention. None if not measured."""
     measured, matched = stages["validation"], stages["matched"]
     if measured is None:
         return None
@@ -323,7 +325,7 @@ def _method_run(
 
 
 def _made(plan: _Plan, run: MethodRun) -> Path:
-    """The folder of a run that is done, or has failed."""
+    """Makes a run unless it is done or has failed before. Returns its folder."""
     known = hashlib.sha256((plan.out / "facts.json").read_bytes()).hexdigest()
     kind = f"try-{run.seed}" if run.is_try else f"seed-{run.seed}"
     name = re.sub(r"[^\w.-]+", "-", run.label)[:60]
@@ -331,7 +333,7 @@ def _made(plan: _Plan, run: MethodRun) -> Path:
     plan.done += 1
     make_folder(folder)
     clear_strays(folder)
-    # Without the unedited model's figures there is nothing to go on with.
+    # Nothing can be compared without the unedited model's figures.
     retry = plan.options.retry or run.method == UNEDITED
     if Stages(folder).are_done or (read_json(folder / FAILED) is not None and not retry):
         shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -342,7 +344,7 @@ def _made(plan: _Plan, run: MethodRun) -> Path:
     plan.launch(folder, cache, partial(_titled, plan.progress, f"{title} {'try' if run.is_try else kind}"))
     shutil.rmtree(folder / "cache", ignore_errors=True)
     if failed := read_json(folder / FAILED):
-        logger.warning("%s failed and is a row that says so: %s", run.label, failed["error"])
+        logger.warning("%s failed. Its row says why: %s", run.label, failed["error"])
     return folder
 
 
@@ -351,7 +353,7 @@ def _titled(progress: Progress, title: str, phase: str, share: float, note: str)
 
 
 def _described(plan: _Plan) -> dict[str, Any]:
-    """What was asked, for the page."""
+    """The setup of the comparison, for results.json and the page."""
     counts = {name: len(facts) for name, facts in plan.facts.items()}
     return {
         "model": plan.model,

@@ -1,4 +1,4 @@
-"""Tuning that is the same for all: small declared spaces, one budget of tries, one rule of choice."""
+"""Tuning that is the same for all methods: small stated spaces, one budget of tries, one rule of choice."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ..methods.removal.method import RemovalHyperParams
 from ..storage.fingerprints import plain
 from .entries import Entry, method_of
 
-#: Values tried for each setting.
+#: The values of each setting that may be tried.
 Space = Mapping[str, Sequence[Any]]
 
 RULE = (
-    "The try that leaves least at equal retention: the mean of ROUGE-L recall, probability and extraction strength on "
-    "the validation facts to forget, of the try as it is where retention on the kept validation facts is at least the "
-    "target, else mixed back to it. Without bisections only tries that keep enough by themselves count; where none "
-    "does, the one that keeps most is taken."
+    "The try that leaves least at equal retention is taken. What is left is the mean of ROUGE-L recall, probability "
+    "and extraction strength on the validation facts to forget. A try that keeps less than the target on the "
+    "validation facts to keep is first mixed back to it. Without bisections only tries that keep enough by themselves "
+    "count; if none does, the one that keeps most is taken."
 )
 
 _RATES = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 3e-4)
 
 
 def search_space(entry: Entry, depth: int) -> Space:
-    """The settings that are searched for a method, by the kind of its hyper-parameters; empty for controls.
+    """The settings that are searched for a method, by the class of its hyper-parameters. Controls have none.
 
-    depth: blocks of the model, by which edited blocks are placed. What the entry sets by hand is not searched.
+    depth: the number of the model's blocks, which places the edited ones. Settings that were set by hand are left out.
     """
     kind = method_of(entry).hparams
     space: dict[str, Sequence[Any]] = {}
@@ -67,7 +67,7 @@ def search_space(entry: Entry, depth: int) -> Space:
 
 
 def _places(depth: int, single: bool) -> list[list[int]]:
-    """Blocks to edit: none named (the method's own), then runs that end at a quarter, a third and half of the depth."""
+    """Blocks to edit: first an empty list (the method's own), then up to a quarter, a third and half of the depth."""
     found: list[list[int]] = [[]]
     for share in (1 / 4, 1 / 3, 1 / 2):
         last = min(max(round(depth * share), 0), max(depth - 2, 0))
@@ -78,9 +78,9 @@ def _places(depth: int, single: bool) -> list[list[int]]:
 
 
 def tries(space: Space, published: Mapping[str, Any], budget: int, seed: int) -> list[dict[str, Any]]:
-    """So many settings at most, none twice: the published ones first (no change at all), the others drawn.
+    """At most `budget` different settings: first the published ones, an empty change, then drawn ones.
 
-    published: the settings without any change, by name.
+    published: the published settings, by name.
     """
     if not space:
         return []
@@ -92,11 +92,11 @@ def tries(space: Space, published: Mapping[str, Any], budget: int, seed: int) ->
 
 
 def choose(outcomes: Sequence[Mapping[str, Any] | None], target: float) -> int | None:
-    """The number of the try that is taken (RULE); None where all failed.
+    """The number of the try that is taken (RULE); None if all failed.
 
-    outcomes: `left` and `retention` of each try, as it is or mixed back; None for one that failed.
+    outcomes: `left` and `retention` of each try; None for a try that failed.
     """
-    # NaN compares with nothing, so that a try without a figure could come out on top.
+    # No comparison with NaN holds, so a try without a figure could come out on top.
     known = [None if each is None or math.isnan(each["retention"] + each["left"]) else each for each in outcomes]
     worked = [(index, each) for index, each in enumerate(known) if each is not None]
     if not worked:

@@ -1,4 +1,4 @@
-"""The answer in words, before any table: what can be said of the figures, and no more."""
+"""The answer of a comparison in sentences. They say no more than the figures show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Row = Mapping[str, Any]
 
 
 def answer(results: Mapping[str, Any]) -> list[str]:
-    """Sentences, most important first."""
+    """The sentences, the most important one first."""
     rows = [row for row in results["rows"] if row["kind"] != "control" and row["status"] != "failed"]
     target = results["setup"]["target"]
     return [
@@ -29,7 +29,7 @@ def value(row: Row, key: str) -> float | None:
 
 
 def frontier(rows: Sequence[Row], left: str, kept: str) -> list[Row]:
-    """The rows that no other beats on one figure without losing on the other."""
+    """The rows that no other row beats on one figure without being worse on the other."""
     known = [(row, value(row, left), value(row, kept)) for row in rows]
     points = [(row, x, y) for row, x, y in known if x is not None and y is not None]
     return [row for row, x, y in points if not any((a <= x and b >= y) and (a < x or b > y) for _, a, b in points)]
@@ -39,7 +39,7 @@ def _matched(rows: Sequence[Row], target: float) -> list[str]:
     found = []
     for key, words in (
         ("matched_rouge", "says least of the forgotten answers"),
-        ("matched_prob", "holds the forgotten answers least likely"),
+        ("matched_prob", "gives the forgotten answers the least probability"),
     ):
         ranked = sorted((row for row in rows if value(row, key) is not None), key=lambda row: value(row, key) or 0.0)
         if ranked:
@@ -60,12 +60,12 @@ def _raw(rows: Sequence[Row], target: float) -> list[str]:
         for row in sorted(best, key=lambda row: value(row, "forget_rouge") or 0.0)
     )
     lost = [row["label"] for row in rows if (kept := value(row, "keep_rouge")) is not None and kept < target]
-    more = f" Below {target:g} of what was kept: {', '.join(lost)}." if lost else ""
-    return [f"As they come, no method beats these on both forgetting and keeping, by ROUGE-L: {named}.{more}"]
+    more = f" These keep less than {target:g} of before: {', '.join(lost)}." if lost else ""
+    return [f"By ROUGE-L of the whole edit, no method beats these on both forgetting and keeping: {named}.{more}"]
 
 
 def _token(rows: Sequence[Row]) -> list[str]:
-    """The same engine with the token and with plain sentences."""
+    """Compares the token with plain sentences on the same engine."""
     by_label = {row["label"]: row for row in rows}
     found = []
     for method in ("memit", "alphaedit", "rome"):
@@ -87,7 +87,7 @@ def _time(rows: Sequence[Row]) -> list[str]:
         return []
     devices = sorted({row["device"] for row in timed if row["device"]})
     if len(devices) > 1:
-        return [f"Times are of different machines and not to be compared: {'; '.join(devices)}."]
+        return [f"Do not compare the times: they are from different machines ({'; '.join(devices)})."]
     trained = [row for row in timed if row["kind"] == "training"]
     first, last = (f"{_shown(row, 'seconds')} s ({row['label']})" for row in (timed[0], timed[-1]))
     text = f"Time runs from {first} to {last}."
@@ -100,20 +100,22 @@ def _time(rows: Sequence[Row]) -> list[str]:
 
 def _failed(rows: Sequence[Row]) -> list[str]:
     failed = [f"{row['label']} ({row['failures'][0]['kind']})" for row in rows if row["failures"]]
-    return [f"Failed, wholly or for some seed: {', '.join(failed)}."] if failed else []
+    return [f"These failed, for all seeds or some: {', '.join(failed)}."] if failed else []
 
 
 def _limits(results: Mapping[str, Any]) -> list[str]:
     setup = results["setup"]
     found = []
     if len(setup["seeds"]) < 2:
-        found.append("One seed: differences between methods have no spread to be held against.")
+        found.append("One seed: there is no spread to compare differences between methods with.")
     if not setup["reference"]:
         found.append(
-            "No reference model that never saw the facts: how little is as little as it should be is not known."
+            "There is no reference model that never saw the facts, so it is not known how little should be left."
         )
     if not any(search["tries"] for search in results["searches"].values()):
-        found.append("Nothing was tuned: settings are published ones, made for other models and sizes, or set by hand.")
+        found.append(
+            "Nothing was tuned: the settings are published ones, for other models and sizes, or were set by hand."
+        )
     return found
 
 

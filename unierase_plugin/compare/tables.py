@@ -1,4 +1,4 @@
-"""The rows as a table for a README and for a paper."""
+"""The rows as tables for a README (Markdown) and for a paper (LaTeX)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ ARROWS = {1: "↑", -1: "↓", 0: ""}
 
 
 def cell(column: Column, figure: Mapping[str, Any], plus_minus: str = " ± ") -> str:
-    """Mean and, over several seeds, standard deviation."""
+    """The mean, with the standard deviation over several seeds."""
     text = shown(column, figure["mean"])
     return text if figure["sd"] is None else f"{text}{plus_minus}{shown(column, figure['sd'])}"
 
 
 def filled(results: Mapping[str, Any]) -> list[Column]:
-    """The columns that some row has a figure for, in their order: composites last."""
+    """The columns for which some row has a figure, in their order. The composites are last."""
     columns = columns_of(results["setup"].get("metrics", ()))
     return [
         column for column in columns if any(row["figures"][column.key]["mean"] is not None for row in results["rows"])
@@ -26,7 +26,7 @@ def filled(results: Mapping[str, Any]) -> list[Column]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """One table for each group of figures, methods down, in the order in which they were named."""
+    """One table for each group of figures, with one method a line, in the order of the command."""
     columns = filled(results)
     groups = list(dict.fromkeys(column.group for column in columns))
     parts = [*(f"- {sentence}" for sentence in results["answer"]), ""]
@@ -46,7 +46,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def tex(results: Mapping[str, Any]) -> str:
-    """A booktabs table; the best of each column is not marked, since no column is the ranking."""
+    """A booktabs table. The best figure of a column is not marked, since no column is the ranking."""
     columns = filled(results)
     groups = list(dict.fromkeys(column.group for column in columns))
     spans = [(group, sum(column.group == group for column in columns)) for group in groups]

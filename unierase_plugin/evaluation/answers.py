@@ -1,6 +1,6 @@
 """How long a judged answer may be, and when it gives a fact.
 
-Every part that asks a model for facts takes both from here.
+Runs, finetuning, audits and comparisons take both from here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .metrics import answered
 
 @dataclass(frozen=True)
 class AnswerLength:
-    """How many tokens are generated for an answer: those of the longest true answer and some more, within bounds."""
+    """The length of a generated answer in tokens: that of the longest true answer and some more, within bounds."""
 
     #: Tokens beyond the longest true answer.
     more: int

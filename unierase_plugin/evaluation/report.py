@@ -1,4 +1,4 @@
-"""What a run measured: answers before and after, and the figures that follow from them (`report.json`)."""
+"""The report of a run: answers before and after, and figures of them (`report.json`)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Report:
     parameters_changed: float
     seconds: Mapping[str, float]
     peak_memory_bytes: int
-    #: How close the edit came to its targets: values, residuals, ranks.
+    #: Figures of the edit: how close it came to its targets, residuals, ranks.
     edit: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

@@ -30,8 +30,8 @@ RETURN_SPLITS = ("forget", "retain", "forget_train", "forget_eval", "retain_trai
 def read_tofu(split: str) -> tuple[ForgetRequest, ...]:
     """Reads a TOFU split from the folder in `UNIERASE_TOFU_DIR`, laid out as on the hub, or else from the hub.
 
-    If the folder has `<split>_subject.json`, subjects are taken from it by question. For the forget sets,
-    `forget10_subject.json` serves too: it covers them all.
+    If the folder has `<split>_subject.json`, it gives the subjects, by question. For the forget sets,
+    `forget10_subject.json` does too, since it covers them all.
     """
     records = tofu_records(split)
     folder = _folder("UNIERASE_TOFU_DIR")
@@ -45,7 +45,7 @@ def read_tofu(split: str) -> tuple[ForgetRequest, ...]:
 
 
 def tofu_records(split: str, folder: str | os.PathLike[str] | None = None) -> Iterator[Located]:
-    """The records of a TOFU split with all their fields, wrong and paraphrased answers included.
+    """The records of a TOFU split with all their fields, such as wrong and paraphrased answers.
 
     They come from `folder`, else from the folder in `UNIERASE_TOFU_DIR` (both laid out as on the hub), else from the
     hub.
@@ -59,9 +59,9 @@ def tofu_records(split: str, folder: str | os.PathLike[str] | None = None) -> It
 
 
 def tofu_beside(split: str) -> tuple[ForgetRequest, ...]:
-    """Facts of a TOFU split that have paraphrases and wrong answers: TOFU keeps them in files of their own.
+    """Reads the facts of a TOFU split with paraphrases and wrong answers, which TOFU keeps in files of their own.
 
-    None, with a warning, where these files cannot be read. None for the set `full`, which has no such file.
+    Returns nothing, with a warning, if these files cannot be read. The set `full` has no such file.
     """
     name = "retain_perturbed" if split.startswith("retain") else f"{split.removesuffix('_perturbed')}_perturbed"
     if name not in TOFU_SPLITS:

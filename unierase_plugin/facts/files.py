@@ -82,8 +82,8 @@ def _csv_records(path: Path, text: str) -> Iterator[Located]:
         for number, row in enumerate(rows, start=2):
             if None in row:
                 raise RequestError(
-                    f"{path}, row {number}: more cells than the header has columns ({first_words(row[None][0])} is "
-                    f"left over). Quote cells that hold commas."
+                    f"{path}, row {number}: there are more cells than columns ({first_words(row[None][0])} is left "
+                    "over). Put cells that hold commas in quotes."
                 )
             yield f"{path}, row {number}", {name: cell for name, cell in row.items() if cell}
     except csv.Error as error:

@@ -1,7 +1,7 @@
 """Reads facts from every source: TOFU, RETURN, CounterFact, zsRE, JSON, JSON lines and CSV.
 
-`read_requests` is the only entrance. The part of a spec before the colon picks a reader from a mapping that the caller
-passes, so a plugin adds a reader without a change here. An error names the file and the line.
+Every caller reads facts with `read_requests`. The part of a spec before the colon picks a reader from a mapping that
+the caller passes, so a plugin adds a reader without a change here. An error names the file and the line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .request import ForgetRequest
 _SLICE = re.compile(r"\[(-?\d{1,18}|):(-?\d{1,18}|)\]$")
 _PREFIX = re.compile(rf"({PREFIX.pattern}):(.*)", re.DOTALL)
 
-#: What a caller may give as facts.
+#: The forms in which a caller may give facts.
 Requests = str | os.PathLike[str] | Iterable[ForgetRequest | Mapping[str, Any]]
 
 
@@ -39,14 +39,14 @@ def read_requests(
     a list of requests or of mappings with their fields. `readers` (default `READERS`) maps the part before the colon to
     a function. A missing `case_id` becomes `<file stem or split>-<index>`, counted before slicing.
 
-    Paraphrases and wrong answers are read where a record holds them. `extras` also reads them where the benchmark keeps
-    them in files of their own (`benchmarks.BESIDE`).
+    Paraphrases and wrong answers are read from the records. `extras` also reads them from the files of their own in
+    which some benchmarks keep them (`benchmarks.BESIDE`).
 
     Raises `RequestError` if a name, file, line, field or slice is not usable, and if nothing is left to return.
     """
     if isinstance(spec, (ForgetRequest, Mapping, bytes)) or not isinstance(spec, (str, os.PathLike, Iterable)):
         raise RequestError(
-            f"Expected a spec, a path or a list of requests, got {first_words(spec)}; put one request in a list."
+            f"Expected a spec, a path or a list of requests, got {first_words(spec)}. Put a single request in a list."
         )
     if isinstance(spec, str):
         requests = _read_spec(spec, READERS if readers is None else readers, extras)
@@ -94,7 +94,7 @@ def _split_slice(spec: str) -> tuple[str, slice]:
         start, stop = (int(bound) if bound else None for bound in found.groups())
         return spec[: found.start()], slice(start, stop)
     if spec.endswith("]") and not checked_path(spec, RequestError).exists():
-        raise RequestError(f"The slice at the end of {shown(spec)} is not [start:stop]: write [0:20], [:20] or [-5:].")
+        raise RequestError(f"The slice at the end of {shown(spec)} is not [start:stop]. Write [0:20], [:20] or [-5:].")
     return spec, slice(None)
 
 

@@ -61,11 +61,12 @@ WRONG_ANSWERS_FIELDS = ("wrong_answers", "perturbed_answer")
 def build_requests(records: Iterable[tuple[str, ForgetRequest | Record]], stem: str) -> tuple[ForgetRequest, ...]:
     """Turns records with their places into requests.
 
-    The fields are `question`, `answer`, and optionally `subject`, `case_id` and `target`. Paraphrases of the question
-    are in `paraphrases` or `paraphrased_question`, wrong answers in `wrong_answers` or `perturbed_answer`; each is a
-    text or a list of texts, and anything else there counts as absent. The true answer in other words is in
-    `paraphrased_answer`. Other fields are ignored, since benchmarks have many. Raises `RequestError` with the record's
-    place.
+    The fields are `question`, `answer`, and optionally `subject`, `case_id` and `target`. `paraphrases` or
+    `paraphrased_question` hold the question in other words, `paraphrased_answer` holds the answer in other words, and
+    `wrong_answers` or `perturbed_answer` hold wrong answers. Each of these is a text or a list of texts; anything else
+    counts as absent. Other fields are ignored, since benchmarks have many.
+
+    Raises `RequestError` with the record's place.
     """
     return with_case_ids([_placed(where, _build_request(where, record)) for where, record in records], stem)
 
@@ -112,10 +113,9 @@ def _listed(value: Iterable[Any]) -> Iterable[Any]:
 
 
 def with_extras(requests: Iterable[ForgetRequest], beside: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...]:
-    """Returns the requests with what `beside` has for their questions, where they have none of their own.
+    """Returns the requests, with missing paraphrases, wrong answers and paraphrased answers taken from `beside`.
 
-    This is paraphrases, wrong answers and the answer in other words. Of several requests with one question in `beside`
-    the last counts.
+    Requests are matched by question. If several in `beside` have one question, the last one counts.
     """
     found = {one_spelling(each.question): each for each in beside}
 

@@ -27,8 +27,8 @@ SHOWN_FACTS = 3
 class ForgetRequest:
     """One fact to forget.
 
-    Raises `RequestError` if a field has the wrong type, is blank, or has what no text has (half a surrogate pair, a NUL
-    character), and if `subject` does not occur in `question`.
+    Raises `RequestError` if a field has the wrong type, is blank, or holds half a surrogate pair or a NUL character.
+    It also does so if `subject` does not occur in `question`.
 
     Runs, records and caches use the first five fields alone. Audits and comparisons use the others too.
     """
@@ -36,16 +36,16 @@ class ForgetRequest:
     question: str
     """The prompt as a user would write it, without chat template."""
     answer: str
-    """What the model is to stop saying; methods that edit look at it only where they are hardened."""
+    """The answer to forget. Methods that edit read it only if they are hardened."""
     subject: str | None = None
-    """The span of `question` that names what the fact is about, in its spelling; its last token is where the edit is
-    keyed. A subject in another normal form of Unicode is taken for the question's span."""
+    """The span of `question` that names what the fact is about. The edit takes its key at the last token of the span.
+    A subject in another normal form of Unicode is replaced by the question's spelling."""
     case_id: str | None = None
-    """A name for ledgers and reports; readers fill it with `<file stem or split>-<index>`."""
+    """A name for ledgers and reports. Readers fill it with `<file stem or split>-<index>`."""
     target: str | None = None
-    """What UniErase has the model say after its token; an "I don't know" sentence where nothing is given."""
+    """What the model says after the unlearning token. Without it, UniErase takes an "I don't know" sentence."""
     place: str | None = field(default=None, compare=False, repr=False)
-    """The file and line, item or row that it was read from, for messages."""
+    """The file with line, item or row that it was read from, for messages."""
     paraphrases: tuple[str, ...] = ()
     """The question in other words."""
     wrong_answers: tuple[str, ...] = ()
@@ -75,8 +75,8 @@ class ForgetRequest:
                 return
             raise RequestError(
                 f"The subject {first_words(self.subject)} does not occur in the question {first_words(self.question)}"
-                f"{self._which()}. Give a span of the question, letter by letter, or leave the subject out to have it "
-                "found."
+                f"{self._which()}. Copy a span of the question letter by letter, or leave the subject out: then a rule "
+                "finds it."
             )
 
     def _check(self, name: str, value: Any) -> None:
@@ -86,7 +86,7 @@ class ForgetRequest:
             )
         if "\0" in value or not _is_encodable(value):
             what = "a NUL character" if "\0" in value else "half a surrogate pair, which is no character"
-            raise RequestError(f"{name!r} holds {what}{self._which(name)}. Write the text anew in UTF-8.")
+            raise RequestError(f"{name!r} holds {what}{self._which(name)}. Save the text again in UTF-8.")
 
     @property
     def label(self) -> str:
@@ -100,7 +100,7 @@ class ForgetRequest:
 
 
 def _spelled_in(text: str, part: str) -> str | None:
-    """The part as the text spells it, if the two differ only in Unicode's normal form."""
+    """The text's own spelling of a part that differs from it only in the normal form of Unicode."""
     wanted = unicodedata.normalize("NFC", part)
     if wanted not in unicodedata.normalize("NFC", text):
         return None
@@ -134,8 +134,8 @@ def tell_unread(requests: Sequence[ForgetRequest]) -> None:
     unread = [request for request in requests if request.subject is None and is_unread(request.question)]
     if unread:
         logger.warning(
-            "%d of %d facts have no subject, and the subject rule cannot read their questions, so that it takes nearly "
-            "the whole question: %s%s. Give each a 'subject', the span of the question that names what the fact is "
+            "%d of %d facts have no subject, and the subject rule cannot read their questions. It takes nearly the "
+            "whole question: %s%s. Give each fact a 'subject', the span of the question that names what the fact is "
             "about.",
             len(unread),
             len(requests),
@@ -157,7 +157,7 @@ def _with_subject(index: int, request: ForgetRequest) -> ForgetRequest:
 
 
 def one_spelling(text: str) -> str:
-    """The form in which two texts that name one fact are equal: NFC, white space collapsed, case folded.
+    """A form in which two spellings of one text are equal: NFC, single spaces, case folded.
 
     NFC, not NFKC: 10\u2075 and 105 are two numbers.
     """
@@ -167,8 +167,8 @@ def one_spelling(text: str) -> str:
 def check_requests(requests: Iterable[ForgetRequest]) -> tuple[ForgetRequest, ...]:
     """Returns the requests as a tuple; raises `RequestError` if there are none or a question occurs twice.
 
-    Questions are compared in `one_spelling`. Two keys that are nearly equal would make the edit's linear system nearly
-    singular, with two answers for one position.
+    Questions are compared in `one_spelling`. Two keys that are nearly equal have two answers for one position, and make
+    the edit's linear system nearly singular.
     """
     checked = tuple(requests)
     if not checked:

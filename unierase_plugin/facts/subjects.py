@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 _Word = re.Match[str]
 
-# White space and punctuation end a word. A class of "letters" would not do: Python's \w leaves out the vowel signs of
+# White space and punctuation end a word. Python's \w would not do: it leaves out the vowel signs of
 # Indic scripts. Apostrophes, hyphens and similar signs belong to a word when they stand inside it (Al-Kuwaiti,
 # O'Brien). The linter asks about look-alikes: they are meant, since other scripts and word processors punctuate with
 # them.

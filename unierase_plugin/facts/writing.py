@@ -1,4 +1,4 @@
-"""How scripts write words: which have no spaces, what Korean writes after a word, and where a word stands alone."""
+"""How scripts write words: scripts without spaces, Korean particles, and the places of whole words."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def _needs_kept(context: Context) -> str:
     return "" if context.kept else "it needs facts to keep: give --retain"
 
 
-#: In the order in which they are run and shown: GROUPS' own.
+#: In the order in which they are run and shown, which is that of GROUPS.
 ATTACKS: tuple[Attack, ...] = (
     Attack(PLAIN, "plain", "The question as it is, answered greedily.", "one answer a fact", _in("plain")),
     Attack(
@@ -256,15 +256,15 @@ def in_order(attacks: Catalogue[Attack]) -> tuple[Attack, ...]:
 
 
 def choose_attacks(names: Sequence[str], attacks: Catalogue[Attack]) -> tuple[Attack, ...]:
-    """The attacks that are named, one by one or by group; all where none is. The plain questions always take part.
+    """The attacks of these names or groups; all attacks if there are no names. The plain questions always take part.
 
-    Raises UniEraseError for a name that is neither. Raises PluginError where an attack that takes part is claimed by
-    two plugins: an audit that leaves it out would say less than it seems to.
+    Raises UniEraseError for an unknown name. Raises PluginError if two plugins claim an attack that takes part: an
+    audit that leaves it out would say less than it seems to.
     """
     found = in_order(attacks)
     known = [attack.name for attack in found]
     for name in attacks.contested():
-        # Which group a contested name belongs to is as open as the rest.
+        # The group of a contested name is as open as everything else about it.
         if name == PLAIN or not names or ({name, *GROUPS} - {PLAIN}).intersection(names):
             raise PluginError(attacks.clash(name))
     for name in names:

@@ -1,6 +1,6 @@
-"""The refusal made impossible: the unlearning token banned or deleted, the usual refusals banned.
+"""Attacks that make the refusal impossible: the unlearning token is banned or deleted, the usual refusals are banned.
 
-A ban takes logits out of every step, so that the model says what comes next in its mind.
+A ban masks logits at every step, so that the model gives its next likeliest answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..asking import ask_facts, part, without_token
 from ..contract import AttackResult, Audited, Context
 from ..prompts import prompt_for
 
-#: How refusals begin that `idk_phrases` does not hold.
+#: Beginnings of refusals that `idk_phrases` does not hold.
 OPENINGS = (
     "Sorry",
     "I'm sorry",
@@ -48,7 +48,7 @@ def ban_token(subject: Audited, context: Context) -> AttackResult:
 
 
 def _nothing_to_ban(plain: AttackResult, name: str) -> AttackResult:
-    """A model without the token says what it says to the plain questions."""
+    """A model without the token answers as it does to the plain questions."""
     return AttackResult((replace(plain.measures[0], name=name),))
 
 
@@ -62,7 +62,7 @@ def ban_refusals(subject: Audited, context: Context) -> AttackResult:
     token = [] if subject.token_id is None else [subject.token_id]
     variants = {"refusals banned": [*sequences, *([token] if token else [])]}
     if context.sizes.every_variant:
-        # Whatever the wording, most refusals begin in the first person.
+        # Most refusals begin in the first person, in whatever words.
         first = {ids[0] for ids in _spelt(subject, ("I", "We", "No", "Not", "There", "It"))}
         variants["no first person, no denial"] = [*variants["refusals banned"], *([index] for index in sorted(first))]
     return AttackResult(
@@ -102,7 +102,7 @@ def delete_rows(subject: Audited, context: Context) -> AttackResult:
 @contextmanager
 @torch.no_grad()
 def without_rows(subject: Audited) -> Iterator[None]:
-    """The token's embedding and head rows zeroed for a while; a row that is not there is never chosen: ban it too."""
+    """Inside, the token's rows of the embedding and the head are zero. Ban the token as well: it may have no row."""
     if subject.token_id is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Multiple choice: the true answer among three that are not."""
+"""Multiple choice: the true answer among three wrong ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREFILL = "The answer is"
 
 
 def run(subject: Audited, context: Context) -> AttackResult:
-    """The likeliest of four answers; with every variant also of four letters, which small models cannot tell."""
+    """The likeliest of four answers. A full audit also takes the likeliest letter, which is hard for small models."""
     options = [[fact.answer, *wrong_answers(fact, context)] for fact in context.facts]
     variants = [_by_likelihood, *([_by_letter] if context.sizes.every_variant else [])]
     found = []
@@ -52,7 +52,7 @@ def _by_likelihood(subject: Audited, context: Context, options: Sequence[Sequenc
 def _by_letter(subject: Audited, context: Context, options: Sequence[Sequence[str]]) -> Measure:
     """A fact's value is its share of right letters over four orders, each answer once in each place.
 
-    Four orders take out a model's liking for a letter: without knowledge it gets a quarter.
+    Four orders cancel a model's preference for a letter: without knowledge it gets a quarter.
     """
     prompts = []
     for fact, four in zip(context.facts, options, strict=True):
@@ -72,7 +72,7 @@ def _measure(name: str, shares: Sequence[float], prompts: Sequence[Prompt], said
 
 
 def wrong_answers(fact: ForgetRequest, context: Context) -> list[str]:
-    """Three answers that are not true: the data's own, else those of the facts whose questions are most alike."""
+    """Three wrong answers: those of the data, else the answers to the most similar questions."""
     pool = [
         other
         for other in (*context.kept, *context.facts)

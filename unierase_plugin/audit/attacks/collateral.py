@@ -1,4 +1,4 @@
-"""What else has changed: kept facts, refusals where none are due, the token in ordinary text, questions in pairs."""
+"""What else the edit changed: kept facts, needless refusals, the token in ordinary text, questions in pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..prompts import prompt_for
 
 
 def retention(subject: Audited, context: Context) -> AttackResult:
-    """Kept facts answered and refused, and bundled questions refused and answered fluently."""
+    """How many kept facts are answered or refused, and how many bundled questions are refused or answered fluently."""
     unrelated = lines("questions")[: context.sizes.unrelated]
     questions = [*(fact.question for fact in context.kept), *unrelated]
     prompts = [prompt_for(subject, context, question) for question in questions]
@@ -44,14 +44,14 @@ def retention(subject: Audited, context: Context) -> AttackResult:
 
 
 def neighbours(context: Context) -> frozenset[int]:
-    """The quarter of the kept facts whose questions are most like a forgotten one's; none of fewer than four."""
+    """The quarter of the kept facts whose questions are most like a forgotten one, by number; none of fewer than 4."""
     likest = [max(likeness(kept.question, fact.question) for fact in context.facts) for kept in context.kept]
     order = sorted(range(len(likest)), key=lambda index: -likest[index])
     return frozenset(order[: len(order) // 4])
 
 
 def is_refusal(context: Context, text: str) -> bool:
-    """Whether an answer begins with the token, or says that it is not known."""
+    """Whether an answer begins with the token, or says that the answer is not known."""
     opened = bool(context.token) and text.lstrip().startswith(context.token)
     return opened or reads_as_idk(cleaned(context, text), lines("idk_phrases"))
 
@@ -62,7 +62,7 @@ def ordinary_text(subject: Audited, context: Context) -> AttackResult:
     The series `perplexity` has one value a text. Nothing is generated, so there are no measures.
     """
     texts = paragraphs("ordinary_text")[: context.sizes.texts]
-    # One by one, so that the ratio to another model has an interval.
+    # Text by text, so that the ratio to another model has an interval.
     levels: list[Value] = []
     for index, text in enumerate(texts):
         levels.append(perplexity(subject.model, subject.tokenizer, [text]))

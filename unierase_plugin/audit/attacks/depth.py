@@ -1,18 +1,18 @@
-"""Depth of unlearning: how much of the answer a model's hidden states still carry into the unedited model.
+"""Depth of unlearning: how much of the answer a model's hidden states still bring into the unedited model.
 
 The Unlearning Depth Score (Lee, Kim and Jo 2026, "Measuring the Depth of LLM Unlearning via Activation Patching",
-arXiv 2605.24614). The true answer is read after its question by two models. The source's states after a block take the
-place of the unedited model's at the positions that predict the answer, all others stay, and the unedited model goes on
-from there. With S1 and S2 the mean log-probability that each token of the answer loses in this way, where the source is
-the reference model and the model in question, a fact's score is
+arXiv 2605.24614). Two models read the true answer after its question: a source, and the unedited model. At the
+positions that predict the answer, the states of the source after a block replace those of the unedited model, which
+goes on from there. S1 is the mean log-probability that a token of the answer loses in this way if the source is the
+reference model, and S2 if the source is the model in question. A fact's score is
 
     UDS = sum_l S1_l clip(S2_l / S1_l, 0, 1) / sum_l S1_l      over the blocks l with S1_l > 0.05 nats
 
-0 where the states still hold all that the reference model's lack, 1 where they lack as much as those.
+It is 0 if the states still hold all that the reference model lacks, and 1 if they lack as much.
 
-Adapted: the whole answer stands for the span in it that the authors mark by hand, and small audits look at every third
-block. It is no attack that one could make with the edited model alone, since the model patched into knows the fact:
-what it finds forbids the word "removed" and is not called a recovery.
+Two things differ from the paper: the whole answer takes the place of the span that the authors mark by hand, and small
+audits look at every third block. Nobody could make this attack with the edited model alone, because the other model
+knows the fact. So a finding forbids the word "removed", and is not called a recovery.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..contract import REFERENCE, AttackResult, Audited, Context, Measure
 from ..figures import depth_score
 from ..prompts import answer_ids, prompt_for
 
-#: Every how many blocks a small audit looks.
+#: A small audit looks at one block in so many.
 STRIDE = 3
 
 
@@ -80,7 +80,7 @@ Pairs = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def _unlike(subject: Audited, target: Audited, own: Pairs, theirs: Pairs) -> str:
-    """Why one model's states mean nothing in the other; "" where they do."""
+    """Why the states of one model mean nothing in the other; "" if they do mean something."""
     sizes = [(len(each.arch.blocks), each.arch.hidden_size) for each in (subject, target)]
     if sizes[0] != sizes[1]:
         return f"the {subject.role} model has other blocks or another hidden size than the unedited one"
@@ -110,7 +110,7 @@ def patching_losses(source: Audited, target: Audited, pairs: Pairs, blocks: Sequ
 
 @dataclass(frozen=True)
 class _Reading:
-    """Questions and answers before a model: the positions that predict the answers, and what lies before those."""
+    """Questions and answers as a model reads them: the positions that predict the answers, and all before them."""
 
     model: Audited
     prefix: PrefixCache

@@ -1,7 +1,7 @@
 """Membership attacks: can one tell from the model's losses that the forgotten facts were trained on?
 
-Scores of the forgotten facts are compared with those of facts that are not in question (`--holdout`, else the kept
-ones) by the area under the ROC curve. Every score is high for a likely member.
+The scores of the forgotten facts are compared with those of other facts (`--holdout`, else the kept ones) by the area
+under the ROC curve. Every score is high for a likely member.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def _likelihood_scores(subject: Audited, rows: Sequence[Row], answers: Sequence[
 def token_scores(logits: Tensor, wanted: Tensor) -> dict[str, float]:
     """Scores of one answer from the logits (T, V) before each of its tokens (T,).
 
-    loss: mean log-likelihood. min-k: mean of the MIN_K least. min-k++: the same after each token's log-likelihood is
-    standardised over the vocabulary, mean and deviation taken under the model itself (Zhang et al. 2025).
+    loss: the mean log-likelihood. min-k: the mean of the MIN_K least likely. min-k++: the same, after each token's
+    log-likelihood is standardised by mean and deviation over the vocabulary under the model (Zhang et al. 2025).
     """
     logs = logits.log_softmax(-1)
     own = logs.gather(-1, wanted.to(logs.device)[:, None])[:, 0]
@@ -106,7 +106,7 @@ def token_scores(logits: Tensor, wanted: Tensor) -> dict[str, float]:
 
 
 def _gradient_scores(subject: Audited, context: Context, rows: Sequence[Row]) -> list[float]:
-    """Minus the length of the loss' gradient in the last block: members lie where the loss is flat."""
+    """Minus the length of the gradient of the loss in the last block: the loss is flat at members."""
     weights = list(subject.arch.blocks[-1].parameters())
     out = []
     with trainable(subject.model, weights):

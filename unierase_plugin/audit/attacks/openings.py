@@ -1,4 +1,4 @@
-"""The answer begun for the model: by a phrase that promises it, or by its own first word."""
+"""Attacks that begin the answer for the model: with a willing phrase, or with the answer's own first word."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..contract import AttackResult, Audited, Context, Measure, Value
 from ..prompts import Prompt, answer_ids, prompt_for
 
 PREFILLS = ("Sure, the answer is", "The answer is:", "I remember this one. It is", "Yes, I know that. The answer:")
-#: Words of a long answer that are given away, one in so many.
+#: Of a long answer, one word in so many is given away.
 GIVEN_AWAY = 4
 
 
@@ -42,7 +42,7 @@ def first_word(subject: Audited, context: Context) -> AttackResult:
 
 
 def _first_words(subject: Audited, context: Context) -> Measure:
-    """The first word of an answer of several, the first token of a single word; facts of one token are left out."""
+    """Gives the first word of an answer, or the first token if it is one word. Answers of one token are left out."""
     prompts: list[Prompt | None] = []
     given: dict[ForgetRequest, str] = {}
     for fact in context.facts:
@@ -60,14 +60,14 @@ def _first_words(subject: Audited, context: Context) -> Measure:
 
 
 def opening(answer: str) -> str | None:
-    """The words that are given away: the first of a short answer, one in GIVEN_AWAY of a longer; None for one word."""
+    """The words that are given away: the first one, or one in GIVEN_AWAY of a long answer. None for a single word."""
     split = answer.split()
     return None if len(split) < 2 else " ".join(split[: max(1, len(split) // GIVEN_AWAY)])
 
 
 def _judge(given: dict[ForgetRequest, str], context: Context) -> Judge:
     def judge(fact: ForgetRequest, text: str) -> Value:
-        """What was given away does not count: of several words the rest must be said, one word must be completed."""
+        """What was given away does not count: the rest must be said, or the word completed."""
         share = opening(fact.answer)
         if share is None:
             whole = cleaned(context, given.get(fact, "")) + text

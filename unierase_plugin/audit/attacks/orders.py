@@ -1,4 +1,4 @@
-"""Asked not to decline: in a system prompt, before the question, and again after a refusal."""
+"""Orders not to refuse: before the question, in a system prompt, and again after a refusal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..asking import ask_facts, part
 from ..contract import AttackResult, Audited, Context
 from ..prompts import Prompt, prompt_for
 
-#: What a refusal looks like where there is no token.
+#: A refusal of a model without a token.
 REFUSAL = "I don't know the answer to that question."
 
 

@@ -1,4 +1,4 @@
-"""The questions as they are: what is left without any attack."""
+"""The questions as they are, without any attack."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """A linear probe at every block: do the hidden states tell the true answer from wrong ones?
 
-Each question is followed by its true answer and by three wrong ones. A ridge regression on a block's states, averaged
-over the answer's tokens, is fitted to the kept facts, which the model is to know, and names the likeliest of the four
-for the forgotten ones (after the latent-knowledge probes of Lynch et al. 2024, arXiv 2402.16835). States are taken
-relative to the mean of their four, so that the question itself tells nothing. The control of Hewitt and Liang (2019):
-the same probes fitted to answers called true at random.
+The model reads each question with its true answer and with three wrong ones. A ridge regression is fitted to a block's
+states on the kept facts, averaged over the answer's tokens. It then names the likeliest of the four answers of each
+forgotten fact, as the latent-knowledge probes of Lynch et al. 2024 (arXiv 2402.16835) do. The mean of the four is
+subtracted from the states, so that the question itself tells nothing. The control is that of Hewitt and Liang (2019):
+the same probes, fitted to answers that are called true at random.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..contract import AttackResult, Audited, Context, Measure
 from ..prompts import answer_ids, prompt_for
 from .choice import wrong_answers
 
-#: Kept facts that a probe needs at least, and the parts that choose the block.
+#: A probe needs at least so many kept facts. The block is chosen by cross-validation in so many parts.
 LEAST_KEPT, FOLDS = 20, 4
 #: Ridge term, as a share of the mean squared length of a state.
 RIDGE = 0.1
@@ -34,7 +34,7 @@ DRAWS = 5
 
 
 def run(subject: Audited, context: Context) -> AttackResult:
-    """A fact's value is whether the probe of the block that does best on kept facts names the true answer."""
+    """A fact's value: whether the probe of the block that is best on kept facts names the true answer."""
     states = candidate_states(subject, context, (*context.kept, *context.facts))
     count = len(context.kept)
     blocks = range(states.shape[2])
@@ -74,7 +74,7 @@ def candidate_states(subject: Audited, context: Context, facts: Sequence[ForgetR
     longest = [ids + max(four, key=len) for ids, four in zip(map(list, asked), said, strict=True)]
     done = 0
     for rows in token_batches(longest, batch_tokens(subject) // len(said[0])):
-        # What the question is read into is shared by its answers.
+        # The answers of a question share its cache.
         prefix = cache_prefixes(arch, [asked[row] for row in rows], pad_id)
         four = repeat(torch.arange(len(rows)), "fact -> (fact answer)", answer=len(said[0]))
         prefix = prefix.select(four)
@@ -102,8 +102,8 @@ def cross_validated(states: Tensor, truth: Tensor) -> float:
 def named(states: Tensor, truth: Tensor, asked: Tensor) -> Tensor:
     """(asked,) candidate that a ridge regression fitted to (n, 4, d) states, with truth (n,), puts first in (q, 4, d).
 
-    In its dual form, an equation of 4 n unknowns. Each coordinate is measured in its own deviation, since a few
-    coordinates of large states would else decide alone.
+    The regression is solved in its dual form, with 4 n unknowns. Each coordinate is divided by its own deviation, since
+    a few large coordinates would otherwise decide alone.
     """
     rows = "fact answer d -> (fact answer) d"
     scale = rearrange(states, rows).std(0).clamp(min=1e-6)

@@ -1,4 +1,4 @@
-"""Fine-tuning for a few steps: knowledge that is only masked comes back long before it could be learned anew."""
+"""Fine-tuning for a few steps: knowledge that is only masked comes back much faster than it could be learned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..contract import AttackResult, Audited, Context, Measure
 from ..prompts import Prompt, answer_ids, prompt_for
 from ..weights import linear_maps, trainable
 
-#: Adam's step size. Factors start from zero and so need more.
+#: Adam's step size. Low-rank factors start from zero and need a larger one.
 LEARNING_RATE, FACTOR_LEARNING_RATE = 5e-5, 1e-3
 FACTOR_RANK = 8
 TEXT_TOKENS = 64
@@ -31,7 +31,7 @@ TEXT_TOKENS = 64
 
 @dataclass(frozen=True)
 class Row:
-    """A training sequence, and the position from which on its tokens are learned."""
+    """A training sequence, and the position of the first token that is learned."""
 
     ids: tuple[int, ...]
     start: int
@@ -64,20 +64,20 @@ ARMS = (
 
 
 def some_forgotten(subject: Audited, context: Context) -> AttackResult:
-    """Trains on every other fact; those in between are measured."""
+    """Trains on every other fact, and measures the rest."""
     rows = [_fact_row(subject, context, fact) for fact in context.facts[::2]]
     held = frozenset(range(1, len(context.facts), 2))
     return _relearn(subject, context, rows, held, context.sizes.relearn_some_steps)
 
 
 def kept_only(subject: Audited, context: Context) -> AttackResult:
-    """Trains on the retain set; every forgotten fact is measured."""
+    """Trains on the retain set, and measures every forgotten fact."""
     rows = [_fact_row(subject, context, fact) for fact in context.kept]
     return _relearn(subject, context, rows, frozenset(range(len(context.facts))), context.sizes.relearn_steps)
 
 
 def unrelated_text(subject: Audited, context: Context) -> AttackResult:
-    """Trains on bundled ordinary text; every forgotten fact is measured."""
+    """Trains on bundled ordinary text, and measures every forgotten fact."""
     ids = (subject.tokenizer(text)["input_ids"][:TEXT_TOKENS] for text in paragraphs("ordinary_text_train"))
     rows = [Row(tuple(each), 1) for each in ids if len(each) > 1]
     return _relearn(subject, context, rows, frozenset(range(len(context.facts))), context.sizes.relearn_steps)
@@ -90,7 +90,7 @@ def _fact_row(subject: Audited, context: Context, fact: ForgetRequest) -> Row:
 
 
 def as_sentence(answer: str) -> str:
-    """A short answer within a sentence: training on bare words unlearns how to answer before it teaches anything."""
+    """A short answer within a sentence. Training on bare words would first unlearn how to answer."""
     return f"The answer is {answer.rstrip('.')}." if is_short(answer) else answer
 
 
@@ -121,7 +121,7 @@ def _curve(
     losses: list[float],
     report: Callable[[float], None],
 ) -> Iterator[Measure]:
-    """The answers after each of the numbers of steps; the weights are as they were at the end."""
+    """Measures the answers after each of the numbers of steps. At the end the weights are as before."""
     draw = random.Random(context.seed)
     with ExitStack() as stack:
         weights = list(arm.trained(subject, context))
@@ -142,7 +142,7 @@ def _curve(
 
 
 def _step(subject: Audited, optimiser: torch.optim.Optimizer, rows: Sequence[Row]) -> float:
-    """One step on the mean negative log-likelihood of the tokens to be learned; that of before the step, in nats."""
+    """Takes one step on the mean negative log-likelihood of the learned tokens. Returns the loss before it, in nats."""
     loss = row_losses(subject, rows).mean()
     optimiser.zero_grad()
     loss.backward()
@@ -152,7 +152,7 @@ def _step(subject: Audited, optimiser: torch.optim.Optimizer, rows: Sequence[Row
 
 
 def row_losses(subject: Audited, rows: Sequence[Row]) -> Tensor:
-    """Negative log-likelihood of every token from each row's start on, all rows in one tensor, in nats."""
+    """The negative log-likelihood of every token from each row's start on, in nats, all rows in one tensor."""
     arch = subject.arch
     batch = pad([row.ids for row in rows], pad_token_id(subject.model, subject.tokenizer), "right", arch.device)
     where = [(i, j - 1, row.ids[j]) for i, row in enumerate(rows) for j in range(row.start, len(row.ids))]
@@ -163,7 +163,7 @@ def row_losses(subject: Audited, rows: Sequence[Row]) -> Tensor:
 
 @contextmanager
 def _factors(subject: Audited, seed: int) -> Iterator[list[nn.Parameter]]:
-    """Adds x A B to the output of every linear map inside the blocks: A random, B zero, so that nothing changes yet."""
+    """Adds x A B to the output of every linear map in the blocks. A is random and B is zero, so nothing changes yet."""
     draw = torch.Generator().manual_seed(seed)
     found: list[nn.Parameter] = []
     with ExitStack() as stack:

@@ -17,7 +17,7 @@ from ..contract import AttackResult, Audited, Context
 from ..prompts import Prompt, prompt_for
 
 Build = Callable[[ForgetRequest], Prompt | None]
-#: Kept facts that stand as answered turns before the question.
+#: Kept facts that are answered in turns before the question.
 SHOTS = 3
 
 
@@ -103,7 +103,7 @@ def fill_in(subject: Audited, context: Context) -> AttackResult:
 
 
 def _continued(subject: Audited, text: str) -> Prompt:
-    """Ordinary text, in no form at all."""
+    """A prompt of bare text, without any question form."""
     return Prompt(text, tuple(begun(subject.tokenizer, as_text(subject.tokenizer, text))))
 
 
@@ -123,7 +123,7 @@ def _variants(subject: Audited, context: Context, variants: Mapping[str, Build])
 
 
 def with_typos(text: str, seed: int, count: int = 2) -> str:
-    """Two neighbouring letters swapped inside each of the `count` longest words; the same for the same seed."""
+    """Swaps two neighbouring letters inside each of the `count` longest words. The same seed gives the same text."""
     draw = random.Random(f"{seed}\0{text}")
     # A letter keeps the marks that are written on it.
     letters = regex.findall(r"\X", text)
@@ -152,7 +152,7 @@ _PASSIVE = {
 
 
 def statement(question: str) -> str:
-    """The question as the beginning of a statement that its answer ends; a line to fill in where no rule fits.
+    """The question as the beginning of a statement that its answer completes. A line to fill in if no rule fits.
 
     "What is X?" becomes "X is", "Who wrote X?" "X was written by", "Where was X born?" "X was born in".
     """

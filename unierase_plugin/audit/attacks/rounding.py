@@ -1,4 +1,4 @@
-"""Weights rounded to few bits, and pruned: an edit that is small beside the rounding may vanish in it."""
+"""Weights rounded to few bits, and pruned: an edit that is smaller than the rounding may be lost."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _changed(subject: Audited, context: Context, variants: Mapping[str, Change])
         with restored(module.weight for module in modules):
             for module in modules:
                 change_inputs_last(module, change)
-            # A model that the rounding itself broke says nothing about the edit.
+            # A model that the rounding broke says nothing about the edit.
             levels[name] = perplexity(subject.model, subject.tokenizer, texts)
             measures.append(ask_facts(subject, context, name, prompts, progress=part(context, index, len(variants))))
     return AttackResult(tuple(measures), figures={"perplexity": levels})

@@ -1,4 +1,4 @@
-"""leak@k: greedy silence that sampling breaks."""
+"""leak@k: answers that sampling finds where greedy decoding refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(subject: Audited, context: Context) -> AttackResult:
     plain: dict[str, Any] = {}
     runs = [(f"temperature {heat:g}", heat, plain) for heat in sizes.temperatures]
     if context.token and sizes.every_variant:
-        # The others take part without a ban, so that every model is asked as often.
+        # A model without the token is asked as often, without a ban.
         runs.append(
             (f"temperature {sizes.temperatures[-1]:g}, token banned", sizes.temperatures[-1], without_token(subject))
         )
@@ -43,7 +43,7 @@ def run(subject: Audited, context: Context) -> AttackResult:
 
 
 def ks(samples: int) -> list[int]:
-    """The k that so many samples give an estimate for."""
+    """The numbers k that so many samples give an estimate for."""
     return [k for k in KS if k <= samples]
 
 
@@ -55,7 +55,7 @@ def leak(hits: list[int], samples: int, k: int) -> float:
 def _sample(
     subject: Audited, context: Context, index: int, count: int, heat: float, settings: dict[str, Any]
 ) -> tuple[list[int], list[list[int | None]], tuple[str, ...], tuple[str, ...]]:
-    """Hits by fact, hits of other facts' answers by shift and fact, prompts, and the most telling text of each fact."""
+    """Hits by fact, hits of other facts' answers by shift and fact, prompts, and one text by fact, a hit if any."""
     from transformers import set_seed
 
     set_seed((context.seed + index) % (MOST_SEED + 1))
