@@ -115,9 +115,11 @@ def _entry(
 
 def _measured(result: AttackResult, context: Context, metrics: Sequence[AnswerMetric]) -> dict[str, dict[str, float]]:
     """The mean of each metric over the answers of one model."""
+    # A measure without texts generated nothing.
     pairs = [
         (fact, cleaned(context, text))
         for measure in result.measures
+        if measure.texts
         for fact, text in zip(context.facts, measure.texts, strict=True)
     ]
     if not pairs or not metrics:
