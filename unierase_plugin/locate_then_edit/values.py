@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +25,9 @@ from .value_loss import Objective, ValueTarget
 
 #: On a CPU more tokens in a batch are no quicker, and what they keep for the backward pass is in memory together.
 CPU_TOKENS = 512
+#: Adam's epsilon, in nats per root mean square of the state. Smaller gradients are the rounding of float32 losses,
+#: which must not be blown up to full steps.
+EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -144,24 +146,28 @@ class _Batch:
         h, start, group = self.hparams, self.start, self.group
         sizes = torch.bincount(group)
         scale = start.new_zeros(len(sizes)).index_add_(0, group, start.norm(dim=1)) / sizes
+        # Each group's delta in root mean squares of its states: in these units a step is the same on every model.
         unit = (scale / start.shape[1] ** 0.5)[:, None]
-        delta = start.new_zeros(len(sizes), start.shape[1])
+        moved = start.new_zeros(len(sizes), start.shape[1])
+        adam = torch.optim.Adam([moved], lr=h.v_lr, eps=EPSILON)
+        longest = h.clamp_norm_factor * start.shape[1] ** 0.5
         nll, token_nll = start.new_full((2, len(group)), torch.nan)
         steps = torch.zeros(len(sizes), dtype=torch.long, device=start.device)
-        adam = _Adam.zeros(delta)
         for step in range(h.v_num_grad_steps + 1):
             with torch.set_grad_enabled(step < h.v_num_grad_steps):
-                gradient = self._gradient(delta, scale, 1 / sizes[group], nll, token_nll)
+                gradient = self._gradient(unit * moved, scale, 1 / sizes[group], nll, token_nll)
             worst = torch.full_like(scale, -torch.inf).scatter_reduce_(0, group, nll, "amax")
             going = ~(worst < h.v_stop_loss)  # NaN goes on, and is reported at the end
             if step == h.v_num_grad_steps or not bool(going.any()):
                 break
-            moved = delta - h.v_lr * unit * adam.direction(gradient * unit)
-            limit = h.clamp_norm_factor * scale / moved.norm(dim=1).clamp(min=1e-12)
-            delta = torch.where(going[:, None], moved * limit.clamp(max=1)[:, None], delta)
+            before, moved.grad = moved.clone(), gradient * unit
+            adam.step()
+            moved *= (longest / moved.norm(dim=1).clamp(min=1e-12)).clamp(max=1)[:, None]
+            moved.copy_(torch.where(going[:, None], moved, before))
             steps += going
             self._leave(going)
             progress((step + 1) / h.v_num_grad_steps)
+        delta = unit * moved
         progress(1.0)
         states = start + delta[group]
         norm = delta.norm(dim=1)[group] / start.norm(dim=1)
@@ -200,29 +206,3 @@ class _Batch:
             for rows, problem, stay in staying
             if bool(stay.any())
         ]
-
-
-@dataclass
-class _Adam:
-    """Adam's step direction, row by row; each row sees the same steps as if it were alone.
-
-    Gradients are in nats per root mean square of the state. Those under EPSILON are the rounding of float32 losses,
-    which must not be blown up to full steps.
-    """
-
-    EPSILON: ClassVar[float] = 1e-6
-
-    first: Tensor
-    second: Tensor
-    step: int = 0
-
-    @classmethod
-    def zeros(cls, like: Tensor) -> _Adam:
-        return cls(torch.zeros_like(like), torch.zeros_like(like))
-
-    def direction(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999) -> Tensor:
-        self.step += 1
-        self.first.lerp_(gradient, 1 - beta1)
-        self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (self.second / (1 - beta2**self.step)).sqrt()
-        return (self.first / (1 - beta1**self.step)) / (root + self.EPSILON)
