@@ -24,7 +24,7 @@ from unierase_plugin.locate_then_edit.edit import apply_edit
 from unierase_plugin.methods.removal.job import settle_removal
 from unierase_plugin.models.architecture import Architecture, find_architecture, stores_input_first
 from unierase_plugin.models.trace import pad, run_blocks
-from unierase_plugin.removal import distil, stage
+from unierase_plugin.removal import course, distil, stage
 from unierase_plugin.removal import teacher as teacher_module
 from unierase_plugin.removal.course import TEXT_SHARE, Course, Planning
 from unierase_plugin.removal.distil import (
@@ -833,20 +833,18 @@ def test_a_removal_that_was_stopped_goes_on_where_it_was_and_ends_the_same(
     whole = removed(find_architecture(tiny_model()))
     counted: Counter[str] = Counter()
 
-    def counting(name: str) -> Callable[..., Any]:
-        from unierase_plugin.removal import stage
-
-        original: Callable[..., Any] = getattr(stage, name)
+    def counting(module: Any, name: str) -> Callable[..., Any]:
+        original: Callable[..., Any] = getattr(module, name)
 
         def count(*args: Any, **kwargs: Any) -> Any:
             counted[name] += 1
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(stage, name, count)
+        monkeypatch.setattr(module, name, count)
         return count
 
-    counting("take_pass")
-    counting("take_moments")
+    counting(stage, "take_pass")
+    counting(course, "take_moments")
     original = Phases.resumed
 
     def stopping(phases: Phases, kind: str, key: str, compute: Callable[[], Any]) -> Any:
