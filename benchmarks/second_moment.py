@@ -100,18 +100,18 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def one_of(options: argparse.Namespace) -> None:
-    """One process of a team: its share, and the sum over all."""
-    from unierase_plugin.statistics.distributed import joined_team
+    """One process of several: its share, and the sum over all."""
+    from unierase_plugin.statistics.distributed import joined_processes
     from unierase_plugin.statistics.second_moment import add_sequences, begin_sums
 
     arch, texts, layers = prepare(options)
-    with joined_team() as team:
-        team.total(0)
+    with joined_processes() as processes:
+        processes.total(0)
         start = time.perf_counter()
         sums = begin_sums(arch, layers)
-        add_sequences(arch, texts, sums, share=(team.rank, team.size))
-        team.add_up(sums.sums.values())
-        if team.leads:
+        add_sequences(arch, texts, sums, share=(processes.rank, processes.size))
+        processes.add_up(sums.sums.values())
+        if processes.leads:
             print(
                 json.dumps(
                     {
@@ -137,13 +137,13 @@ def processes(options: argparse.Namespace) -> None:
             "MASTER_PORT": port,
         }
         command = [sys.executable, __file__, *sys.argv[1:], "--one-of"]
-        team = [
+        started = [
             subprocess.Popen(
                 command, env={**base, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
             for rank in range(size)
         ]
-        outputs = [process.communicate()[0] for process in team]
+        outputs = [process.communicate()[0] for process in started]
         said = json.loads(outputs[0])
         best[size], traces[size] = min(best.get(size, float("inf")), said["seconds"]), said["traces"]
     apart = max(abs(a - b) / a for a, b in zip(traces[1], traces[2], strict=True))

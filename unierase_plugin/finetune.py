@@ -22,16 +22,16 @@ from .methods.contract import Changes, Job, Method, Progress
 from .methods.finetuning.settings import FineTuneHyperParams
 from .methods.finetuning.terms import TERMS
 from .methods.finetuning.training import check_trainable, train
+from .models.disk_space import weights_size
 from .models.generate import answers
 from .models.literal import text_ids
 from .models.memory import peak_memory_bytes
 from .models.prompts import has_chat_template
-from .models.room import weights_size
 from .models.stored_dtype import round_to_stored
 from .plugins.registration import registry
 from .session import Session, choose_hparams
 from .settings.ranges import Range
-from .storage.atomic import check_room
+from .storage.atomic import check_disk_space
 from .storage.fingerprints import CACHE_VERSION, digest, plain
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def finetune(
                 "export and a further step go on from there alone.",
                 os.fspath(model),
             )
-        check_room(folder, weights_size(model, dtype))
+        check_disk_space(folder, weights_size(model, dtype))
         progress("load", 0.0, os.fspath(model))
         session = Session.open(_LEARNING, os.fspath(model), hparams=settings, device=device, dtype=dtype, anew=True)
         progress("load", 1.0, os.fspath(model))

@@ -31,20 +31,20 @@ from .hparams import HARDENED, REMOVED, EngineSettings, HyperParams, UniEraseHyp
 from .methods.contract import Changes, History, Method, Progress
 from .methods.editing.engine import corpus_of
 from .methods.editing.unierase import UNIERASE
+from .models.disk_space import model_size, weights_size
 from .models.generate import answers, context_limit, perplexity
 from .models.literal import text_ids
 from .models.memory import peak_memory_bytes
 from .models.prompts import encode, has_chat_template, render
-from .models.room import model_size, weights_size
 from .models.stored_dtype import round_to_stored
 from .plugins.registration import registry
 from .results import UnlearnResult
 from .session import Session
 from .settings.ranges import Range
 from .statistics.collection import CorpusMoment
-from .statistics.distributed import Team
+from .statistics.distributed import Processes
 from .statistics.files import FINGERPRINTS
-from .storage.atomic import check_room, clear_leftovers
+from .storage.atomic import check_disk_space, clear_leftovers
 from .storage.fingerprints import CACHE_VERSION, digest, model_fingerprint
 from .storage.phases import Phases
 from .storage.tensor_files import Packed, pack, write_tensors
@@ -132,7 +132,7 @@ def unlearn(
     }
     with _claimed(out, overwrite, inputs, model) as place:
         if place is not None and isinstance(model, (str, os.PathLike)):
-            check_room(place.path, weights_size(model, dtype))
+            check_disk_space(place.path, weights_size(model, dtype))
         progress("load", 0.0, "")
         session = Session.open(
             chosen, model, tokenizer=tokenizer, hparams=hparams, options=options, device=device, dtype=dtype
@@ -145,7 +145,7 @@ def unlearn(
                 "The steps before this one were not written to a folder: give out= to the first one too."
             )
         if place is not None:
-            check_room(place.path, model_size(session.loaded.model, session.hparams))
+            check_disk_space(place.path, model_size(session.loaded.model, session.hparams))
         run = _Unlearning(session, requests, kept, place, judged, progress)
         run.refuse_applied()
         session.tell_forgotten(requests)
@@ -205,14 +205,14 @@ def corpus_moment(
     seed: int | None = None,
     device: str = "",
     dtype: str = "",
-    team: Team | None = None,
+    processes: Processes | None = None,
     progress: Progress = lambda phase, share, note: None,
 ) -> CorpusMoment:
     """The second moment of ordinary text alone, left where a later `unlearn` with the same settings finds it.
 
     sources   files to import it from instead (`statistics.files.read_moments`)
     out       file that the moments are written to as well, by the first process
-    team      processes that share the work; each calls this with the same arguments
+    processes those that share the work; each calls this with the same arguments
     The rest is as for `unlearn`. Raises a UniEraseError for a corpus or files that do not do.
     """
     progress("load", 0.0, "")
@@ -223,9 +223,9 @@ def corpus_moment(
     progress("load", 1.0, session.loaded.name)
     with _frozen(session.loaded.model):
         text = corpus_of(session.job((), (), None, progress))
-        text.check_room(out)
-        found = text.take(sources) if sources else text.moment(team)
-    if out is not None and (team is None or team.leads):
+        text.check_disk_space(out)
+        found = text.take(sources) if sources else text.moment(processes)
+    if out is not None and (processes is None or processes.leads):
         clear_leftovers(out)
         tensors, metadata = pack(found.moment)
         stated = dict(zip(FINGERPRINTS, (session.loaded.fingerprint, session.loaded.saved_fingerprint), strict=True))

@@ -296,7 +296,7 @@ def test_two_processes_count_what_one_does(base: Path, text: str, settings: str,
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        "UNIERASE_CACHE": str(tmp_path / "team"),
+        "UNIERASE_CACHE": str(tmp_path / "processes"),
     }
     command = [
         sys.executable,
@@ -323,7 +323,7 @@ def test_two_processes_count_what_one_does(base: Path, text: str, settings: str,
     assert said[1][0] == ""
     figures = json.loads(said[0][0])
     assert figures["tokens"] == alone.moment.count
-    (file,) = (tmp_path / "team").rglob("*.safetensors")
+    (file,) = (tmp_path / "processes").rglob("*.safetensors")
     assert str(file) == figures["file"]
     kept = read_tensors(file)[0]
     for layer, moment in alone.moment.moments.items():

@@ -20,7 +20,7 @@ from unierase_plugin.errors import CheckpointError, WriteError
 from unierase_plugin.locate_then_edit.values import Values
 from unierase_plugin.statistics.second_moment import SecondMoment
 from unierase_plugin.storage import atomic, tensor_files
-from unierase_plugin.storage.atomic import check_room, replace_folder, write_text
+from unierase_plugin.storage.atomic import check_disk_space, replace_folder, write_text
 from unierase_plugin.storage.cache import Store, cache_folder
 from unierase_plugin.storage.digests import HASH_CHUNK, content_digests
 from unierase_plugin.storage.fingerprints import digest, model_fingerprint, plain, tokenizer_fingerprint
@@ -393,9 +393,9 @@ def test_a_file_that_cannot_be_written_is_as_it_was(
 
 
 def test_room_is_asked_for_where_the_folder_is_to_be(tmp_path: Path) -> None:
-    check_room(tmp_path / "not" / "there", 1000)
+    check_disk_space(tmp_path / "not" / "there", 1000)
     with pytest.raises(WriteError, match=r"1000000000\.00 GB.*are free in.*Nothing was done"):
-        check_room(tmp_path / "not" / "there", 10**18)
+        check_disk_space(tmp_path / "not" / "there", 10**18)
     assert os.listdir(tmp_path) == []
 
 

@@ -24,7 +24,7 @@ from .damage import misfits
 from .folder import bytes_of
 from .integrity import Examined, examine
 from .licences import carry_licences
-from .older_readers import write_for_older_readers
+from .older_transformers import write_for_older_transformers
 from .originals import Originals
 from .place import OutputFolder, output_folder
 from .record import Checkpoint, join_edits
@@ -199,7 +199,7 @@ def _save_tokenizer(source: Path, staging: Path) -> None:
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(source).save_pretrained(staging)
-    write_for_older_readers(staging)
+    write_for_older_transformers(staging)
 
 
 def _readme(checkpoint: Checkpoint, edit: WeightEdit, token: UnlearningToken | None, target: Path, steps: int) -> str:

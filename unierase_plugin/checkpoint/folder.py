@@ -24,7 +24,7 @@ from ..models.tying import is_tied, settled_config
 from ..storage.fingerprints import digest, model_fingerprint, plain
 from ..unlearning_token import UnlearningToken
 from .licences import carry_licences
-from .older_readers import write_for_older_readers
+from .older_transformers import write_for_older_transformers
 from .originals import Originals
 from .place import OutputFolder, held
 from .readback import check_written
@@ -81,7 +81,7 @@ def save_checkpoint(
     with held(folder, overwrite) as place, as_stored(model), place.filled(needed) as staging:
         save_model(model, staging)
         tokenizer.save_pretrained(staging)
-        write_for_older_readers(staging)
+        write_for_older_transformers(staging)
         write_record(checkpoint, staging / RECORD)
         carry_licences([str(manifest_extra["model"]), *_loaded_from(model)], staging, place.path)
         check_written(staging, model)
@@ -222,7 +222,7 @@ def save_plain(
     with held(folder, overwrite) as place, as_stored(model), place.filled(bytes_of(model.parameters())) as staging:
         save_model(model, staging)
         tokenizer.save_pretrained(staging)
-        write_for_older_readers(staging)
+        write_for_older_transformers(staging)
         for name, text in notes.items():
             (staging / name).write_text(text, encoding="utf-8")
         carry_licences([*models, *_loaded_from(model)], staging, place.path)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..models.room import local_folder
+from ..models.disk_space import local_folder
 
 #: What such a file is called, among other words, and how it does not end.
 _NAME = re.compile(

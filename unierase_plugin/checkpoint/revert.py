@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, first_words
 from ..locate_then_edit.edit import WeightEdit, apply_edit
 from ..models.architecture import find_architecture
+from ..models.disk_space import weights_size
 from ..models.loading import open_weights
-from ..models.room import weights_size
-from ..storage.atomic import check_room
+from ..storage.atomic import check_disk_space
 from ..storage.fingerprints import model_fingerprint
 from .contents import LIST, changed_contents
 from .damage import misfits
 from .downdate import edit_without
 from .folder import bytes_of, save_model
 from .integrity import Examined, WayBack, examine
-from .older_readers import write_for_older_readers
+from .older_transformers import write_for_older_transformers
 from .originals import Originals
 from .place import OutputFolder, output_folder
 from .readback import check_written
@@ -52,7 +52,7 @@ def revert_checkpoint(folder: str | Path, out: str | Path, overwrite: bool = Fal
     written for.
     """
     with output_folder(out, overwrite, inputs={"the edited model": Path(folder)}, going_on=folder) as place:
-        check_room(place.path, weights_size(folder))
+        check_disk_space(place.path, weights_size(folder))
         return _reverted(examine(folder), place, step)
 
 
@@ -81,7 +81,7 @@ def take_back_requests(folder: str | Path, out: str | Path, requests: Sequence[s
     CheckpointError for what the ledger does not hold, and like `revert_checkpoint`.
     """
     with output_folder(out, overwrite, inputs={"the edited model": Path(folder)}, going_on=folder) as place:
-        check_room(place.path, weights_size(folder))
+        check_disk_space(place.path, weights_size(folder))
         return _without(examine(folder), place, requests)
 
 
@@ -327,7 +327,7 @@ def _write(model: Any, source: Path, place: OutputFolder, token: str, kept: Chec
         # As it lies there: what was changed by hand, or what transformers does not know, would be lost.
         (staging / GENERATION).unlink(missing_ok=True)
         _copy_companions(source, staging)
-        write_for_older_readers(staging)
+        write_for_older_transformers(staging)
         if kept is not None:
             write_record(kept, staging / RECORD)
         elif token:

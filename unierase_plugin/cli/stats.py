@@ -16,7 +16,7 @@ from .console import Device, Dtype, Screen, progress
 
 if TYPE_CHECKING:
     from ..statistics.collection import CorpusMoment
-    from ..statistics.distributed import Team
+    from ..statistics.distributed import Processes
 
 
 def stats(
@@ -55,7 +55,7 @@ def stats(
     """
     from ..pipeline import corpus_moment
     from ..session import choose_hparams
-    from ..statistics.distributed import joined_team
+    from ..statistics.distributed import joined_processes
     from ..storage.tensor_files import refuse_other
 
     changes: dict[str, Any] = {
@@ -73,7 +73,7 @@ def stats(
     if sources and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UniEraseError("--import takes one process: there is nothing to share out. Start it without a launcher.")
     console = Screen(stderr=True)
-    with joined_team() as team, progress(console) if team.leads else nullcontext(_silent) as report:
+    with joined_processes() as processes, progress(console) if processes.leads else nullcontext(_silent) as report:
         try:
             found = corpus_moment(
                 model,
@@ -82,16 +82,16 @@ def stats(
                 sources=sources or (),
                 out=out,
                 seed=seed,
-                device=_own_device(device, team),
+                device=_own_device(device, processes),
                 dtype=dtype,
-                team=team,
+                processes=processes,
                 progress=report,
             )
         except UniEraseError:
-            if team.leads:
+            if processes.leads:
                 raise
             raise typer.Exit(1) from None  # the first process says it for all
-    if not team.leads:
+    if not processes.leads:
         return
     if as_json:
         Screen().json(_figures(found))
@@ -116,12 +116,12 @@ def _blocks(text: str) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def _own_device(device: str, team: Team) -> str:
-    """In a team each process takes the GPU of its own number, unless a device is named."""
+def _own_device(device: str, processes: Processes) -> str:
+    """With several processes each one takes the GPU of its own number, unless a device is named."""
     import torch
 
-    if team.size > 1 and device in ("", "cuda") and torch.cuda.is_available():
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', team.rank)) % torch.cuda.device_count()}"
+    if processes.size > 1 and device in ("", "cuda") and torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', processes.rank)) % torch.cuda.device_count()}"
     return device
 
 

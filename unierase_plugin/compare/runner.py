@@ -18,11 +18,11 @@ from ..errors import UniEraseError, shown
 from ..facts.readers import Requests
 from ..facts.request import check_overlap
 from ..methods.contract import Progress
+from ..models.disk_space import weights_size
 from ..models.loading import check_stated_blocks, read_config
-from ..models.room import weights_size
 from ..plugins.registration import answer_metrics
 from ..settings.values import checked_seed
-from ..storage.atomic import check_room, clear_strays, make_folder, write_json
+from ..storage.atomic import check_disk_space, clear_strays, make_folder, write_json
 from ..storage.results_folder import results_folder
 from . import search
 from .entries import REFERENCE, UNEDITED, Entry, settings_of
@@ -172,7 +172,7 @@ def compare(
         plan = replace(plan, options=_with_utility(options, forget))
         methods = [entry for entry in entries if entry.method not in (UNEDITED, REFERENCE)]
         plan.expected = 1 + bool(reference) + len(methods) * (len(options.seeds) + options.budget)
-        _check_room(plan, len(methods), len(methods) * (len(options.seeds) + options.budget))
+        _check_disk_space(plan, len(methods), len(methods) * (len(options.seeds) + options.budget))
         ratios = _control(plan, REFERENCE, "", "") if reference else None
         before = _control(plan, UNEDITED, "", _raw(ratios))
         if read_json(before / FAILED):
@@ -189,13 +189,13 @@ def _began(out: Path) -> bool:
     return isinstance(facts, dict) and "forget_shown" in facts
 
 
-def _check_room(plan: _Plan, methods: int, runs: int) -> None:
+def _check_disk_space(plan: _Plan, methods: int, runs: int) -> None:
     """Raises WriteError if the disk has no room for the models that will exist at the same time."""
     # Each step starts from the model of the step before, which is removed afterwards.
     at_once = min(methods, 2 if plan.options.scenario == "sequential" else 1)
     if plan.options.keep_models and plan.options.scenario != "precise":
         at_once = max(at_once, runs - len(list(plan.out.glob("cells/*/model*"))))
-    check_room(plan.out / "cells", at_once * weights_size(plan.model, plan.options.dtype))
+    check_disk_space(plan.out / "cells", at_once * weights_size(plan.model, plan.options.dtype))
 
 
 def _facts(forget: Requests, retain: Requests | None, options: Options, allow_overlap: bool) -> dict[str, Any]:

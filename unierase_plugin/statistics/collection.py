@@ -21,12 +21,12 @@ from torch import Tensor
 from ..hparams import UniEraseHyperParams
 from ..models.architecture import Architecture, find_architecture
 from ..models.loaded import LoadedModel
-from ..storage.atomic import check_room
+from ..storage.atomic import check_disk_space
 from ..storage.cache import ONE_OF_DAMAGED, Store
 from ..storage.fingerprints import digest
 from ..storage.tensor_files import Packed, pack, unpack
 from .corpus import corpus_identity, corpus_tokens
-from .distributed import Team
+from .distributed import Processes
 from .files import check_likeness, is_of_model, read_moments
 from .second_moment import MomentSums, SecondMoment, add_sequences, begin_sums, mean_moments, second_moments, unusable
 
@@ -99,14 +99,16 @@ class Corpus:
             return None
         return found
 
-    def check_room(self, out: Path | None) -> None:
+    def check_disk_space(self, out: Path | None) -> None:
         """Raises WriteError if the disk has no room for the sums of the pass, the moments, and a copy in `out`."""
         if self.kept() is None:
             arch = self._architecture()
             size = sum(arch.mlp_width(layer) ** 2 for layer in self.hparams.layers)
-            check_room(self.cache.path(FINISHED, self.key()), size * (torch.float64.itemsize + self.dtype.itemsize))
+            check_disk_space(
+                self.cache.path(FINISHED, self.key()), size * (torch.float64.itemsize + self.dtype.itemsize)
+            )
             if out is not None:
-                check_room(out, size * self.dtype.itemsize)
+                check_disk_space(out, size * self.dtype.itemsize)
 
     def check(self) -> None:
         """Raises if the corpus is wrong, by reading one text. Checks nothing if the moments are in the cache."""
@@ -130,22 +132,22 @@ class Corpus:
         # Sampled text is what the model says. The bundled prose adds what others say.
         return found + self._prose_ids(longest) if h.mom2_dataset == "self" else found
 
-    def moment(self, team: Team | None = None) -> CorpusMoment:
+    def moment(self, processes: Processes | None = None) -> CorpusMoment:
         """The moments from the cache. If they are not there, all processes compute them and the first one keeps them.
 
         A pass that was stopped continues from its last save, and gives the same bytes as an undisturbed one.
         """
-        team, key = team or Team(), self.key()
-        kept = team.agreed(self.kept)
+        processes, key = processes or Processes(), self.key()
+        kept = processes.agreed(self.kept)
         if kept is not None:
             # Left by a pass that was killed after it had kept the moments.
             self._discard(key)
             return kept
         start = time.perf_counter()
-        ids, noted = team.agreed(lambda: self._read(key))
+        ids, noted = processes.agreed(lambda: self._read(key))
         read = time.perf_counter()
-        packed = self._finished(self._count(key, ids, int(noted["max_tokens"]), team), self._settings())
-        if team.leads:
+        packed = self._finished(self._count(key, ids, int(noted["max_tokens"]), processes), self._settings())
+        if processes.leads:
             self.cache.put(FINISHED, key, *packed)
         self._discard(key)
         return self._result(key, packed, read - start, time.perf_counter() - read)
@@ -172,11 +174,11 @@ class Corpus:
 
     # --- the pass -----------------------------------------------------------------------------------------------------
 
-    def _count(self, key: str, ids: Mapping[str, Tensor], max_tokens: int, team: Team) -> SecondMoment:
+    def _count(self, key: str, ids: Mapping[str, Tensor], max_tokens: int, processes: Processes) -> SecondMoment:
         arch = self._architecture()
         # Saved sums fit only the same batches. With several processes, each has its own.
         texts = [tensor.numpy().tobytes() for tensor in (ids["tokens"], ids["lengths"])]
-        own = f"{key}-{digest(*texts, max_tokens, team.size, team.rank)[:16]}"
+        own = f"{key}-{digest(*texts, max_tokens, processes.size, processes.rank)[:16]}"
         sums = self._begun(arch, own)
         sequences = cast("list[Sequence[int]]", [part.numpy() for part in ids["tokens"].split(ids["lengths"].tolist())])
         add_sequences(
@@ -186,13 +188,13 @@ class Corpus:
             max_tokens=max_tokens,
             dtype=self.dtype,
             pad_id=self.loaded.pad_id,
-            share=(team.rank, team.size),
+            share=(processes.rank, processes.size),
             keep_every=KEEP_EVERY,
             keep=lambda so_far: self.cache.put(UNDER_WAY, own, *pack(so_far)),
             progress=lambda share: self.progress((1 + share) / 2, "keys of the corpus"),
         )
-        team.add_up(sums.sums.values())
-        sums.count = team.total(sums.count)
+        processes.add_up(sums.sums.values())
+        sums.count = processes.total(sums.count)
         return mean_moments(sums, self.dtype)
 
     def _begun(self, arch: Architecture, own: str) -> MomentSums:

@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Team:
+class Processes:
     """This process and the processes that it works with. By default it is alone."""
 
     rank: int = 0
@@ -66,16 +66,16 @@ class Team:
 
 
 @contextmanager
-def joined_team() -> Iterator[Team]:
+def joined_processes() -> Iterator[Processes]:
     """The processes that a launcher started together; without a launcher, this process alone.
 
     They communicate through gloo, also on GPUs: they exchange only text and, at the end, one sum of matrices.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Team()
+        yield Processes()
         return
     torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     try:
-        yield Team(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        yield Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
     finally:
         torch.distributed.destroy_process_group()

@@ -246,7 +246,7 @@ def _cannot_write(path: Path, needed: int, error: Exception) -> WriteError:
     )
 
 
-def check_room(path: Path, needed: int) -> None:
+def check_disk_space(path: Path, needed: int) -> None:
     """Raises WriteError if the disk of `path` has fewer than `needed` bytes free.
 
     The present size of `path` does not count: the old state stays until the new one is whole.

@@ -25,8 +25,8 @@ from unierase_plugin.errors import WriteError
 from unierase_plugin.finetune import finetune
 from unierase_plugin.methods.removal.method import RemovalHyperParams
 from unierase_plugin.models.base_model import KEPT_NAME, fetch_base_model
+from unierase_plugin.models.disk_space import model_size, weights_size
 from unierase_plugin.models.loading import load
-from unierase_plugin.models.room import model_size, weights_size
 from unierase_plugin.pipeline import corpus_moment
 
 WEIGHTS = sum(weight.numel() for weight in tiny_model().parameters()) * 4
@@ -138,7 +138,7 @@ def test_a_comparison_needs_room_for_the_models_that_it_has_at_once(
         asked.append(needed)
         raise WriteError("enough")
 
-    monkeypatch.setattr("unierase_plugin.compare.runner.check_room", ask)
+    monkeypatch.setattr("unierase_plugin.compare.runner.check_disk_space", ask)
     with pytest.raises(WriteError, match="enough"):
         compare(
             str(folder / "base"),

@@ -16,7 +16,7 @@ from typing import Any
 OLDER_ROTARY = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
 
 
-def write_for_older_readers(folder: Path) -> None:
+def write_for_older_transformers(folder: Path) -> None:
     """Adds the older names to config.json and tokenizer_config.json where these are there, the chat template too."""
     template = folder / "chat_template.jinja"
     _rewritten(folder / "config.json", _with_older_names)

@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from unierase_plugin.checkpoint.older_readers import write_for_older_readers
+from unierase_plugin.checkpoint.older_transformers import write_for_older_transformers
 from unierase_plugin.storage.fingerprints import model_fingerprint, tokenizer_fingerprint
 
 FLAT = {"rope_theta": 12345.0, "rope_type": "linear", "factor": 2.0}
@@ -53,7 +53,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def test_the_names_that_earlier_releases_look_for_are_there(folder: Path, family: str) -> None:
-    write_for_older_readers(folder)
+    write_for_older_transformers(folder)
     config, words = read(folder, "config.json"), read(folder, "tokenizer_config.json")
     wanted = {"torch_dtype": "float32", **ROTARY[family][1]}
     for name, value in wanted.items():
@@ -68,7 +68,7 @@ def test_the_names_that_earlier_releases_look_for_are_there(folder: Path, family
 def test_this_release_reads_the_same_as_before(folder: Path) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     before = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    write_for_older_readers(folder)
+    write_for_older_transformers(folder)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert torch.equal(model(input_ids=ids).logits, before[0](input_ids=ids).logits)
     assert model_fingerprint(model) == model_fingerprint(before[0])
@@ -81,16 +81,16 @@ def test_inputs_that_are_named_or_that_a_class_knows_are_left(
 ) -> None:
     given = {"tokenizer_class": kind, **({"model_input_names": names} if names else {})}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(given), encoding="utf-8")
-    write_for_older_readers(tmp_path)
+    write_for_older_transformers(tmp_path)
     assert read(tmp_path, "tokenizer_config.json").get("model_input_names") == names
 
 
 def test_a_second_time_changes_nothing_and_an_empty_folder_stays_empty(folder: Path, tmp_path: Path) -> None:
-    write_for_older_readers(folder)
+    write_for_older_transformers(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    write_for_older_readers(folder)
+    write_for_older_transformers(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     empty = tmp_path / "empty"
     empty.mkdir()
-    write_for_older_readers(empty)
+    write_for_older_transformers(empty)
     assert not list(empty.iterdir())
