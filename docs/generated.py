@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -24,6 +26,7 @@ from unierase_plugin.cli import app
 from unierase_plugin.hparams import HyperParams, UniEraseHyperParams
 from unierase_plugin.methods.contract import Method
 from unierase_plugin.methods.finetuning.settings import TrainingHyperParams
+from unierase_plugin.plugins.catalogue import RESTRICTION
 from unierase_plugin.plugins.registration import load_registry
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -50,10 +53,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def command_line() -> str:
-    """All commands and options, as typer knows them."""
+    """All commands and options of this package, as typer knows them."""
     command = get_command(app)
     context = Context(command, obj={"rich_markup_mode": "rich"})
-    return get_docs_for_click(obj=command, ctx=context, name="unierase", title="The command line").strip() + "\n"
+    # Commands of plugins that happen to be installed are not on the page.
+    with patch.dict(os.environ, {RESTRICTION: ""}):
+        text = get_docs_for_click(obj=command, ctx=context, name="unierase", title="The command line")
+    return text.strip() + "\n"
 
 
 def settings() -> str:

@@ -393,6 +393,13 @@ def test_the_commands_list_what_is_there(install: Install) -> None:
     assert sorted(plugins["extra"]["hooks"]) == HOOKS
     assert (plugins["extra"]["package"], plugins["extra"]["module"]) == ("extra-package", "extra_package_code")
     assert "no_such_module" in plugins["broken"]["error"]
+    assert plugins["extra"]["registers"]["method"] == ["extra"]
+    assert plugins["extra"]["registers"]["benchmark"] == ["extra_bench"]
+    assert plugins["broken"]["registers"] == {}
+    assert "ridge" in plugins[BUILT_IN]["registers"]["solver"]
+    table = CliRunner().invoke(cli.app, ["plugins"]).stdout
+    assert "extra: request reader extra_facts, extra_bench\n" in table
+    assert "built-in: " not in table
     methods = {each["name"]: each for each in listed("methods")}
     assert methods["unierase"]["hparams"]["v_lr"] == UniEraseHyperParams().v_lr
     assert methods["unierase"]["paper"].startswith("Yu et al. 2025")
