@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...errors import DependencyError
 from ...models.architecture import Architecture
+from ...models.weights import OriginalWeights
 
 
 class TrainedWeights:
@@ -17,7 +17,8 @@ class TrainedWeights:
 
     def __init__(self, arch: Architecture, names: Sequence[str], hparams: Any) -> None:
         self.arch, self.names, self.hparams = arch, list(names), hparams
-        self.originals: dict[str, Tensor] = {}
+        self.originals = OriginalWeights(())
+        self.dtypes: dict[str, torch.dtype] = {}
         self.trains_head = any(arch.model.get_parameter(name) is arch.head.weight for name in self.names)
 
     @property
@@ -36,20 +37,20 @@ class TrainedWeights:
     def close(self) -> None:
         """Ends the training: the model keeps what it learned, and nothing else of the training is left on it."""
         self.arch.model.requires_grad_(False)
-        for name, original in self.originals.items():
+        for name, dtype in self.dtypes.items():
             parameter = self.arch.model.get_parameter(name)
-            parameter.data, parameter.grad = parameter.data.to(original.dtype), None
+            parameter.data, parameter.grad = parameter.data.to(dtype), None
 
-    @torch.no_grad()
     def undo(self) -> None:
         """Puts the weights back as they were, to the bit."""
         self.close()
-        for name, original in self.originals.items():
-            self.arch.model.get_parameter(name).copy_(original)
+        self.originals.restore()
 
     def _keep(self) -> None:
-        model = self.arch.model
-        self.originals = {name: model.get_parameter(name).detach().cpu().clone() for name in self.names}
+        parameters = {name: self.arch.model.get_parameter(name) for name in self.names}
+        # On the CPU: the device holds the optimiser's state beside the weights.
+        self.originals = OriginalWeights(parameters.values(), device="cpu")
+        self.dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
 
 
 class TrainedAdapter(TrainedWeights):
