@@ -653,7 +653,7 @@ def test_statistics_are_not_written_over_what_is_imported(world: World) -> None:
     file = world.root / "moments.safetensors"
     moment = SecondMoment({1: torch.ones(2, 2)}, 5)
     write_tensors(file, *pack(moment))
-    with pytest.raises(UniEraseError, match="is the file that is imported"):
+    with pytest.raises(UniEraseError, match="is also the file to import"):
         stats(str(world.base), sources=[file], out=file)
 
 

@@ -531,7 +531,7 @@ def test_the_command_prints_a_table_and_figures(base: Path, text: str, tmp_path:
     [
         (["--layers", "1-x"], "is not a list of blocks. Write it as 3-7 or 3,5,7"),
         (["--layers", "1-9"], "the model has 4 blocks"),
-        (["--out", "file.npz"], "is to end in .safetensors"),
+        (["--out", "file.npz"], "must end in .safetensors"),
         (["--samples", "-1"], "mom2_n_samples = -1 must be greater than 0"),
     ],
 )

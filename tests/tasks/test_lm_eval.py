@@ -136,7 +136,7 @@ def test_tasks_of_the_user_are_found_beside_ours(folder: Path, tmp_path: Path) -
     with lm_evals_own_tasks_left_out():
         results = run(folder, tmp_path, *flags, tasks="my_facts,unierase_demo_forget")
     assert results["n-samples"].keys() == {"unierase_demo_forget", "my_facts"}
-    assert run_fails(folder, *flags[:2], tasks="my_facts,unierase_demo_forget").match("For both at once say which")
+    assert run_fails(folder, *flags[:2], tasks="my_facts,unierase_demo_forget").match("To run both at once, choose")
 
 
 def test_a_tofu_task_reads_the_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

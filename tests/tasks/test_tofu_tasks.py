@@ -752,7 +752,7 @@ def test_a_chat_template_that_is_not_there_is_told(tofu: Path, tmp_path: Path) -
 
 
 def test_without_a_tokenizer_tokens_cannot_be_counted(folder: Path, tofu: Path) -> None:
-    with pytest.raises(UniEraseError, match="no tokenizer is named"):
+    with pytest.raises(UniEraseError, match="No tokenizer is named"):
         evaluate(Parrot(), tofu, form="plain")
     with pytest.raises(UniEraseError, match="The tokenizer '/nowhere' cannot be loaded"):
         evaluate(Parrot(), tofu, form="plain", metadata={"tokenizer": "/nowhere"})

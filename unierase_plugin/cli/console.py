@@ -1,4 +1,4 @@
-"""What the commands share: options, progress as it happens, the package's warnings."""
+"""Shared by the commands: options, the terminal, progress, and the package's warnings."""
 
 from __future__ import annotations
 
@@ -21,70 +21,69 @@ from ..storage.phase_names import PHASES
 if TYPE_CHECKING:
     from ..methods.contract import Progress
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto (spread over all GPUs); empty chooses.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto (all GPUs). Default: chosen for you.")]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="float32, bfloat16 or float16, to work in and to write; empty: the checkpoint's, but work on a CPU is in "
-        "float32."
+        help="float32, bfloat16 or float16, for the work and for the output. Default: that of the checkpoint; a CPU "
+        "works in float32."
     ),
 ]
 AllowOverlap = Annotated[
     bool,
     typer.Option(
         "--allow-overlap",
-        help="Go on although facts to keep are to be forgotten too, or were forgotten in an earlier step.",
+        help="Go on even if a fact to keep is also a fact to forget, now or in an earlier edit.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that this package wrote.")]
 
 
 class Screen(Console):
-    """A terminal to which every text is a text: no markup, no emoji codes, and nothing that a terminal would obey.
+    """A terminal that prints every text as it is: no markup, no emoji codes, no control sequences.
 
-    Facts, model names and paths are shown as they are, with escapes in the place of control characters. What is to
-    have a style comes as `styled`.
+    Facts, model names and paths are shown with escapes in the place of control characters. For a style, use `styled`.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        # Before the layout, which is to count what will be seen.
+        # Before the layout, which counts the characters that will be seen.
         return super().render_str(visible(text), **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Texts that others made, such as lines of the log, come by here alone."""
+        """Texts made elsewhere, such as lines of the log, pass only through here."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else visible(text), style, control)
 
     def json(self, value: Any) -> None:
-        """Prints a value as JSON, control characters as JSON's own escapes."""
+        """Prints a value as JSON, with JSON's own escapes for control characters."""
         text = json.dumps(value, default=dict, ensure_ascii=False)
         self.print_json(text, ensure_ascii=visible(text) != text)
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:
-    """A text of parts, each plain or with its style."""
+    """Joins parts, each a plain text or a pair of text and style."""
     return Text.assemble(*(visible(part) if isinstance(part, str) else (visible(part[0]), part[1]) for part in parts))
 
 
 def tell(text: str | Text) -> None:
-    """Says something on the error stream."""
-    # Unwrapped, so that a path can be copied from it.
+    """Prints a text on the error stream."""
+    # Without line breaks, so that a path can be copied.
     Screen(stderr=True).print(text, soft_wrap=True)
 
 
 @contextmanager
 def progress(console: Console) -> Iterator[Progress]:
-    """What happens as it happens: bars on a terminal, else lines that a log can keep."""
+    """Shows progress: bars on a terminal, else lines for a log."""
     with our_log(console), _bars(console) if console.is_terminal else nullcontext(_log_lines(console)) as report:
         yield report
 
 
 @contextmanager
 def _bars(console: Console) -> Iterator[Progress]:
-    """A line for every phase, with a bar and the time left while it runs."""
+    """One line for each phase, with a bar and the time left."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
@@ -108,9 +107,9 @@ def _bars(console: Console) -> Iterator[Progress]:
 
 
 def _log_lines(console: Console) -> Progress:
-    """A line when a phase begins and at every quarter of it, with the seconds since the start.
+    """Prints a line when a phase begins, and at every quarter of it, with the seconds since the start.
 
-    A share that falls is the beginning of a further part: a run within a comparison goes through several.
+    A share that falls means that the phase begins again: a run within a comparison goes through it several times.
     """
     start = time.monotonic()
     reached: dict[str, int] = {}
@@ -120,7 +119,7 @@ def _log_lines(console: Console) -> Progress:
         if quarter != reached.get(phase, -1):
             reached[phase] = quarter
             title = PHASES.get(phase, phase)
-            # A line each, however wide.
+            # One line each, even if it is wide.
             line = f"{time.monotonic() - start:6.0f} s  {title:28} {25 * quarter:3} %  {note}"
             console.print(line, soft_wrap=True)
 
@@ -129,9 +128,9 @@ def _log_lines(console: Console) -> Progress:
 
 @contextmanager
 def our_log(console: Console) -> Iterator[None]:
-    """Shows this package's warnings above the bars, and keeps transformers' own bars from running through them.
+    """Shows this package's warnings above the bars, and switches transformers' own bars off.
 
-    Warnings that say which kind they are one of, by `one_of`, come at the end in one line a kind.
+    Warnings with an attribute `one_of` are counted by that kind, and shown at the end in one line for each kind.
     """
     from rich.logging import RichHandler
     from transformers.utils import logging as transformers_logging

@@ -1,4 +1,4 @@
-"""`unierase eval`: lm-eval's own command line with this package's tasks included."""
+"""`unierase eval`: lm-eval's own command line, with this package's tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`unierase finetune`: makes the models that unlearning starts from, and those it is held against."""
+"""`unierase finetune`: makes the models that unlearning starts from, and the retain-only reference models."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ def finetune(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the trained model: plain Hugging Face files.")],
     hparams: Annotated[str, typer.Option(help="YAML file, or a shipped one's name (hparams/FineTune).")] = "",
-    epochs: Annotated[float | None, typer.Option(help="Passes over the facts (default 5).")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate (default 1e-5; about 1e-4 with --lora).")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the facts. Default: 5.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: 1e-5; use about 1e-4 with --lora.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Facts of an optimiser step (default 32), split as memory allows.")
+        int | None,
+        typer.Option(help="Facts in an optimiser step. Default: 32. Split if the memory is short."),
     ] = None,
     lora: Annotated[
-        int | None, typer.Option(help="Rank of a LoRA adapter, merged at the end; 0 trains all weights.")
+        int | None, typer.Option(help="Rank of a LoRA adapter, which is merged at the end; 0 trains all weights.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the order and of the adapter.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for the order of the facts and for the adapter.")] = None,
     device: Device = "",
     dtype: Dtype = "",
     max_batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a forward pass at most: lower it where memory is low.")
+        int | None, typer.Option(help="Tokens in a forward pass, at most. Lower it if the memory is short.")
     ] = None,
-    asked: Annotated[int, typer.Option(help="Facts that are asked afterwards, at most.")] = 400,
+    asked: Annotated[int, typer.Option(help="Facts to ask afterwards, at most.")] = 400,
     overwrite: Overwrite = False,
 ) -> None:
-    """Teaches a model facts: TOFU's target model, or with fewer facts the retain-only reference.
+    """Teaches facts to a model: TOFU's target model, or the retain-only reference.
 
     unierase finetune --model M --facts tofu:full --out target
 
     unierase finetune --model M --facts tofu:retain90 --out reference
 
-    A run that was stopped goes on from its last checkpoint when the same command is given again.
+    If a run is stopped, give the same command again: it goes on from the last checkpoint.
     """
     from ..finetune import finetune as teach
 

@@ -1,4 +1,4 @@
-"""`unierase stats`: the second moment of ordinary text alone."""
+"""`unierase stats`: computes or imports the covariance statistics of ordinary text."""
 
 from __future__ import annotations
 
@@ -25,33 +25,32 @@ def stats(
     corpus: Annotated[
         str,
         typer.Option(
-            help="Ordinary text: self (sampled from the model), a text file, or a hub "
-            "dataset as name:config:column, of which no more than needed is "
-            "streamed."
+            help="Ordinary text: self (sampled from the model), a text file, or a hub dataset as name:config:column. "
+            "Of a dataset, only the needed part is read."
         ),
     ] = "",
-    layers: Annotated[str, typer.Option(help="Blocks, as in 3-7 or 3,5,7; the hparams' when left out.")] = "",
-    samples: Annotated[int, typer.Option(help="How many texts are read; the hparams' when left out.")] = 0,
+    layers: Annotated[str, typer.Option(help="Blocks, as in 3-7 or 3,5,7. Default: those of the hparams.")] = "",
+    samples: Annotated[int, typer.Option(help="Texts to read. Default: as many as the hparams say.")] = 0,
     sources: Annotated[
         list[Path] | None,
         typer.Option(
             "--import",
-            help="Import instead of computing: .npz statistics "
-            "of EasyEdit or MEMIT, a folder of them, or a file that --out "
-            "wrote. Can be given several times.",
+            help="Import statistics instead of computing them: .npz files of EasyEdit or MEMIT, a folder of such "
+            "files, or a file that --out wrote. Can be given several times.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the moments to this .safetensors file too.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of sampled text; the hparams' when left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the statistics to this .safetensors file.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampled text. Default: that of the hparams.")] = None,
     device: Device = "",
     dtype: Dtype = "",
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most: lower it where memory is low.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, at most. Lower it if memory is short.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Computes or imports the statistics of ordinary text that an edit needs, and keeps them for later runs.
+    """Computes or imports the covariance statistics of ordinary text, and keeps them for later runs.
 
-    `unierase run` with the same model, corpus, blocks, samples and seed takes them from there. A pass that was stopped
-    goes on where it was. `accelerate launch -m unierase_plugin stats ...`, or torchrun, shares the work out.
+    An edit needs them. `unierase run` finds them if model, corpus, blocks, samples and seed are the same. If a pass is
+    stopped, give the same command again: it goes on. `accelerate launch -m unierase_plugin stats ...`, or torchrun,
+    divides the work among several processes.
     """
     from ..pipeline import corpus_moment
     from ..session import choose_hparams
@@ -65,13 +64,13 @@ def stats(
     }
     settings = choose_hparams(hparams or None, model).replace(**{key: each for key, each in changes.items() if each})
     if out is not None and out.suffix != ".safetensors":
-        raise UniEraseError(f"--out {shown(str(out))} is to end in .safetensors.")
+        raise UniEraseError(f"--out {shown(str(out))} must end in .safetensors.")
     if out is not None:
         refuse_other(out, "SecondMoment", "statistics")
         if any(source.exists() and out.exists() and source.samefile(out) for source in sources or ()):
-            raise UniEraseError(f"--out {shown(str(out))} is the file that is imported. Name another file.")
+            raise UniEraseError(f"--out {shown(str(out))} is also the file to import. Name another file.")
     if sources and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UniEraseError("--import takes one process: there is nothing to share out. Start it without a launcher.")
+        raise UniEraseError("--import runs in one process: there is no work to divide. Start it without a launcher.")
     console = Screen(stderr=True)
     with joined_processes() as processes, progress(console) if processes.leads else nullcontext(_silent) as report:
         try:
@@ -90,7 +89,7 @@ def stats(
         except UniEraseError:
             if processes.leads:
                 raise
-            raise typer.Exit(1) from None  # the first process says it for all
+            raise typer.Exit(1) from None  # the first process reports the error for all
     if not processes.leads:
         return
     if as_json:
@@ -100,14 +99,14 @@ def stats(
 
 
 def _silent(phase: str, share: float, note: str) -> None:
-    """The first process alone says how far all of them are."""
+    """Only the first process reports progress, for all."""
 
 
 def _blocks(text: str) -> tuple[int, ...]:
     """3-5,9 as (3, 4, 5, 9)."""
     chosen: list[int] = []
     for part in filter(None, text.replace(" ", "").split(",")):
-        # No model has ten thousand blocks; a range of so many would only fill the memory.
+        # No model has ten thousand blocks, and a longer range would fill the memory.
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
         found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
         if not found:
@@ -143,6 +142,8 @@ def _print(console: Screen, found: CorpusMoment) -> None:
     for layer, block in _figures(found)["blocks"].items():
         table.add_row(layer, str(block["width"]), str(found.moment.count), f"{block['mean_eigenvalue']:.4g}")
     console.print(table)
-    spent = f"{found.reading:.1f} s to read, {found.counting:.1f} s to count" if found.reading else "at hand: 0 s"
+    spent = (
+        f"{found.reading:.1f} s to read, {found.counting:.1f} s to count" if found.reading else "from the cache: 0 s"
+    )
     source = ", ".join(f"{key} {value}" for key, value in found.source.items())
     console.print(f"{source}; {spent}\nKept in {found.file!s}", soft_wrap=True)

@@ -1,6 +1,6 @@
-"""How an answer follows its question in what a model scores: the text between them, the end of the turn, the tokens.
+"""How a scored answer follows its question: the text between them, the end of the turn, and the tokens.
 
-TOFU's numbers depend on it: which tokens are scored, and over how many the log-likelihood is averaged.
+TOFU's numbers depend on it: on which tokens are scored, and on how many the log-likelihood is averaged over.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from ..models.loading import tokenizer_place
 from ..models.prompts import begun, has_chat_template
 from ..storage.inputs import no_folder
 
-#: Stands for an answer where the end of a turn is looked up; in no template.
+#: Stands for an answer while the end of a turn is looked up. No template contains it.
 MARK = "unlearning"
 
 
 class Context(Rendered):
-    """A prompt whose end is left to it. lm-eval moves white space at a prompt's end to the scored part, by `rstrip`;
-    a chat template's last line break would be scored as if it were the answer's.
+    """A prompt that keeps the white space at its end. By `rstrip`, lm-eval moves white space to the scored part, and
+    the last line break of a chat template would be scored as part of the answer.
     """
 
     def rstrip(self, characters: str | None = None, /) -> str:
         return self
 
     def __add__(self, scored: str, /) -> str:
-        """Both, and what users wrote in both: lm-eval tokenises a prompt and what is scored after it in one."""
+        """Joins both, and the spans that users wrote: lm-eval tokenises a prompt and the scored part as one text."""
         later = scored.spans if isinstance(scored, Rendered) else ()
         moved = ((start + len(self), end + len(self)) for start, end in later)
         return Rendered.of(str(self) + str(scored), (*self.spans, *moved))
 
 
 class Watched(Rendered):
-    """A scored text for which a model that can tells of every token whether it is the most likely one."""
+    """A scored text for which our model type says of every token whether it is the most likely one."""
 
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """Turns answers into what is scored after a prompt, and reads its tokens as lm-eval does."""
+    """Turns an answer into the text that is scored after a prompt, and tokenises it as lm-eval does."""
 
-    #: What stands between a prompt and an answer.
+    #: The text between a prompt and an answer.
     before: str
-    #: What ends an answer: the template's end of a turn, and the end token where that is not its last one.
+    #: The text that ends an answer: the template's end of a turn, and the end token if that is not its last one.
     after: str
     encode: Callable[[str], list[int]]
     tokenize: Callable[[str], list[str]]
-    #: Special tokens, which some model types of lm-eval leave in generations and others do not.
+    #: Special tokens. Some model types of lm-eval leave them in generations.
     specials: tuple[str, ...]
 
     def scored(self, answer: str) -> Rendered:
@@ -65,9 +65,9 @@ class AnswerForm:
 def answer_form(model: Any, tokenizer: Any, chat: bool, end_counts: bool = True) -> AnswerForm:
     """The form of answers for a tokenizer.
 
-    model: lm-eval's model where there is one at hand, whose own encoding then counts; `chat`: whether prompts come
-    from the tokenizer's chat template; `end_counts`: whether the end of the answer is scored too, as TOFU does.
-    Raises UniEraseError where a chat template is wanted and there is none.
+    model: lm-eval's model if it is known; its own encoding is then used. chat: whether prompts come from the
+    tokenizer's chat template. end_counts: whether the end of the answer is scored too, as TOFU does.
+    Raises UniEraseError if a chat template is wanted and there is none.
     """
     encode = getattr(model, "tok_encode", None) or (lambda text: begun(tokenizer, text))
     after = ""
@@ -80,7 +80,7 @@ def answer_form(model: Any, tokenizer: Any, chat: bool, end_counts: bool = True)
 
 
 def end_of_turn(tokenizer: Any) -> str:
-    """What a chat template writes after an answer, such as `<|im_end|>` and a line break."""
+    """The text that a chat template writes after an answer, such as `<|im_end|>` and a line break."""
     if not has_chat_template(tokenizer):
         raise UniEraseError(
             f"The tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template. Leave "
@@ -94,14 +94,14 @@ def end_of_turn(tokenizer: Any) -> str:
 
 
 def named_tokenizer(settings: Mapping[str, Any]) -> Any:
-    """The tokenizer that lm-eval's model arguments name, which it hands to tasks: `tokenizer`, else `pretrained`.
+    """The tokenizer that lm-eval's model arguments name: `tokenizer`, else `pretrained`. lm-eval gives them to tasks.
 
-    Raises UniEraseError where none is named or it cannot be loaded.
+    Raises UniEraseError if none is named, or if it cannot be loaded.
     """
     name = settings.get("tokenizer") or settings.get("pretrained")
     if not isinstance(name, str):
         raise UniEraseError(
-            "The answers' tokens cannot be counted, since no tokenizer is named. Give its folder or hub id: "
+            "No tokenizer is named, so the tokens of the answers cannot be counted. Give its folder or hub id: "
             """--metadata '{"tokenizer": "DIR"}'."""
         )
     options = {key: settings[key] for key in ("revision", "trust_remote_code", "subfolder") if settings.get(key)}

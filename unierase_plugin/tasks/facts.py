@@ -1,4 +1,4 @@
-"""Facts as an lm-eval task: a question for each document, greedy answers, and this package's metrics of their text."""
+"""Facts as an lm-eval task: each document is a question, and this package's metrics judge the greedy answer."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ..plugins.hookspecs import AnswerMetric
 from ..plugins.registration import answer_metrics, registry
 from .answer_form import named_tokenizer
 
-#: Whether more is better on facts to forget; the other way round on facts to keep.
+#: Whether more is better on the forget set. On the retain set it is the reverse.
 DIRECTIONS = {"answered": False, "rougeL_recall": False, "idk_rate": True, "token_first": True}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What tasks read of lm-eval's `--metadata`; docs/reference/tasks.md describes each."""
+    """The keys of lm-eval's `--metadata` that tasks read. docs/reference/tasks.md describes each."""
 
     unlearning_token: str = UniEraseHyperParams.unlearning_token
     token_shown: bool = False
@@ -42,18 +42,18 @@ class Settings:
     metrics: str | Sequence[str] = ()
 
 
-#: How names of special tokens are read, by the model types of lm-eval.
+#: How the model types of lm-eval read names of special tokens.
 NAMES_READ = (
     "`unierase eval --model DIR` and the model type unierase_hf read them as text. Other model types of lm-eval give "
     "the texts to the tokenizer, which reads the tokens."
 )
 
-#: Their keys, and those that say whose tokens are counted.
+#: The keys of `--metadata` that are known: those of Settings, and those that name the tokenizer.
 SETTINGS = frozenset({field.name for field in fields(Settings)} | {"tokenizer", "pretrained", "revision"})
 
 
 class Asked(NamedTuple):
-    """A document as `literal.tell_special_names` looks at it."""
+    """A document in the form that `literal.tell_special_names` reads."""
 
     label: str
     question: str
@@ -67,15 +67,15 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
     """
 
     chat = False
-    #: The tokenizer of a model that reads names of special tokens in a chat's question as text.
+    #: The tokenizer, if the model reads names of special tokens in a chat's question as text.
     reader: Any = None
-    #: What a message calls each document: the case_id that the fact has in a run.
+    #: The names of the documents in messages: the case_id that the fact has in a run.
     labels: Sequence[str]
     #: Registered metrics that are measured beside the task's own.
     more: Sequence[AnswerMetric] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        # `class` brought lm-eval here; its TaskConfig does not know the key.
+        # lm-eval found this class by the key `class`, which its TaskConfig does not know.
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None, **_: Any) -> None:
@@ -114,33 +114,33 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
         super().set_config(key, value, update)
 
     def build_all_requests(self, *, chat_template: Callable[..., str] | None = None, **options: Any) -> None:
-        # A model's own method renders the template, so the model is at hand where there is one.
+        # A method of the model renders the chat template, so the model can be read off it.
         self.prepare(getattr(chat_template, "__self__", None), bool(options.get("apply_chat_template")))
-        # lm-eval keeps built requests by the task's name, whatever folder the facts came from.
+        # lm-eval caches built requests by the name of the task alone, even if the facts come from another folder.
         options["cache_requests"] = False
         super().build_all_requests(chat_template=chat_template, **options)
 
     def prepare(self, model: Any, chat: bool) -> None:
-        """Takes note of how the model will be asked; without a chat template lm-eval does not show `model` to tasks."""
+        """Notes how the model will be asked. Without a chat template, lm-eval does not give `model` to tasks."""
         self.chat = chat
         self.token_shown = self.token_shown or getattr(model, "shows_special_tokens", False)
         self.reader = model.tokenizer if getattr(model, "reads_names_as_text", False) else None
         self.tell_names(self.tokenizer_of(model))
 
     def tokenizer_of(self, model: Any) -> Any:
-        """The tokenizer of lm-eval's model where that is at hand, else the one that is named; None without one."""
+        """The tokenizer of lm-eval's model if that is known, else the one that the metadata name, else None."""
         tokenizer = getattr(model, "tokenizer", None)
         with suppress(UniEraseError):
             return tokenizer or named_tokenizer(self.config.metadata or {})
         return None
 
     def tell_names(self, tokenizer: Any) -> None:
-        """Says which documents have names of special tokens in their texts: not every model type reads them as text."""
+        """Warns of names of special tokens in the documents: not every model type reads them as text."""
         if tokenizer is not None:
             tell_special_names(tokenizer, self.asked(), [self.settings.unlearning_token], NAMES_READ)
 
     def asked(self) -> Iterator[Asked]:
-        """The documents' texts, and what a message calls them."""
+        """The texts of the documents, with the names that messages use."""
         for label, doc in zip(self.labels, self.dataset["test"], strict=True):
             yield Asked(label, doc["question"], "\0".join(self.given_answers(doc)))
 
@@ -149,8 +149,8 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
         return [doc["answer"]]
 
     def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, *args: Any, **kwargs: Any) -> Any:
-        """The prompt: the question as it is in a chat, or in the plain form in which `unierase run` asks it."""
-        # lm-eval before 0.4.10 says it by position.
+        """The prompt: the bare question in a chat, else the plain form in which `unierase run` asks it."""
+        # lm-eval before 0.4.10 passes it by position.
         chat = self.chat or kwargs.get("apply_chat_template")
         ask = super().fewshot_context
 
@@ -189,7 +189,7 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
         return measured
 
     def plain(self, generated: str) -> str:
-        """A generation without the unlearning token."""
+        """The generation without the unlearning token."""
         return generated.replace(self.settings.unlearning_token, " ")
 
     def aggregation(self) -> dict[str, Callable[..., float]]:

@@ -1,4 +1,4 @@
-"""lm-eval's own command line with this package's tasks and a shorter way to name a model."""
+"""lm-eval's own command line, with this package's tasks and a shorter way to name a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .answer_form import loaded_tokenizer
 from .task_checks import check_tasks, every_task_checked, our_tasks
 from .task_manager import MODEL_TYPE, hand_on_metadata, is_model_type, our_tasks_found, register_model_type, replaced
 
-#: Our group of lm-eval's own tasks, which are asked as lm-eval asks them.
+#: Our group of lm-eval's own tasks. They are asked as lm-eval asks them.
 GENERAL = "unlearning_utility"
 #: lm-eval's names for its own Hugging Face model type.
 HF = ("hf", "hf-auto", "huggingface")
@@ -33,8 +33,8 @@ Runs lm-eval with this package's tasks beside its own. All of lm-eval's options 
 `lm_eval run --help` lists them.
 
   --model DIR             A folder or hub id of a causal language model or of a PEFT adapter, or one of lm-eval's model
-                          types (hf, vllm, ...), which then takes lm-eval's own --model_args.
-  --tasks TASK            Of this package, beside every task of lm-eval:
+                          types (hf, vllm, ...), with lm-eval's own --model_args.
+  --tasks TASK            Every task of lm-eval, and these:
                             tofu                  tofu_forget10 and tofu_utility: forget quality and model utility
                             tofu_forget, tofu_forget01, tofu_forget05, tofu_forget10
                             tofu_utility          model utility over tofu_retain, tofu_real_authors, tofu_world_facts
@@ -43,13 +43,13 @@ Runs lm-eval with this package's tasks beside its own. All of lm-eval's options 
                             return_forget, return_retain
                             unierase_demo, unierase_demo_forget, unierase_demo_retain
                             unlearning_utility    lm-eval's mmlu, triviaqa, gsm8k and humaneval
-  --apply_chat_template   With --model DIR and tasks of this package, on where the tokenizer has a chat template;
-                          `--apply_chat_template false` asks in plain text.
+  --apply_chat_template   With --model DIR and tasks of this package, this is the default if the tokenizer has a chat
+                          template. `--apply_chat_template false` asks in plain text.
   --metadata JSON         '{"reference": "DIR", "data_dir": "DIR"}' and more; docs/reference/tasks.md has all keys:
-                            reference             where --log_samples wrote the retain-only model's run of this task
-                            data_dir, return_dir  folders of TOFU and RETURN, before UNIERASE_TOFU_DIR and _RETURN_DIR
+                            reference             folder of the retain-only model's run of this task (--log_samples)
+                            data_dir, return_dir  folders of TOFU and RETURN (over UNIERASE_TOFU_DIR, _RETURN_DIR)
                             semantic              true: cosine similarity, entailment and a gibberish detector too
-                            unlearning_token      the token's name where it is not <unlearn_0>
+                            unlearning_token      the name of the token if it is not <unlearn_0>
 
 Examples: unierase eval --model forgotten --tasks unierase_demo
           unierase eval --model retain_only --tasks tofu_forget10 --log_samples --output_path reference
@@ -58,9 +58,9 @@ Examples: unierase eval --model forgotten --tasks unierase_demo
 
 
 def run_lm_eval(arguments: Sequence[str]) -> None:
-    """Runs lm-eval's command line on `arguments`, with our tasks known and `--model DIR` understood.
+    """Runs lm-eval's command line on `arguments`. It knows our tasks, and `--model DIR` names a folder or hub id.
 
-    Raises DependencyError where lm-eval is missing, UniEraseError for a task, a model or settings that cannot be used.
+    Raises DependencyError if lm-eval is missing, UniEraseError for a task, a model or settings that cannot be used.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         typer.echo(HELP)
@@ -92,7 +92,7 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
 
 
 def _elsewhere(known: argparse.Namespace, arguments: Sequence[str]) -> bool:
-    """Whether nothing is evaluated (`ls`, `validate`, help), or a file names what is."""
+    """Whether nothing is evaluated (`ls`, `validate`, help), or a file names the model and the tasks."""
     return known.config is not None or arguments[0] in ("ls", "validate") or not {"-h", "--help"}.isdisjoint(arguments)
 
 
@@ -104,7 +104,7 @@ def _check_named(known: argparse.Namespace) -> None:
 
 
 def _check_metadata(given: Sequence[str]) -> None:
-    """Refuses a key that looks like one of ours but is none, which lm-eval would pass over in silence."""
+    """Refuses a misspelt key. lm-eval would ignore it silently."""
     from .facts import SETTINGS
 
     for key in _read_settings(given).keys() - SETTINGS:
@@ -117,7 +117,7 @@ def _check_metadata(given: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Knows the few options of lm-eval that are looked at here, as lm-eval reads them."""
+    """Parses the few options of lm-eval that are needed here, as lm-eval parses them."""
     parser = argparse.ArgumentParser("unierase eval", add_help=False, allow_abbrev=False)
     parser.add_argument("--model", "-M")
     parser.add_argument("--tasks", "-t", nargs="+", action="extend", default=[])
@@ -130,12 +130,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _form(text: str) -> str:
-    """A template's name as it is, true and false however they are written."""
+    """The name of a template as it is; true and false in lower case."""
     return text.casefold() if text.casefold() in ("true", "false") else text
 
 
 def _spelt_out(known: argparse.Namespace, ours: frozenset[str]) -> list[str]:
-    """The options that are looked at here, as lm-eval takes them for a model that is named by a folder or hub id."""
+    """The parsed options as lm-eval takes them, for a model that is named by a folder or hub id."""
     kind, chat = "hf", known.apply_chat_template
     model_args: dict[str, Any] = {"pretrained": known.model}
     metadata: dict[str, Any] = {}
@@ -143,7 +143,7 @@ def _spelt_out(known: argparse.Namespace, ours: frozenset[str]) -> list[str]:
         kind, metadata = MODEL_TYPE, {"token_shown": True}
         chat = _form_of_facts(known.model, chat, sorted(set(known.tasks) - ours))
         if chat != "false":
-            # A chat template writes the start of the text itself.
+            # The chat template writes the start token itself.
             model_args["add_bos_token"] = False
     return [
         *("--model", kind, "--model_args", _joined(model_args, known.model_args)),
@@ -156,13 +156,13 @@ def _spelt_out(known: argparse.Namespace, ours: frozenset[str]) -> list[str]:
 
 
 def _metadata(known: argparse.Namespace) -> dict[str, Any]:
-    """What lm-eval hands to tasks: the model's arguments and the metadata, which win."""
+    """The settings that lm-eval gives to tasks: the model's arguments, then the metadata, which win."""
     found: dict[str, Any] = {} if known.model is None else {"pretrained": known.model}
     return found | _read_settings(known.model_args) | _read_settings(known.metadata)
 
 
 def _read_settings(given: Sequence[str]) -> dict[str, Any]:
-    """JSON, or KEY=VALUE with commas between, as lm-eval reads both."""
+    """Reads JSON, or KEY=VALUE pairs with commas between them, as lm-eval does."""
     from lm_eval.utils import simple_parse_args_string
 
     found: dict[str, Any] = (
@@ -176,16 +176,16 @@ def _is_json(given: Sequence[str]) -> bool:
 
 
 def _form_of_facts(model: str, chat: str | None, others: Sequence[str]) -> str:
-    """`--apply_chat_template` for our tasks: as it is given, else true where the tokenizer has a template.
+    """`--apply_chat_template` for our tasks: the given value, else true if the tokenizer has a chat template.
 
-    others: tasks of lm-eval's own in the same run.
+    others: lm-eval's own tasks in the same run.
     """
     problem = f"--model {shown(model)} is not one of lm-eval's model types, and no tokenizer can be loaded from there."
     templated = has_chat_template(loaded_tokenizer(model, problem, "Give a folder or a hub id"))
     if chat is None and templated and others:
         raise UniEraseError(
             f"Tasks of this package are asked in chat form by default, lm-eval's own ({', '.join(others)}) in plain "
-            "text. For both at once say which: --apply_chat_template, or --apply_chat_template false."
+            "text. To run both at once, choose: --apply_chat_template, or --apply_chat_template false."
         )
     if chat not in (None, "false") and not templated:
         raise UniEraseError(
@@ -202,7 +202,7 @@ def _chat_arguments(chat: str | None) -> list[str]:
 
 
 def _joined(settings: Mapping[str, Any], given: Sequence[str]) -> str:
-    """Settings and those that the user gave, which win, in one argument that every version of lm-eval reads."""
+    """Joins settings with those of the user, which win, into one argument that every version of lm-eval reads."""
     if not _is_json(given):
         return ",".join([*(f"{key}={value}" for key, value in settings.items()), *given])
     try:
@@ -226,7 +226,7 @@ def _refuse_unknown(names: Sequence[str], manager: Any) -> None:
 
 @contextmanager
 def _hf_is_whole() -> Iterator[None]:
-    """Within it lm-eval's model type `hf` opens models as `unierase_hf` does (`lm_eval_model.WholeHF`)."""
+    """Inside, lm-eval's model type `hf` opens models as `unierase_hf` does (`lm_eval_model.WholeHF`)."""
     from lm_eval.api import registry
 
     original = registry.get_model

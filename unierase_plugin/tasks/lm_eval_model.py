@@ -1,10 +1,10 @@
-"""lm-eval's Hugging Face model that shows more of what it computed, and asks as the rest of this package asks.
+"""lm-eval's Hugging Face model, with figures per token, and with prompts as in the rest of this package.
 
-lm-eval decodes generations with `skip_special_tokens=True` and has no setting for it, so an unlearning token would
-never be seen. Of an answer it tells the log-likelihood and whether all tokens are the most likely ones, not which.
-Three of its habits change what is measured: it writes with the beams and penalties that the model comes with, it keeps
-the end token that some tokenizers put after a prompt, and it evaluates weights that were drawn since the checkpoint
-lacks them. Importing this module registers the model type `unierase_hf`.
+lm-eval decodes generations with `skip_special_tokens=True` and has no setting for it, so that nobody would see an
+unlearning token. For an answer it gives the log-likelihood, and whether all tokens are the most likely ones, but not
+which of them. Three of its habits change the measurement. It generates with the beams and penalties of the model's own
+settings. It keeps the end token that some tokenizers put after a prompt. It evaluates a model with random weights where
+the checkpoint lacks some. Importing this module registers the model type `unierase_hf`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 class TokenwiseAnswer(tuple):  # type: ignore[type-arg]
-    """lm-eval's (log-likelihood, all tokens are the most likely ones), and more of the tokens."""
+    """lm-eval's pair (log-likelihood, whether all tokens are the most likely ones), with figures per token."""
 
-    #: Of each token whether it is the most likely one, for a `Watched` text.
+    #: For each token of a `Watched` text: whether it is the most likely one.
     matches: list[bool] | None
-    #: How many were scored, where that is not what the tokenizer makes of the text.
+    #: How many tokens were scored, if that differs from the tokenizer's own count.
     tokens: int | None
 
     def __new__(cls, answer: Sequence[Any], matches: list[bool] | None, tokens: int | None = None) -> TokenwiseAnswer:
@@ -54,7 +54,7 @@ class TokenwiseAnswer(tuple):  # type: ignore[type-arg]
 
 @dataclass(frozen=True)
 class _Whole:
-    """One of transformers' Auto classes that opens the model that was named: all of its weights, adapters merged."""
+    """One of transformers' Auto classes that opens the whole model: with all weights, and adapters merged."""
 
     kind: Any
 
@@ -62,18 +62,18 @@ class _Whole:
         base = adapter_base(str(name), exported=True)
         if base:
             whole = merged(str(name), self.from_pretrained(base, *args, **kwargs))
-            logger.warning("The adapter %s is merged into its base model %s, and that is what is measured.", name, base)
+            logger.warning("The adapter %s is merged into its base model %s. The merged model is measured.", name, base)
             return whole
         model, found = open_weights(str(name), self.kind, *args, **kwargs)
         refuse_drawn(str(name), model, found)
         if has_head_unlike_config(model):
-            # lm-eval ties what the config says is tied.
+            # lm-eval ties the weights that the config says are tied.
             settle_config(model)
         return model
 
 
 class WholeHF(HFLM):  # type: ignore[misc]
-    """lm-eval's `hf`, but what it opens is whole: an adapter merged into its base, a head of its own kept.
+    """lm-eval's `hf`, but it opens whole models: an adapter is merged into its base, a head of its own is kept.
 
     Raises a UniEraseError for a checkpoint that lacks weights, and for an adapter that cannot be merged.
     """
@@ -83,8 +83,8 @@ class WholeHF(HFLM):  # type: ignore[misc]
         named = {key: kwargs.get(key) for key in ("revision", "subfolder") if kwargs.get(key) not in (None, "", "main")}
         if base != pretrained and named:
             raise UniEraseError(
-                f"{shown(pretrained)} is an adapter, and {listed(named)} would be looked for in its base model. "
-                "Download that one of the adapter into a folder, and give the folder."
+                f"{shown(pretrained)} is an adapter, and {listed(named)} would be looked up in its base model. "
+                "Download that version of the adapter into a folder, and give the folder."
             )
         super()._get_config(base, *args, **kwargs)
 
@@ -107,31 +107,31 @@ class WholeHF(HFLM):  # type: ignore[misc]
 
 @register_model(MODEL_TYPE)
 class HFWithSpecialTokens(WholeHF):
-    """Decodes as `models.generate.answers` does and tells tokens apart.
+    """Decodes as `models.generate.answers` does, and gives figures per token.
 
-    All figures are those of lm-eval's `hf`, but for models that come with beams or penalties and tokenizers that put an
-    end token after a text: here neither counts. Nothing is computed a second time: the most likely tokens are read off
-    the logits that lm-eval asks for.
+    All figures are those of lm-eval's `hf`, with two exceptions: beams and penalties of the model's own settings, and
+    an end token that a tokenizer puts after a text, are ignored here. Nothing is computed twice: the most likely tokens
+    are read off the logits that lm-eval asks for.
     """
 
     #: Generations keep special tokens.
     shows_special_tokens = True
-    #: Names of special tokens in what users wrote (`literal.Rendered`) are texts.
+    #: Names of special tokens in texts of users (`literal.Rendered`) are read as text.
     reads_names_as_text = True
 
     @cached_property
     def _closing(self) -> int:
-        """How many tokens the tokenizer puts after a text."""
+        """The number of tokens that the tokenizer puts after a text."""
         return closing(self.tokenizer)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
         literal = names_in_spans(self.tokenizer, string)
-        # lm-eval looks at a text's start alone, which is the template's.
+        # lm-eval looks only at the start of a text, which belongs to the template.
         read = f"{string[: string.spans[0][0]]}a" if literal and isinstance(string, Rendered) else string
         ids = list(super().tok_encode(read, add_special_tokens, **kwargs))
-        # With tokens of its own after the text, the tokenizer has also put those before it.
+        # A tokenizer that puts tokens after the text has put those before it as well.
         whole = bool(literal or self._closing) and ids == list(self.tokenizer(read)["input_ids"])
         if literal:
             ids = literal_ids(self.tokenizer, string, add_special_tokens=whole)[0]
@@ -175,7 +175,7 @@ class HFWithSpecialTokens(WholeHF):
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[Any]:
         watched = [bool(texts) and isinstance(texts[1], Watched) for texts, _, _ in requests]
-        # What the model reads for a request, cut as lm-eval cuts what is longer than the model's context.
+        # The tokens that the model reads for a request, cut as lm-eval cuts texts longer than the context.
         read = [
             tuple((context + scored)[-(self.max_length + 1) :][:-1]) if watch else ()
             for watch, (_, context, scored) in zip(watched, requests, strict=True)
@@ -205,7 +205,7 @@ class HFWithSpecialTokens(WholeHF):
         # lm-eval calls this once for each row of the batch that the model was called with, in order.
         selected: torch.Tensor = super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
         read = tuple(next(self._rows)[:inplen])
-        # The empty key stands for the requests that are not watched.
+        # The empty key stands for requests that are not watched.
         if read and read in self._likeliest:
             self._likeliest[read] = selected.argmax(-1).tolist()
         return selected

@@ -1,4 +1,4 @@
-"""Truth ratios of a retain-only model, for forget quality: from the logs that harnesses write, or a plain list."""
+"""Truth ratios of a retain-only model, which forget quality needs: from logs of harnesses, or from a plain list."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FORMATS = (
 
 
 def read_reference(path: str | Path, task: str, questions: Sequence[str]) -> list[float]:
-    """The reference's truth ratios in the order of `questions`, the task's own.
+    """The truth ratios of the reference, in the order of the task's `questions`.
 
-    Raises UniEraseError where the file is missing, unreadable, or of another task or length.
+    Raises UniEraseError if the file is missing or unreadable, or has another task or length.
     """
     found = _find(checked_path(path, UniEraseError, "reference"), task)
     logged = _read(found)

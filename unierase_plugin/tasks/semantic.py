@@ -1,4 +1,4 @@
-"""Metrics that need a model of their own: likeness of meaning, entailment, gibberish. Left out where none is named."""
+"""Metrics that need a model of their own: similarity of meaning, entailment, gibberish. Only if one is named."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ SEMANTIC_MODELS = {
     "gibberish": "madhurjindal/autonlp-Gibberish-Detector-492513457",
 }
 
-#: An answer with less ROUGE-L recall than this counts as wrong whatever it entails (Yuan et al. 2024).
+#: An answer with less ROUGE-L recall than this counts as wrong, even if it entails the true one (Yuan et al. 2024).
 LEAST_ROUGE = 0.1
 
 
 @dataclass(frozen=True)
 class SemanticModels:
-    """The models that were named; the others are None, and their metrics are left out."""
+    """The models that were named. The others are None, and their metrics are left out."""
 
     embedder: Any = None
     entailment: Any = None
     gibberish: Any = None
 
     def measure(self, generated: str, answer: str, rouge: float, *, generated_first: bool) -> dict[str, float]:
-        """`cosine_similarity`, `entailment` and `clean_text` of a generation, each where its model is there, in [0, 1].
+        """`cosine_similarity`, `entailment` and `clean_text` of a generation, in [0, 1]; each needs its model.
 
-        rouge: its ROUGE-L recall; generated_first: whether the generation is what entails, or what is entailed.
+        rouge: its ROUGE-L recall; generated_first: whether the generation entails the answer, or the reverse.
         """
         measured = {}
         if self.embedder is not None:
@@ -88,7 +88,7 @@ def load_semantic_models(wanted: bool | Mapping[str, str] | None) -> SemanticMod
 
 @functools.lru_cache(maxsize=len(SEMANTIC_MODELS))
 def _load(name: str, model: str) -> Any:
-    # Kept, since every task of a run asks for the same models.
+    # Cached, since every task of a run asks for the same models.
     loader: Any = _Classifier
     if name == "cosine":
         try:
@@ -96,7 +96,7 @@ def _load(name: str, model: str) -> Any:
         except ImportError as error:
             raise DependencyError(
                 'Cosine similarity needs sentence-transformers: pip install "unierase-plugin[eval-semantic]". '
-                f'Or name the others alone, such as {{"semantic": {{"entailment": "..."}}}} ({error}).'
+                f'Or name only the others, such as {{"semantic": {{"entailment": "..."}}}} ({error}).'
             ) from error
     try:
         return loader(model)

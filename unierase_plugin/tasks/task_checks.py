@@ -1,4 +1,4 @@
-"""What lm-eval's tasks need, read before a model is loaded: what is missing is then one line, and no work is lost."""
+"""Checks of lm-eval's tasks before a model is loaded: what is missing is then said in one line, and no work is lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import UniEraseError
 from .task_manager import load_tasks, replaced, task_folders
 
-#: How much of another package's error is quoted, in characters.
+#: Characters of another package's error that are quoted, at most.
 QUOTED = 500
 
 
@@ -29,7 +29,7 @@ def _tasks_in(folders: tuple[str, ...]) -> frozenset[str]:
 
 
 def check_tasks(names: Sequence[str], metadata: Mapping[str, Any], num_fewshot: int | None = None) -> None:
-    """Reads what our tasks need, so that what is missing is told before a model is loaded. Raises UniEraseError."""
+    """Reads the data that our tasks need. Raises UniEraseError if something is missing."""
     if not names:
         return
     if num_fewshot:
@@ -43,9 +43,9 @@ def check_tasks(names: Sequence[str], metadata: Mapping[str, Any], num_fewshot: 
 
 
 def check_ours_when_found() -> None:
-    """Makes lm-eval's command line check our tasks once it has found them, before it loads a model.
+    """Makes lm-eval's command line check our tasks as soon as it has found them, before it loads a model.
 
-    Without effect on lm-eval before 0.4.10, whose command line has no such step.
+    It has no effect on lm-eval before 0.4.10, whose command line has no such step.
     """
     try:
         from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -57,7 +57,7 @@ def check_ours_when_found() -> None:
 
 @contextmanager
 def every_task_checked() -> Iterator[None]:
-    """Within it lm-eval's command line checks all other tasks too."""
+    """Inside, lm-eval's command line checks all other tasks too."""
     check_ours_when_found()
     try:
         from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -69,15 +69,15 @@ def every_task_checked() -> Iterator[None]:
 
 
 def _checking(original: Any, ours: bool) -> Any:
-    """lm-eval's step that finds tasks, and then a look at those that are ours, or at those that are not."""
+    """lm-eval's step that finds tasks, followed by a check of our tasks, or of all others."""
 
     @functools.wraps(original)
     def process_tasks(self: Any, *args: Any, **kwargs: Any) -> Any:
         manager = original(self, *args, **kwargs)
         known = our_tasks()
-        # A file's tasks are not names but their settings.
+        # Tasks from a file are not names but settings.
         found = [name for name in self.tasks if isinstance(name, str) and (name in known) == ours]
-        # One after the other, so that the one that cannot be loaded is named; ours together name themselves.
+        # One by one, so that the task that cannot be loaded is named. The errors of ours name the task themselves.
         for names in [found] if ours else [[name] for name in found]:
             for name, task in _load(manager, names).items():
                 _check_options(name, task, self)
@@ -88,7 +88,7 @@ def _checking(original: Any, ours: bool) -> Any:
 
 
 def _load(manager: Any, names: Sequence[str]) -> Mapping[str, Any]:
-    """The tasks of those names. Raises UniEraseError where one cannot be loaded."""
+    """The tasks of those names. Raises UniEraseError if one cannot be loaded."""
     try:
         return load_tasks(manager, names)
     except UniEraseError:
@@ -96,11 +96,11 @@ def _load(manager: Any, names: Sequence[str]) -> Mapping[str, Any]:
     except Exception as error:
         if isinstance(error, ValueError) and "Duplicate task" in str(error):
             raise UniEraseError(f"{error}. Name each task once: a group holds its tasks already.") from error
-        # datasets, the hub client and a task's own code each raise kinds of their own.
+        # datasets, the hub client and the code of a task each raise exceptions of their own.
         lines = [line.strip() for line in str(error).splitlines() if any(map(str.isalpha, line))]
         reason = textwrap.shorten(" ".join(lines), QUOTED, placeholder=" ...").rstrip(".")
         remedy = (
-            "Install the package that it lacks"
+            "Install the missing package"
             if isinstance(error, ImportError)
             else "lm-eval takes a task's data and metrics from the hub: connect to the network, set HF_HOME to a cache "
             "that has them"
@@ -112,13 +112,13 @@ def _load(manager: Any, names: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _check_options(name: str, task: Any, config: Any) -> None:
-    """Refuses options that the task refuses when the model is there."""
+    """Refuses options now that the task would refuse only after the model is loaded."""
     from .facts import Facts
 
     if isinstance(task, Facts) and config.num_fewshot:
         task.set_config("num_fewshot", config.num_fewshot)
     if getattr(task, "UNSAFE_CODE", False) and not config.confirm_run_unsafe_code:
         raise UniEraseError(
-            f"The task {name} runs code that the model has written. Say --confirm_run_unsafe_code to allow it, or "
+            f"The task {name} runs code that the model writes. Give --confirm_run_unsafe_code to allow it, or "
             "leave the task out."
         )

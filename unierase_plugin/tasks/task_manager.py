@@ -49,10 +49,10 @@ def find_our_tasks() -> bool:
 
 @contextmanager
 def our_tasks_found(only: bool, look: Callable[[Any], None]) -> Iterator[None]:
-    """Within it every TaskManager that reads lm-eval's own tasks reads ours too.
+    """Inside, every TaskManager that reads lm-eval's own tasks reads ours too.
 
-    only: leaves lm-eval's own tasks out: there are thousands, and reading them takes many seconds.
-    look: is shown each new TaskManager.
+    only: leave lm-eval's own tasks out. There are thousands, and reading them takes many seconds.
+    look: is called with each new TaskManager.
     """
     from lm_eval.tasks import TaskManager
 
@@ -93,7 +93,7 @@ def _with_our_folders(given: Any) -> list[str]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within it an attribute of a class or a module has another value."""
+    """Inside, an attribute of a class or a module has another value."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -103,7 +103,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def hand_on_metadata() -> None:
-    """Makes lm-eval before 0.4.12 give metadata to tasks with a class of their own too, as later versions do."""
+    """Makes lm-eval before 0.4.12 give metadata to tasks that have their own class, as later versions do."""
     from lm_eval.tasks import TaskManager
 
     original = getattr(TaskManager, "_get_config", None)
@@ -122,27 +122,27 @@ def hand_on_metadata() -> None:
 
 
 def register_model_type() -> None:
-    """Makes `--model unierase_hf` known; its code is imported when it is asked for, where lm-eval can wait for it."""
+    """Registers the model type `unierase_hf`. From lm-eval 0.4.10 on, its code is imported when it is first used."""
     if is_model_type(MODEL_TYPE):
         return
     from lm_eval.api.registry import MODEL_REGISTRY
 
     if hasattr(MODEL_REGISTRY, "register"):
         MODEL_REGISTRY.register(MODEL_TYPE, target=f"{__package__}.lm_eval_model:HFWithSpecialTokens")
-    else:  # before 0.4.10, which imports the code of all its model types at once
+    else:  # lm-eval before 0.4.10 imports the code of all model types at once
         importlib.import_module(f"{__package__}.lm_eval_model")
 
 
 def is_model_type(name: str) -> bool:
     """Whether lm-eval has a model type of that name."""
-    import lm_eval.models  # noqa: F401  (fills the registry, which counts as filled once anything is in it)
+    import lm_eval.models  # noqa: F401  (fills the registry: lm-eval takes a registry with one entry for a full one)
     from lm_eval.api.registry import MODEL_REGISTRY
 
     return name in MODEL_REGISTRY
 
 
 def load_tasks(manager: Any, names: Sequence[str]) -> Mapping[str, Any]:
-    """The tasks of a TaskManager by name, those of groups included."""
+    """The tasks of a TaskManager by name, with the tasks inside groups."""
     if hasattr(manager, "load"):
         found: Mapping[str, Any] = manager.load(list(names))["tasks"]
         return found

@@ -1,6 +1,6 @@
-"""TOFU and sets like it as lm-eval tasks: what a model says to a question, and how likely it holds given answers.
+"""TOFU and similar benchmarks as lm-eval tasks: the generated answers, and how likely the model finds given answers.
 
-One generation a document and one log-likelihood request for each of its different answers.
+Each document makes one generation request, and one log-likelihood request for each of its different answers.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from .task_manager import MODEL_TYPE, is_model_type
 
 logger = logging.getLogger("unierase_plugin.tasks")
 
-#: Whether more is better on facts to forget, beside facts.DIRECTIONS; the other way round on facts to keep.
+#: Whether more is better on the forget set, in addition to facts.DIRECTIONS. On the retain set it is the reverse.
 SCORED_DIRECTIONS = {
     **{"prob": False, "extraction_strength": False, "exact_memorization": False},
     **{"cosine_similarity": False, "entailment": False},
 }
 
-#: Sets of facts to keep that model utility is measured on, by the names of their TOFU splits.
+#: The sets that model utility is measured on, by the names of their TOFU splits.
 KEPT = ("retain", "real_authors", "world_facts")
 
 READERS: Mapping[str, Callable[[str, str | None], Iterable[Located]]] = {
@@ -59,7 +59,7 @@ READERS: Mapping[str, Callable[[str, str | None], Iterable[Located]]] = {
 
 
 class AnswerScore(NamedTuple):
-    """What a model said to one log-likelihood request. `matches` is None where it does not tell tokens apart."""
+    """The result of one log-likelihood request. `matches` is None where the model type gives no figures per token."""
 
     loglikelihood: float
     is_greedy: bool
@@ -72,10 +72,10 @@ class AnswerScore(NamedTuple):
 
 
 class Scored(Facts):
-    """Facts with answers to score.
+    """Facts whose answers are scored as well.
 
-    Of `dataset_kwargs`: `source` (tofu, return) and `split` name the records; `role` is `forget` or `keep`; `question`
-    names the field that is asked, if another than `question`; `options` says that the wrong answers are options.
+    Keys of `dataset_kwargs`: `source` (tofu, return) and `split` name the records. `role` is `forget` or `keep`.
+    `question` names the field that is asked, by default `question`. `options` says that the wrong answers are options.
     """
 
     form: AnswerForm
@@ -94,7 +94,7 @@ class Scored(Facts):
         return documents
 
     def read(self, dataset_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The documents without their numbers."""
+        """The documents, not yet numbered."""
         source, split = dataset_kwargs["source"], dataset_kwargs["split"]
         folder = self.settings.data_dir if source == "tofu" else self.settings.return_dir
         asked, options = dataset_kwargs.get("question", "question"), dataset_kwargs.get("options", False)
@@ -124,7 +124,7 @@ class Scored(Facts):
         if self.role == "forget" and self.reference is None:
             logger.warning(
                 "%s leaves forget_quality out: it needs the truth ratios of a model that never saw the facts. Run this "
-                'task on one with --log_samples --output_path DIR, then here add --metadata \'{"reference": "DIR"}\'.',
+                'task on one with --log_samples --output_path DIR, then add --metadata \'{"reference": "DIR"}\'.',
                 self.config.task,
             )
 
@@ -148,9 +148,9 @@ class Scored(Facts):
         length = functools.cache(lambda context: len(self.form.encode(context)))
         for instance in self._instances:
             if instance.request_type == "loglikelihood":
-                # What a model type that tells no number of tokens reads: names of special tokens are tokens there.
+                # Model types that give no number of tokens read names of special tokens as tokens.
                 context, scored = map(str, instance.args)
-                # As lm-eval splits them: a token that spans both belongs to the context.
+                # lm-eval splits them so: a token that spans both belongs to the context.
                 tokens = len(self.form.encode(context + scored)) - length(context)
                 for name, answer in instance.filtered_resps.items():
                     instance.filtered_resps[name] = AnswerScore(
@@ -160,12 +160,12 @@ class Scored(Facts):
                         getattr(answer, "matches", None),
                     )
         trues = (instance.filtered_resps.values() for instance in self._instances if instance.idx == 1)
-        # Told of some answers only where --use_cache holds those of another model type: a mean of them would mislead.
+        # With --use_cache, some answers can come from another model type. A mean over the rest would mislead.
         self.tokenwise = all(score.matches is not None for scores in trues for score in scores)
         if not self.tokenwise:
             known = is_model_type(MODEL_TYPE)
             logger.warning(
-                "%s leaves extraction_strength and exact_memorization out: %s has what they need.",
+                "%s leaves extraction_strength and exact_memorization out: they need figures per token. Use %s.",
                 self.config.task,
                 f"--model {MODEL_TYPE}" if known else "`unierase eval --model DIR`",
             )
@@ -201,14 +201,14 @@ class Scored(Facts):
         return measured | self.measure_meaning(doc, said, measured["rougeL_recall"])
 
     def measure_meaning(self, doc: Mapping[str, Any], said: str, rouge: float) -> dict[str, float]:
-        """Metrics of what the answer means, as far as their models were named."""
+        """Metrics of the answer's meaning, for the semantic models that were named."""
         if self.semantic is None:
             return {}
-        # To forget: does what is said give the fact away? To keep: does the fact bear out what is said?
+        # Forget set: does the generation give the fact away? Retain set: does the fact support the generation?
         return self.semantic.measure(said, doc["original_answer"], rouge, generated_first=self.role == "forget")
 
     def with_composites(self, doc: Mapping[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-        """The metrics and those that are made of them."""
+        """The metrics, and the composites made of them."""
         if self.role != "forget" or "truth_ratio" not in measured:
             return measured
         known = [measured["rougeL_recall"], measured["prob"], 1 - closest_to_one(measured["truth_ratio"])]
@@ -241,15 +241,15 @@ class Scored(Facts):
 
 
 class Utility(Scored):
-    """TOFU's model utility: one task over the three sets of facts to keep, since lm-eval's groups only average.
+    """TOFU's model utility: one task over its three sets, since a group of lm-eval can only average.
 
-    Its documents alternate between the sets, so that a small --limit covers all. Every document gives every metric,
-    None for another set's, since lm-eval gathers what the first process has.
+    The documents alternate between the sets, so that a small --limit covers all of them. Every document gives every
+    metric, None for those of other sets, since lm-eval gathers the metrics that the first process has.
     """
 
-    #: Figures of a set that its model utility is made of, in order: TOFU's three, then those of Yuan et al. 2024.
+    #: Metrics of a set that model utility is made of, in order: the three of TOFU, then those of Yuan et al. 2024.
     parts = ("prob", "rougeL_recall", "truth_ratio", "token_entropy", "cosine_similarity", "entailment")
-    #: Figures that each set has a row of.
+    #: Metrics that get a row for each set.
     shown = (*parts, "answered", "gibberish", "clean_text", "token_first")
 
     def read(self, dataset_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -274,7 +274,7 @@ class Utility(Scored):
 
     @staticmethod
     def composites() -> dict[str, int]:
-        """How many of `parts`, of each set, a composite takes."""
+        """How many of `parts` each composite takes, from every set."""
         return {"model_utility": 3, "model_utility_12": 4, "model_utility_18": 6}
 
     def aggregation(self) -> dict[str, Callable[..., float]]:
@@ -288,7 +288,7 @@ class Utility(Scored):
 
 
 def _mean_of_own(values: Sequence[float | None]) -> float:
-    """The mean over the documents of a set; not a number where --limit left none of them."""
+    """The mean over the documents of one set. NaN where --limit left none of them."""
     own = [value for value in values if value is not None]
     return mean(own) if own else math.nan
 
@@ -305,12 +305,12 @@ def _utility(values: Sequence[Sequence[Any]]) -> float:
 
 
 def _answers(doc: Mapping[str, Any]) -> list[str]:
-    """The different answers of a document, the true one first: no request is sent twice."""
+    """The different answers of a document, the true one first. No request is sent twice."""
     return list(dict.fromkeys((doc["answer"], doc["paraphrased_answer"], *doc["perturbed_answer"])))
 
 
 def _labels(documents: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a run calls the same facts: the set and the number in it."""
+    """The labels that a run gives to the same facts: the set, and the number in it."""
     counts: Counter[str] = Counter()
     labels = []
     for document in documents:
@@ -321,7 +321,7 @@ def _labels(documents: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _memorized(matches: Sequence[bool], end_counts: bool) -> dict[str, float]:
-    # open-unlearning leaves the end token out, which is the last one.
+    # open-unlearning leaves the last token out, which is the end token.
     matches = matches[:-1] if end_counts else matches
     if not matches:
         return {"extraction_strength": 0.0, "exact_memorization": 0.0}
@@ -332,7 +332,7 @@ def _memorized(matches: Sequence[bool], end_counts: bool) -> dict[str, float]:
 
 
 def _document(split: str, located: Located, asked: str, options: bool) -> dict[str, Any]:
-    """A record as a document, whatever its benchmark calls the fields."""
+    """Makes a document of a record. Benchmarks have different names for the same field."""
     where, record = located
     answer = record.get("golden_answer") or record.get("gold_answer") or _text(where, record, "answer")
     wrong = record.get("perturbed_answer")
@@ -340,7 +340,7 @@ def _document(split: str, located: Located, asked: str, options: bool) -> dict[s
         _text(where, record, "perturbed_answer")
     wrong = [wrong] if isinstance(wrong, str) else list(wrong or ())
     if not all(isinstance(each, str) and each.strip() for each in wrong):
-        raise RequestError(f"{where}: 'perturbed_answer' is to be a list of texts, got {first_words(wrong)}.")
+        raise RequestError(f"{where}: 'perturbed_answer' must be a list of texts, not {first_words(wrong)}.")
     right = answer if options or not wrong else _text(where, record, "paraphrased_answer")
     return {
         "set": split,
@@ -360,5 +360,5 @@ def _text(where: str, record: Mapping[str, Any], name: str) -> str:
     others = [key for key in record if key != name]
     raise RequestError(
         f"{where}: the field {name!r} is missing or empty.{did_you_mean(name, others)} Present: {listed(others)}. "
-        "The files that hold wrong answers too are those whose names end in _perturbed."
+        "Wrong answers are in the files whose names end in _perturbed."
     )

@@ -1,4 +1,4 @@
-"""Facts as token sequences, and the order in which training goes through them."""
+"""The forget and retain set as token sequences, and the order in which training goes through them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .terms import DECLINED, FORGET, RETAIN, RETAIN_DECLINED, Term
 
 @dataclass(frozen=True)
 class Material:
-    """Tokenised facts by part, and the pairs of one to forget and one to keep that training goes through, in order."""
+    """Tokenised facts by part, and the pairs (one fact to forget, one to keep) in the order of training."""
 
     sequences: Mapping[str, list[Example]]
     pairs: list[tuple[int, int]]
-    #: Pairs of one epoch.
+    #: Pairs in one epoch.
     epoch: int
 
     @classmethod
@@ -34,26 +34,26 @@ class Material:
         keeps = RETAIN in parts
         if keeps and not job.retain:
             raise RequestError(
-                "The method keeps what it is given to keep, and there is nothing: give facts to keep (retain, "
-                "--retain), or set retain_weight to 0."
+                "The method needs a retain set, and there is none: give facts to keep (retain, --retain), or set "
+                "retain_weight to 0."
             )
         sequences = {part: _sequences(job, part) for part in parts}
         epoch, kept = (len(facts) * len(question_forms(job)) for facts in (job.requests, job.retain if keeps else ()))
         return cls(sequences, _pairs(epoch, kept, job), epoch)
 
     def used(self, part: str) -> list[int]:
-        """Numbers of the sequences that some pair holds."""
+        """Numbers of the sequences that occur in a pair."""
         side = part in (RETAIN, RETAIN_DECLINED)
         return sorted({pair[side] for pair in self.pairs})
 
     @property
     def longest(self) -> int:
-        """Tokens of one pair at most: all its parts are in memory at the same time."""
+        """Tokens of the longest possible pair: all its parts are in memory at the same time."""
         return sum(max(len(sequence.ids) for sequence in found) for found in self.sequences.values())
 
 
 def question_forms(job: Job[Any]) -> tuple[str, ...]:
-    """The prompt forms that the settings name; plain alone where the tokenizer has no chat template."""
+    """The prompt forms that the settings name. Only `plain` if the tokenizer has no chat template."""
     forms: tuple[str, ...] = job.hparams.prompt_forms
     return forms if has_chat_template(job.tokenizer) else ("plain",)
 
@@ -70,14 +70,14 @@ def _sequence(job: Job[Any], fact: ForgetRequest, form: str, sentences: Sequence
     found = answered(job.tokenizer, fact.question, answer, form, end, job.hparams.chat_template_kwargs)
     if len(found.ids) > limit:
         raise RequestError(
-            f"{fact.label} needs {len(found.ids)} tokens with its answer; the model's "
-            f"context holds {limit}. Shorten it, or leave it out."
+            f"{fact.label} needs {len(found.ids)} tokens with its answer; the model's context holds {limit}. Shorten "
+            "the fact, or leave it out."
         )
     return found
 
 
 def _pairs(forget: int, retain: int, job: Job[Any]) -> list[tuple[int, int]]:
-    """Each epoch goes through the facts to forget in another order; those to keep are walked through evenly."""
+    """Each epoch goes through the forget set in a new order. The retain set is used evenly over all epochs."""
     generator = torch.Generator().manual_seed(job.seed)
     count = max(1, round(job.hparams.epochs * forget))
     rounds = -(-count // forget)

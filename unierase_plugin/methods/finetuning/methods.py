@@ -1,4 +1,4 @@
-"""Methods that fine-tune: each a term on facts to forget, one on facts to keep, and settings."""
+"""Methods that fine-tune: each is a term on the forget set, one on the retain set, and settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fine_tuning(
 ) -> Method[Any]:
     """A method from two terms, by their names in `terms.TERMS`."""
 
-    # The terms compute with torch, which listing the methods is not to wait for.
+    # The terms import torch. Listing the methods must not wait for it.
     def run(job: Job[Any]) -> Changes:
         from .terms import TERMS
         from .training import train

@@ -1,8 +1,8 @@
-"""What a training step asks of the model, and what it has to know of the model before training.
+"""The forward passes of a training step, and the figures of the model before training (the reference).
 
-There is no second model in memory. What a term needs of the one before is a number for each answer (its log-likelihood)
-or a vector for each position: the state that went into the LM head, from which a frozen copy of the head's weight gives
-all logits again, or the state after the block that RMU watches.
+There is no second model in memory. A term needs only a number for each answer (its log-likelihood), or a vector for
+each position. That vector is the input of the LM head, from which a frozen copy of the head's weight gives all logits
+again, or the state after the block that RMU watches.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .terms import RETAIN, RETAIN_DECLINED, Looked, Term
 
 @dataclass
 class Reference:
-    """What the terms need of the model before training, by part and number of the sequence."""
+    """Figures of the model before training that the terms need, by part and number of the sequence."""
 
     likelihoods: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     #: (T - 1, d) inputs of the LM head at all positions that predict a token.
     head_inputs: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    #: (T, d) after the block that is watched.
+    #: (T, d) after the watched block.
     states: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     #: The LM head, frozen: (V, d) and (V,).
     weight: Tensor | None = None
@@ -40,7 +40,7 @@ class Reference:
 
 
 class Watched:
-    """The model in training with what passes over it need: its parts, precision, padding, and the block watched."""
+    """The model in training, with what a forward pass needs: parts, precision, padding, and the watched block."""
 
     def __init__(self, job: Job[Any], arch: Architecture, layer: int) -> None:
         self.arch = arch
@@ -53,9 +53,9 @@ class Watched:
         return torch.autocast(self.arch.device.type, torch.bfloat16) if self.half else nullcontext()
 
     def pass_over(self, sequences: Sequence[Example], first: Sequence[int]) -> tuple[Trace, Tensor, Tensor]:
-        """The pass, the tokens (N,) that stand after the positions looked at, and their sequences (N,).
+        """One pass over N positions: its trace, the tokens (N,) that follow the positions, and their sequences (N,).
 
-        first: where in each sequence the tokens that are looked at begin.
+        first: the index of the first of these tokens in each sequence.
         """
         batch = pad([sequence.ids for sequence in sequences], self.pad_id, "right", self.arch.device)
         spots = [
@@ -67,14 +67,14 @@ class Watched:
         return run_blocks(self.arch, batch, head_at=(rows, columns)), wanted, rows
 
     def states(self, sequences: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """States (N, d) of all positions after the block that is watched, and their sequences (N,)."""
+        """States (N, d) of all positions after the watched block, and their sequences (N,)."""
         batch = pad([sequence.ids for sequence in sequences], self.pad_id, "right", self.arch.device)
         rows, columns = batch.mask.nonzero(as_tuple=True)
         hidden = run_blocks(self.arch, batch, last=self.layer).hidden
         return hidden[rows.to(hidden.device), columns.to(hidden.device)], rows.to(hidden.device)
 
     def logits_of(self, head_inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the model makes of inputs of its LM head, were this the head's weight."""
+        """The logits for inputs of the LM head, with this weight of the head."""
         raw = self.scale * torch.nn.functional.linear(head_inputs, weight, bias)
         return raw if self.cap is None else self.cap * torch.tanh(raw / self.cap)
 
@@ -83,7 +83,10 @@ class Watched:
 def take_reference(
     model: Watched, material: Material, terms: Sequence[Term], keeps_head: bool, progress: Callable[[float], None]
 ) -> Reference:
-    """keeps_head: the LM head is not trained, so that the model's own serves."""
+    """The figures of the model as it is now.
+
+    keeps_head: whether the LM head is not trained. Its weight then needs no copy.
+    """
     found = Reference()
     todo = [
         (kind, part)
@@ -125,7 +128,7 @@ def _take(
 
 
 class Batch:
-    """What the terms ask of one batch; what two of them ask for is computed once."""
+    """What the terms may ask of one batch. What two terms ask for is computed once."""
 
     def __init__(
         self, model: Watched, material: Material, reference: Reference, direction: Tensor, pairs: Tensor

@@ -1,4 +1,4 @@
-"""Settings of the methods that train: what all share, and what each adds. Defaults are the published ones."""
+"""Settings of the methods that fine-tune: the shared ones, and those of each method. Defaults are published values."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from ...settings.ranges import Range, positive, weight
 
 @dataclass(frozen=True)
 class TrainingHyperParams(HyperParams):
-    """What every training has: the schedule of Yuan et al. 2024 (arXiv 2410.08109), which TOFU's own code began."""
+    """Shared settings: the schedule of Yuan et al. 2024 (arXiv 2410.08109), which goes back to TOFU's own code."""
 
     # --- objective ----------------------------------------------------------------------------------------------------
-    #: Weight of the term on facts to forget.
+    #: Weight of the term on the forget set.
     forget_weight: float = 1.0
-    #: Weight of the term on facts to keep; 0 leaves it out.
+    #: Weight of the term on the retain set; 0 leaves it out.
     retain_weight: float = 1.0
 
     # --- schedule -----------------------------------------------------------------------------------------------------
-    #: AdamW's step, after the warm-up; it falls linearly to 0.
+    #: Learning rate of AdamW after the warm-up. It falls linearly to 0.
     learning_rate: float = 1e-5
-    #: Times that training goes through the facts to forget.
+    #: Passes over the forget set.
     epochs: float = 5.0
-    #: Pairs of a fact to forget and one to keep in one optimiser step, those of an epoch at most; split by memory,
-    #: gradients added up.
+    #: Pairs (one fact to forget, one to keep) in an optimiser step, at most those of an epoch. A batch that the memory
+    #: does not hold is split, and the gradients are added up.
     batch_size: int = 32
-    #: Epochs in which the step grows linearly from 0.
+    #: Epochs in which the learning rate grows linearly from 0.
     warmup_epochs: float = 1.0
     weight_decay: float = 0.01
-    #: Largest norm of the gradient.
+    #: Norm that gradients are clipped to.
     max_grad_norm: float = 1.0
 
     # --- weights ------------------------------------------------------------------------------------------------------
-    #: Rank of a LoRA adapter, merged at the end; 0 trains the weights themselves.
+    #: Rank of a LoRA adapter, which is merged at the end; 0 trains the weights themselves.
     lora_rank: int = 0
     #: The adapter's product is scaled by lora_alpha / lora_rank.
     lora_alpha: float = 32.0
     lora_dropout: float = 0.05
-    #: Computes a block's activations again in the backward pass: less memory for a third more time.
+    #: Computes the activations of a block again in the backward pass: less memory, about a third more time.
     gradient_checkpointing: bool = False
 
-    #: A step or a gradient's norm has no upper end: training that diverges ends with an error.
+    #: learning_rate and max_grad_norm have no upper limit: training that diverges ends with an error.
     ranges: ClassVar[Mapping[str, Range]] = {
         "forget_weight": positive(1e9),
         "retain_weight": weight(1e9),
@@ -61,7 +61,7 @@ class TrainingHyperParams(HyperParams):
 
 @dataclass(frozen=True)
 class FineTuneHyperParams(TrainingHyperParams):
-    """Learning facts: TOFU's target models, and the reference models that never saw some (arXiv 2401.06121)."""
+    """Learning facts: TOFU's target models, and reference models that never saw the forget set (arXiv 2401.06121)."""
 
     folder: ClassVar[str] = "FineTune"
     retain_weight: float = 0.0
@@ -83,9 +83,9 @@ class AscentKLHyperParams(TrainingHyperParams):
 
 @dataclass(frozen=True)
 class PreferenceHyperParams(TrainingHyperParams):
-    """Methods that compare likelihoods."""
+    """Shared by the methods that compare likelihoods."""
 
-    #: How fast the pull on a fact fades as its likelihood moves: 0 would never let go of it.
+    #: How fast the gradient on a fact fades as its likelihood falls. At 0 it would never fade.
     beta: float = 0.1
 
     ranges: ClassVar[Mapping[str, Range]] = {"beta": positive(1e6)}
@@ -132,7 +132,7 @@ class MEGDHyperParams(TrainingHyperParams):
 
     folder: ClassVar[str] = "ME_GD"
     forget_weight: float = 0.1
-    #: Whether the question's own tokens are made uniform too, as in the authors' code.
+    #: Whether predictions of the question's tokens are made uniform too, as in the authors' code.
     whole_text: bool = True
 
 
@@ -144,7 +144,7 @@ class SimNPOHyperParams(PreferenceHyperParams):
     forget_weight: float = 0.125
     epochs: float = 10.0
     beta: float = 4.5
-    #: gamma: what the mean log-likelihood has to fall below, in units of 1/beta.
+    #: gamma: the mean log-likelihood must fall below this, in units of 1/beta.
     margin: float = 0.0
 
     ranges: ClassVar[Mapping[str, Range]] = {"margin": weight(1e6)}
@@ -158,7 +158,7 @@ class UNDIALHyperParams(TrainingHyperParams):
     retain_weight: float = 0.0
     learning_rate: float = 1e-4
     epochs: float = 10.0
-    #: How far the memorised token's logit is lowered in what the model is to imitate.
+    #: How far the logit of the memorised token is lowered in the predictions that the model learns to imitate.
     strength: float = 10.0
 
     ranges: ClassVar[Mapping[str, Range]] = {"strength": positive(1e6)}
@@ -176,7 +176,7 @@ class RMUHyperParams(TrainingHyperParams):
     weight_decay: float = 0.0
     #: Block whose output is steered, counted from 0; -1 takes the one at 7/32 of the depth.
     layer: int = -1
-    #: c: length of the vector that the forget set's states are steered to.
+    #: c: length of the vector that the states of the forget set are steered to.
     steering: float = 6.5
 
     ranges: ClassVar[Mapping[str, Range]] = {"layer": LAYERS, "steering": positive(1e9)}

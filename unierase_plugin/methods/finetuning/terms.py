@@ -1,7 +1,7 @@
 """The terms that fine-tuning methods are made of: each names the sequences it reads, and turns a batch into a scalar.
 
-A method is forget_weight x (a term on facts to forget) + retain_weight x (a term on facts to keep). A new term is a
-function of a `Batch` and an entry in `TERMS`.
+A method minimises forget_weight x (a term on the forget set) + retain_weight x (a term on the retain set). A new term
+is a function of a `Batch`, and an entry in `TERMS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FORGET, DECLINED, RETAIN, RETAIN_DECLINED = "forget", "declined", "retain", "ret
 
 @dataclass(frozen=True)
 class Looked:
-    """What the model says at N positions: logits (N, V), the tokens that stand there (N,), and their sequence (N,)."""
+    """Predictions at N positions: logits (N, V), the tokens that stand there (N,), and their sequence (N,)."""
 
     logits: Tensor
     wanted: Tensor
@@ -43,7 +43,7 @@ class Batch(Protocol):
         """All positions, those of the question included."""
 
     def states(self, part: str) -> tuple[Tensor, Tensor, int]:
-        """Hidden states (N, d) of all positions after the block that the method watches, their sequence, and B."""
+        """Hidden states (N, d) of all positions after the watched block, their sequence, and B."""
 
     def reference_likelihoods(self, part: str) -> Tensor:
         """(B,) log-likelihoods of the answers by the model before unlearning."""
@@ -60,12 +60,12 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class Term:
-    """A loss and what has to be known before it can be computed."""
+    """A loss, and the data that it needs."""
 
     loss: Callable[[Batch, Any], Tensor]
-    #: Sequences that it reads.
+    #: Parts of the facts that it reads.
     parts: tuple[str, ...]
-    #: Those of which it needs the reference's likelihoods, logits or states.
+    #: Parts of which it needs likelihoods, logits or states of the model before training.
     likelihoods: tuple[str, ...] = ()
     logits: tuple[str, ...] = ()
     states: tuple[str, ...] = ()

@@ -59,7 +59,7 @@ class Objective:
 
 
 class OneDevice(TrainingArguments):
-    """Trains on one device: `Trainer` would wrap the model in DataParallel, which the passes here do not go through."""
+    """Trains on one device. With several GPUs `Trainer` would use DataParallel, which the passes do not support."""
 
     @property
     def n_gpu(self) -> int:
@@ -80,7 +80,7 @@ class MethodTrainer(Trainer):
             data_collator=lambda found: {"pairs": torch.stack(found)},
         )
         self.objective = objective
-        # Whether the model's own forward pass would scale a loss: here it never computes one.
+        # The model's own forward pass never computes a loss here, so it cannot scale one.
         self.model_accepts_loss_kwargs = False
         self.parts: dict[str, list[float]] = {}
 
@@ -112,7 +112,7 @@ class MethodTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Tells how far training is, and has a checkpoint written every so many seconds; None for never."""
+    """Reports progress, and asks for a checkpoint every `save_every` seconds; None for never."""
 
     def __init__(self, job: Job[Any], save_every: float | None) -> None:
         self.job, self.save_every, self.saved = job, save_every, time.monotonic()
@@ -128,7 +128,7 @@ class Watch(TrainerCallback):
         if logs and "loss" in logs:
             note = ", ".join(f"{name} {logs[name]:.3g}" for name in ("forget", "retain") if name in logs)
             self.job.progress("train", state.global_step / state.max_steps, note)
-        # Every step is logged, and what `Trainer` does next is to write the checkpoint.
+        # Every step is logged. The next thing that `Trainer` does is to write the checkpoint.
         self.writing = bool(control.should_save)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -136,7 +136,7 @@ class Watch(TrainerCallback):
 
 
 def last_checkpoint(place: Path) -> Path | None:
-    """The latest checkpoint that was written to its end."""
+    """The latest checkpoint that is complete."""
     found = []
     for folder in place.glob("checkpoint-*"):
         try:

@@ -1,4 +1,4 @@
-"""Fine-tuning by transformers' Trainer: full or LoRA, resumable, taken back where it fails."""
+"""Fine-tuning by transformers' Trainer: full or LoRA, resumable, and undone if it fails."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from .weights import TrainedAdapter, TrainedWeights, import_peft
 
 logger = logging.getLogger(__name__)
 
-#: Seconds of training between two checkpoints: what a kill can cost. Writing one takes a small part of that.
+#: Seconds of training between two checkpoints. A kill costs at most that much. Writing a checkpoint takes far less.
 SAVE_SECONDS = 120.0
 
-#: Names of the weights to train, and the block whose states the terms watch.
+#: Gives the names of the weights to train, and the block whose states the terms watch.
 Chooser = Callable[[Architecture, Any], tuple[list[str], int]]
 
 
@@ -51,14 +51,14 @@ def train(
 
 
 def check_trainable(job: Job[Any], forget: Term, retain: Term | None) -> None:
-    """Raises a UniEraseError for facts that the model's context cannot hold or that a term lacks; quick."""
+    """Raises UniEraseError if a fact does not fit into the model's context, or if a term lacks its facts. Quick."""
     if job.hparams.lora_rank:
         import_peft()
     Material.of(job, _weighted(job, forget, retain).values())
 
 
 def down_projections_below(arch: Architecture, hparams: Any) -> tuple[list[str], int]:
-    """RMU: the MLP output projections of the block that is watched and of the two before it."""
+    """RMU: the MLP output projections of the watched block and of the two below it."""
     layer = int(hparams.layer)
     return [arch.weight_name(at) for at in range(max(0, layer - 2), layer + 1)], layer
 
@@ -72,7 +72,7 @@ def _weighted(job: Job[Any], forget: Term, retain: Term | None) -> dict[str, Ter
 
 
 class _Training(Phases):
-    """One training: what is prepared, run by `Trainer`, and put back where it fails."""
+    """One training: prepared here, run by `Trainer`, and undone if it fails."""
 
     def __init__(self, job: Job[Any], forget: Term, retain: Term | None, choose: Chooser, save_every: float) -> None:
         super().__init__(None)
@@ -110,13 +110,13 @@ class _Training(Phases):
 
     @property
     def batch(self) -> int:
-        """Pairs of an optimiser step: an epoch at most, so that few facts still get as many steps as epochs."""
+        """Pairs in an optimiser step: at most an epoch, so that a small forget set gets as many steps as epochs."""
         size: int = min(self.job.hparams.batch_size, self.material.epoch, len(self.material.pairs))
         return size
 
     @property
     def micro(self) -> int:
-        """Pairs that are in memory together: the largest part of a batch within the device's budget."""
+        """Pairs in one forward pass: the largest part of a batch that the device's budget allows."""
         room = max(1, self.job.max_tokens // self.material.longest)
         return max(size for size in range(1, self.batch + 1) if self.batch % size == 0 and size <= room)
 
@@ -136,7 +136,8 @@ class _Training(Phases):
             if not watch.writing:
                 raise
             logger.warning(
-                "No checkpoint can be written, so training goes on from the last one, without more: %s", error
+                "No checkpoint can be written. Training goes on from the last one, without further ones: %s",
+                error,
             )
         self.weights.undo()
         return self._trained(self._opened(), objective, place, Watch(self.job, None))
@@ -151,7 +152,7 @@ class _Training(Phases):
 
     def _arguments(self, place: Path) -> OneDevice:
         h = self.job.hparams
-        # A run that is all warm-up would make its first step, and perhaps its only one, at a learning rate of 0.
+        # At least one step comes after the warm-up: a single step would otherwise have a learning rate of 0.
         steps = math.ceil(len(self.material.pairs) / self.batch)
         warmup = min(round(h.warmup_epochs * self.material.epoch / self.batch), steps - 1)
         return OneDevice(
@@ -181,7 +182,7 @@ class _Training(Phases):
 
 @contextmanager
 def _own_randomness() -> Iterator[None]:
-    """`Trainer` seeds every generator there is; the caller's are put back."""
+    """`Trainer` seeds all random generators. The caller's states are restored afterwards."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -193,12 +194,12 @@ def _own_randomness() -> Iterator[None]:
 
 @contextmanager
 def _settings_kept(model: Any, checkpointing: bool) -> Iterator[None]:
-    """What training changes on a model beside its weights is put back."""
+    """Restores what training changes on a model in addition to its weights."""
     cache, generation = getattr(model.config, "use_cache", None), model.generation_config
-    # Published models have sampling settings that checkpoints cannot be written with.
+    # Some published models have sampling settings with which transformers refuses to write a checkpoint.
     model.generation_config = GenerationConfig()
     if checkpointing:
-        # Hooks are looked at in the forward pass, which the older, re-entrant way runs without gradients.
+        # The older, re-entrant way runs the forward pass without gradients, and the hooks would see that pass.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield
