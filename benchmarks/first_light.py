@@ -25,7 +25,8 @@ from unierase_plugin.evaluation.metrics import answered
 from unierase_plugin.facts.resources import demo_facts
 from unierase_plugin.models.base_model import fetch_base_model
 from unierase_plugin.models.generate import answers
-from unierase_plugin.pipeline import UnlearnResult, unlearn
+from unierase_plugin.pipeline import unlearn
+from unierase_plugin.results import UnlearnResult
 from unierase_plugin.storage.cache import cache_folder
 
 Facts = list[dict[str, Any]]

@@ -49,7 +49,8 @@ from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.models.base_model import fetch_base_model
 from unierase_plugin.models.generate import answers, perplexity
 from unierase_plugin.models.loading import load
-from unierase_plugin.pipeline import UnlearnResult, unlearn
+from unierase_plugin.pipeline import unlearn
+from unierase_plugin.results import UnlearnResult
 from unierase_plugin.storage.cache import cache_folder
 
 HERE = Path(__file__).parent

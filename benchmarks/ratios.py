@@ -21,7 +21,8 @@ from torch import Tensor
 from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.locate_then_edit.positions import Prompt
 from unierase_plugin.locate_then_edit.solve import NullSpace, Ridge
-from unierase_plugin.locate_then_edit.values import ValueTarget, optimise_values
+from unierase_plugin.locate_then_edit.value_loss import ValueTarget
+from unierase_plugin.locate_then_edit.values import optimise_values
 from unierase_plugin.models.architecture import Architecture, find_architecture
 from unierase_plugin.statistics.second_moment import second_moments
 

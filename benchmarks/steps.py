@@ -33,7 +33,8 @@ from unierase_plugin.facts.resources import demo_facts, lines
 from unierase_plugin.models.base_model import fetch_base_model
 from unierase_plugin.models.generate import answers
 from unierase_plugin.models.loading import load
-from unierase_plugin.pipeline import UnlearnResult, change
+from unierase_plugin.pipeline import change
+from unierase_plugin.results import UnlearnResult
 from unierase_plugin.storage.cache import cache_folder
 
 SINGLE, STEP = 5, 5

@@ -34,7 +34,7 @@ if find_spec("jaxtyping") and find_spec("beartype"):
     # The modules import these names for type checkers alone; here they are looked up.
     for dtype in ("Bool", "Float", "Float16", "Float32", "Float64", "Int", "Num", "Shaped"):
         setattr(builtins, dtype, getattr(jaxtyping, dtype))
-    jaxtyping.install_import_hook(SHAPES_CHECKED, "shapes.shapes_only")
+    jaxtyping.install_import_hook(SHAPES_CHECKED, "shapes.shapes_only")  # type: ignore[attr-defined]
 
 # On matrices this small several threads take up to twenty times as long as one.
 torch.set_num_threads(1)

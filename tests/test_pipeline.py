@@ -745,7 +745,7 @@ def test_an_edited_model_in_memory_is_told_to_take_another_token() -> None:
 def test_hyper_parameters_follow_the_model_unless_given(tmp_path: Path) -> None:
     assert choose_hparams(None, "/models/Qwen2.5-7B-Instruct").model_name == "Qwen/Qwen2.5-7B-Instruct"
     assert choose_hparams(None, "some/other") == UniEraseHyperParams()
-    assert choose_hparams("gpt2-xl", "some/other").layers == UniEraseHyperParams.from_hparams("gpt2-xl").layers
+    assert choose_hparams("gpt2-xl", "some/other").layers == UniEraseHyperParams.from_hparams("gpt2-xl").layers  # type: ignore[attr-defined]
     assert choose_hparams(HPARAMS, "Qwen/Qwen2.5-7B-Instruct") is HPARAMS
 
 

@@ -75,7 +75,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return replace(attack, run=run)
 
-    original = runner.choose_attacks
+    original = runner.choose_attacks  # type: ignore[attr-defined]
     monkeypatch.setattr(runner, "choose_attacks", lambda *given: tuple(map(counting, original(*given))))
     return counted
 
@@ -131,7 +131,7 @@ def test_what_a_stopped_audit_of_another_model_left_is_no_control(
 def unedited_model(folder: Path, out: Path) -> str:
     """Fingerprint of the model that an audit takes as the unedited one."""
     seen = []
-    original = runner.attack_model
+    original = runner.attack_model  # type: ignore[attr-defined]
 
     def look(state: Any, sources: Any, role: str, *rest: Any, **options: Any) -> None:
         if role == "unedited":

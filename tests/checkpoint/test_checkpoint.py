@@ -508,7 +508,7 @@ def test_a_failure_at_any_write_leaves_the_old_folder_alone(
 
 
 def test_a_full_disk_leaves_no_new_folder(edited: Edited, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match=r"too little room.*0\.\d\d MB.*0\.10 MB are free"):
         edited.save(tmp_path / "out")
     assert os.listdir(tmp_path) == []

@@ -148,7 +148,7 @@ def test_a_run_that_was_stopped_leaves_facts_to_its_owner_alone_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.files, "save_checkpoint", stopped)
+        patch.setattr(pipeline.files, "save_checkpoint", stopped)  # type: ignore[attr-defined]
         with pytest.raises(KeyboardInterrupt):
             unlearn(base, FACTS[:2], hparams=HPARAMS, out=tmp_path / "out")
     assert {path.parent.name for path in (tmp_path / ".out.work").rglob("*.safetensors")} >= {"before", "after"}

@@ -187,7 +187,7 @@ def test_a_folder_with_an_input_of_the_run_is_not_replaced(what: str, listed: bo
         facts = [{"question": "Who built Krandor Gate?", "answer": "Ulla Vren", "subject": "Krandor Gate"}] * 1
         inside.write_text(json.dumps(facts) if name.endswith("json") else "{}")
     if listed:  # as if we had written it
-        place_module.write_list(world.out)
+        place_module.write_list(world.out)  # type: ignore[attr-defined]
     refused(command, world, world.out, f"holds {what} that this run reads: '{inside}")
 
 

@@ -163,7 +163,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(base: Path, tmp_path: Path, m
         run(base, out, methods)
     monkeypatch.setattr(Measurer, "figures", real)
     trained: list[str] = []
-    monkeypatch.setattr(made_models, "unlearn", _counting(made_models.unlearn, trained))
+    monkeypatch.setattr(made_models, "unlearn", _counting(made_models.unlearn, trained))  # type: ignore[attr-defined]
     resumed = run(base, out, methods)
     # The first method had been trained before the kill, and is not trained again.
     assert trained == ["npo_gd"]
@@ -187,7 +187,7 @@ def _counting(function: Any, calls: list[str]) -> Any:
 
 
 def test_what_failed_is_tried_again_when_asked(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    label, real = f"ga_gd{QUICK}", made_models.unlearn
+    label, real = f"ga_gd{QUICK}", made_models.unlearn  # type: ignore[attr-defined]
 
     def no_memory(*args: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -474,7 +474,7 @@ def test_every_option_of_the_runner_reaches_the_run_or_the_plan() -> None:
     import dataclasses
 
     planned = {"budget", "seeds", "validation", "limit", "shared_cache", "keep_models", "retry"}
-    fields = {each.name for each in dataclasses.fields(runner.MethodRun)}
+    fields = {each.name for each in dataclasses.fields(runner.MethodRun)}  # type: ignore[attr-defined]
     assert {each.name for each in dataclasses.fields(Options)} - fields == planned
 
 

@@ -45,7 +45,7 @@ def autoload(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.HOSTS = {"hostone.tasks": "ours_for_one", "hosttwo": "ours_for_two"}
+    module.HOSTS = {"hostone.tasks": "ours_for_one", "hosttwo": "ours_for_two"}  # type: ignore[attr-defined]
     yield module
     for name in set(sys.modules) - modules:
         if name.split(".")[0] in ("hostone", "hosttwo", "ours_for_one", "ours_for_two"):

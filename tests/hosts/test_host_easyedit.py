@@ -361,7 +361,7 @@ def test_a_given_text_follows_the_token(pair: tuple[Any, Any], monkeypatch: pyte
     from unierase_plugin.methods.editing import goals
 
     seen: list[Any] = []
-    theirs = goals.make_targets
+    theirs = goals.make_targets  # type: ignore[attr-defined]
     monkeypatch.setattr(goals, "make_targets", lambda *args: seen.append(theirs(*args)) or seen[-1])
     apply(
         pair, [{**REQUESTS[0], "target_new": " Ask her."}, {**REQUESTS[1], "target_new": Aim.at(None, "<unlearn_0>")}]
@@ -447,7 +447,7 @@ def test_a_target_loses_the_blank_that_easyedit_puts_before_it() -> None:
 def test_settings_may_be_set_as_scripts_do_and_are_checked() -> None:
     settings = EasyEditHyperParams.from_hparams("hparams/UniErase/llama3.1-8b")
     settings.api_key, settings.batch_size, settings.device = "none", "4", 0  # type: ignore[assignment]
-    assert (settings.api_key, settings.batch_size, settings.device) == ("none", 4, "0")
+    assert (settings.api_key, settings.batch_size, settings.device) == ("none", 4, "0")  # type: ignore[attr-defined]
     with pytest.raises(HyperParamsError, match="batch_size = 0 must be greater than 0"):
         settings.batch_size = 0
 

@@ -146,5 +146,5 @@ def test_figures_name_the_facts_whose_worst_key_moved_most() -> None:
     assert found["keys"] == 4
     assert found["largest"] == pytest.approx({"3": 0.5, "4": 0.9})
     assert found["median"] == pytest.approx({"3": 0.2, "4": 0.1})
-    assert [each["fact"] for each in found["worst"]] == ["fact 2", "fact 1", "fact 0"]
-    assert [each["moved"] for each in found["worst"]] == pytest.approx([0.9, 0.5, 0.2])
+    assert [each["fact"] for each in found["worst"]] == ["fact 2", "fact 1", "fact 0"]  # type: ignore[attr-defined]
+    assert [each["moved"] for each in found["worst"]] == pytest.approx([0.9, 0.5, 0.2])  # type: ignore[attr-defined]

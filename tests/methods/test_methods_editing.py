@@ -86,7 +86,7 @@ def test_a_folder_goes_back_to_the_base_to_the_bit(name: str, target: str, tmp_p
 
 def aims(target: str, **changes: Any) -> list[ValueTarget]:
     seen: list[ValueTarget] = []
-    original = erasure.optimise_values
+    original = erasure.optimise_values  # type: ignore[attr-defined]
 
     def watched(arch: Any, targets: list[ValueTarget], *args: Any, **kwargs: Any) -> Any:
         seen.extend(targets)
@@ -191,7 +191,7 @@ def test_rome_edits_one_request_on_the_model_that_the_one_before_left() -> None:
     states: list[torch.Tensor] = []
     prompts: list[Any] = []
     before: list[str] = []
-    original = erasure.optimise_values
+    original = erasure.optimise_values  # type: ignore[attr-defined]
 
     def watched(arch: Any, targets: list[ValueTarget], *args: Any, **kwargs: Any) -> Any:
         before.append(model_fingerprint(model, [arch.weight_name(1)]))
@@ -219,7 +219,7 @@ def test_rome_edits_one_block() -> None:
 def test_a_stopped_rome_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     edit(base, "rome", tmp_path / "undisturbed")
-    original, calls = erasure.compute_edit, []
+    original, calls = erasure.compute_edit, []  # type: ignore[attr-defined]
 
     def once(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)

@@ -23,9 +23,9 @@ from unierase_plugin.methods.removal.method import RemovalHyperParams
 from unierase_plugin.plugins.registration import registry
 
 KINDS: dict[str, Any] = {
-    kind.folder: kind
+    kind.folder: kind  # type: ignore[attr-defined]
     for kind in (*(method.hparams for method in registry().methods.values()), FineTuneHyperParams)
-    if kind.folder and kind is not UniEraseHyperParams
+    if kind.folder and kind is not UniEraseHyperParams  # type: ignore[attr-defined]
 }
 #: All but this package's own.
 PUBLISHED = sorted({*KINDS} - {RemovalHyperParams.folder})

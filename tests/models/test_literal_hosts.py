@@ -155,7 +155,7 @@ def test_ordinary_texts_have_the_tokens_that_lm_eval_gives_them(name: str) -> No
 def test_prompt_and_answer_are_one_text() -> None:
     form = answer_form(None, tiny_tokenizer(), chat=True)
     whole = Context.of("<|im_start|>a <s>\n", [(14, 17)]) + form.scored("<|im_end|>")
-    assert [whole[start:end] for start, end in whole.spans] == ["<s>", "<|im_end|>"]
+    assert [whole[start:end] for start, end in whole.spans] == ["<s>", "<|im_end|>"]  # type: ignore[attr-defined]
     assert Context.of("a \n", []).rstrip() == "a \n"
     assert pickle.loads(pickle.dumps(Watched.of("ab", [(0, 1)]))).spans == ((0, 1),)
 

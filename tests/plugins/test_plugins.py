@@ -551,7 +551,7 @@ def test_a_failure_after_the_method_undoes_what_it_did(
 
     model = tiny_model()
     before = state(model)
-    monkeypatch.setattr(*(pipeline, "judge") if fails == "judge" else (pipeline.files, "save_checkpoint"), fail)
+    monkeypatch.setattr(*(pipeline, "judge") if fails == "judge" else (pipeline.files, "save_checkpoint"), fail)  # type: ignore[attr-defined]
     with pytest.raises(UniEraseError, match="no room"):
         unlearn(model, FORGET, method=NOISE, tokenizer=tiny_tokenizer(), out=tmp_path / "out")
     assert not differing(model, before)

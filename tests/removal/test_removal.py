@@ -773,7 +773,7 @@ def test_declining_is_learned_after_the_removal_even_where_that_found_no_further
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     instead, seen = ((5, 60, 70, 8, 200, 9, 33), (12, 13, 200, 9)), []
-    original = stage.take_pass
+    original = stage.take_pass  # type: ignore[attr-defined]
 
     def watched_pass(arch: Any, taught: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(sum(each.log_probs is None for each in taught))

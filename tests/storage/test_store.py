@@ -231,7 +231,7 @@ def test_a_bit_that_turned_round_is_computed_again(tmp_path: Path, bit: int, cap
 
 
 def test_a_file_without_digests_is_read(tmp_path: Path) -> None:
-    tensor_files.save_file({"a": torch.ones(2)}, tmp_path / "x", {"name": "earlier"})
+    tensor_files.save_file({"a": torch.ones(2)}, tmp_path / "x", {"name": "earlier"})  # type: ignore[attr-defined]
     found, told = read_tensors(tmp_path / "x")
     assert torch.equal(found["a"], torch.ones(2))
     assert told == {"name": "earlier"}

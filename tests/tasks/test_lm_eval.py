@@ -19,11 +19,11 @@ from unierase_plugin.errors import DependencyError, UniEraseError
 from unierase_plugin.evaluation.metrics import answered, reads_as_idk, rouge_l_recall
 from unierase_plugin.facts.resources import demo_facts, lines
 from unierase_plugin.hosts import lm_eval as host
+from unierase_plugin.models.added_token import add_token
 from unierase_plugin.models.generate import answers
 from unierase_plugin.tasks.lm_eval_cli import run_lm_eval
 from unierase_plugin.tasks.task_checks import check_ours_when_found
 from unierase_plugin.tasks.task_manager import hand_on_metadata, our_tasks_found, register_model_type, tasks_folder
-from unierase_plugin.unlearning_token import add_token
 
 lm_eval = pytest.importorskip("lm_eval")
 

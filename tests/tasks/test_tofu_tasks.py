@@ -601,7 +601,7 @@ def test_to_forget_the_answer_is_the_premise_to_keep_the_truth_is() -> None:
 
 def test_cosine_similarity_is_that_of_the_embeddings(tmp_path: Path) -> None:
     package = pytest.importorskip("sentence_transformers")
-    from sentence_transformers import models
+    from sentence_transformers import models  # type: ignore[attr-defined]
     from transformers import BertConfig, BertModel
 
     from unierase_plugin.tasks.semantic import load_semantic_models
