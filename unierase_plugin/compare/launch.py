@@ -40,9 +40,8 @@ def in_a_process(folder: Path, cache: Path, progress: Progress) -> None:
             env=environment,
         ) as process,
     ):
-        assert process.stdout is not None
         try:
-            refused = [note for line in process.stdout if (note := _forward(line, progress))]
+            refused = [note for line in process.stdout or () if (note := _forward(line, progress))]
             code = process.wait()
         except BaseException:
             process.kill()

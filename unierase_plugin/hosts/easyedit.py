@@ -185,8 +185,10 @@ def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def _with_our_model(theirs: Callable[..., None], editor: Any, hparams: Any) -> None:
-    """BaseEditor's constructor, which gets the loaded model. By name it loads known families only, some with slow
-    tokenizers, which give no character offsets."""
+    """BaseEditor's constructor, which gets the loaded model.
+
+    By name it loads known families only, some with slow tokenizers, which give no character offsets.
+    """
     if not isinstance(hparams, UniEraseHyperParams):
         if getattr(hparams, "alg_name", None) == ALGORITHM:
             raise HyperParamsError(

@@ -158,8 +158,10 @@ def _read(path: Path) -> str:
 
 
 def _find_modules(path: Path) -> None:
-    """Puts three folders on the path: the script's, as Python does; the current one, as `python -m` does; and that of
-    EasyEdit's checkout where the script lies in one."""
+    """Puts three folders on the path.
+
+    The script's, as Python does; the current one, as `python -m` does; EasyEdit's checkout, if the script is in one.
+    """
     folder = path.resolve().parent
     checkout = [each for each in folder.parents if (each / "easyeditor" / "__init__.py").is_file()]
     installed = importlib.util.find_spec("easyeditor") is not None

@@ -214,8 +214,10 @@ class _Lines:
         kinds: tuple[int, ...],
         masked: int = 0,
     ) -> None:
-        """A prompt and words after it, each looked for; the first weight and kind are the first word's, the last the
-        others'."""
+        """A prompt and the words after it, each looked for.
+
+        The first weight and kind are those of the first word, the last those of the others.
+        """
         at = len(prompt.ids) - prompt.position - 1
         self.points += [
             _Point(
@@ -315,8 +317,11 @@ class Objective:
 
 
 class Divergence(torch.autograd.Function):
-    """Of each row of logits (N, V): the negative log-likelihood of the token wanted, for the last R rows instead the KL
-    divergence from reference log-probabilities (R, V). The gradient takes the place of the one tensor that is kept."""
+    """The negative log-likelihood of the wanted token, for each row of logits (N, V).
+
+    For the last R rows it is the KL divergence from reference log-probabilities (R, V) instead. The gradient takes the
+    place of the one tensor that is kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor, reference: Tensor) -> Tensor:

@@ -21,8 +21,10 @@ MARK = "unlearning"
 
 
 class Context(Rendered):
-    """A prompt that keeps the white space at its end. By `rstrip`, lm-eval moves white space to the scored part, and
-    the last line break of a chat template would be scored as part of the answer.
+    """A prompt that keeps the white space at its end.
+
+    By `rstrip`, lm-eval moves white space to the scored part, and the last line break of a chat template would be
+    scored as part of the answer.
     """
 
     def rstrip(self, characters: str | None = None, /) -> str:

@@ -34,8 +34,8 @@ class Reference:
     head_inputs: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     #: (T, d) after the watched block.
     states: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    #: The LM head, frozen: (V, d) and (V,).
-    weight: Tensor | None = None
+    #: The LM head, frozen: (V, d) and (V,); empty where no term needs logits.
+    weight: Tensor = field(default_factory=lambda: torch.empty(0))
     bias: Tensor | None = None
 
 
@@ -104,8 +104,9 @@ def take_reference(
             progress((at + done / len(numbers)) / len(todo))
     if found.head_inputs:
         head = model.arch.head
-        own = [head.weight.detach(), None if head.bias is None else head.bias.detach()]
-        found.weight, found.bias = own if keeps_head else [None if each is None else each.clone() for each in own]
+        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        found.weight = weight if keeps_head else weight.clone()
+        found.bias = bias if keeps_head or bias is None else bias.clone()
     return found
 
 
@@ -154,7 +155,6 @@ class Batch:
     @torch.no_grad()
     def reference_logits(self, part: str, whole: bool) -> Tensor:
         known, weight = self.reference.head_inputs[part], self.reference.weight
-        assert weight is not None
         cut = [
             known[number][0 if whole else sequence.start - 1 :]
             for number, sequence in zip(self._numbers(part), self._sequences(part), strict=True)
