@@ -43,11 +43,13 @@ Runs lm-eval with this package's tasks beside its own. All of lm-eval's options 
                             return_forget, return_retain
                             unierase_demo, unierase_demo_forget, unierase_demo_retain
                             unlearning_utility    lm-eval's mmlu, triviaqa, gsm8k and humaneval
+                          Tasks of plugins' benchmarks are found too (`unierase eval ls tasks`).
   --apply_chat_template   With --model DIR and tasks of this package, this is the default if the tokenizer has a chat
                           template. `--apply_chat_template false` asks in plain text.
   --metadata JSON         '{"reference": "DIR", "data_dir": "DIR"}' and more; docs/reference/tasks.md has all keys:
                             reference             folder of the retain-only model's run of this task (--log_samples)
                             data_dir, return_dir  folders of TOFU and RETURN (over UNIERASE_TOFU_DIR, _RETURN_DIR)
+                            metrics               ["NAME"]: metrics of plugins too (`unierase plugins`)
                             semantic              true: cosine similarity, entailment and a gibberish detector too
                             unlearning_token      the name of the token if it is not <unlearn_0>
 
