@@ -243,15 +243,20 @@ class Attack:
 
 
 def check_result(attack: Attack, result: Any, facts: int) -> None:
-    """Raises PluginError for a result that the verdict cannot read. facts: how many were asked."""
+    """Raises PluginError for a result that the verdict and the page cannot read. `facts`: how many were asked."""
     if not isinstance(result, AttackResult):
         raise PluginError(f"The attack {attack.name!r} gave {shown(result)}. It is to give an AttackResult.")
     for measure in result.measures:
+        what = f"The attack {attack.name!r} gave, in {measure.name!r},"
         if {len(measure.values), *map(len, measure.others)} != {facts}:
             raise PluginError(
-                f"The attack {attack.name!r} gave, in {measure.name!r}, not one value for each of the {facts} facts. "
-                "Give None for a fact that the attack does not apply to."
+                f"{what} not one value for each of the {facts} facts. Give None for a fact that the attack does not "
+                "apply to."
             )
+        if len(measure.others) != len(result.measures[0].others):
+            raise PluginError(f"{what} another number of rows `others` than in its first measure. Give as many.")
+        if (len(measure.prompts), len(measure.texts)) not in ((0, 0), (facts, facts)):
+            raise PluginError(f"{what} not one prompt and one text for each of the {facts} facts. Give all or none.")
         known = [value for row in (measure.values, *measure.others) for value in row if value is not None]
         if not all(0.0 <= value <= 1.0 for value in known):
-            raise PluginError(f"The attack {attack.name!r} gave, in {measure.name!r}, a value outside [0, 1].")
+            raise PluginError(f"{what} a value outside [0, 1].")

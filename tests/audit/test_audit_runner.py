@@ -392,6 +392,14 @@ FAULTS = {
     "changes a weight": ("next(subject.model.parameters()).data.add_(1)", "changed the unedited model"),
     "gives no result": ("return None", "It is to give an AttackResult"),
     "forgets a fact": ("return AttackResult((Measure('one', (1.0,), ((0.0,),)),))", "not one value for each of the 3"),
+    "compares with others in one measure alone": (
+        "return AttackResult((Measure('one', (1.0,) * 3, ((0.0,) * 3,)), Measure('two', (1.0,) * 3, ())))",
+        "another number of rows `others`",
+    ),
+    "keeps no prompt": (
+        "return AttackResult((Measure('one', (1.0,) * 3, (), texts=('a', 'b', 'c')),))",
+        "not one prompt and one text for each of the 3 facts",
+    ),
     "counts by hundreds": ("return AttackResult((Measure('one', (100.0,) * 3, ()),))", "a value outside [0, 1]"),
 }
 
