@@ -19,6 +19,8 @@ SHAPES_CHECKED = [
     "unierase_plugin.locate_then_edit.edit",
     "unierase_plugin.locate_then_edit.keys",
     "unierase_plugin.locate_then_edit.solve",
+    "unierase_plugin.locate_then_edit.value_loss",
+    "unierase_plugin.locate_then_edit.values",
     "unierase_plugin.methods.finetuning.losses",
     "unierase_plugin.removal.distil",
     "unierase_plugin.removal.factors",

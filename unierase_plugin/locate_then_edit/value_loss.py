@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -19,6 +19,9 @@ from ..models.architecture import Architecture
 from ..models.prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
 from ..models.trace import TokenBatch, run_blocks
 from .positions import Prompt
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32, Int
 
 #: Tokens of a pass up to which reading the weights takes longer than computing with them.
 FEW_TOKENS = 256
@@ -74,14 +77,14 @@ class _Point(NamedTuple):
 
 @dataclass(frozen=True)
 class _Looks:
-    """Positions at which the loss looks, (N,) each, by kind in the order of the kinds."""
+    """Positions at which the loss looks, by kind in the order of the kinds."""
 
-    rows: Tensor
-    columns: Tensor
-    wanted: Tensor
-    weight: Tensor
-    kind: Tensor
-    masked: Tensor
+    rows: Int[Tensor, " N"]
+    columns: Int[Tensor, " N"]
+    wanted: Int[Tensor, " N"]
+    weight: Float[Tensor, " N"]
+    kind: Int[Tensor, " N"]
+    masked: Int[Tensor, " N"]
 
     @classmethod
     def of(cls, points: Sequence[_Point], device: torch.device) -> _Looks:
@@ -101,14 +104,14 @@ class _Rows:
 
     prefix: PrefixCache
     suffix: TokenBatch
-    #: (B, S, d): output of the last edited block for each suffix.
-    hidden: Tensor
-    #: (B,) target to which a row belongs.
-    owner: Tensor
+    #: Output of the last edited block for each suffix.
+    hidden: Float[Tensor, "B S d"]
+    #: Target to which a row belongs.
+    owner: Int[Tensor, " B"]
     looks: _Looks
     layer: int
-    #: (looks that STAY, V) log-probabilities of the unedited model.
-    reference: Tensor
+    #: Log-probabilities of the unedited model at the looks that STAY; (0, 1) without one.
+    reference: Float[Tensor, "R V"]
 
     @classmethod
     def of(
@@ -156,8 +159,8 @@ class _Rows:
             reference=self.reference[staying],
         )
 
-    def logits(self, arch: Architecture, delta: Tensor) -> Tensor:
-        """(N, V) float32 at the looks, where each target's delta (n, d) is added at the fact."""
+    def logits(self, arch: Architecture, delta: Float32[Tensor, "n d"]) -> Float32[Tensor, "N V"]:
+        """Logits at the looks, where each target's delta is added at the fact."""
         moved = (self.hidden[:, 0].float() + delta[self.owner]).to(self.hidden.dtype)
         hidden = torch.cat([moved[:, None], self.hidden[:, 1:]], dim=1)
         trace = run_blocks(
@@ -171,8 +174,8 @@ class _Rows:
         logits: Tensor = trace.logits
         return logits.float()
 
-    def losses(self, arch: Architecture, delta: Tensor) -> Tensor:
-        """(kinds, n): what was seen at each target's looks of a kind, weighted and summed."""
+    def losses(self, arch: Architecture, delta: Float32[Tensor, "n d"]) -> Float[Tensor, "kinds n"]:
+        """What was seen at each target's looks of a kind, weighted and summed."""
         looks = self.looks
         seen = self._seen(self.logits(arch, delta)).to(looks.weight.device)
         place = looks.kind * len(delta) + self.owner[looks.rows]
@@ -248,8 +251,8 @@ class Objective:
     """
 
     parts: tuple[_Rows, ...]
-    #: (n, d) float32: h of each target's bare prompt.
-    start: Tensor
+    #: h of each target's bare prompt.
+    start: Float32[Tensor, "n d"]
 
     @classmethod
     def of(
@@ -286,15 +289,15 @@ class Objective:
         )
         return cls(parts, parts[0].hidden[bare, 0].float())
 
-    def keep(self, targets: Tensor) -> Objective:
+    def keep(self, targets: Bool[Tensor, " n"]) -> Objective:
         """The same for the targets kept (a mask over targets)."""
         number = targets.long().cumsum(0) - 1
         staying = [(part, targets[part.owner]) for part in self.parts]
         kept = [part.keep(rows) for part, rows in staying if bool(rows.any())]
         return Objective(tuple(replace(part, owner=number[part.owner]) for part in kept), self.start[targets])
 
-    def weights(self) -> Tensor:
-        """(n,): what each target's likelihoods weigh together."""
+    def weights(self) -> Float[Tensor, " n"]:
+        """What each target's likelihoods weigh together."""
         total = self.start.new_zeros(len(self.start))
         for part in self.parts:
             aimed = part.looks.kind != STAYS
@@ -302,9 +305,13 @@ class Objective:
         return total
 
     def loss(
-        self, arch: Architecture, delta: Tensor, scale: Tensor, hparams: UniEraseHyperParams
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, likelihood part as weighted mean, token's negative log-likelihood), each (n,), for delta (n, d)."""
+        self,
+        arch: Architecture,
+        delta: Float32[Tensor, "n d"],
+        scale: Float[Tensor, " n"],
+        hparams: UniEraseHyperParams,
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """(loss, likelihood part as weighted mean, token's negative log-likelihood) of each target."""
         losses = torch.stack([part.losses(arch, delta) for part in self.parts]).sum(0)
         # The gradient of a norm at zero is undefined; the square root's argument is held off it.
         norm = (delta.square().sum(1) + 1e-12).sqrt()
@@ -317,9 +324,9 @@ class Objective:
 
 
 class Divergence(torch.autograd.Function):
-    """The negative log-likelihood of the wanted token, for each row of logits (N, V).
+    """The negative log-likelihood of the wanted token, for each row of logits.
 
-    For the last R rows it is the KL divergence from reference log-probabilities (R, V) instead. The gradient takes the
+    For the last R rows it is the KL divergence from reference log-probabilities instead. The gradient takes the
     place of the one tensor that is kept.
     """
 
@@ -339,8 +346,8 @@ class Divergence(torch.autograd.Function):
         return change.mul_(gradients[0][:, None]), None, None
 
 
-def _telling(logits: Tensor, wanted: Tensor) -> Tensor:
-    """-log(1 - p) (N,) of the tokens not wanted, (N, 1); what cannot be said has the logit -inf.
+def _telling(logits: Float[Tensor, "N V"], wanted: Int[Tensor, "N 1"]) -> Float[Tensor, " N"]:
+    """-log(1 - p) of the tokens not wanted; what cannot be said has the logit -inf.
 
     As softplus of p's log-odds: neither the loss near p = 1 nor its gradient near p = 0 is lost to rounding, and no
     gradient of a logit exceeds 1 (unlikelihood: Welleck et al. 2020, arXiv 1908.04319).

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from ..models.architecture import Architecture
 from ..models.products import fast_linear_maps
 from ..models.trace import halves
 from .value_loss import Objective, ValueTarget
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Int
 
 #: On a CPU more tokens in a batch are no quicker, and what they keep for the backward pass is in memory together.
 CPU_TOKENS = 512
@@ -34,16 +38,16 @@ EPSILON = 1e-6
 class Values:
     """z of every target, with how well each was reached."""
 
-    #: (n, d) float32: the hidden state wanted after the last edited block.
-    states: Tensor
-    #: (n,) probability of the unlearning token at the prompts' ends (geometric mean over contexts), with z in place.
-    probability: Tensor
-    #: (n,) negative log-likelihood of the token and all else that is aimed at, with z in place: weighted mean, nats.
-    nll: Tensor
-    #: (n,) |delta| / |h|.
-    relative_norm: Tensor
-    #: (n,) steps taken.
-    steps: Tensor
+    #: The hidden state wanted after the last edited block.
+    states: Float32[Tensor, "n d"]
+    #: Probability of the unlearning token at the prompts' ends (geometric mean over contexts), with z in place.
+    probability: Float[Tensor, " n"]
+    #: Negative log-likelihood of the token and all else that is aimed at, with z in place: weighted mean, nats.
+    nll: Float[Tensor, " n"]
+    #: |delta| / |h|.
+    relative_norm: Float[Tensor, " n"]
+    #: Steps taken.
+    steps: Int[Tensor, " n"]
 
 
 @fast_linear_maps()
