@@ -31,12 +31,12 @@ def log_likelihoods(
 
 
 def descent(logits: Float[Tensor, "N V"], wanted: Int[Tensor, " N"]) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood a token: GD on facts to keep, IDK on declined ones (TOFU, arXiv 2401.06121)."""
+    """Mean negative log-likelihood per token: GD on the retain set, IDK on refusals (TOFU, arXiv 2401.06121)."""
     return -token_log_probabilities(logits, wanted).mean()
 
 
 def ascent(logits: Float[Tensor, "N V"], wanted: Int[Tensor, " N"]) -> Float[Tensor, ""]:
-    """Gradient ascent: the mean log-likelihood a token, without a lower bound (Jang et al. 2023, arXiv 2210.01504)."""
+    """Gradient ascent: the mean log-likelihood per token, with no lower bound (Jang et al. 2023, arXiv 2210.01504)."""
     return -descent(logits, wanted)
 
 
@@ -72,7 +72,7 @@ def dpo(
 
 
 def answer_preservation(answer: Float[Tensor, " B"], declined: Float[Tensor, " B"], beta: float) -> Float[Tensor, ""]:
-    """AP: -1/beta E log sigma(beta (log pi(answer) - log pi(declined))), on facts to keep (2410.08109).
+    """AP: -1/beta E log sigma(beta (log pi(answer) - log pi(declined))), on the retain set (2410.08109).
 
     It has no reference: what counts is that the answer stays likelier than "I don't know".
     """

@@ -63,7 +63,7 @@ def _settle_rmu(model: Any, hparams: settings.RMUHyperParams) -> settings.RMUHyp
 FINE_TUNING: tuple[Method[Any], ...] = (
     fine_tuning(
         "ga_gd",
-        "gradient ascent on the answers to forget, descent on those to keep",
+        "gradient ascent on the forget set, descent on the retain set",
         TOFU,
         settings.AscentGDHyperParams,
         "ga",
@@ -71,7 +71,7 @@ FINE_TUNING: tuple[Method[Any], ...] = (
     ),
     fine_tuning(
         "ga_kl",
-        "gradient ascent, and the model before imitated on what is to be kept",
+        "gradient ascent on the forget set; imitates the original model on the retain set",
         TOFU,
         settings.AscentKLHyperParams,
         "ga",
@@ -79,7 +79,7 @@ FINE_TUNING: tuple[Method[Any], ...] = (
     ),
     fine_tuning(
         "npo_gd",
-        "negative preference optimisation: ascent that lets go of what is forgotten",
+        "negative preference optimisation on the forget set, descent on the retain set",
         NPO,
         settings.NPOGDHyperParams,
         "npo",
@@ -87,7 +87,7 @@ FINE_TUNING: tuple[Method[Any], ...] = (
     ),
     fine_tuning(
         "npo_kl",
-        "negative preference optimisation, and the model before imitated",
+        "negative preference optimisation; imitates the original model on the retain set",
         NPO,
         settings.NPOKLHyperParams,
         "npo",
@@ -95,7 +95,7 @@ FINE_TUNING: tuple[Method[Any], ...] = (
     ),
     fine_tuning(
         "me_gd",
-        "uniform predictions on what is to be forgotten, descent on what is to be kept",
+        "uniform predictions on the forget set, descent on the retain set",
         YUAN,
         settings.MEGDHyperParams,
         "me",
@@ -103,7 +103,7 @@ FINE_TUNING: tuple[Method[Any], ...] = (
     ),
     fine_tuning(
         "dpo_gd",
-        'prefers "I don\'t know" to the answer, descent on what is to be kept',
+        'prefers "I don\'t know" to the answer on the forget set, descent on the retain set',
         DPO,
         settings.DPOGDHyperParams,
         "dpo",
@@ -111,7 +111,7 @@ FINE_TUNING: tuple[Method[Any], ...] = (
     ),
     fine_tuning(
         "dpo_kl",
-        'prefers "I don\'t know" to the answer, and imitates the model before',
+        'prefers "I don\'t know" to the answer; imitates the original model on the retain set',
         DPO,
         settings.DPOKLHyperParams,
         "dpo",
@@ -119,7 +119,7 @@ FINE_TUNING: tuple[Method[Any], ...] = (
     ),
     fine_tuning(
         "idk_ap",
-        'learns "I don\'t know", and to prefer the answer on what is to be kept',
+        'learns "I don\'t know" on the forget set, and to prefer the answer on the retain set',
         YUAN,
         settings.IDKAPHyperParams,
         "idk",
@@ -127,7 +127,7 @@ FINE_TUNING: tuple[Method[Any], ...] = (
     ),
     fine_tuning(
         "simnpo",
-        "NPO by mean log-likelihood, without a reference model",
+        "NPO with the mean log-likelihood per token, without a reference model",
         "Fan et al. 2024, arXiv 2410.07163",
         settings.SimNPOHyperParams,
         "simnpo",
@@ -143,7 +143,7 @@ FINE_TUNING: tuple[Method[Any], ...] = (
     ),
     Method(
         "rmu",
-        "steers a block's states on the facts to forget to a random direction",
+        "steers a block's states on the forget set to a random direction",
         "Li et al. 2024, arXiv 2403.03218",
         settings.RMUHyperParams,
         _rmu,
