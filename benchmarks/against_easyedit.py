@@ -864,13 +864,13 @@ def whole_rows(got: dict[str, Any]) -> list[str]:
         if not all(pair):
             continue
         theirs, ours = pair
-        rows.append(ratio_row(f"whole edit, {ours['n']} requests ({name})", theirs, ours, "7"))  # type: ignore[arg-type]
-        peaks, floors = ([one[key] / 2**30 for one in pair] for key in ("peak_bytes", "before_bytes"))
+        rows.append(ratio_row(f"whole edit, {ours['n']} requests ({name})", theirs, ours, "7"))  # type: ignore[arg-type, index]
+        peaks, floors = ([one[key] / 2**30 for one in pair] for key in ("peak_bytes", "before_bytes"))  # type: ignore[index]
         rows.append(
             f"| its peak memory | {peaks[0]:.2f} GiB | {peaks[1]:.2f} GiB | {peaks[0] / peaks[1]:.1f} less | | 2 "
             f"| before the edit {floors[0]:.2f} and {floors[1]:.2f} |"
         )
-        rows += [quality_row(side, one["quality"]) for side, one in (("EasyEdit", theirs), ("ours", ours))]
+        rows += [quality_row(side, one["quality"]) for side, one in (("EasyEdit", theirs), ("ours", ours))]  # type: ignore[index]
     return rows
 
 

@@ -123,7 +123,8 @@ def one_of(options: argparse.Namespace) -> None:
 
 
 def processes(options: argparse.Namespace) -> None:
-    best, traces = {}, {}
+    best: dict[Any, Any] = {}
+    traces: dict[Any, Any] = {}
     for _, size in itertools.product(range(options.rounds), (1, 2)):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -175,7 +175,7 @@ def main() -> None:
     show = {"precise": show_precise, "sequential": show_sequential, "folders": show_folders}
     for what in options.what:
         found = run[what]()
-        show[what](found)
+        show[what](found)  # type: ignore[operator]
         (options.out / f"{what}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -399,7 +399,8 @@ def test_every_way_of_training_is_looked_at_after_its_numbers_of_steps(name: str
 
 def test_what_is_trained_on_is_what_is_said() -> None:
     """By attack, the facts whose question and answer are in a training row; none of them is measured."""
-    made, taught = subject(), {}
+    made = subject()
+    taught: dict[Any, Any] = {}
 
     def look(made: Audited, context: Context, rows: list[Row], held: frozenset[int], steps: Any) -> AttackResult:
         texts = [made.tokenizer.decode(list(row.ids)) for row in rows]

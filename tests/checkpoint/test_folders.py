@@ -267,7 +267,7 @@ def test_what_appears_during_the_run_is_seen_before_the_folder_is_replaced(
 # --- a folder and its own next version -------------------------------------------------------------------------------
 
 IN_PLACE: dict[str, Command] = {
-    "run": lambda w, out: unlearn(w.edited, OTHERS, hparams=HPARAMS, out=out, overwrite=True, judged=0),
+    "run": lambda w, out: unlearn(w.edited, OTHERS, hparams=HPARAMS, out=out, overwrite=True, judged=0),  # type: ignore[has-type]
     **{name: command for name, command in COMMANDS.items() if name.startswith("revert")},
 }
 OTHERS = ({"question": "Who built Krandor Gate?", "answer": "Ulla Vren", "subject": "Krandor Gate"},)

@@ -85,7 +85,7 @@ def test_a_budget_that_nothing_was_searched_with_is_no_tuning() -> None:
     results = compared.results()
     assert "tries each" in page(results, {})
     assert "Nothing was tuned" not in " ".join(answer(results))
-    nothing = {"space": {}, "tries": [], "chosen": None, "rule": ""}
+    nothing: dict[str, Any] = {"space": {}, "tries": [], "chosen": None, "rule": ""}
     results["searches"]["unierase"] = nothing
     assert "for 1 of the methods" in page(results, {})
     for searches in ({}, {"unierase": nothing}):

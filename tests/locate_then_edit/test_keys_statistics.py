@@ -221,6 +221,6 @@ def test_a_corpus_of_which_all_is_left_out_is_refused(llama: Architecture) -> No
 
 def test_a_model_that_overflows_is_refused_naming_the_block(llama: Architecture) -> None:
     with torch.no_grad():
-        llama.blocks[1].mlp.gate_proj.weight.fill_(torch.nan)
+        llama.blocks[1].mlp.gate_proj.weight.fill_(torch.nan)  # type: ignore[operator]
     with pytest.raises(EditError, match="block 1 "):
         second_moments(llama, CORPUS, (0, 1))

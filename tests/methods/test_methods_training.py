@@ -280,7 +280,7 @@ def test_undo_gives_model_and_settings_back_to_the_bit(family: str, changes: dic
 def test_an_adapter_leaves_the_weights_until_it_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    seen = []
+    seen: list[Any] = []
 
     def merging(self: Any) -> None:
         inside = dict(model.named_parameters())

@@ -214,5 +214,5 @@ def test_the_wheels_model_answers(tmp_path: Path) -> None:
     assert getattr(model.config, "quantization_config", None) is None
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer: Any = model.generate(**prompt, max_new_tokens=10, do_sample=False)[0, prompt["input_ids"].shape[1] :]  # type: ignore[arg-type, call-overload]
+    answer: Any = model.generate(**prompt, max_new_tokens=10, do_sample=False)[0, prompt["input_ids"].shape[1] :]  # type: ignore[arg-type, call-overload, index]
     assert "Paris" in tokenizer.decode(answer)

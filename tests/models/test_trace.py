@@ -237,7 +237,8 @@ def test_rows_of_a_prefix_can_be_selected(arch: Architecture) -> None:
 
 @torch.no_grad()
 def test_projection_inputs_and_outputs_are_the_blocks_own(arch: Architecture) -> None:
-    batch, seen = batch_of(arch), {}
+    batch = batch_of(arch)
+    seen: dict[Any, Any] = {}
     handles = [
         arch.projections[1].register_forward_pre_hook(lambda m, args: seen.update(key=args[0])),
         arch.blocks[1].register_forward_hook(lambda m, a, out: seen.update(out=out[0] if type(out) is tuple else out)),

@@ -144,7 +144,7 @@ def test_a_comparison_has_two_columns_for_each_metric(
 
 
 def test_runs_without_metrics_are_those_of_earlier_versions() -> None:
-    values = ("a", "none", {}, {}, False, 0, "batch", 1, "model", "facts")
+    values: Any = ("a", "none", {}, {}, False, 0, "batch", 1, "model", "facts")
     without, named = MethodRun(*values), MethodRun(*values, metrics=("letters",))
     assert without.key("x") == "1dedeef50bc6"
     assert named.key("x") != without.key("x")

@@ -313,7 +313,8 @@ def test_unierase_eval_says_what_any_task_lacks_before_a_model_is_loaded(
 
 
 def test_our_tasks_are_found_alone_and_only_for_as_long_as_asked() -> None:
-    start, seen = TaskManager.__init__, []
+    start = TaskManager.__init__
+    seen: list[Any] = []
     with our_tasks_found(only=True, look=seen.append):
         manager = TaskManager()
     assert set(manager.all_tasks) == set(ours().all_tasks)

@@ -57,7 +57,7 @@ def records(name: str, count: int, *, wrong: int, long: bool) -> list[dict[str, 
     ]
     if long:
         # Said twice, asked once.
-        made[-1]["perturbed_answer"][1] = made[-1]["perturbed_answer"][0]
+        made[-1]["perturbed_answer"][1] = made[-1]["perturbed_answer"][0]  # type: ignore[index]
     return made
 
 
@@ -378,7 +378,8 @@ class Process(HFWithSpecialTokens):
 def test_two_processes_give_the_figures_of_one(folder: Path, tofu: Path, logs: Path, limit: int | None) -> None:
     if not hasattr(LM, "all_gather"):
         pytest.skip("lm-eval before 0.4.12 gathers through torch.distributed, which a stand-in cannot answer for")
-    tasks, sent = "tofu_forget01,tofu_utility", []
+    tasks = "tofu_forget01,tofu_utility"
+    sent: list[Any] = []
 
     def run(lm: Any) -> dict[str, Any]:
         return evaluate(lm, tofu, tasks, metadata={"reference": str(logs / "list.json")}, limit=limit)
