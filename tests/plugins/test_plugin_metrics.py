@@ -122,7 +122,7 @@ def test_a_comparison_has_two_columns_for_each_metric(
 ) -> None:
     monkeypatch.setattr("unierase_plugin.compare.results.draw", lambda results, out: {})
     plain = compared(base, tmp_path / "plain")
-    found = compared(base, tmp_path / "more", metrics=("letters", "copied"))
+    found = compared(base, tmp_path / "more", metrics=("letters", "copied", "answered"))
     said = {
         role: [each["said"]["none"]["text"] for each in found["answers"] if each["role"] == role]
         for role in ("forget", "keep")
@@ -130,6 +130,11 @@ def test_a_comparison_has_two_columns_for_each_metric(
     (row,) = (each["figures"] for each in found["rows"] if each["label"] == "none")
     for role, texts in said.items():
         assert row[f"metric_letters_{role}"]["mean"] == pytest.approx(mean([len(" ".join(t.split())) for t in texts]))
+    facts = {"forget": FORGET, "keep": RETAIN}
+    for role, texts in said.items():
+        # Every task measures it already, and its column is read from there.
+        known = [answered(f["answer"], text, f["question"]) for f, text in zip(facts[role], texts, strict=True)]
+        assert row[f"metric_answered_{role}"]["mean"] == mean(known)
     columns = {each["key"]: each for each in found["columns"]}
     assert columns["metric_letters_forget"]["better"] == 0
     assert columns["metric_copied_forget"]["better"] == -1

@@ -50,8 +50,8 @@ def audit(
     metrics: Annotated[
         str,
         typer.Option(
-            help="Metrics of plugins, with commas, for the answers to the plain questions; see `unierase plugins`. "
-            "No verdict depends on them."
+            help="Metrics of the answers to the plain questions, with commas: answered, rouge_l_recall, and those of "
+            "plugins (`unierase plugins`). No verdict depends on them."
         ),
     ] = "",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,

@@ -89,7 +89,11 @@ def compare(
         typer.Option(help="Attacks of `unierase audit`, with commas, such as token-ban,paraphrases. Without it, none."),
     ] = "",
     metrics: Annotated[
-        str, typer.Option(help="Metrics of plugins, with commas: two columns more for each; see `unierase plugins`.")
+        str,
+        typer.Option(
+            help="More metrics, with commas: answered, rouge_l_recall, and those of plugins (`unierase plugins`). Each "
+            "gives two columns."
+        ),
     ] = "",
     corpus: Annotated[str, typer.Option(help="Ordinary text for methods that read it, as for `unierase run`.")] = "",
     device: Device = "",

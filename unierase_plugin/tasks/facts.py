@@ -19,6 +19,7 @@ from ..facts.resources import demo_facts, lines
 from ..hparams import UniEraseHyperParams
 from ..models.literal import rendered, spanned, tell_special_names
 from ..models.prompts import PLAIN_FORM
+from ..plugins.catalogue import BUILT_IN
 from ..plugins.hookspecs import AnswerMetric
 from ..plugins.registration import answer_metrics, registry
 from .answer_form import named_tokenizer
@@ -88,16 +89,24 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
         self.dataset = {"test": Dataset.from_list(self.documents(dataset_kwargs or {}))}
 
     def named_metrics(self) -> Sequence[AnswerMetric]:
-        """The registered metrics that the metadata name. Raises UniEraseError for a name that this task has already."""
-        named = self.settings.metrics
-        found = answer_metrics([name.strip() for name in named.split(",")] if isinstance(named, str) else named)
-        taken = [metric.name for metric in found if metric.name in self.aggregation()]
+        """The registered metrics that the metadata name, without those that every task measures.
+
+        Raises UniEraseError for a plugin's metric that has the name of a figure of this task.
+        """
+        named, own = self.settings.metrics, self.aggregation()
+        names = [name.strip() for name in named.split(",")] if isinstance(named, str) else named
+        found = answer_metrics([name for name in names if name])
+        taken = [
+            metric.name
+            for metric in found
+            if metric.name in own and registry().metrics.owner(metric.name).name != BUILT_IN
+        ]
         if taken:
             raise UniEraseError(
                 f"{self.config.task} has a figure called {taken[0]!r} already. Leave it out of `metrics`, or give the "
                 "plugin's metric another name."
             )
-        return found
+        return [metric for metric in found if metric.name not in own]
 
     def documents(self, dataset_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The task's documents, each with `question` and `answer`."""
