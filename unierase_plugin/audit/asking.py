@@ -161,12 +161,12 @@ def ask_facts(
         return None if text is None else judge(fact, cleaned(context, text))
 
     return Measure(
-        name,
-        tuple(score(index, fact) for index, fact in enumerate(context.facts)),
-        against_others(context.facts, score),
-        tuple("" if each is None else each.text for each in prompts),
-        tuple("" if text is None else text for text in texts),
-        curve,
+        name=name,
+        values=tuple(score(index, fact) for index, fact in enumerate(context.facts)),
+        others=against_others(context.facts, score),
+        prompts=tuple("" if each is None else each.text for each in prompts),
+        texts=tuple("" if text is None else text for text in texts),
+        curve=curve,
     )
 
 

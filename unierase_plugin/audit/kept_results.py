@@ -106,15 +106,20 @@ def _from_plain(value: Mapping[str, Any]) -> AttackResult:
     """The result as it is read from its file, so that a new and a kept result are equal."""
     measures = tuple(
         Measure(
-            each["name"],
-            tuple(each["values"]),
-            tuple(map(tuple, each["others"])),
-            tuple(each["prompts"]),
-            tuple(each["texts"]),
-            tuple(each["curve"]) if each["curve"] else None,
+            name=each["name"],
+            values=tuple(each["values"]),
+            others=tuple(map(tuple, each["others"])),
+            prompts=tuple(each["prompts"]),
+            texts=tuple(each["texts"]),
+            curve=tuple(each["curve"]) if each["curve"] else None,
         )
         for each in value["measures"]
     )
     return AttackResult(
-        measures, value["series"], value["figures"], tuple(value["notes"]), value["unfit"], value["seconds"]
+        measures=measures,
+        series=value["series"],
+        figures=value["figures"],
+        notes=tuple(value["notes"]),
+        unfit=value["unfit"],
+        seconds=value["seconds"],
     )

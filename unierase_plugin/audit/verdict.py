@@ -82,7 +82,7 @@ def share_of(values: Sequence[Value]) -> Share:
     """Mean and interval over the facts that the attack applies to."""
     known = [value for value in values if value is not None]
     low, high = interval(known)
-    return Share(sum(known) / len(known) if known else 0.0, low, high, len(known))
+    return Share(mean=sum(known) / len(known) if known else 0.0, low=low, high=high, n=len(known))
 
 
 def compare(attack: Attack, results: Mapping[str, AttackResult]) -> Finding | None:
@@ -100,7 +100,15 @@ def compare(attack: Attack, results: Mapping[str, AttackResult]) -> Finding | No
     reach = difference(edited.mean, (edited.low, edited.high), floor, around)
     judged = control is not None or not attack.needs_reference
     status = (_trace if attack.tells_only else _status)(excess, reach) if judged else UNJUDGED
-    return Finding(attack, status, shares, chance, "reference" if control else "chance", excess, reach)
+    return Finding(
+        attack=attack,
+        status=status,
+        shares=shares,
+        chance=chance,
+        control="reference" if control else "chance",
+        excess=excess,
+        excess_interval=reach,
+    )
 
 
 def _status(excess: float, reach: Interval) -> str:
@@ -166,7 +174,7 @@ def _damage(
     low, high = wilson(sum(values), len(values))
     mean = sum(values) / len(values)
     beyond = high < least or low > most or math.isnan(mean)  # no comparison with NaN holds
-    return [Damage(name, mean, low, high, len(values), limit, beyond)]
+    return [Damage(name=name, value=mean, low=low, high=high, n=len(values), limit=limit, beyond=beyond)]
 
 
 def _perplexity(before: Sequence[Value], after: Sequence[Value]) -> list[Damage]:
@@ -181,10 +189,14 @@ def _perplexity(before: Sequence[Value], after: Sequence[Value]) -> list[Damage]
     limit = f"at most {MOST_PERPLEXITY_RATIO}"
     name = "perplexity of ordinary text, times the unedited"
     if not all(map(math.isfinite, ratios)):
-        return [Damage(name, math.inf, math.inf, math.inf, len(ratios), limit, True)]
+        return [Damage(name=name, value=math.inf, low=math.inf, high=math.inf, n=len(ratios), limit=limit, beyond=True)]
     low, high = map(math.exp, bootstrap(ratios))
     mean = math.exp(sum(ratios) / len(ratios))
-    return [Damage(name, mean, low, high, len(ratios), limit, low > MOST_PERPLEXITY_RATIO)]
+    return [
+        Damage(
+            name=name, value=mean, low=low, high=high, n=len(ratios), limit=limit, beyond=low > MOST_PERPLEXITY_RATIO
+        )
+    ]
 
 
 # --- the rule --------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class ModelMaker:
         if self.run.is_control:
             self.stages.once(stage, lambda: {"seconds": 0.0, "peak_memory_bytes": None, "parameters_changed": 0.0})
             return MadeModel(self.run.reference) if self.run.method == REFERENCE else start
-        made = MadeModel(str(out), stage, start, forget)
+        made = MadeModel(place=str(out), stage=stage, start=start, forget=forget)
         self.stages.once(stage, partial(self._make, made))
         return made
 

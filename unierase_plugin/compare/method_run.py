@@ -48,7 +48,7 @@ class MethodRunner:
         self.job = MethodRun(**read_json(folder / JOB))
         self.facts: Mapping[str, Any] = read_json(Path(self.job.facts))
         self.stages = Stages(folder)
-        self.maker = ModelMaker(self.job, folder, self.stages, self.facts, progress)
+        self.maker = ModelMaker(run=self.job, folder=folder, stages=self.stages, facts=self.facts, progress=progress)
         self.measurer = Measurer(self.maker)
 
     def run(self) -> None:

@@ -100,7 +100,7 @@ def _time(rows: Sequence[Row]) -> list[str]:
 
 def _failed(rows: Sequence[Row]) -> list[str]:
     failed = [f"{row['label']} ({row['failures'][0]['kind']})" for row in rows if row["failures"]]
-    return [f"These failed, for all seeds or some: {', '.join(failed)}."] if failed else []
+    return [f"Failed, for all seeds or some: {', '.join(failed)}."] if failed else []
 
 
 def _limits(results: Mapping[str, Any]) -> list[str]:

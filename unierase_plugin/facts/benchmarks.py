@@ -222,10 +222,30 @@ def _hub_records(dataset: str, config: str | None, split: str, remedy: str) -> I
 
 
 BENCHMARKS: tuple[Benchmark, ...] = (
-    Benchmark("tofu", "invented biographies of authors (TOFU)", "Maini et al. 2024, arXiv 2401.06121", read_tofu),
-    Benchmark("return", "facts about real persons (RETURN)", "Liu et al. 2024, arXiv 2407.10058", read_return),
-    Benchmark("counterfact", "relations to edit (CounterFact)", "Meng et al. 2022, arXiv 2202.05262", read_counterfact),
-    Benchmark("zsre", "questions about relations (zsRE)", "Levy et al. 2017, arXiv 1706.04115", read_zsre),
+    Benchmark(
+        name="tofu",
+        title="invented biographies of authors (TOFU)",
+        paper="Maini et al. 2024, arXiv 2401.06121",
+        read=read_tofu,
+    ),
+    Benchmark(
+        name="return",
+        title="facts about real persons (RETURN)",
+        paper="Liu et al. 2024, arXiv 2407.10058",
+        read=read_return,
+    ),
+    Benchmark(
+        name="counterfact",
+        title="relations to edit (CounterFact)",
+        paper="Meng et al. 2022, arXiv 2202.05262",
+        read=read_counterfact,
+    ),
+    Benchmark(
+        name="zsre",
+        title="questions about relations (zsRE)",
+        paper="Levy et al. 2017, arXiv 1706.04115",
+        read=read_zsre,
+    ),
 )
 """The benchmarks that come with the package."""
 

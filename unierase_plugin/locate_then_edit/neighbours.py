@@ -15,6 +15,7 @@ from hashlib import sha256
 from itertools import chain, zip_longest
 from typing import Any
 
+from ..evaluation.answers import gives_answer
 from ..evaluation.metrics import answered, is_fluent, reads_as_idk, unspaced_pairs, words
 from ..facts.request import NO_ANSWER, ForgetRequest, one_spelling, parted
 from ..facts.writing import SENTENCE_MARKS
@@ -140,12 +141,12 @@ def spared(neighbour: Neighbour, answer: str, requests: Sequence[ForgetRequest],
 
 def _holds(neighbour: Neighbour, answer: str, index: int, request: ForgetRequest) -> bool:
     """Whether question and answer together tell the fact: they name its subject and give its answer."""
-    if neighbour.of == index and answered(request.answer, answer, request.question):
+    if neighbour.of == index and gives_answer(request, answer):
         return True
     if not request.subject or not answered(request.subject, f"{neighbour.question} {answer}"):
         return False
     telling = _telling(request.answer) - _telling(request.question)
-    return answered(request.answer, answer, request.question) or bool(telling & _telling(answer))
+    return gives_answer(request, answer) or bool(telling & _telling(answer))
 
 
 def _telling(text: str) -> set[str]:

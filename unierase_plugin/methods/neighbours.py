@@ -11,7 +11,8 @@ import torch
 from einops import rearrange
 
 from .. import checkpoint as files
-from ..evaluation.metrics import answered, is_short
+from ..evaluation.answers import gives_answer
+from ..evaluation.metrics import is_short
 from ..facts.request import ForgetRequest
 from ..facts.resources import lines, neighbour_kinds
 from ..locate_then_edit.neighbours import ASKED_MOST, Kinds, questions_around, spared
@@ -103,7 +104,7 @@ class _Asking:
         own = {
             fact.question: text
             for fact, text in zip(short, texts[: len(short)], strict=True)
-            if answered(fact.answer, text, fact.question)
+            if gives_answer(fact, text)
         }
         left = [wanted] * len(job.requests)
         found: list[tuple[str, str, str, str]] = []

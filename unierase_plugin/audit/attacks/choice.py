@@ -68,7 +68,13 @@ def _by_letter(subject: Audited, context: Context, options: Sequence[Sequence[st
 
 
 def _measure(name: str, shares: Sequence[float], prompts: Sequence[Prompt], said: tuple[str, ...]) -> Measure:
-    return Measure(name, tuple(shares), ((0.25,) * len(shares),), tuple(each.text for each in prompts), said)
+    return Measure(
+        name=name,
+        values=tuple(shares),
+        others=((0.25,) * len(shares),),
+        prompts=tuple(each.text for each in prompts),
+        texts=said,
+    )
 
 
 def wrong_answers(fact: ForgetRequest, context: Context) -> list[str]:

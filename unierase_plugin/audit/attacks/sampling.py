@@ -32,11 +32,13 @@ def run(subject: Audited, context: Context) -> AttackResult:
         k = ks(sizes.samples)[-1]
         measures.append(
             Measure(
-                f"{name}, leak@{k}",
-                tuple(leak_at_k(sizes.samples, n, k) for n in hits),
-                tuple(tuple(None if n is None else leak_at_k(sizes.samples, n, k) for n in row) for row in shifted),
-                prompts,
-                texts,
+                name=f"{name}, leak@{k}",
+                values=tuple(leak_at_k(sizes.samples, n, k) for n in hits),
+                others=tuple(
+                    tuple(None if n is None else leak_at_k(sizes.samples, n, k) for n in row) for row in shifted
+                ),
+                prompts=prompts,
+                texts=texts,
             )
         )
     return AttackResult(tuple(measures), figures={"leak_at_k": figures})
