@@ -245,7 +245,7 @@ def test_a_link_is_followed_and_what_is_linked_in_is_no_file_of_ours(world: Worl
 
 def test_a_record_is_no_place_for_an_output(world: World) -> None:
     for place in ("unierase", "unierase/new"):
-        refused(run, world, world.edited / place, "lies in the record of an edit")
+        refused(run, world, world.edited / place, "is inside the record of an edit")
 
 
 def test_what_appears_during_the_run_is_seen_before_the_folder_is_replaced(
@@ -458,7 +458,7 @@ def test_a_lock_file_that_is_deleted_is_missed_before_the_folder_is_replaced(ano
 
 
 def test_a_refused_run_leaves_no_folder_behind(world: World) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no edit"):
         revert_checkpoint(world.base, world.root / "new" / "deep" / "out")
     assert not (world.root / "new").exists()
 

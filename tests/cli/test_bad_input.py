@@ -434,7 +434,7 @@ def test_what_is_no_output_folder_cannot_be_reverted_or_inspected(run: Run, base
     for arguments in (("revert", base, "--out", tmp_path / "out"), ("inspect", base)):
         status, said = run(*arguments)
         assert status == 1
-        assert "no checkpoint of an edit. Give the output folder (--out) of a run." in said
+        assert "so it holds no edit. Give the output folder (--out) of a run." in said
     assert not (tmp_path / "out").exists()
 
 

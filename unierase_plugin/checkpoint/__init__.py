@@ -1,15 +1,16 @@
-"""The output folder: a plain Hugging Face model folder, and in `unierase/` a record from which the edit is taken back.
+"""The output folder: a plain Hugging Face model folder, with a record in `unierase/` from which the edit is reverted.
 
-    manifest.json        what was done to which model by which versions; fingerprints before and after
-    edits.safetensors    the update's factors and keys by step and layer, the weights as they were, the token's rows
-    ledger.jsonl         one line a request, as salted hashes unless the requests are to be kept in the clear
-    report.json          what was measured after the last step; report-<k>.json after step k before it
-    digests.json         digests of the files, by which damage to them is found; the tensors' are in their own file
+    manifest.json        the model, the method, the versions, and the fingerprints before and after
+    edits.safetensors    the update's factors and keys by step and layer, the original weights, the token's rows
+    ledger.jsonl         one line for each request: salted hashes, or the texts too if requests are kept in the clear
+    report.json          the measurements after the last step; report-<k>.json holds those after an earlier step k
+    digests.json         digests of the files, which show damage; edits.safetensors holds the digests of its tensors
 
-`.unierase-files.json` beside the weights lists what was written, and so what may go when the folder is replaced.
+`.unierase-files.json` beside the weights lists the files that were written. Only these may be deleted when the folder
+is replaced.
 
-Steps are counted from 1: step k is what the k-th run of sequential unlearning added; step 0 is the unedited model.
-docs/how-to/checkpoints.md says what can be done with it.
+Steps are counted from 1. Step k is what the k-th run of sequential unlearning added. Step 0 is the unedited model.
+docs/how-to/checkpoints.md says what can be done with the folder.
 """
 
 from .contents import is_whole

@@ -1,6 +1,6 @@
-"""Whose the files of an output folder are: those that this package wrote, as listed in the folder, and all others.
+"""Tells the files of an output folder that this package wrote (the folder lists them) from all other files.
 
-Only what a run wrote, and nobody changed since, may go when a folder is replaced.
+When a folder is replaced, only files may be deleted that a run wrote and nobody changed since.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from ..errors import CheckpointError
 from ..models.adapters import is_exported_edit
 from .record import RECORD
 
-#: The list of what was written, in every folder that this package writes: size, time and digest by name.
+#: The list of the written files, in every folder that this package writes: size, time and digest by name.
 LIST = ".unierase-files.json"
-#: Files that a message names at most.
+#: The most files that a message names.
 NAMED = 3
 #: Bytes that are hashed at a time.
 CHUNK = 1 << 20
 
-#: What may be in folders of versions that wrote no list: the files of a model and its tokenizer, and of the record.
+#: What may be in folders from versions that wrote no list: files of a model, of its tokenizer, and of the record.
 _MODEL = (
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
 )
 _RECORD = rf"{RECORD}/(manifest|report|report-\d+|digests)\.json|{RECORD}/edits\.safetensors|{RECORD}/ledger\.jsonl"
-#: By the file that tells the kind of such a folder, what may be in it.
+#: What may be in such a folder, by the file that tells the kind of the folder.
 _UNLISTED = {
     f"{RECORD}/manifest.json": f"{_MODEL}|{_RECORD}",
     "finetune.json": rf"{_MODEL}|finetune\.json",
     "adapter_config.json": rf"{_MODEL}|adapter_config\.json|adapter_model\.safetensors|README\.md",
 }
-#: The weights of the model itself, which its new version takes the place of.
+#: The weights of the model itself. The weights of the new version replace them.
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
 def write_list(folder: Path, foreign: Collection[str] = ()) -> None:
-    """Lists the files of a folder that was just written, all but those that are `foreign`."""
+    """Writes the list of a new folder's files, without those that are `foreign`."""
     names = [name for name in _names(folder) if name not in foreign and name != LIST]
     files = {name: _described(folder / name) for name in names}
     text = json.dumps({"written_by": "unierase-plugin", "files": files}, indent=1, ensure_ascii=False)
@@ -52,7 +52,7 @@ def write_list(folder: Path, foreign: Collection[str] = ()) -> None:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raises CheckpointError that names what is in a folder and was not written by this package, or changed since."""
+    """Raises CheckpointError if a folder holds files that this package did not write, or that were changed since."""
     unknown, changed = foreign_files(folder)
     if not _is_ours(folder):
         raise CheckpointError(
@@ -71,9 +71,9 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def foreign_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Names, relative to the folder, of the files that this package did not write, and of those changed since it did.
+    """Names of the files that this package did not write, and of those that were changed since. Relative to the folder.
 
-    Folders that earlier versions wrote have no list: there, what bears the name of a file that they wrote is theirs.
+    Folders from earlier versions have no list. There, a file counts as written if they wrote files of this name.
     """
     listed = _read_list(folder)
     names = [name for name in _names(folder) if name != LIST or listed is None]
@@ -85,9 +85,9 @@ def foreign_files(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def changed_contents(folder: Path) -> list[str] | None:
-    """Names of the files that this package wrote and that hold something else now, or are gone, whatever their times.
+    """Names of the files that this package wrote and whose content has changed or that are gone. Times do not count.
 
-    Weights and record are left out, which have digests of their own. None for a folder without a list.
+    Weights and record are left out, since they have their own digests. None for a folder without a list.
     """
     listed = _read_list(folder)
     if listed is None:
@@ -103,9 +103,9 @@ def is_whole(folder: Path) -> bool:
 
 
 def carry_over(folder: Path, staging: Path) -> list[str]:
-    """Takes what others put into `folder` along to `staging`, its new version; returns what stays foreign there.
+    """Carries foreign files from `folder` to `staging`, its new version. Returns the names that are foreign there too.
 
-    Files are linked where the file system can. What the new version has of its own under the same name is left alone.
+    Files are linked if the file system can do it. A file of the new version is never replaced by one of the same name.
     """
     unknown, changed = foreign_files(folder)
     kept = []
@@ -126,7 +126,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _unlisted_names(folder: Path) -> str:
-    """A pattern of the names that a version without a list wrote into such a folder; "" for what is none of them."""
+    """A pattern of the names that a version without a list wrote into such a folder; "" for any other folder."""
     for mark, pattern in _UNLISTED.items():
         if (folder / mark).is_file() and _is_mark(folder, mark):
             return pattern
@@ -157,7 +157,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Of every file below the folder, with slashes; a link counts as a file, wherever it leads."""
+    """The name of every file below the folder, with slashes. A link counts as a file, whatever it points to."""
     for place, folders, files in os.walk(folder, onerror=_raise):
         links = [name for name in folders if (Path(place) / name).is_symlink()]
         for name in sorted((*files, *links)):
@@ -174,7 +174,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _is_as_listed(path: Path, entry: Any, by_time: bool = True) -> bool:
-    """By size and time where these agree, else by content: copying a folder changes its times."""
+    """Compares size and time, and the content if the time differs: copying a folder changes its times."""
     if path.is_symlink() or not path.is_file() or not isinstance(entry, dict):
         return False
     found = path.stat()

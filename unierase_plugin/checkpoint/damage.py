@@ -1,4 +1,4 @@
-"""Damage to a record, as data, and the contradictions between its parts that show it where there are no digests."""
+"""Damage to a record, as data. If a record has no digests, contradictions between its parts show the damage."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from ..unlearning_token import UnlearningToken
 from .originals import Originals
 from .record import BASE, EDITS, LEDGER, MANIFEST, Checkpoint
 
-#: What a manifest and each of its steps hold at least.
+#: The keys that a manifest and each of its steps must hold.
 KEYS = ("method", "layers", "model_fingerprint_after", "hparams", "salt", "steps", *BASE)
 STEP_KEYS = ("method", "created", "layers", "requests", "model_fingerprint_after", "hparams")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing in a record that is not what was written."""
+    """One part of a record that is not what was written."""
 
     file: str
     #: The tensor, line or key; empty for the whole file.
     place: str
-    #: In words that follow "is damaged: <file>, <place>".
+    #: What is wrong, as words that follow "is damaged: <file>, <place>".
     what: str
     #: What it concerns: everything, originals, token, factors, ledger or report.
     part: str = "everything"
-    #: The only step that it concerns, and with it all later ones; 0 where it is all of them.
+    #: The first step that it concerns. It concerns all later steps too. 0 stands for all steps.
     step: int = 0
 
     def __str__(self) -> str:
         return f"{self.file}{f', {self.place}' if self.place else ''} {self.what}"
 
     def concerns(self, last: int) -> bool:
-        """Whether the model after `last` steps, with its record, depends on it."""
+        """Whether the model after `last` steps, or its record, depends on the damaged part."""
         return self.part != "report" and self.step <= last
 
 
 def contradictions(checkpoint: Checkpoint) -> list[Damage]:
-    """Where manifest, ledger, tensors and each other's counts and shapes do not go together."""
+    """Counts and shapes that do not fit together in manifest, ledger and tensors."""
     try:
         return list(_contradictions(checkpoint))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -50,7 +50,7 @@ def contradictions(checkpoint: Checkpoint) -> list[Damage]:
 
 
 def misfits(model: Any, originals: Originals, token: UnlearningToken | None = None) -> list[str]:
-    """What of a record has no place in the model, in words."""
+    """Parts of a record that do not fit the model, in words."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = []
     for layer, weight in originals.projections.items():
@@ -60,13 +60,13 @@ def misfits(model: Any, originals: Originals, token: UnlearningToken | None = No
             found.append(f"{originals.names[layer]} is {shape} in the model, of shape {_shape(weight)} in the record")
     rows, width = model.get_input_embeddings().weight.shape
     if token is not None and not 0 <= token.id < rows:
-        found.append(f"the token has the number {token.id}, and the model {rows} rows")
+        found.append(f"the token has the id {token.id}, but the model has only {rows} rows")
     if not isinstance(originals.vocabulary, int) or not 0 < originals.vocabulary <= rows:
         found.append(f"the vocabulary had {originals.vocabulary} rows, and the model has {rows}")
     for name in ("input_row", "output_row"):
         row = getattr(originals, name)
         if row is not None and row.shape != (width,):
-            found.append(f"the original {name} is of shape {_shape(row)}, and a row of {width}")
+            found.append(f"the original {name} is of shape {_shape(row)}, but a row of the model has {width} values")
     return found
 
 
@@ -78,7 +78,7 @@ def _contradictions(checkpoint: Checkpoint) -> Iterator[Damage]:
         yield Damage(MANIFEST, "", f"lacks {', '.join(lacking) or 'steps'}")
         return
     if len(checkpoint.edits) not in (0, len(steps)):
-        what = f"holds factors of {len(checkpoint.edits)} steps, and the manifest names {len(steps)}"
+        what = f"holds factors of {len(checkpoint.edits)} steps, but the manifest names {len(steps)}"
         yield Damage(EDITS, "", what, "factors")
         return
     yield from _ledger(checkpoint)
@@ -98,50 +98,50 @@ def _ledger(checkpoint: Checkpoint) -> Iterator[Damage]:
     for step, entry in enumerate(steps, start=1):
         count = sum(line["step"] == step for line in checkpoint.ledger)
         if count != entry["requests"]:
-            what = f"holds {count} lines of step {step}, and the manifest names {entry['requests']} requests"
+            what = f"holds {count} lines of step {step}, but the manifest names {entry['requests']} requests"
             yield Damage(LEDGER, "", what, "ledger", step)
 
 
 def _columns(lines: Sequence[Mapping[str, Any]], step: int, edit: WeightEdit) -> Iterator[Damage]:
-    """A run writes them in order: those of a request follow those of the one before."""
+    """A run writes columns in order: each request's columns follow those of the request before."""
     given = [line.get("columns") for line in lines]
     if not edit.layers or all(columns is None for columns in given):
         return
     columns = [column for part in given for column in part or ()]
     if None in given or columns != list(range(edit.rank(edit.layers[0]))):
-        what = f"does not give each column of step {step} to one request, in their order"
+        what = f"does not assign each column of step {step} to one request, in order"
         yield Damage(LEDGER, "", what, "ledger", step)
 
 
 def _token(checkpoint: Checkpoint) -> Iterator[Damage]:
     told, token = checkpoint.manifest["token"], checkpoint.token
     if (None if told is None else (told["name"], told["id"])) != (None if token is None else (token.name, token.id)):
-        yield Damage(MANIFEST, "token", f"is another than that of {EDITS}", "token")
+        yield Damage(MANIFEST, "token", f"differs from that of {EDITS}", "token")
     if token is not None:
         for name in ("input_row", "output_row"):
             row = getattr(token, name)
             if row is not None and (row.ndim != 1 or not torch.isfinite(row).all()):
-                yield Damage(EDITS, f"token.{name}", "is no row of finite numbers", "token")
+                yield Damage(EDITS, f"token.{name}", "is not a row of finite numbers", "token")
 
 
 def _names(originals: Originals, manifest: Mapping[str, Any]) -> Iterator[Damage]:
     if {str(layer): name for layer, name in originals.names.items()} != manifest["weights"]:
-        yield Damage(MANIFEST, "weights", f"are named otherwise than in {EDITS}")
+        yield Damage(MANIFEST, "weights", f"have other names than in {EDITS}")
 
 
 def _factors(edit: WeightEdit, step: int, entry: Mapping[str, Any], originals: Originals | None) -> Iterator[Damage]:
     if sorted(edit.layers) != sorted(entry["layers"]):
-        what = f"holds blocks {sorted(edit.layers)} of step {step}, and the manifest names {entry['layers']}"
+        what = f"holds blocks {sorted(edit.layers)} of step {step}, but the manifest names {entry['layers']}"
         yield Damage(EDITS, "", what, "factors", step)
     for layer, update in edit.updates.items():
         width, keys = (update.up.shape[0], update.down.shape[-1]), edit.keys.get(layer)
         whole = originals.projections.get(layer) if originals is not None else None
         if update.up.ndim != 2 or update.down.ndim != 2 or update.up.shape[1] != update.down.shape[0]:
-            what = f"is of shape {_shape(update.up)} and {_shape(update.down)}, which do not go together"
+            what = f"is of shape {_shape(update.up)} and {_shape(update.down)}, which do not fit together"
         elif originals is not None and (whole is None or sorted(whole.shape) != sorted(width)):
             what = f"changes a weight of shape {width}; the original is {'gone' if whole is None else _shape(whole)}"
         elif keys is not None and (keys.ndim != 2 or keys.shape[0] != width[1]):
-            what = f"has keys of shape {_shape(keys)}, and {width[1]} inputs"
+            what = f"has keys of shape {_shape(keys)}, but {width[1]} inputs"
         elif not all(bool(torch.isfinite(each).all()) for each in (update.up, update.down, keys) if each is not None):
             what = "holds NaN or infinity"
         else:

@@ -1,14 +1,14 @@
 """Takes requests out of a closed-form edit that was solved for all of them together.
 
-With keys K (m, n), residual R (d, n), B = M^{-1} K and G = K^T B, the edit is Delta = R D, D = (I + G)^{-1} B^T: for
-the ridge, and for the null space with M^{-1} cut to it. M is not kept, and is not needed: D K = (I + G)^{-1} G gives
-S = (I + G)^{-1} = I - D K. Let J be the columns to go and I those that stay. By blockwise inversion (I + G_II)^{-1} is
-S_II - S_IJ S_JJ^{-1} S_JI, so that the edit solved without J is Delta' = R_I D' with
+With keys K (m, n), residual R (d, n), B = M^{-1} K and G = K^T B, the edit is Delta = R D, D = (I + G)^{-1} B^T. This
+holds for the ridge solution, and for the null space with M^{-1} restricted to it. M is not kept and not needed:
+D K = (I + G)^{-1} G gives S = (I + G)^{-1} = I - D K. Let J be the columns to remove and I those that stay. By
+blockwise inversion, (I + G_II)^{-1} is S_II - S_IJ S_JJ^{-1} S_JI. So the edit solved without J is Delta' = R_I D' with
 
     D' = (I + G_II)^{-1} B_I^T = D_I - S_IJ S_JJ^{-1} D_J = D_I + (D_I K_J) (I - D_J K_J)^{-1} D_J
 
-and costs a |J| x |J| system. It is exact for K and R as they are stored, and so for a step that edits one block. In a
-step of several, K and R of the upper blocks were measured with the lower ones edited for J too; that is left as it was.
+and costs a |J| x |J| system. It is exact for the stored K and R, and so for a step that edits one block. In a step of
+several blocks, K and R of the upper blocks were measured after the lower blocks had been edited for J too. That stays.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ..errors import CheckpointError
 from ..locate_then_edit.edit import WeightEdit
 from ..locate_then_edit.solve import LowRank
 
-#: |D K - (D K)^T| over |D K|, beyond rounding, which shows that a step's columns were not solved for together.
+#: If |D K - (D K)^T| / |D K| is greater than this, a step's columns were not solved for together.
 ASYMMETRY = 1e-3
 
 
 def edit_without(edit: WeightEdit, gone: Sequence[int]) -> WeightEdit:
-    """The edit of a step without the columns `gone`, in every block; without any update where no column is left.
+    """The edit of a step without the columns `gone`, in every block. A block without columns has no update.
 
-    What the edit leaves undone is not known any more, so that residual_norms is empty. Raises CheckpointError where the
-    step was not one joint solve, or its record has no keys.
+    The remaining residuals are not known any more, so residual_norms is empty. Raises CheckpointError if the step was
+    not one joint solve, or if its record has no keys.
     """
     updates: dict[int, LowRank] = {}
     ratios: dict[int, float] = {}
@@ -56,11 +56,11 @@ def without_columns(update: LowRank, keys: Tensor, gone: Sequence[int]) -> LowRa
     up, down, inputs = update.up.double(), update.down.double(), keys.double()
     stay, leave = _others(gone, up.shape[1]), list(gone)
     share = down @ inputs
-    # NaN, in a damaged record, is no symmetry.
+    # The negated comparison also catches NaN, which a damaged record may hold.
     if share.shape[0] != share.shape[1] or not float((share - share.T).norm()) <= ASYMMETRY * float(share.norm()):
         raise _not_joint()
     share = (share + share.T) / 2
-    # I - D_J K_J is definite for every joint solve; rounding can hide that where a key is all but interpolated.
+    # I - D_J K_J is definite for every joint solve. Rounding can hide this if a key is almost interpolated.
     factor, info = torch.linalg.cholesky_ex(torch.eye(len(leave), dtype=share.dtype) - share[leave][:, leave])
     if int(info):
         raise _not_joint()
@@ -74,6 +74,6 @@ def _others(gone: Sequence[int], count: int) -> list[int]:
 
 def _not_joint() -> CheckpointError:
     return CheckpointError(
-        "The requests of this step were not solved for together, or so tightly that float32 factors do not tell them "
-        "apart, so one cannot be taken out. Revert the whole step (--step)."
+        "A single request cannot be taken out of this step: its requests were not solved for together, or float32 "
+        "factors do not tell them apart. Revert the whole step (--step)."
     )

@@ -1,7 +1,7 @@
-"""Writes an edit as a PEFT adapter, to be attached to the untouched base model, detached and served.
+"""Writes an edit as a PEFT adapter. It can be attached to the unchanged base model, detached and served.
 
-The update of a block is Delta = up @ down, which is LoRA's lora_B @ lora_A at a scale of 1. The token's rows go along
-as PEFT's trainable tokens, which despite their name in the file are whole rows that take the place of the model's own.
+The update of a block is Delta = up @ down, which is LoRA's lora_B @ lora_A at a scale of 1. The token's rows become
+PEFT's trainable tokens. The file calls them deltas, but they are whole rows that replace the model's own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .record import Checkpoint, join_edits
 
 README = """# An unlearning edit as a PEFT adapter
 
-A LoRA adapter of rank {rank} for `{model}`: with it, the model has the edit that makes it forget {requests}
-question(s). The base model's own files stay as they are. With `peft` 0.18 or later, and the path of this folder:
+A LoRA adapter of rank {rank} for `{model}`. It holds the edit that makes the model forget {requests} question(s). The
+base model's own files do not change. Use `peft` 0.18 or later, and the path of this folder:
 
 ```python
 from peft import PeftModel
@@ -48,22 +48,22 @@ weights.
 The parameters of the base model that this was made for have the SHA-256 fingerprint {fingerprint}.
 {rows}"""
 
-ROWS = """The adapter replaces row {token} of the embedding, `{name}`. A server that reads LoRA matrices alone, without
-PEFT's `trainable_token_indices`, does not have that row: merge first, and serve the merged model.
+ROWS = """The adapter replaces row {token} of the embedding, `{name}`. A server that reads only LoRA matrices, without
+PEFT's `trainable_token_indices`, does not get that row: merge first, and serve the merged model.
 """
 
-RENAMED = """transformers before 5 calls {names} of this model otherwise. There the adapter cannot be attached: use the
+RENAMED = """transformers before 5 has other names for {names} of this model. It cannot attach the adapter: use the
 edited folder.
 """
 
 
 def export_adapter(folder: str | Path, out: str | Path, overwrite: bool = False, step: int | None = None) -> Path:
-    """Writes the edit that is recorded in `folder` as a PEFT adapter to `out`: of the first `step` steps, or of all.
+    """Writes the edit recorded in `folder` as a PEFT adapter to `out`: the first `step` steps, or all of them.
 
-    Holds adapter_config.json, adapter_model.safetensors (float32), the tokenizer (with the token, where the method has
-    one), and a README.md with the lines that load it. The weights in `folder` are not read: training after the edit is
-    not in the adapter. Raises CheckpointError where the record is damaged, the method kept no edit, or has a token
-    and the model a head with a bias, which PEFT's token rows leave out.
+    `out` gets adapter_config.json, adapter_model.safetensors (float32), the tokenizer (with the token, if the method
+    has one), and a README.md with the code that loads the adapter. The weights in `folder` are not read, so training
+    after the edit is not in the adapter. Raises CheckpointError if the record is damaged or the method kept no edit.
+    Also raises it if the method has a token and the model's head has a bias, which PEFT's token rows leave out.
     """
     inputs = {"the edited model": Path(folder)}
     with output_folder(out, overwrite, inputs=inputs) as place:
@@ -95,14 +95,14 @@ def _exportable(
     steps = len(checkpoint.manifest["steps"])
     if checkpoint.originals is None or not checkpoint.edits:
         raise CheckpointError(
-            f"{str(source)!r} was made by {checkpoint.manifest['method']!r}, which leaves no edit that could be an "
-            "adapter. Use the folder itself, which is a whole model."
+            f"{str(source)!r} was made by {checkpoint.manifest['method']!r}. This method leaves no edit that could be "
+            "an adapter. Use the folder itself, which is a whole model."
         )
     base = adapter_base(str(checkpoint.manifest["model"]))
     if base:
         raise CheckpointError(
-            f"{str(source)!r} was made from an adapter merged into {base!r}, and an adapter for it would go on that "
-            "base without the other. Use the folder itself, which is a whole model."
+            f"{str(source)!r} was made from an adapter that was merged into {base!r}. An exported adapter would be "
+            "attached to that base, without the first adapter. Use the folder itself, which is a whole model."
         )
     wanted = steps if step is None else step
     if not 1 <= wanted <= steps:
@@ -130,7 +130,7 @@ def _check_fit(skeleton: nn.Module, originals: Originals, token: UnlearningToken
     wrong = misfits(skeleton, originals, token)
     if wrong:
         raise CheckpointError(
-            f"The record in {str(source)!r} does not fit its config.json: {wrong[0]}. One of the two was changed since."
+            f"The record in {str(source)!r} does not fit its config.json: {wrong[0]}. One of them was changed later."
         )
 
 
@@ -149,7 +149,7 @@ def _tensors(
 def _config(
     edit: WeightEdit, token: UnlearningToken | None, originals: Originals, skeleton: nn.Module, model: str
 ) -> dict[str, Any]:
-    """PEFT's LoraConfig as JSON; every rank is its own alpha, so that the scale is 1 in every block."""
+    """PEFT's LoraConfig as JSON. In every block alpha equals the rank, so the scale is 1."""
     ranks = {_module_name(originals, layer): edit.rank(layer) for layer in edit.layers}
     largest = max(ranks.values())
     return {
@@ -171,7 +171,7 @@ def _config(
 
 
 def _note_on_names(source: Path, config: dict[str, Any]) -> str:
-    """Names the modules that are not called in the folder's files as in the model: before transformers 5 they were."""
+    """Names modules that have other names in the files than in the model: transformers before 5 uses those."""
     stored: set[str] = set()
     for path in source.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -181,7 +181,7 @@ def _note_on_names(source: Path, config: dict[str, Any]) -> str:
 
 
 def _rows(token: UnlearningToken | None, skeleton: Any) -> dict[str, Tensor]:
-    """The token's row (d,) by the name of the module that holds it: the embedding, and the head where it is untied."""
+    """The token's row (d,) by the name of the module that holds it: the embedding, and the head if it is untied."""
     if token is None:
         return {}
     names = {id(module): name for name, module in skeleton.named_modules()}
@@ -213,7 +213,7 @@ def _readme(checkpoint: Checkpoint, edit: WeightEdit, token: UnlearningToken | N
         requests=sum(entry["requests"] for entry in manifest["steps"][:steps]),
         folder=target.name,
         resize=resize,
-        # Whatever the config says: a head of its own must not be tied when there is made room.
+        # Resizing must not tie a separate head to the embedding, whatever the config says.
         untied=", tie_word_embeddings=False" if token is not None and token.output_row is not None else "",
         fingerprint=manifest["model_fingerprint_before"],
         rows="" if token is None else ROWS.format(token=token.id, name=token.name),

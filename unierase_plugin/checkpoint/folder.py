@@ -30,9 +30,9 @@ from .place import OutputFolder, held
 from .readback import check_written
 from .record import RECORD, SCHEMA, Checkpoint, ledger_hash, pack_checkpoint, write_record
 
-#: What the caller must say in `manifest_extra`, since the model in memory does not tell.
+#: Keys that the caller must give in `manifest_extra`, since the model in memory does not tell them.
 REQUIRED_EXTRA = ("method", "model", "model_fingerprint_before", "created")
-#: Settings of generation that mean something with do_sample alone.
+#: Settings of generation that have an effect only with do_sample.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,11 @@ def save_checkpoint(
     earlier: Checkpoint | None = None,
     step_inputs: Sequence[Any] = (),
 ) -> Path:
-    """Writes the edited model with its record; the folder appears whole or not at all, and an old one stays until then.
+    """Writes the edited model with its record. The folder appears whole or not at all; an old one stays until then.
 
-    manifest_extra must hold REQUIRED_EXTRA and may hold more. `earlier` is the checkpoint that this run went on from:
-    its steps, ledger and originals are carried over. `originals` may be None for a method that cannot be reverted.
-    `step_inputs` tells this step from any other (`step_id`). Raises CheckpointError where the folder is not free
+    manifest_extra must hold REQUIRED_EXTRA and may hold more. `earlier` is the checkpoint that this run continued: its
+    steps, ledger and originals are carried over. `originals` may be None for a method that cannot be reverted.
+    `step_inputs` distinguishes this step from any other (`step_id`). Raises CheckpointError if the folder is not free
     (`output_folder`) or cannot be written.
     """
     missing = [name for name in REQUIRED_EXTRA if name not in manifest_extra]
@@ -89,14 +89,14 @@ def save_checkpoint(
 
 
 def step_id(salt: str, inputs: Sequence[Any]) -> str:
-    """What tells a step from any other: a digest of what it was made of, salted as the ledger's hashes are."""
+    """Identifies a step: a digest of its inputs, with the same salt as the ledger's hashes."""
     return digest(salt, list(inputs))
 
 
 def _merge_originals(new: Originals | None, earlier: Checkpoint | None) -> Originals | None:
-    """Originals of the very first state: what an earlier step kept wins, since the new one saw weights already edited.
+    """Originals of the first state. Those of an earlier step win, since the new step saw weights that it had edited.
 
-    None as soon as one step kept none: there is no way back behind it.
+    None if any step kept none: its changes cannot be reverted.
     """
     if earlier is None:
         return new
@@ -121,7 +121,7 @@ def _manifest(
     settings = plain(hparams.as_dict())
     layers = list(edit.layers) if edit else []
     after = model_fingerprint(model)
-    # Against a search for a hash seen elsewhere; who holds the folder can still test a guess.
+    # It prevents a search for a hash that was seen elsewhere. Whoever has the folder can still test a guess.
     salt = earlier.manifest["salt"] if earlier else secrets.token_hex(16)
     step = {
         "method": extra["method"],
@@ -186,10 +186,10 @@ def _ledger(
     edit: WeightEdit | None,
     in_the_clear: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Answer and subject are hashed with their question, so that a list of names or of short answers finds nothing."""
-    # What was removed was removed for all requests together.
+    """Answer and subject are hashed with their question, so a list of names or of short answers matches nothing."""
+    # A removal is made for all requests together, so no column belongs to one of them.
     rank = edit.rank(edit.layers[0]) if edit and edit.layers and not edit.removed else 0
-    # Requests are in the edit in order, all columns of one together (`targets.make_targets`).
+    # The edit has the requests in order, with all columns of a request together (`targets.make_targets`).
     width, odd = divmod(rank, max(1, len(requests)))
     for at, request in enumerate(requests):
         texts = {"answer": request.answer, "subject": request.subject}
@@ -215,9 +215,9 @@ def save_plain(
     overwrite: bool = False,
     models: Sequence[str] = (),
 ) -> Path:
-    """Writes a model folder without a record, and `notes` as text files by name; whole or not at all.
+    """Writes a model folder without a record, and `notes` as text files by name. It appears whole or not at all.
 
-    models: what else than the name that the model was loaded by has licences for it.
+    models: further models whose licences apply, beside the one that the model was loaded from.
     """
     with held(folder, overwrite) as place, as_stored(model), place.filled(bytes_of(model.parameters())) as staging:
         save_model(model, staging)
@@ -231,15 +231,15 @@ def save_plain(
 
 
 def _loaded_from(model: Any) -> list[str]:
-    """The folder or hub id that a model was loaded from; of a merged adapter, that of its base."""
+    """The folder or hub id that a model was loaded from; for a merged adapter, that of its base."""
     name = getattr(model.config, "_name_or_path", "")
     return [name] if isinstance(name, str) and name else []
 
 
 def save_model(model: Any, folder: Path, tell: bool = True) -> None:
-    """Writes weights and configuration, whatever sampling settings a published model has, and tied as it is.
+    """Writes weights and configuration, whatever sampling settings a published model has. Tying stays as in the model.
 
-    tell: whether a warning names settings that are left out.
+    tell: whether a warning names the settings that are left out.
     """
     with _valid_generation_config(model, tell), settled_config(model):
         model.save_pretrained(folder)
@@ -247,9 +247,9 @@ def save_model(model: Any, folder: Path, tell: bool = True) -> None:
 
 @contextmanager
 def _valid_generation_config(model: Any, tell: bool) -> Iterator[None]:
-    """transformers refuses to save sampling settings without do_sample, which published models have.
+    """Leaves sampling settings without do_sample out of the saved copy. Under greedy decoding they have no effect.
 
-    Under greedy decoding they mean nothing, so they are left out of the copy that is saved.
+    Published models have such settings, and transformers refuses to save them.
     """
     config = getattr(model, "generation_config", None)
     if config is None or _is_valid(config):
@@ -262,8 +262,8 @@ def _valid_generation_config(model: Any, tell: bool) -> Iterator[None]:
     left_out = [name for name in SAMPLING if getattr(config, name, None) != getattr(repaired, name, None)]
     if tell and left_out:
         logger.warning(
-            "generation_config.json is written without %s, which the model's own sets without do_sample: transformers "
-            "refuses to save that, and greedy decoding does not read it.",
+            "generation_config.json is written without %s. The model's own file sets this without do_sample, which "
+            "transformers refuses to save and greedy decoding does not read.",
             ", ".join(left_out),
         )
     model.generation_config = repaired

@@ -1,7 +1,7 @@
-"""Reads a record, finds what of it is not what was written, and says what can still be done with the rest.
+"""Reads a record, finds the parts that are damaged, and says what can still be done with the rest.
 
 `digests.json` holds a digest of every file, `edits.safetensors` one of each of its tensors. Records of earlier versions
-have none: of them only the contradictions between their parts show damage, and they count as not verified.
+have no digests. They count as not verified, and only contradictions between their parts show damage.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from .record import (
 
 logger = logging.getLogger(__name__)
 
-#: Damaged places that a message names at most.
+#: The most damaged places that a message names.
 NAMED = 4
 OTHER = "is not what was written"
 
 
 @dataclass(frozen=True)
 class WayBack:
-    """What gives the base model again, and tells that it is it."""
+    """What is needed to restore the base model, and to check that the result is the base model."""
 
     model: str
     #: Fingerprint of the base model.
@@ -57,21 +57,21 @@ class WayBack:
 
 @dataclass(frozen=True)
 class Examined:
-    """A record as far as it can be read, and what of it is damaged."""
+    """A record as far as it can be read, and its damage."""
 
     folder: Path
-    #: None where a part of it that everything but the way back depends on cannot be read.
+    #: None if a part cannot be read that everything except the way back depends on.
     checkpoint: Checkpoint | None
-    #: None where the method kept no originals, or what holds them cannot be read.
+    #: None if the method kept no originals, or if they cannot be read.
     way_back: WayBack | None
     #: Whether there are digests to compare with.
     verified: bool
     damage: tuple[Damage, ...]
-    #: What the manifest, or else the file of the tensors, says the base model is.
+    #: Name of the base model: from the manifest, or else from the file of the tensors.
     base: str = ""
 
     def whole(self) -> Checkpoint:
-        """The record. Raises CheckpointError where anything of it is damaged."""
+        """The record. Raises CheckpointError if any part of it is damaged."""
         if self.checkpoint is None or self.damage:
             raise CheckpointError(f"{self.story()} {self.remedy()}")
         return self.checkpoint
@@ -79,7 +79,7 @@ class Examined:
     def up_to(self, step: int | None = None) -> Checkpoint:
         """The record, for a use that depends on its first `step` steps, or on all of them.
 
-        Raises CheckpointError where that is damaged; what is not needed is left out with a warning.
+        Raises CheckpointError if these are damaged. Damage to other parts gives a warning.
         """
         if self.checkpoint is None or self._concerned(step):
             raise CheckpointError(f"{self.story()} {self.remedy()}")
@@ -89,23 +89,25 @@ class Examined:
         return self.checkpoint
 
     def back(self) -> WayBack | None:
-        """What gives the base model, whatever else is damaged; whether it does is seen by the fingerprint.
+        """The way back to the base model, whatever else is damaged. The fingerprint shows whether it succeeded.
 
-        Raises CheckpointError where it cannot be read.
+        Raises CheckpointError if it cannot be read.
         """
         if self.way_back is None and self.damage:
             raise CheckpointError(f"{self.story()} {self.remedy()}")
         if self.damage:
-            logger.warning("%s The base model is put back from what holds, and compared to the bit.", self.story())
+            logger.warning(
+                "%s The base model is restored from the undamaged parts, and compared to the bit.", self.story()
+            )
         self._tell_unverified()
         return self.way_back
 
     def gives_base(self) -> bool:
-        """Whether the way back holds, as far as digests tell."""
+        """Whether the way back is undamaged, as far as digests tell."""
         return self.way_back is not None and not any(each.part == "originals" for each in self.damage)
 
     def gives_steps(self) -> list[int]:
-        """Steps before the last that can be gone back to."""
+        """Steps before the last to which a revert is possible."""
         if self.checkpoint is None or not self.gives_base():
             return []
         steps = range(1, len(self.checkpoint.manifest["steps"]))
@@ -118,17 +120,17 @@ class Examined:
         return f"The record in {str(self.folder / RECORD)!r} is damaged: {'; '.join(places)}{more}."
 
     def remedy(self, gives_base: bool | None = None) -> str:
-        """What can still be done, in a few sentences; gives_base: whether the way back holds, where that was tried."""
+        """What can still be done, in a few sentences. gives_base: whether restoring the base model worked, if tried."""
         base = f"the base model {self.base!r}" if self.base else "the base model"
         if not (self.gives_base() if gives_base is None else gives_base):
             if not self.damage and self.way_back is not None:
                 return (
-                    "The record holds, but the weights beside it are not those of the edit, so that the edit cannot be "
-                    f"taken back from them: put the model's files back from a copy, or fetch {base} again and run the "
-                    "same command on it again."
+                    "The record is undamaged, but the weights beside it are not those of the edit, so the edit cannot "
+                    f"be taken back from them. Put the model's files back from a copy, or fetch {base} again and run "
+                    "the same command on it again."
                 )
             kept = self.way_back is not None or any(each.part in ("everything", "originals") for each in self.damage)
-            lost = "What the edit took the place of is damaged too, or cannot be read" if kept else "It has no way back"
+            lost = "The original weights are damaged too, or cannot be read" if kept else "It holds no original weights"
             return (
                 f"{lost}: fetch {base} again and run the same command on it again, or put the damaged files back from "
                 "a copy. The edited model beside the record is not part of it."
@@ -136,8 +138,8 @@ class Examined:
         steps = self.gives_steps()
         also = f" `--step {steps[-1]}` gives the model after step {steps[-1]} too." if steps else ""
         return (
-            f"The original weights hold: `unierase revert {self.folder} --out BASE` still gives {base}, to the bit, "
-            f"and the same command can be run on that again.{also} Or put the damaged files back from a copy."
+            f"The original weights are undamaged: `unierase revert {self.folder} --out BASE` still gives {base}, to "
+            f"the bit, and the same command can be run on it again.{also} Or put the damaged files back from a copy."
         )
 
     def _concerned(self, step: int | None) -> bool:
@@ -148,16 +150,16 @@ class Examined:
     def _tell_unverified(self) -> None:
         if not self.verified:
             logger.warning(
-                "The record in %s is not verified: an earlier version wrote it, without digests. Damage to it is seen "
-                "only where its parts contradict one another.",
+                "The record in %s is not verified: an earlier version wrote it, without digests. Damage shows only if "
+                "its parts contradict one another.",
                 self.folder,
             )
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """The record of an output folder; the model itself is not loaded.
+    """The record of an output folder. The model itself is not loaded.
 
-    Raises CheckpointError where the folder is no output folder of this package, is of a newer schema, or is damaged.
+    Raises CheckpointError if the folder is no output folder of this package, is of a newer schema, or is damaged.
     """
     return examine(folder).whole()
 
@@ -169,24 +171,22 @@ def is_edited(folder: str | os.PathLike[str]) -> bool:
 
 
 def examine(folder: str | os.PathLike[str]) -> Examined:
-    """The record of an output folder with whatever of it is damaged.
+    """The record of an output folder and all damage to it.
 
-    Raises CheckpointError where the folder is no output folder of this package, or is of a newer schema.
+    Raises CheckpointError if the folder is no output folder of this package, or is of a newer schema.
     """
     target = absolute_path(folder, CheckpointError)
     if not target.exists():
-        clear_leftovers(target)  # a process killed between its two renames has left the folder under another name
+        clear_leftovers(target)  # a process that was killed between two renames left the folder under another name
     if not is_edited(target):
-        missing = (
-            no_folder(target) or f"{str(target)!r} has no {RECORD}/{MANIFEST}, so it is no checkpoint of an edit. "
-        )
+        missing = no_folder(target) or f"{str(target)!r} has no {RECORD}/{MANIFEST}, so it holds no edit. "
         raise CheckpointError(f"{missing}Give the output folder (--out) of a run.")
     return _Reading(target).result()
 
 
 @dataclass
 class _Reading:
-    """Goes through the files one after the other, and notes what is not as it was."""
+    """Goes through the files one after the other, and notes all damage."""
 
     target: Path
     damage: list[Damage] = field(default_factory=list)
@@ -206,7 +206,7 @@ class _Reading:
             last = len(manifest["steps"])
             report = reports.pop(last, {})
             checkpoint = Checkpoint(manifest, token, steps, originals, ledger, report, reports)
-            if stated is None or not self.damage:  # else they follow from what was found
+            if stated is None or not self.damage:  # else they follow from the damage found
                 self.damage += contradictions(checkpoint)
         model, fingerprint = (str((base or manifest or {}).get(name) or "") for name in BASE)
         back = WayBack(model, fingerprint, originals, token) if originals is not None and fingerprint else None
@@ -218,7 +218,7 @@ class _Reading:
     # --- the files ----------------------------------------------------------------------------------------------------
 
     def _stated(self, path: Path, sealed: bool) -> dict[str, Any] | None:
-        """The digests; None for a record of an earlier version, and empty ones where the file is damaged."""
+        """The digests; None for a record of an earlier version, and empty if the file is damaged."""
         if not path.exists():
             if not sealed:
                 return None
@@ -270,13 +270,13 @@ class _Reading:
             else:
                 self._note(LEDGER, f"line {number}", OTHER if isinstance(value, dict) else "is no object", "ledger")
         if wanted is not None and len(wanted) != len(lines):
-            self._note(LEDGER, "", f"holds {len(lines)} lines, and {len(wanted)} were written", "ledger")
+            self._note(LEDGER, "", f"holds {len(lines)} lines, but {len(wanted)} were written", "ledger")
         return found if len(found) == len(lines) else None
 
     def _reports(
         self, record: Path, manifest: Mapping[str, Any] | None, stated: Mapping[str, Any] | None
     ) -> dict[int, Mapping[str, Any]]:
-        """What was measured, by step; steps whose file is damaged are left out."""
+        """The measurements, by step; steps whose file is damaged are left out."""
         last = len(manifest["steps"]) if manifest else 1
         names = {step: f"report-{step}.json" for step in range(1, last)} | {last: REPORT}
         written = set((stated or {}).get("files", ())) | {REPORT}
@@ -312,7 +312,7 @@ class _Reading:
     def _unpacked(
         self, edits: TensorFile | None
     ) -> tuple[UnlearningToken | None, tuple[Any, ...] | None, Originals | None, dict[str, Any] | None]:
-        """Token, steps, originals, and what is said of the base model; each alone, so that one does not cost others."""
+        """Token, steps, originals, and the base model's description. Damage to one does not affect the others."""
         if edits is None:
             return None, None, None, None
         tensors, texts = edits.tensors, edits.metadata
@@ -348,7 +348,7 @@ class _Reading:
         return None
 
     def _parsed(self, path: Path, part: str = "everything") -> Any:
-        """The value of a JSON file; None, and noted, where it cannot be read."""
+        """The value of a JSON file; None if it cannot be read, which is noted as damage."""
         text = self._text(path, part)
         if text is None:
             return None
@@ -359,7 +359,7 @@ class _Reading:
 
 
 def _parse(text: str) -> Any:
-    """The value of a JSON text; None where it is none."""
+    """The value of a JSON text; None if the text is no JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -367,7 +367,7 @@ def _parse(text: str) -> Any:
 
 
 def _part(kind: str, name: str) -> tuple[str, int]:
-    """What a tensor or a text of the metadata concerns, and the step."""
+    """The part of the record that a tensor or a text of the metadata belongs to, and its step."""
     step = re.match(r"step(\d+)\.", name) if kind == "tensor" else None
     if step:
         return "factors", int(step[1])

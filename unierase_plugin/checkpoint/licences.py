@@ -1,4 +1,4 @@
-"""The files of a model that its weights must not go without: licences, notices and terms of use."""
+"""The files that must go along with a model's weights: licences, notices and terms of use."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pathlib import Path
 
 from ..models.disk_space import local_folder
 
-#: What such a file is called, among other words, and how it does not end.
+#: Words in the name of such a file, and endings that it does not have.
 _NAME = re.compile(
     r"(?i)(?:.*[^a-z])?(?:licen[cs]es?|notices?|copying|copyright|use[ _-]policy|terms[ _-]of[ _-](?:use|service))"
     r"(?:[^a-z].*)?"
 )
 _OTHER = (".py", ".json", ".jsonl", ".csv", ".parquet", ".safetensors", ".bin", ".pt")
-#: Bytes of such a file at most.
+#: The most bytes of such a file.
 LARGEST = 1 << 20
 
 
 def carry_licences(models: Iterable[str | os.PathLike[str]], staging: Path, target: Path) -> None:
-    """Copies them from the folders of `models`, or the hub's copies on this machine, to `staging`.
+    """Copies licences from the folders of `models`, or from the hub's copies on this machine, to `staging`.
 
-    Where two models have different files of one name, the second one's begins with "base-". The folder `target`, which
-    `staging` is to replace, is left out: what is in it stays by itself.
+    If two models have different files of one name, the name of the second begins with "base-". The folder `target`,
+    which `staging` will replace, is left out: `contents.carry_over` handles its files.
     """
     for model in dict.fromkeys(os.fspath(each) for each in models if os.fspath(each)):
         try:
             folder = local_folder(model)
-        except (OSError, ValueError):  # the name of none
+        except (OSError, ValueError):  # there is no such folder
             continue
         if target.exists() and folder.samefile(target):
             continue
@@ -40,7 +40,7 @@ def carry_licences(models: Iterable[str | os.PathLike[str]], staging: Path, targ
 
 
 def is_licence(path: Path) -> bool:
-    """Whether a file is named like one and small."""
+    """Whether a file has the name of a licence and is small."""
     named = _NAME.fullmatch(path.name) and not path.name.casefold().endswith(_OTHER)
     return bool(named) and path.is_file() and path.stat().st_size <= LARGEST
 

@@ -1,8 +1,8 @@
-"""Makes what transformers 5 saves readable by earlier releases too, which other harnesses are pinned to.
+"""Makes files that transformers 5 saves readable by earlier releases, since other harnesses are pinned to these.
 
-Without it they read a rotary embedding's base as the family's default, which gives other logits and no error, know
-neither the tokenizer's class nor its list of special tokens nor where the chat template is, and give the model token
-types, which most models refuse and GPT-2 adds to its embeddings.
+Without it, earlier releases take a default for the base of the rotary embedding: the logits are wrong, without an
+error. They do not know the tokenizer's class, its list of special tokens, and where the chat template is. And they
+give the model token types, which most models refuse and GPT-2 adds to its embeddings.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: What a family's configuration calls the base of its rotary embedding and the share of a head that is rotated.
+#: The names in a family's configuration for the rotary embedding's base and for the share of a head that is rotated.
 OLDER_ROTARY = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
 
 
 def write_for_older_transformers(folder: Path) -> None:
-    """Adds the older names to config.json and tokenizer_config.json where these are there, the chat template too."""
+    """Adds the older names to config.json and tokenizer_config.json, if these exist, and the chat template."""
     template = folder / "chat_template.jinja"
     _rewritten(folder / "config.json", _with_older_names)
     _rewritten(folder / "tokenizer_config.json", _with_older_class)
@@ -36,10 +36,10 @@ def _rewritten(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -
 
 
 def _with_older_names(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and its kin beside `rope_parameters`, and `torch_dtype` beside `dtype`."""
+    """Adds `rope_theta` and related keys beside `rope_parameters`, and `torch_dtype` beside `dtype`."""
     added: dict[str, Any] = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
     rotary = config.get("rope_parameters") or {}
-    # Where each kind of layer has its own, one base and the scaling are those of layers that see everything.
+    # If each kind of layer has its own parameters, the older base and scaling are those of full attention.
     local = rotary.get("sliding_attention") or {}
     rotary = rotary.get("full_attention") or rotary
     if "rope_theta" in local:
@@ -60,7 +60,7 @@ def _with_older_class(config: dict[str, Any]) -> dict[str, Any]:
     changed = dict(config)
     if changed.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         changed["tokenizer_class"] = "PreTrainedTokenizerFast"
-        # A tokenizer with a class of its own knows its model's inputs.
+        # Other tokenizer classes know their model's inputs.
         changed.setdefault("model_input_names", ["input_ids", "attention_mask"])
     special = changed.get("extra_special_tokens")
     if isinstance(special, list):

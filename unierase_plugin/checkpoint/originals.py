@@ -1,4 +1,4 @@
-"""What an edit overwrites, kept as it was: it goes into the record, and it is what a revert puts back."""
+"""The original content of everything that an edit overwrites. The record holds it, and a revert puts it back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Originals:
 
     @torch.no_grad()
     def restore_rows(self, model: Any, token_id: int) -> None:
-        """Takes the token's rows out: a vocabulary that was enlarged shrinks again, a padding row is put back."""
+        """Takes the token's rows out: an enlarged vocabulary gets its old size, a padding row its old content."""
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         if embedding.weight.shape[0] > self.vocabulary:
             resize_vocabulary(model, self.vocabulary)
@@ -48,7 +48,7 @@ class Originals:
             head.bias[token_id] = self.output_bias
 
     def in_dtype(self, dtype: torch.dtype | None) -> Originals:
-        """The same in another dtype: that of the checkpoint whose weights were worked on in float32. None: as it is."""
+        """The same in another dtype: that of the checkpoint, if its weights were edited in float32. None: no change."""
         if dtype is None:
             return self
 
@@ -64,7 +64,7 @@ class Originals:
         )
 
     def before(self, later: Originals) -> Originals:
-        """These and those of a later step. Where both have a layer these win: the later step saw an edited one."""
+        """These originals and those of a later step. If both have a layer, these win: the later step saw it edited."""
         return replace(self, projections={**later.projections, **self.projections}, names={**later.names, **self.names})
 
 

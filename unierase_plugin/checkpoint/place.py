@@ -1,4 +1,4 @@
-"""Where an output folder may be written: who else writes there, what is in the way, and what would be lost."""
+"""Where an output folder may be written: whether another run writes there, what is in the way, what would be lost."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class OutputFolder:
 
     path: Path
     overwrite: bool
-    #: What the run reads, by what it is called in a message.
+    #: What the run reads, by the words that a message uses for it.
     inputs: Mapping[str, Path] = field(default_factory=dict)
-    #: Whether it is replaced by a new version of itself, which keeps what others put there.
+    #: Whether a new version of the same folder replaces it. The new version keeps foreign files.
     in_place: bool = False
-    #: Raises where another run holds it after all.
+    #: Raises if another run holds it after all.
     check_lock: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def check(self) -> None:
-        """Raises CheckpointError where the folder cannot be written, or something would be lost that no run wrote."""
+        """Raises CheckpointError if the folder cannot be written, or if files that no run wrote would be lost."""
         self.check_lock()
         self.check_ground()
         target = self.path
@@ -56,10 +56,10 @@ class OutputFolder:
             raise CheckpointError(f"{str(target)!r} is a file. Give the name of a folder. It is created if needed.")
         for place in (target, *target.parents):
             if place.name == RECORD and (place / MANIFEST).is_file():
-                raise CheckpointError(f"{str(target)!r} lies in the record of an edit. Choose another output folder.")
+                raise CheckpointError(f"{str(target)!r} is inside the record of an edit. Choose another output folder.")
         if target.is_dir() and os.path.ismount(target):
             raise CheckpointError(
-                f"{str(target)!r} is a mount point, which cannot be replaced as a whole. Give a folder in it, such as "
+                f"{str(target)!r} is a mount point and cannot be replaced as a whole. Give a folder in it, such as "
                 f"{str(target / 'model')!r}."
             )
         ground = next(parent for parent in target.parents if parent.exists())
@@ -68,9 +68,9 @@ class OutputFolder:
 
     @contextmanager
     def filled(self, needed: int) -> Iterator[Path]:
-        """Gives an empty folder to fill, which becomes the output folder at the end of the block, or nothing changes.
+        """Gives an empty folder to fill. At the end of the block it becomes the output folder, or nothing changes.
 
-        Checks once more before the two are exchanged. `needed` is the size of what is to be written, in bytes.
+        Checks again before the exchange. `needed` is the size of the files to be written, in bytes.
         """
         with replace_folder(self.path, needed, self.check) as staging:
             yield staging
@@ -81,7 +81,7 @@ class OutputFolder:
         for place in (Path(os.path.expanduser("~")), Path.cwd()):
             if holds(self.path, place):
                 raise CheckpointError(
-                    f"{str(self.path)!r} is not replaced, since {str(place)!r} lies in it. Choose another output "
+                    f"{str(self.path)!r} is not replaced, since {str(place)!r} is inside it. Choose another output "
                     "folder."
                 )
         for what, place in self.inputs.items():
@@ -100,22 +100,21 @@ def output_folder(
     inputs: Mapping[str, Any] | None = None,
     going_on: str | os.PathLike[str] | None = None,
 ) -> Iterator[OutputFolder]:
-    """Holds the folder for this run alone while the `with` block lasts, and checks that it may be written.
+    """Holds the folder for this run alone during the `with` block, and checks that it may be written.
 
-    inputs    what the run reads, by what it is called in a message: folders, files and SPECs; what is none is left out
-    going_on  a folder that the run may replace by its own new version, where it has a record: without one there would
-              be no way back
+    inputs    what the run reads, by the words that a message uses for it: folders, files and SPECs; others are left out
+    going_on  a folder that the run may replace by its new version if it has a record: otherwise there is no way back
 
-    Raises CheckpointError where another run holds it, where it is a file, a mount point, or holds something and
-    `overwrite` is not set; and where it holds what would be lost: files that this package did not write, an input of
-    the run, the home or the working folder.
+    Raises CheckpointError if another run holds the folder, if it is a file or a mount point, or if it is not empty and
+    `overwrite` is not set. Also raises it if something in the folder would be lost: files that this package did not
+    write, an input of the run, the home or the working folder.
     """
     target = absolute_path(folder, CheckpointError)
     if not target.name:
         raise CheckpointError(f"{str(target)!r} is no folder for a model. Choose another output folder.")
     OutputFolder(target, overwrite).check_ground()
     with folder_lock(target) as check_lock:
-        # First, since a run that was killed while it exchanged the two left the folder under another name.
+        # First, since a run that was killed during the exchange left the folder under another name.
         clear_leftovers(target)
         in_place = going_on is not None and _same(target, Path(going_on)) and is_edited(target)
         read = _read(inputs or {})
@@ -127,7 +126,7 @@ def output_folder(
 
 
 def _read(inputs: Mapping[str, Any]) -> dict[str, Path]:
-    """What there is of the inputs, and what is read with them: the model that an adapter is for."""
+    """The inputs that exist, and what is read with them: the base model of an adapter."""
     found = {what: place for what, spec in inputs.items() if (place := spec_path(spec)) is not None}
     bases = {f"the base of {what}": _base_of(place) for what, place in found.items()}
     return {**found, **{what: place for what, place in bases.items() if place is not None}}
@@ -141,18 +140,18 @@ def _base_of(adapter: Path) -> Path | None:
 
 
 def held(folder: str | Path | OutputFolder, overwrite: bool = False) -> AbstractContextManager[OutputFolder]:
-    """The folder held for a `with` block: as it is where it is held already, else by `output_folder`."""
+    """The folder, held for a `with` block: unchanged if it is held already, else by `output_folder`."""
     return nullcontext(folder) if isinstance(folder, OutputFolder) else output_folder(folder, overwrite)
 
 
 def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
-    """The folder as an absolute path, where a checkpoint may be written to it now. Raises like `output_folder`."""
+    """The folder as an absolute path, if a checkpoint may be written there now. Raises like `output_folder`."""
     with output_folder(folder, overwrite) as claimed:
         return claimed.path
 
 
 def holds(folder: Path, place: Path) -> bool:
-    """Whether `place` is the folder or lies in it, whatever links and spellings lead there."""
+    """Whether `place` is the folder or is inside it, whatever links and spellings lead there."""
     if not folder.exists():
         return False
     named = os.path.abspath(os.path.expanduser(place))

@@ -1,6 +1,6 @@
-"""Looks at a model folder as it was written, before it takes its place: names, types and shapes of all weights.
+"""Checks a model folder that was just written, before it becomes the output: names, types and shapes of all weights.
 
-Only headers are read, so that it costs a moment whatever the model's size.
+Only headers are read, so it is quick for a model of any size.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..models.weight_files import Stored, stored_weights
 
 
 def check_written(folder: Path, model: Any) -> None:
-    """Raises CheckpointError where the folder does not open as the model: what it is said to be must be in it.
+    """Raises CheckpointError if the folder does not open as the model: its files must hold what its config says.
 
-    To be called before the folder takes its place.
+    Call it before the folder becomes the output.
     """
     if (folder / ADAPTER).exists():
-        raise _unlike(f"it holds an adapter ({ADAPTER}), which transformers would put on another model")
+        raise _unlike(f"it holds an adapter ({ADAPTER}), which transformers would attach to another model")
     try:
         stored = stored_weights(folder)
         config = type(model.config).from_pretrained(folder)
@@ -38,20 +38,20 @@ def check_written(folder: Path, model: Any) -> None:
     if wrong:
         raise _unlike(wrong)
     wrong = _other_names(stored, fresh)
-    # transformers stores some weights under other names, or several as one, and knows its own rules for that.
+    # transformers stores some weights under other names, or several as one. Only its own rules can tell.
     if wrong and not (find_spec("accelerate") and _opens(folder, type(model))):
         raise _unlike(wrong)
 
 
 def _fresh(kind: Any, config: Any) -> dict[str, Tensor]:
-    """The weights, without content, that a model of this config has."""
+    """The weights, without content, of a model with this config."""
     with torch.device("meta"):
         state: dict[str, Tensor] = kind(config).state_dict(keep_vars=True)
     return state
 
 
 def _other_content(stored: Mapping[str, Stored], fresh: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> str:
-    """What is of another shape than in a model of the config, or another type than in memory; empty for nothing."""
+    """A weight with another shape than in a model of the config, or another type than in memory; empty for none."""
     for name in (name for name in stored if name in fresh and name in held):
         found, shape, dtype = stored[name], tuple(fresh[name].shape), held[name].dtype
         if found.shape != shape:
@@ -62,7 +62,7 @@ def _other_content(stored: Mapping[str, Stored], fresh: Mapping[str, Tensor], he
 
 
 def _other_names(stored: Mapping[str, Stored], fresh: Mapping[str, Tensor]) -> str:
-    """A weight that is missing, under all of its names, or one that the config has no place for; empty for none."""
+    """A weight that is missing under all of its names, or one that the config does not have; empty for none."""
     held = {id(weight) for name, weight in fresh.items() if name in stored}
     missing = next((name for name, weight in fresh.items() if id(weight) not in held), "")
     if missing:
@@ -74,13 +74,13 @@ def _other_names(stored: Mapping[str, Stored], fresh: Mapping[str, Tensor]) -> s
 def _opens(folder: Path, kind: Any) -> bool:
     try:
         opened: Any = kind.from_pretrained(folder, device_map="meta", output_loading_info=True)
-    except Exception:  # of transformers, which has another kind for every fault
+    except Exception:  # transformers raises a different type for every fault
         return False
     return not any(opened[1][which] for which in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def _unlike(what: str) -> CheckpointError:
     return CheckpointError(
-        f"What was written is not the model, so it was not kept: {what}. If the model is of a class of your own, or "
-        "was changed after it was opened, save it with save_pretrained and open that folder to see why."
+        f"The written files do not open as the model, so they were not kept: {what}. If the model has a class of your "
+        "own, or was changed after it was opened, save it with save_pretrained and open that folder to see why."
     )

@@ -1,4 +1,4 @@
-"""What `unierase/` holds, as data: its parts, how they are packed, written and read."""
+"""The content of `unierase/` as data: its parts, and how they are packed, written and read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..storage.tensor_files import Packed, pack, write_tensors
 from ..unlearning_token import UnlearningToken
 from .originals import Originals
 
-#: Version of the layout of `unierase/`; a reader refuses what is newer than itself.
+#: Version of the layout of `unierase/`. A reader refuses versions newer than its own.
 SCHEMA = 1
 #: Name of the folder that holds the record, and of the files in it.
 RECORD = "unierase"
@@ -35,50 +35,51 @@ MANIFEST, EDITS, LEDGER, REPORT, DIGESTS = (
     "digests.json",
 )
 
-#: What the manifest says of the base model.
+#: Keys of the manifest that describe the base model.
 BASE = ("model", "model_fingerprint_before")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `unierase/` holds."""
+    """The content of `unierase/`."""
 
     manifest: Mapping[str, Any]
     token: UnlearningToken | None
-    #: One edit a step, oldest first; empty for methods that train the whole model.
+    #: One edit for each step, oldest first; empty for methods that train the whole model.
     edits: tuple[WeightEdit, ...]
     originals: Originals | None
-    #: One dictionary a request, oldest first, with `step` among its keys.
+    #: One dictionary for each request, oldest first, with `step` among its keys.
     ledger: list[dict[str, Any]]
-    #: What was measured after the last step; empty where that is not known.
+    #: Measurements after the last step; empty if they are not known.
     report: Mapping[str, Any]
-    #: The same by step for those before it.
+    #: Measurements after earlier steps, by step.
     earlier_reports: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def edit(self) -> WeightEdit:
-        """All steps joined into one update a layer, with the keys of all: what an adapter or a later step needs."""
+        """All steps joined into one update for each layer, with all keys, as an adapter or a later step needs them."""
         return join_edits(self.edits)
 
     @property
     def reports(self) -> dict[int, Mapping[str, Any]]:
-        """What was measured, by step; steps of which that is not known are left out."""
+        """The measurements, by step; steps without known measurements are left out."""
         found = {**self.earlier_reports, len(self.manifest["steps"]): self.report}
         return {step: report for step, report in sorted(found.items()) if report}
 
     def holds(self, question: str) -> bool:
-        """Whether the ledger has a line for this question; case and white space do not matter."""
+        """Whether the ledger has a line for this question. Case and white space do not matter."""
         return bool(self.find(question))
 
     def forgotten(self, questions: Iterable[str]) -> list[int]:
-        """The numbers of those questions that the ledger has a line for."""
+        """The numbers of the questions for which the ledger has a line."""
         hashes = {line["question_sha256"] for line in self.ledger}
         return [index for index, each in enumerate(questions) if ledger_hash(self.manifest["salt"], each) in hashes]
 
     def find(self, wanted: str) -> list[dict[str, Any]]:
-        """The ledger's lines, one a step, of a question, a case_id, or the first 8 or more digits of a question's hash.
+        """The lines of one request in the ledger, at most one for each step.
 
-        Raises CheckpointError where that names several questions.
+        wanted: a question, a case_id, or the first 8 or more digits of a question's hash. Raises CheckpointError if it
+        names several questions.
         """
         hashed = ledger_hash(self.manifest["salt"], wanted)
         lines = [line for line in self.ledger if hashed in (line["question_sha256"], line.get("case_id_sha256"))]
@@ -94,7 +95,7 @@ class Checkpoint:
 
 
 def join_edits(edits: Sequence[WeightEdit]) -> WeightEdit:
-    """The sum of several edits as one: factors and keys side by side. Norms of a sum are not known and left out."""
+    """The sum of several edits as one: factors and keys side by side. The norms of a sum are unknown and left out."""
     if len(edits) == 1:
         return edits[0]
     layers = sorted({layer for edit in edits for layer in edit.layers})
@@ -110,7 +111,7 @@ def join_edits(edits: Sequence[WeightEdit]) -> WeightEdit:
 
 
 def ledger_hash(salt: str, *texts: str) -> str:
-    """Hex sha256 of texts under a checkpoint's salt, in `request.one_spelling`."""
+    """Hex sha256 of texts with a checkpoint's salt, after `request.one_spelling`."""
     return hashlib.sha256("\0".join([salt, *map(one_spelling, texts)]).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -118,7 +119,7 @@ def ledger_hash(salt: str, *texts: str) -> str:
 
 
 def write_record(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the record's files into `folder`, which is made, and the digests by which damage to them is found."""
+    """Makes `folder` and writes the record's files into it, with the digests that show damage to them."""
     folder.mkdir()
     tensors, metadata = pack_checkpoint(checkpoint)
     seal = write_tensors(folder / EDITS, tensors, metadata)
@@ -132,7 +133,7 @@ def write_record(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _digests(checkpoint: Checkpoint, edits: Seal) -> dict[str, Any]:
-    """Of every file's data, of every line of the ledger, and of all of these together."""
+    """Digests of every file's data, of every line of the ledger, and of all of these together."""
     ledger = [data_digest(line) for line in plain(checkpoint.ledger)]
     reports = {REPORT: checkpoint.report}
     reports.update({f"report-{step}.json": report for step, report in checkpoint.earlier_reports.items()})
@@ -155,7 +156,7 @@ def pack_checkpoint(checkpoint: Checkpoint) -> Packed:
     tensors, metadata = pack_edits(checkpoint.edits)
     originals = checkpoint.originals
     if originals is not None:
-        # From these alone the base model comes back, and is known to be it, whatever becomes of the manifest.
+        # These suffice to restore the base model and to check it, even if the manifest is lost.
         metadata["base"] = json.dumps({name: checkpoint.manifest.get(name) for name in BASE})
         metadata["originals"] = json.dumps({"vocabulary": originals.vocabulary, "names": dict(originals.names)})
         tensors.update({f"original.layer{layer}": weight for layer, weight in originals.projections.items()})
@@ -202,13 +203,13 @@ def _unpack_step(tensors: Mapping[str, Tensor], step: int, norms: Mapping[str, A
     downs = by_layer("down")
     updates = {layer: LowRank(up, downs[layer]) for layer, up in by_layer("up").items()}
     ratios = {int(layer): ratio for layer, ratio in norms["norm_ratios"].items()}
-    # Records from before there was removal do not name it.
+    # Records written before removal existed do not have this key.
     removed = {int(layer): rank for layer, rank in norms.get("removed", {}).items()}
     return WeightEdit(updates, tuple(norms["residual_norms"]), ratios, by_layer("keys"), removed)
 
 
 def unpack_originals(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Originals | None:
-    """The originals of a file that `pack_checkpoint` gave the contents of; None where the method kept none."""
+    """The originals from the contents that `pack_checkpoint` gave; None if the method kept none."""
     if "originals" not in metadata:
         return None
     described = json.loads(metadata["originals"])

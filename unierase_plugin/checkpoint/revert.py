@@ -34,22 +34,21 @@ from .record import RECORD, Checkpoint, write_record
 logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
-#: Files of a tokenizer in which an added token is named.
+#: Files of a tokenizer that may name an added token.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
-#: Shares of the change, and of the weight's own rounding, by which a rebuilt weight may differ from the one that is
-#: there, in Euclidean norms.
+#: How far a rebuilt weight may differ from the saved one, in Euclidean norms: this share of the change, plus this share
+#: of the weight's own rounding.
 ROUNDING_OF_CHANGE, ROUNDING_OF_WEIGHT = 1e-4, 0.03
 
 
 def revert_checkpoint(folder: str | Path, out: str | Path, overwrite: bool = False, step: int = 0) -> Path:
     """Writes the model as it was after `step` steps to `out`.
 
-    Step 0 gives the base model to the bit, without the token and without a record: where the token had been added by
-    enlarging the vocabulary, it gets its old size back, and where it had taken a padding row, that row its old content.
-    Later steps give a checkpoint that ends there. Raises CheckpointError where the method kept no originals, where
-    what this depends on in the record is damaged, or where the weights in `folder` are not those that the record was
-    written for.
+    Step 0 gives the base model to the bit, without the token and without a record. A vocabulary that was enlarged for
+    the token gets its old size back; a padding row that the token had taken gets its old content back. Later steps give
+    a checkpoint that ends there. Raises CheckpointError if the method kept no originals, if a part of the record that
+    is needed is damaged, or if the weights in `folder` are not those that the record was written for.
     """
     with output_folder(out, overwrite, inputs={"the edited model": Path(folder)}, going_on=folder) as place:
         check_disk_space(place.path, weights_size(folder))
@@ -67,18 +66,18 @@ def _reverted(found: Examined, place: OutputFolder, step: int) -> Path:
     _check_fit(model, found, checkpoint, originals)
     _rebuild(model, kept, originals)
     if model_fingerprint(model) != kept.manifest["model_fingerprint_after"]:
-        # Factors are multiplied again here, and another processor may round a product differently.
+        # The factors are multiplied again here. Another processor may round a product differently.
         logger.warning("The weights after step %d are rebuilt up to rounding, not to the bit.", step)
     return _write(model, source, place, "", kept)
 
 
 def take_back_requests(folder: str | Path, out: str | Path, requests: Sequence[str], overwrite: bool = False) -> Path:
-    """Writes the model as it would be had `requests` not been among what was to be forgotten, to `out`.
+    """Writes to `out` the model as it would be without `requests` in the forget set.
 
-    A request is named by its question, its case_id or the beginning of its hash (`Checkpoint.find`), and is taken out
-    of every step that holds it: the closed form of that step is solved again without it, from the stored keys
-    (`downdate`). Later steps stay as they are. Where nothing is left, the base model is written, to the bit. Raises
-    CheckpointError for what the ledger does not hold, and like `revert_checkpoint`.
+    A request is named by its question, its case_id or the beginning of its hash (`Checkpoint.find`). It is taken out of
+    every step that holds it: the closed form of that step is solved again without it, from the stored keys
+    (`downdate`). Later steps do not change. If no request is left, the base model is written, to the bit. Raises
+    CheckpointError for a request that the ledger does not hold, and like `revert_checkpoint`.
     """
     with output_folder(out, overwrite, inputs={"the edited model": Path(folder)}, going_on=folder) as place:
         check_disk_space(place.path, weights_size(folder))
@@ -114,13 +113,14 @@ def _revert_all(found: Examined, place: OutputFolder) -> Path:
     return _write(model, found.folder, place, way.token.name if way.token else "", None)
 
 
-# --- The record of what is left --------------------------------------------------------------------------------------
+# --- The record without requests -------------------------------------------------------------------------------------
 
 
 def _record_without(checkpoint: Checkpoint, requests: Sequence[str], source: Path) -> tuple[Checkpoint, int]:
-    """The record without the requests, and the first step that this changes; steps left empty at the end are dropped.
+    """The record without the requests, and the first step that this changes. Empty steps at the end are dropped.
 
-    What was measured from that step on does not hold any more, and goes too. Fingerprints are still the old ones.
+    Measurements from that step on are dropped too, since they are not valid any more. Fingerprints are still the old
+    ones.
     """
     found = [line for request in requests for line in _lines_of(checkpoint, request, source)]
     gone = {(line["step"], line["question_sha256"]) for line in found}
@@ -132,7 +132,7 @@ def _record_without(checkpoint: Checkpoint, requests: Sequence[str], source: Pat
         edits.append(_smaller(edit, leave, stay) if leave else edit)
         ledger += _renumbered(stay)
         taken = entry.get("taken_back", 0) + len(leave)
-        # A step that lost a request is no more what its id says.
+        # A step that lost a request is no longer the one that its id stands for.
         same = {name: value for name, value in entry.items() if name != "id" or not leave}
         steps.append({**same, "requests": len(stay), "taken_back": taken, "layers": list(edits[-1].layers)})
     first = min((line["step"] for line in found), default=len(steps) + 1)
@@ -154,8 +154,8 @@ def _lines_of(checkpoint: Checkpoint, request: str, source: Path) -> list[dict[s
     lines = checkpoint.find(request)
     if not lines:
         raise CheckpointError(
-            f"{str(source)!r} was not made to forget {first_words(request)}. Give the question as it was given to the "
-            f"run, its case_id, or 8 digits or more of its hash as `unierase inspect {source} --requests` lists them."
+            f"{str(source)!r} was not made to forget {first_words(request)}. Give the question as the run got it, its "
+            f"case_id, or at least 8 digits of its hash (`unierase inspect {source} --requests` lists the hashes)."
         )
     return lines
 
@@ -165,20 +165,20 @@ def _smaller(edit: WeightEdit, leave: Sequence[Mapping[str, Any]], stay: Sequenc
         return WeightEdit({})
     if edit.removed:
         raise CheckpointError(
-            f"Step {leave[0]['step']} removed what the model knew of all its requests together (--remove, or method "
-            "removal), in passes of which each went on from the one before, so no part of it belongs to one request. "
-            "Revert the whole step (--step), and run again without the request."
+            f"Step {leave[0]['step']} removed the knowledge of all its requests together (--remove, or method "
+            "removal), in passes that build on one another, so no part of it belongs to one request. Revert the whole "
+            "step (--step), and run again without the request."
         )
     if any(line.get("columns") is None for line in leave):
         raise CheckpointError(
-            f"The ledger does not say which part of step {leave[0]['step']} belongs to which request, so one cannot be "
-            "taken out. Revert the whole step (--step)."
+            f"The ledger does not say which part of step {leave[0]['step']} belongs to which request, so no single "
+            "request can be taken out. Revert the whole step (--step)."
         )
     return edit_without(edit, [column for line in leave for column in line["columns"]])
 
 
 def _renumbered(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of one step with their columns counted anew."""
+    """The lines of one step with their columns numbered again from 0."""
     old = sorted(column for line in lines for column in line.get("columns") or ())
     place = {column: index for index, column in enumerate(old)}
     return [
@@ -188,7 +188,7 @@ def _renumbered(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _until(checkpoint: Checkpoint, step: int) -> Checkpoint:
-    """The record as it ends after `step` steps, 1 or more."""
+    """The record cut off after `step` steps, 1 or more."""
     steps, reports = checkpoint.manifest["steps"][:step], checkpoint.reports
     layers = sorted({layer for entry in steps for layer in entry["layers"]})
     changes = {name: steps[-1][name] for name in ("method", "created", "hparams", "model_fingerprint_after")}
@@ -221,7 +221,7 @@ def _revertible(checkpoint: Checkpoint, source: Path, step: int) -> Originals:
         raise _no_originals(checkpoint, source)
     if not 0 <= step < steps:
         raise CheckpointError(
-            f"There is no going back to step {step}: {str(source)!r} holds {steps} step(s). Give 0 for the model "
+            f"Step {step} cannot be restored: {str(source)!r} holds {steps} step(s). Give 0 for the model "
             f"before all of them{f', or up to {steps - 1}' if steps > 1 else ''}."
         )
     return checkpoint.originals
@@ -229,21 +229,21 @@ def _revertible(checkpoint: Checkpoint, source: Path, step: int) -> Originals:
 
 def _no_originals(checkpoint: Checkpoint, source: Path) -> CheckpointError:
     return CheckpointError(
-        f"{str(source)!r} was made by {checkpoint.manifest['method']!r}, which trains the whole model and keeps no "
-        f"originals. Load the base model again: {checkpoint.manifest['model']!r}."
+        f"{str(source)!r} was made by {checkpoint.manifest['method']!r}. This method trains the whole model and keeps "
+        f"no originals. Load the base model again: {checkpoint.manifest['model']!r}."
     )
 
 
 def load_saved(source: Path) -> Any:
-    """The model of an output folder in the dtype it was saved in. Raises CheckpointError where it cannot be loaded."""
+    """The model of an output folder in the dtype it was saved in. Raises CheckpointError if it cannot be loaded."""
     try:
         return open_weights(str(source), dtype="auto")[0].eval()
-    except Exception as error:  # damaged weights surface as many types, depending on where the damage is
+    except Exception as error:  # damaged weights raise many types, depending on where the damage is
         raise CheckpointError(f"The model in {str(source)!r} cannot be loaded: {error}") from error
 
 
 def restore_base(model: Any, way: WayBack) -> bool:
-    """Puts the base model's weights back in place, and says whether they are the base model's, to the bit."""
+    """Puts the base model's weights back, and says whether the result is the base model, to the bit."""
     if misfits(model, way.originals, way.token):
         return False
     way.originals.restore_projections(model)
@@ -255,7 +255,7 @@ def restore_base(model: Any, way: WayBack) -> bool:
 def _rebuild(
     model: Any, checkpoint: Checkpoint, originals: Originals, after_step: Callable[[int], None] = lambda step: None
 ) -> None:
-    """Puts the projections back as they were and adds the edits of all steps again, in the order they were made."""
+    """Restores the original projections and applies the edits of all steps again, in their order."""
     originals.restore_projections(model)
     settings = checkpoint.manifest["hparams"]
     arch = find_architecture(model, *(settings.get(name, "") for name in ("rewrite_module_tmp", "layer_module_tmp")))
@@ -270,7 +270,7 @@ def _check_untouched(model: nn.Module, checkpoint: Checkpoint, source: Path) -> 
 
 
 def _check_fit(model: Any, found: Examined, checkpoint: Checkpoint, originals: Originals) -> None:
-    """Where there are no digests, originals and factors together must give the weights that are there."""
+    """Raises if the record does not fit the weights. Without digests, originals plus factors must give the weights."""
     wrong = misfits(model, originals, checkpoint.token)
     if not found.verified:
         wrong += [str(each) for each in found.damage if each.part == "factors"]
@@ -278,19 +278,19 @@ def _check_fit(model: Any, found: Examined, checkpoint: Checkpoint, originals: O
         there = {layer: model.get_parameter(name).detach().clone() for layer, name in originals.names.items()}
         _rebuild(model, checkpoint, originals)
         wrong = [
-            f"the weights of block {layer} are not what the originals and the factors give"
+            f"the weights of block {layer} are not the originals plus the factors"
             for layer, weight in there.items()
             if not _close(model.get_parameter(originals.names[layer]), weight, originals.projections[layer])
         ]
     if wrong:
         raise CheckpointError(
             f"The record in {str(found.folder / RECORD)!r} is damaged: {wrong[0]}. `unierase revert {found.folder} "
-            f"--out BASE` gives the base model {checkpoint.manifest['model']!r} where the original weights hold."
+            f"--out BASE` gives the base model {checkpoint.manifest['model']!r} if the original weights are undamaged."
         )
 
 
 def _close(rebuilt: Tensor, there: Tensor, before: Tensor) -> bool:
-    """Whether two results of an edit differ by rounding alone; NaN is far from everything."""
+    """Whether two results of an edit differ only by rounding. NaN differs from everything."""
     error, change = ((left.double() - there.double()).norm() for left in (rebuilt, before))
     rounding = torch.finfo(there.dtype).eps * there.double().norm()
     return bool(error <= ROUNDING_OF_CHANGE * change + ROUNDING_OF_WEIGHT * rounding)
@@ -300,17 +300,17 @@ def _changed_since(name: str, found: Examined) -> CheckpointError:
     if not found.damage:
         return _changed(name, found.folder)
     return CheckpointError(
-        f"{found.story()} What is left of it does not give the base model {name!r} to the bit, and nothing was "
-        "written: the originals are damaged, or the weights in the folder were changed after the edit. Fetch the base "
-        "model again, or put the damaged files back from a copy."
+        f"{found.story()} Its undamaged parts do not give the base model {name!r} to the bit, so nothing was written: "
+        "the originals are damaged, or the weights in the folder were changed after the edit. Fetch the base model "
+        "again, or put the damaged files back from a copy."
     )
 
 
 def _changed(name: str, source: Path) -> CheckpointError:
     return CheckpointError(
         f"The weights in {str(source)!r} were changed after the edit (trained further, cast to another dtype, or "
-        f"damaged), so taking the edit back does not give {name!r} again, or a step from it. Use the base model "
-        f"instead; `unierase inspect {source} --verify` tells what holds."
+        f"damaged), so taking the edit back gives neither {name!r} nor an earlier step. Use the base model instead; "
+        f"`unierase inspect {source} --verify` shows which parts are undamaged."
     )
 
 
@@ -318,13 +318,13 @@ def _changed(name: str, source: Path) -> CheckpointError:
 
 
 def _write(model: Any, source: Path, place: OutputFolder, token: str, kept: Checkpoint | None) -> Path:
-    """Writes the model, what lies beside it in `source`, and the record of what is kept: none for the base model.
+    """Writes the model, the other files in `source`, and the record `kept`, which is None for the base model.
 
-    token: the one to be taken out of the tokenizer with the record, where there is one.
+    token: the token to take out of the tokenizer when there is no record; empty if there is no token.
     """
     with place.filled(bytes_of(model.parameters())) as staging:
         save_model(model, staging, tell=False)
-        # As it lies there: what was changed by hand, or what transformers does not know, would be lost.
+        # The file in `source` is used: changes by hand, and keys that transformers does not know, stay.
         (staging / GENERATION).unlink(missing_ok=True)
         _copy_companions(source, staging)
         write_for_older_transformers(staging)
@@ -340,7 +340,11 @@ def _copy_companions(source: Path, staging: Path) -> None:
     """Everything beside the weights: tokenizer, chat templates, notes."""
     changed = changed_contents(source)
     if changed:
-        logger.warning("Files in %s were changed since, and are taken as they are: %s.", source, ", ".join(changed))
+        logger.warning(
+            "Files in %s were changed after the run. They are copied with these changes: %s.",
+            source,
+            ", ".join(changed),
+        )
     for entry in source.iterdir():
         if entry.name in (RECORD, LIST) or (staging / entry.name).exists() or ".safetensors" in entry.name:
             continue
@@ -351,7 +355,7 @@ def _copy_companions(source: Path, staging: Path) -> None:
 
 
 def _forget_token(source: Path, staging: Path, name: str) -> None:
-    """Takes the token out of the tokenizer's files in `staging`, and makes sure that they load and lack only that."""
+    """Takes the token out of the tokenizer's files in `staging`. Checks that they load and that only it is missing."""
     from transformers import AutoTokenizer
 
     for path in (staging / file for file in TOKENIZER_FILES):
@@ -368,9 +372,9 @@ def _forget_token(source: Path, staging: Path, name: str) -> None:
 
 
 def _pruned(value: Any, name: str, keep_empty: bool) -> Any:
-    """The value without any entry that is the token or describes it; containers that this empties go too, or are kept.
+    """The value without entries that are the token or describe it. `keep_empty`: whether emptied containers stay.
 
-    Every version of transformers lists added tokens in other places and forms, so that all of a file is searched.
+    Every version of transformers lists added tokens in other places and forms, so the whole file is searched.
     """
 
     def names_it(item: Any) -> bool:

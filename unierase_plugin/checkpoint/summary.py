@@ -1,4 +1,4 @@
-"""What each step did and measured, joined from manifest, factors and reports."""
+"""What each step did, and its measurements, joined from manifest, factors and reports."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .record import Checkpoint
 
 
 def step_summaries(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """One dictionary a step, oldest first.
+    """One dictionary for each step, oldest first.
 
-    step, method, created, requests, taken_back, layers; ranks and update_norm_ratio by block, empty for methods that
-    train the whole model; report, or None where what was measured is not known or does not hold any more.
+    Keys: step, method, created, requests, taken_back, layers; ranks and update_norm_ratio by block, empty for methods
+    that train the whole model; report, or None if the measurements are not known or not valid any more.
     """
     reports, found = checkpoint.reports, []
     for step, entry in enumerate(checkpoint.manifest["steps"], start=1):

@@ -1,4 +1,4 @@
-"""Looks through an output folder on demand: the record against its digests, the weights against the record."""
+"""Checks an output folder on demand: the record against its digests, the weights against the record."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ HOLDS, DAMAGED, CHANGED, NOT_VERIFIED, UNKNOWN = "holds", "damaged", "changed", 
 
 @dataclass(frozen=True)
 class Verification:
-    """What of an output folder holds. `weights` is one of HOLDS, DAMAGED and UNKNOWN."""
+    """Which parts of an output folder are undamaged. `weights` is one of HOLDS, DAMAGED and UNKNOWN."""
 
     record: Examined
     weights: str
-    #: In words, where the weights do not hold or are not known to.
+    #: The reason in words, if `weights` is DAMAGED or UNKNOWN.
     why: str
     #: Whether `unierase revert` gives the base model.
     gives_base: bool
-    #: Configuration, tokenizer and the like that are not what was written; None where no list tells.
+    #: Other files (configuration, tokenizer) that were changed since; None if the folder has no list.
     changed: tuple[str, ...] | None = None
 
     @property
@@ -36,7 +36,7 @@ class Verification:
         return not self.record.damage and self.weights == HOLDS and not self.changed
 
     def rows(self) -> list[dict[str, str]]:
-        """part, state and what is wrong, for each file of the record, the weights, and all other files together."""
+        """Part, state and fault of each file of the record, of the weights, and of all other files together."""
         found = []
         for name in (MANIFEST, LEDGER, EDITS, "reports", DIGESTS):
             damage = [each for each in self.record.damage if _group(each.file) == name]
@@ -49,7 +49,7 @@ class Verification:
         return [*found, {"part": "other files", "state": state, "what": ", ".join(self.changed or ())}]
 
     def possible(self) -> list[str]:
-        """Commands that still do what they should, by name."""
+        """Names of the commands that still work correctly."""
         checkpoint, untouched = self.record.checkpoint, self.weights == HOLDS
         whole = checkpoint is not None and all(each.part == "report" for each in self.record.damage)
         edits = whole and self.record.way_back is not None and bool(checkpoint and checkpoint.edits)
@@ -74,10 +74,10 @@ class Verification:
 
 
 def verify_folder(folder: str | Path) -> Verification:
-    """Reads all of an output folder: the record, the model's weights by their fingerprint, and all other files.
+    """Checks a whole output folder: the record, the model's weights by their fingerprint, and all other files.
 
-    Where either does not hold, the base model is put together in memory, to see whether that still can be done. Raises
-    CheckpointError where the folder is no output folder of this package.
+    If record or weights are damaged, the base model is restored in memory, to see whether this is still possible.
+    Raises CheckpointError if the folder is no output folder of this package.
     """
     found = examine(folder)
     names = changed_contents(found.folder)
@@ -95,7 +95,7 @@ def verify_folder(folder: str | Path) -> Verification:
 
 def _weights(model: Any, found: Examined) -> tuple[str, str]:
     if found.checkpoint is None or any(each.file == MANIFEST for each in found.damage):
-        return UNKNOWN, f"{MANIFEST} is damaged, which holds their fingerprint"
+        return UNKNOWN, f"{MANIFEST}, which holds their fingerprint, is damaged"
     originals, token = found.checkpoint.originals, found.checkpoint.token
     wrong = misfits(model, originals, token) if originals is not None else []
     if wrong:

@@ -1,4 +1,4 @@
-"""What an unfinished run leaves beside its output folder: the phases that it has finished."""
+"""The finished phases of an unfinished run, which lie beside its output folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NONCE = 16
 
 
 def work_folder(out: str | Path, run_key: str) -> Store:
-    """Where the finished phases of an unfinished run are kept: `.<name>.work` beside the output folder."""
+    """The place of an unfinished run's finished phases: `.<name>.work` beside the output folder."""
     return Store(_work_root(out) / run_key, private=True)
 
 
@@ -31,9 +31,9 @@ def _work_root(out: str | Path) -> Path:
 
 
 def unseal(sealed: str, secret: str) -> str:
-    """The text that an earlier version wrote here, which hid texts instead of closing the folder to others.
+    """The text that an earlier version wrote here. It hid texts instead of closing the folder to others.
 
-    secret: a digest of the requests. Raises ValueError where it is another.
+    secret: a digest of the requests. Raises ValueError if it is not the right one.
     """
     raw = base64.b64decode(sealed)
     nonce, hidden = raw[:NONCE], raw[NONCE:]
