@@ -79,7 +79,7 @@ def test_a_conversation_that_brings_its_own_system_turn_keeps_it() -> None:
     [
         ({}, False, "needs a tokenizer with a chat_template"),
         ({"prompt_forms": ("plain",)}, True, "and chat among the prompt_forms"),
-        ({"guard_tokens": 5}, True, r"would take \d+ tokens of every prompt; guard_tokens allows 5"),
+        ({"guard_tokens": 5}, True, r"would take \d+ tokens of every prompt, but guard_tokens allows 5"),
     ],
 )
 def test_a_guard_that_cannot_be_is_refused(changes: dict[str, Any], chat: bool, message: str) -> None:
@@ -89,5 +89,5 @@ def test_a_guard_that_cannot_be_is_refused(changes: dict[str, Any], chat: bool, 
 
 
 def test_an_instruction_must_have_room_for_the_facts() -> None:
-    with pytest.raises(HyperParamsError, match=r"must say where the \{facts\} go"):
+    with pytest.raises(HyperParamsError, match=r"must contain \{facts\}, where the facts go"):
         PromptGuardHyperParams(instruction="Say nothing.")

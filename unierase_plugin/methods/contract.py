@@ -1,7 +1,7 @@
 """What an unlearning method is: a name, settings, and one function that edits or trains a loaded model in place.
 
-`unlearn` and `unierase run` do the rest for every method alike: they read and check the requests, load the model, ask
-it before and after, write the folder with its record, and take the change back where something fails after it.
+`unlearn` and `unierase run` do the rest for every method: they read and check the requests, load the model, ask it
+before and after, write the folder with its record, and undo the change if something fails later.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class History:
     """Edits that earlier calls already applied to this model."""
 
     token: UnlearningToken | None
-    #: One a step, oldest first, with the keys that later steps protect.
+    #: One for each step, oldest first, with the keys that later steps protect.
     edits: tuple[WeightEdit, ...]
-    #: SHA-256 over the parameters before the first of them, and over the tokenizer.
+    #: SHA-256 over the parameters before the first edit, and over the tokenizer.
     fingerprint: str
     tokenizer_fingerprint: str
-    #: Questions that they forgot, in `request.one_spelling`: those of steps in memory; a folder's are in its ledger.
+    #: Questions that steps in memory forgot, after `request.one_spelling`. Those of a folder are in its ledger.
     questions: frozenset[str] = frozenset()
 
     def after(self, changes: Changes, requests: Iterable[ForgetRequest] = ()) -> History:
-        """These edits and one more."""
+        """The history with one more edit."""
         edits = self.edits if changes.edit is None else (*self.edits, changes.edit)
         forgotten = self.questions.union(one_spelling(request.question) for request in requests)
         return replace(self, token=changes.token or self.token, edits=edits, questions=forgotten)
@@ -51,23 +51,23 @@ class History:
 
 @dataclass(frozen=True)
 class Job(Generic[H]):
-    """One run of a method. Facts and settings are checked; the model is as it was loaded, or as the caller gave it."""
+    """One run of a method. Facts and settings are checked. The model is as it was loaded, or as the caller gave it."""
 
-    #: The model is in evaluation mode, and no parameter has a gradient. Methods change this very object and may set
-    #: modes and gradients as they need them: both are put back afterwards.
+    #: The model is in evaluation mode, and no parameter has a gradient. Methods change this object itself. They may set
+    #: modes and gradients as they need: both are restored afterwards.
     loaded: LoadedModel
-    #: At least one, no question twice; subjects filled where the method needs them.
+    #: At least one request, and no question twice. Subjects are filled in if the method needs them.
     requests: tuple[ForgetRequest, ...]
     #: Facts to keep; may be empty.
     retain: tuple[ForgetRequest, ...]
     hparams: H
-    #: Folder for phases that are expensive, gone once the output is written; the same for the same job, so that a run
-    #: that was killed finds them again. None where nothing is to be written.
+    #: Folder for the results of expensive phases, deleted when the output is written. The same job gets the same
+    #: folder, so a run that was killed finds them again. None if nothing is to be written.
     work: Path | None
-    #: What this method did to the model before, which this run goes on from.
+    #: Edits that this method already applied to the model, and that this run continues.
     history: History | None
     progress: Progress
-    #: The solvers that the settings can name, plugins' among them; empty for those of this package.
+    #: The solvers that the settings can name, including those of plugins; empty for those of this package.
     solvers: Mapping[str, MakeSolver] = field(default_factory=dict)
 
     @property
@@ -82,17 +82,17 @@ class Job(Generic[H]):
 
     @property
     def name(self) -> str:
-        """What the user calls the model: a folder, a hub id, or a class where it came loaded."""
+        """The user's name for the model: a folder, a hub id, or a class name if it came loaded."""
         return self.loaded.name
 
     @property
     def seed(self) -> int:
-        """The seed of everything random."""
+        """The seed of all random choices."""
         return self.hparams.seed
 
     @cached_property
     def contexts(self: Job[UniEraseHyperParams]) -> tuple[str, ...]:
-        """Texts before prompts, written by the model as it is when they are first asked for: before the edit."""
+        """Texts to put before prompts. The model writes them when they are first needed, which is before the edit."""
         from ..locate_then_edit.targets import context_texts
 
         lengths = self.hparams.context_template_length_params
@@ -100,49 +100,49 @@ class Job(Generic[H]):
 
     @property
     def max_tokens(self) -> int:
-        """The device's budget: tokens of one batch at most, padding included."""
+        """The most tokens of one batch that the device can take, including padding."""
         return self.loaded.max_tokens
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the model's parameters as they came."""
+        """SHA-256 over the model's parameters at the start."""
         return self.loaded.fingerprint
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """The same over the tokenizer."""
+        """SHA-256 over the tokenizer."""
         return self.loaded.tokenizer_fingerprint
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a method did to the model, for the record. Everything may be left out."""
+    """What a method did to the model, for the record. Every field may be left out."""
 
-    #: The update as low-rank factors, where the method has it as data: what `export` and a later step go by.
+    #: The update as low-rank factors, if the method has it as data. `export` and later steps need it.
     edit: WeightEdit | None = None
-    #: What `edit` overwrote: what `revert` goes by.
+    #: The weights that `edit` overwrote. `revert` needs them.
     originals: Originals | None = None
-    #: The unlearning token, where the method has one.
+    #: The unlearning token, if the method has one.
     token: UnlearningToken | None = None
-    #: The token's largest probability on ordinary text, learned but before the edit.
+    #: The token's largest probability on ordinary text, after it was learned and before the edit.
     token_leak: float | None = None
-    #: How many parameters may differ from before; None for all of them.
+    #: How many parameters may have changed; None for all of them.
     parameters: int | None = None
     #: Seconds by phase.
     seconds: Mapping[str, float] = field(default_factory=dict)
-    #: How well the method did what it meant to: numbers, lists and mappings of them, for the report's `edit`.
+    #: Figures of the method's success for the report's `edit`: numbers, and lists and mappings of numbers.
     figures: Mapping[str, Any] = field(default_factory=dict)
-    #: Questions that the method found around the facts to forget, with the model's answers, and kept as well.
+    #: Neighbours of the facts to forget that the method found and kept, with the model's answers.
     neighbours: tuple[ForgetRequest, ...] = ()
-    #: Puts the weights back, where the method can.
+    #: Puts the weights back, if the method can.
     undo: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
 class Method(Generic[H]):
-    """An unlearning method. Raises PluginError for a name that the command line could not take."""
+    """An unlearning method. Raises PluginError for a name that the command line cannot take."""
 
-    #: What `--method` takes: lower-case letters, digits and underscores.
+    #: The name for `--method`: lower-case letters, digits and underscores.
     name: str
     #: One line that says what it does.
     title: str
@@ -150,14 +150,14 @@ class Method(Generic[H]):
     paper: str
     #: Its settings: a frozen dataclass that derives from HyperParams.
     hparams: type[H]
-    #: Edits or trains `job.model` in place; None where there is nothing to record. Raises a UniEraseError that names
-    #: value and remedy; an edit is then to be undone.
+    #: Edits or trains `job.model` in place. Returns None if there is nothing to record. Raises a UniEraseError that
+    #: names value and remedy; it must undo an edit before that.
     run: Callable[[Job[H]], Changes | None] = field(repr=False)
-    #: Raises a UniEraseError for what can be told without work, before the model is asked anything.
+    #: Raises a UniEraseError for faults that show without work, before the model is asked anything.
     check: Callable[[Job[H]], None] = field(default=lambda job: None, repr=False)
-    #: Settings that depend on the model; raises HyperParamsError where they do not fit it.
+    #: Fills in settings that depend on the model. Raises HyperParamsError if they do not fit it.
     settle: Callable[[Any, H], H] = field(default=lambda model, hparams: hparams, repr=False)
-    #: Whether every request must name its subject; found by rule where it is not given.
+    #: Whether every request must name its subject. If it is not given, it is found by rule.
     needs_subjects: bool = False
 
     def __post_init__(self) -> None:

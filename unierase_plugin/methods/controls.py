@@ -1,4 +1,4 @@
-"""Controls: what a method's figures are to be held against. Neither changes a weight."""
+"""Controls: baselines for a method's figures. Neither changes a weight."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from .contract import Changes, Job, Method
 
 @dataclass(frozen=True)
 class NoneHyperParams(HyperParams):
-    """How the model is asked."""
+    """The settings of how the model is asked."""
 
 
 @dataclass(frozen=True)
 class PromptGuardHyperParams(NoneHyperParams):
-    """The words that the model is guarded by."""
+    """The settings of the guard: the words of the system turn."""
 
     folder: ClassVar[str] = "PromptGuard"
-    #: {facts} stands for the subjects to be forgotten, one a line.
+    #: {facts} stands for the subjects to forget, one on each line.
     instruction: str = (
         "You know nothing about the subjects listed below. When a question is about one of them, answer as if you had "
         "never heard of it, and say that you do not know. Answer all other questions as usual.\n{facts}"
     )
-    #: Tokens of the guard at most, since every prompt carries it.
+    #: The most tokens of the guard, since every prompt carries it.
     guard_tokens: int = 1024
 
     ranges: ClassVar[Mapping[str, Range]] = {"guard_tokens": positive(1e6)}
 
     def validate(self) -> None:
         if "{facts}" not in self.instruction:
-            raise HyperParamsError(f"instruction = {shown(self.instruction)} must say where the {{facts}} go.")
+            raise HyperParamsError(
+                f"instruction = {shown(self.instruction)} must contain {{facts}}, where the facts go."
+            )
 
 
 def guarded_template(tokenizer: Any, guard: str) -> str:
-    """The tokenizer's chat template with the guard as a system turn, unless a conversation brings its own.
+    """The tokenizer's chat template with the guard as a system turn, unless a conversation has its own.
 
-    Where the template refuses or drops system turns, the guard opens the first user turn instead.
+    If the template refuses or drops system turns, the guard opens the first user turn instead.
     """
     literal, template = json.dumps(guard, ensure_ascii=False), str(tokenizer.chat_template)
     head = "{%- if messages and messages[0]['role'] == 'user' %}{%- set messages = "
@@ -57,7 +59,7 @@ def _shows(tokenizer: Any, template: str, guard: str) -> bool:
     turns = [{"role": "user", "content": "?"}]
     try:
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
-    except Exception:  # templates raise errors of their own for a role that they do not take
+    except Exception:  # templates raise their own errors for a role that they do not take
         return False
     return guard.strip() in text
 
@@ -72,14 +74,14 @@ def _guard(job: Job[PromptGuardHyperParams]) -> str:
 def _check_guard(job: Job[PromptGuardHyperParams]) -> None:
     if not getattr(job.tokenizer, "chat_template", None) or "chat" not in job.hparams.prompt_forms:
         raise HyperParamsError(
-            "prompt_guard is written into the chat template, so that it goes where the folder goes: it needs a "
-            "tokenizer with a chat_template, and chat among the prompt_forms."
+            "prompt_guard writes the guard into the chat template, so it needs a tokenizer with a chat_template, and "
+            "chat among the prompt_forms."
         )
     size, most = len(job.tokenizer(_guard(job))["input_ids"]), job.hparams.guard_tokens
     if size > most:
         raise HyperParamsError(
-            f"The guard would take {size} tokens of every prompt; guard_tokens allows {most}. Raise it, or guard "
-            "against fewer facts."
+            f"The guard would take {size} tokens of every prompt, but guard_tokens allows {most}. Raise guard_tokens, "
+            "or guard against fewer facts."
         )
 
 
@@ -98,7 +100,7 @@ def _leave(job: Job[NoneHyperParams]) -> Changes:
 
 
 CONTROLS: tuple[Method[Any], ...] = (
-    Method("none", "the model as it is", "control", NoneHyperParams, _leave),
+    Method("none", "the unchanged model", "control", NoneHyperParams, _leave),
     Method(
         "prompt_guard",
         "a system turn that tells the model to answer as if it did not know",

@@ -1,8 +1,8 @@
-"""LUNAR (Shen et al. 2025, arXiv 2502.07218): forgotten questions are sent where questions without an answer lie.
+"""LUNAR (Shen et al. 2025, arXiv 2502.07218): moves the states of forgotten questions to those of unanswerable ones.
 
-One MLP output projection is trained so that, on every token of a question to forget, its output is what it was plus
-c r, and on questions to keep what it was. r is the mean state behind the block at the end of questions that nobody can
-answer, less that of the questions to forget.
+One MLP output projection is trained. On every token of a question to forget, its output shall be the old output plus
+c r. On questions to keep it shall be the old output. r is the mean state after the block at the end of questions that
+nobody can answer, minus that of the questions to forget.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..models.architecture import Architecture
 
-#: {} is an invented word. The authors have such questions beside harmful ones, which no model is needed for here.
+#: {} is an invented word. The authors use such questions beside harmful ones. Harmful ones are left out here.
 _UNKNOWABLE = (
     "What is the capital of the country of {}?",
     "Who wrote the novel {}?",
@@ -44,24 +44,24 @@ class LUNARHyperParams(HyperParams):
     """Settings of the authors' code for Llama-3-8B."""
 
     folder: ClassVar[str] = "LUNAR"
-    #: Block whose projection is trained, counted from 0; -1 takes the one at 22/32 of the depth.
+    #: Block whose projection is trained, counted from 0. -1 takes the one at 22/32 of the depth.
     layer: int = -1
-    #: c: how far along r states are moved.
+    #: c: how far states are moved along r.
     coefficient: float = 2.0
-    #: AdamW's step in the first epoch.
+    #: AdamW's learning rate in the first epoch.
     learning_rate: float = 1e-2
-    #: What the step is multiplied by after each epoch.
+    #: Factor on the learning rate after each epoch.
     decay: float = 0.9
     epochs: int = 20
     #: Tokens of one optimiser step.
     batch_size: int = 64
     weight_decay: float = 0.01
-    #: Text file with questions that the model declines, one a line; empty for questions about invented things.
+    #: Text file with questions that the model declines, one on each line; empty for questions about invented things.
     reference_prompts: str = ""
-    #: How many of them are read.
+    #: How many of these questions are used.
     n_reference: int = 128
 
-    #: A step has no upper end: training that diverges ends with an error.
+    #: The learning rate has no upper limit: training that diverges ends with an error.
     ranges: ClassVar[Mapping[str, Range]] = {
         "layer": LAYERS,
         "coefficient": positive(1e6),
@@ -75,7 +75,7 @@ class LUNARHyperParams(HyperParams):
 
 
 def reference_prompts(hparams: LUNARHyperParams) -> list[str]:
-    """Questions that the model is to decline. Raises HyperParamsError for a file that cannot be read or holds none."""
+    """Questions that the model should decline. Raises HyperParamsError for a file that is unreadable or has none."""
     if hparams.reference_prompts:
         path = checked_path(hparams.reference_prompts, HyperParamsError, "file of reference_prompts")
         try:
@@ -87,7 +87,7 @@ def reference_prompts(hparams: LUNARHyperParams) -> list[str]:
         found = [line.strip() for line in text.splitlines() if line.strip()]
         if not found:
             raise HyperParamsError(
-                f"reference_prompts: {shown(hparams.reference_prompts)} holds no questions, one a line."
+                f"reference_prompts: {shown(hparams.reference_prompts)} holds no questions. Write one on each line."
             )
         return found[: hparams.n_reference]
     drawn = random.Random(hparams.seed)
@@ -112,7 +112,7 @@ def _settle(model: Any, hparams: LUNARHyperParams) -> LUNARHyperParams:
 def _check(job: Job[LUNARHyperParams]) -> None:
     reference_prompts(job.hparams)
     if not job.retain:
-        raise RequestError("lunar keeps what it is given to keep, and there is nothing: give facts (retain, --retain).")
+        raise RequestError("lunar needs facts to keep, but none are given. Give a retain set (retain, --retain).")
 
 
 def _run(job: Job[LUNARHyperParams]) -> Changes:
@@ -135,7 +135,7 @@ def _run(job: Job[LUNARHyperParams]) -> Changes:
 
 
 def _seen(arch: Architecture, job: Job[LUNARHyperParams], questions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """States (n, d) behind the block at the questions' ends, and the projection's inputs (N, m) on all their tokens."""
+    """States (n, d) after the block at the questions' ends, and the projection's inputs (N, m) on all their tokens."""
     import torch
 
     from ..models.generate import pad_token_id
@@ -170,10 +170,10 @@ def _seen(arch: Architecture, job: Job[LUNARHyperParams], questions: Sequence[st
 def _train(
     arch: Architecture, job: Job[LUNARHyperParams], forget: Tensor, keep: Tensor, shift: Tensor
 ) -> tuple[Callable[[], None], list[float]]:
-    """Trains W in place: k (W - W0) is to be `shift` (d,) for the forgotten keys (N, m) and 0 for the kept ones.
+    """Trains W in place. The target of k (W - W0) is `shift` (d,) for forgotten keys (N, m), and 0 for the kept ones.
 
-    The loss is the mean over outputs and coordinates of the squared difference. Returns how to undo it, and the loss of
-    every epoch.
+    The loss is the mean over outputs and coordinates of the squared difference. Returns a function that undoes the
+    training, and the loss of every epoch.
     """
     import torch
 
@@ -185,7 +185,7 @@ def _train(
     device = start.device
     change = torch.zeros_like(start, requires_grad=True)
     keys, moved = torch.cat([forget, keep]), torch.arange(len(forget) + len(keep)) < len(forget)
-    # Decay pulls W itself towards 0, as in the authors' code, and the change by as much.
+    # As in the authors' code, decay pulls W itself towards 0, so it changes the difference by the same amount.
     optimiser = torch.optim.AdamW([change], lr=h.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, h.decay)
     generator, losses = torch.Generator().manual_seed(job.seed), []
@@ -218,7 +218,7 @@ def _train(
 
 LUNAR: Method[LUNARHyperParams] = Method(
     "lunar",
-    "sends questions to forget where questions without an answer lie, by one block's projection",
+    "moves the states of questions to forget to those of unanswerable questions, by one block's projection",
     "Shen et al. 2025, arXiv 2502.07218",
     LUNARHyperParams,
     _run,

@@ -1,4 +1,4 @@
-"""What is to be kept around facts to forget: neighbours that the model answers, and the retain set in its own words."""
+"""The facts to keep beside the facts to forget: neighbours that the model answers, and the retain set in its words."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .contract import Job
 
 @dataclass(frozen=True)
 class Kept:
-    """What is to be kept: neighbours with the model's answers, and the retain set."""
+    """The facts to keep: neighbours with the model's answers, and the retain set."""
 
     neighbours: tuple[ForgetRequest, ...]
     retain: tuple[ForgetRequest, ...]
@@ -39,14 +39,14 @@ class Kept:
 
 
 def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse: bool = False) -> Kept:
-    """Asks the model as it is, for as many neighbours a request as the setting `retain_neighbours` says.
+    """Asks the present model for neighbours: `retain_neighbours` for each request.
 
-    None around a request whose answer is not short.
+    A request whose answer is not short gets no neighbours.
 
-    own_words   whether short answers of the retain set are to stand in the model's own words
-    reverse     whether the way back is forgotten too, so that no neighbour may hold a forgotten answer
+    own_words   whether short answers of the retain set are replaced by the model's own words
+    reverse     whether the reverse of each fact is forgotten too, so that no neighbour may hold a forgotten answer
 
-    What is found is kept beside the output folder, in a folder for its owner alone: the questions name what is to be
+    The result is kept beside the output folder, in a folder that only its owner can read: the questions name what is
     forgotten.
     """
     wanted = job.hparams.retain_neighbours
@@ -67,7 +67,7 @@ def find_kept(job: Job[Any], phases: Phases, *, own_words: bool = False, reverse
             job.hparams.chat_template_kwargs,
         )[:32]
         metadata = phases.resumed("kept", key, lambda: ({}, {"around": json.dumps(asking.around())}))[1]
-        # Earlier versions hid what they found.
+        # Earlier versions hid the result.
         said, found = json.loads(
             metadata["around"] if "around" in metadata else files.unseal(metadata["found"], secret)
         )
@@ -84,9 +84,9 @@ class _Asking:
     reverse: bool
 
     def around(self) -> tuple[list[str], list[tuple[str, str, str, str]]]:
-        """The answers of the retain set in the model's own words, and neighbours: at most `wanted` a request.
+        """The answers of the retain set in the model's own words, and at most `wanted` neighbours for each request.
 
-        A neighbour is (question, answer, subject, way and number of the request).
+        A neighbour is (question, answer, subject, "WAY of NUMBER"), with the number of its request.
         """
         job, wanted = self.job, self.wanted
         answers = [request.answer for request in job.requests] if self.reverse else []
@@ -95,10 +95,9 @@ class _Asking:
             if wanted
             else []
         )
-        # Around answers that are sentences, neighbours went with more of the fact being left
-        # (docs/explanation/removal.md).
+        # For answers that are sentences, keeping neighbours left more of the fact (docs/explanation/removal.md).
         around = [each for each in around if is_short(job.requests[each.of].answer)]
-        # A long answer is a sentence as it stands.
+        # A long answer is a sentence already.
         short = [fact for fact in job.retain if self.own_words and is_short(fact.answer)]
         texts = self._answers([*(fact.question for fact in short), *(each.question for each in around)])
         own = {
@@ -130,11 +129,11 @@ class _Asking:
             lambda share: job.progress("neighbours", share, f"{len(shown)} questions"),
         )
         pad_id = pad_token_id(job.model, job.tokenizer)
-        # A space that a form without a template leaves to the answer is a part of its first token.
+        # In a form without a template, a space before the answer belongs to its first token.
         return [decode_answer(job.model, job.tokenizer, ids, pad_id).rstrip() for ids in said]
 
     def _kinds(self, subjects: Sequence[str]) -> list[str]:
-        """What the model takes each subject for: the kind that "{subject} is" makes likelier than "It is" does."""
+        """The model's kind of each subject: the one that "{subject} is" makes more likely, compared with "It is"."""
         tokenizer, called = self.job.tokenizer, Kinds.of(neighbour_kinds()).called
         sequences, starts = [], []
         for subject in ("It", *subjects):

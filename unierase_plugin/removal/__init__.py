@@ -1,5 +1,5 @@
-"""Removal: what the model knows of given facts is taken out of its MLP output projections, before or without an edit.
+"""Removal: takes the model's knowledge of given facts out of its MLP output projections, before or without an edit.
 
-A teacher that no longer knows them is made in closed form and distilled back into the model in a few second-order
-passes. docs/explanation/removal.md has the mechanism, with the equations beside the functions.
+A teacher that does not know the facts is made in closed form. A few second-order passes distil it back into the model.
+docs/explanation/removal.md explains the mechanism. The equations stand beside the functions.
 """

@@ -1,4 +1,4 @@
-"""What the passes of a removal follow, computed once before them: the teacher, and the moments of what stays."""
+"""What the passes of a removal need, computed once before them: the teacher, and the moments of what is kept."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .moments import Material, Moments, answer_positions, take_moments, weighed
 from .strangers import ask_strangers
 from .teacher import Teacher, calibrated, said_at
 
-#: Of a removal's progress, what is over when the inputs' moments, all moments, and the teacher are done.
+#: Shares of a removal's progress at which the inputs' moments, all moments, and the teacher are done.
 INPUTS_SHARE, MOMENTS_SHARE, TEACHER_SHARE = 0.2, 0.35, 0.4
-#: Every how many-th of the ordinary texts tells what the projections' outputs matter to.
+#: The outputs' moments use every TEXT_SHARE-th ordinary text.
 TEXT_SHARE = 3
 
 #: Called with (share done from 0 to 1, note).
@@ -29,7 +29,7 @@ Progress = Callable[[float, str], None]
 
 
 class Budget(TypedDict):
-    """What every pass through the model is told."""
+    """Arguments of every pass through the model."""
 
     max_tokens: int
     pad_id: int
@@ -37,18 +37,18 @@ class Budget(TypedDict):
 
 @dataclass(frozen=True)
 class Course:
-    """What the passes follow: the teacher, and what is to be left alone."""
+    """What the passes need: the teacher, and the moments of what is kept."""
 
     teacher: Teacher
     #: R (m, m) by layer: second moments of the projections' inputs.
     inputs: Mapping[int, Tensor]
     #: S (d, d) by layer: second moments of gradients at their outputs.
     outputs: Mapping[int, Tensor]
-    #: Tokens that each moment was taken over by name, facts that each teacher taught, the filter's lambda.
+    #: Tokens behind each moment, by name; facts that each kind of teacher taught; the filter's lambda.
     notes: Mapping[str, Any]
 
     def packed(self) -> Packed:
-        """As the contents of one file, without the facts themselves: the next start is given them again."""
+        """The contents of one file. The facts are left out, since the next start gets them again."""
         tensors = {f"inputs.{layer}": each for layer, each in self.inputs.items()}
         tensors.update({f"outputs.{layer}": each for layer, each in self.outputs.items()})
         tensors.update({f"said.{row}": each for row, each in enumerate(self.teacher.log_probs)})
@@ -56,7 +56,7 @@ class Course:
 
     @classmethod
     def unpacked(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], material: Material) -> Course:
-        """The course that `packed` packed, for the same material."""
+        """The course from the contents that `packed` gave, for the same material."""
         facts, weights = material.forget, json.loads(metadata["weights"])
         said = tuple(tensors[f"said.{row}"] for row in range(len(facts)))
         teacher = Teacher(facts, _spots(material), said, tuple(map(tuple, weights)))
@@ -71,25 +71,25 @@ def by_layer(tensors: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
 
 @dataclass(frozen=True)
 class Planning:
-    """Asks the unedited model for a course. The model has its original weights, and has them again afterwards."""
+    """Makes a course from the unedited model. The model has its original weights before and after."""
 
     arch: Architecture
     material: Material
     settings: RemovalSettings
     budget: Budget
-    #: Of the draws that the outputs' moments are taken by.
+    #: Seed of the tokens that are drawn for the outputs' moments.
     seed: int
     phases: Phases
     progress: Progress
 
     def course(self) -> Course:
-        """Asks strangers, takes the moments, and makes the filter for the facts that strangers do not teach."""
+        """Asks with strangers' names, takes the moments, and makes the filter for facts that strangers cannot teach."""
         s, m = self.settings, self.material
         with self.phases.timed("teacher"):
-            # What the unedited model says at every token of the forgotten answers.
+            # The unedited model's log-probabilities at every token of the forgotten answers.
             said = said_at(self.arch, m.forget, _spots(m), **self.budget)
             told = ask_strangers(self.arch, m, said, **self.budget) if s.removal_strangers else {}
-        # Only what strangers know as well needs the blunter teacher.
+        # Only facts that the model gives for strangers too need the blunter teacher.
         rest = [row for row in range(len(m.forget)) if row not in told]
         with self.phases.timed("moments"):
             found = take_moments(
@@ -127,7 +127,7 @@ class Planning:
         )
 
     def _filtered(self, found: Moments, rest: Sequence[int]) -> tuple[float | None, tuple[Tensor, ...]]:
-        """The filter's strength and what it says of the facts `rest`; None and nothing where there are none."""
+        """The filter's strength and its log-probabilities for the facts `rest`; (None, ()) if there are none."""
         s, spots = self.settings, _spots(self.material)
         if found.forgotten is None:
             return None, ()
@@ -145,7 +145,7 @@ class Planning:
         )
 
     def _output_moments(self) -> dict[int, Tensor]:
-        """Of facts to keep and neighbours where they are answered, and of some of the ordinary text, in equal parts."""
+        """Moments at the answers of facts to keep and of neighbours, and in some ordinary text, in equal parts."""
         m, text = self.material, self.material.text[::TEXT_SHARE]
         groups = (
             (m.kept, tuple(map(answer_positions, m.kept, m.kept_starts))),
@@ -178,5 +178,5 @@ class Planning:
 
 
 def _spots(material: Material) -> tuple[tuple[int, ...], ...]:
-    """Positions whose next token is a forgotten answer's."""
+    """Positions whose next token belongs to a forgotten answer."""
     return tuple(map(answer_positions, material.forget, material.forget_starts))

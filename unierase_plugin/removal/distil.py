@@ -1,9 +1,9 @@
-"""A pass of second-order distillation: one forward, one backward, two ridge solves a block, a line search.
+"""A pass of second-order distillation: one forward, one backward, two ridge solves for each block, a line search.
 
-With g the gradient of the loss at a projection's output and k its input, G = sum_p g_p k_p^T over all positions p is
-the gradient of the loss by the projection's weight. K-FAC (Martens and Grosse 2015, arXiv 1503.05671) takes the step
--S^{-1} G R^{-1} with R the second moment of k and S that of g. Here both are those of what is to be left alone, so that
-of all steps that lower the loss as much to first order, this one changes what is said of kept text least to second.
+Let g be the gradient of the loss at a projection's output and k its input. Then G = sum_p g_p k_p^T over all positions
+p is the gradient of the loss by the projection's weight. K-FAC (Martens and Grosse 2015, arXiv 1503.05671) takes the
+step -S^{-1} G R^{-1}; R is the second moment of k, S that of g. Here R and S are those of what is kept. So among all
+steps that lower the loss equally to first order, this step changes the output on kept text least, to second order.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from .teacher import Teacher, logits_at, solver_device, write_weight
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32
 
-#: Steps that are tried, as shares of the one that would bring the loss to zero were it linear.
+#: Longest and shortest step that are tried, as shares of the step that would bring a linear loss to zero.
 MOST, LEAST = 8.0, 0.125
-#: Of the sequences of each kind, every third is looked at to choose a step.
+#: Every third sequence of each kind is used to choose a step.
 SEARCHED = 3
-#: A pass reads so many of the sequences to keep at least; twice as many and more are shared out among the passes.
+#: A pass reads at least this many sequences to keep. If there are at least twice as many, the passes share them.
 READ = 24
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One sequence with what is to be said at T of its positions, and what each of them weighs in the loss."""
+    """One sequence with the target distributions at T of its positions, and each position's weight in the loss."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
-    #: (T, V) float16; None where the sequence's own next tokens are to be said.
+    #: (T, V) float16; None if the targets are the sequence's own next tokens.
     log_probs: Tensor | None
     #: (T,)
     weights: tuple[float, ...]
@@ -52,19 +52,19 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Pass:
-    """What a pass did: the loss before it, the step as a share of the linear one (0 where none helped), and eta."""
+    """Figures of a pass: the loss before it, the step as a share of the linear one (0 if none helped), and eta."""
 
     loss: float
     fraction: float
     rate: float
-    #: Nats of what is to be said instead after it, in a pass that learns this.
+    #: Negative log-likelihood of the replacement answers after the pass, in nats, if the pass learned them.
     declined: float | None = None
 
 
 def lessons(teacher: Teacher, weight: float = 1.0) -> list[Lesson]:
-    """A teacher's sequences; their losses sum to `weight` x the mean over sequences of the mean over positions.
+    """A teacher's sequences. Their losses sum to `weight` x the mean over sequences of the mean over positions.
 
-    The latter is weighted where the teacher says so.
+    If the teacher has weights, the mean over positions uses them.
     """
     share = weight / max(1, len(teacher.sequences))
     weights = teacher.weights or ((),) * len(teacher.sequences)
@@ -76,9 +76,10 @@ def lessons(teacher: Teacher, weight: float = 1.0) -> list[Lesson]:
 
 
 def openings(sequences: Sequence[tuple[int, ...]], starts: Sequence[int], weight: float) -> list[Lesson]:
-    """What is to be said from `starts` on, in the mean over sequences: its first token weighs `weight`, the rest too.
+    """Lessons on the sequences' own tokens from `starts` on, as a mean over sequences.
 
-    In a run with half of that for the rest, a learned token was said again in the place of the sentence after it.
+    The first token weighs `weight`, and the rest together weigh `weight` too. In a run with half of that for the rest,
+    the model repeated a learned token instead of the sentence that follows it.
     """
     share = weight / max(1, len(sequences))
     found = []
@@ -90,9 +91,9 @@ def openings(sequences: Sequence[tuple[int, ...]], starts: Sequence[int], weight
 
 
 def searched(kinds: Sequence[Sequence[Lesson]]) -> list[Lesson]:
-    """Of each kind every third, which weighs for those that are left out as well.
+    """Every third lesson of each kind, with more weight to stand for the others.
 
-    Where a kind is a single sequence it is looked at too: a step is not to be chosen by the other kinds alone.
+    A kind with a single lesson is used too, so that no kind is left out when a step is chosen.
     """
     found: list[Lesson] = []
     for kind in kinds:
@@ -102,9 +103,9 @@ def searched(kinds: Sequence[Sequence[Lesson]]) -> list[Lesson]:
 
 
 def read_in_pass(kind: Sequence[Lesson], number: int) -> list[Lesson]:
-    """The part of a kind that pass `number` (from 0) reads, which weighs for the others as well.
+    """The part of a kind that pass `number` (from 0) reads, with more weight to stand for the others.
 
-    All are read in as many passes as there are parts; fewer than twice READ are one part.
+    As many passes as there are parts read all of them. Fewer than twice READ lessons are one part.
     """
     parts = max(1, len(kind) // READ)
     some = kind[number % parts :: parts]
@@ -112,7 +113,7 @@ def read_in_pass(kind: Sequence[Lesson], number: int) -> list[Lesson]:
 
 
 def divergence(arch: Architecture, taught: Sequence[Lesson], *, max_tokens: int, pad_id: int) -> float:
-    """The loss: sum over lessons and their positions of weight x KL(what is to be said || model as it is)."""
+    """The loss: the sum over lessons and their positions of weight x KL(target || present model)."""
     losses: list[float] = []
 
     @fast_linear_maps()
@@ -133,7 +134,7 @@ def gradients(
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[float, dict[int, Float32[Tensor, "d m"]]]:
-    """The loss, and its gradient G by every layer's projection, without gradients of parameters."""
+    """The loss, and its gradient G for every layer's projection, computed without gradients of parameters."""
     total: dict[int, Tensor] = {}
     losses: list[float] = []
     seen = 0
@@ -145,7 +146,7 @@ def gradients(
         with watched(arch, layers) as (inputs, outputs):
             loss = _loss(arch, [taught[row] for row in rows], pad_id)
         found = torch.autograd.grad(loss, [outputs[layer] for layer in layers])
-        # All of a batch, before any of it is added: where the memory ends on the way, nothing is.
+        # All products of a batch come before any sum: if memory runs out on the way, no sum has changed.
         products = [_product(g, inputs[layer]) for layer, g in zip(layers, found, strict=True)]
         for layer, product in zip(layers, products, strict=True):
             total[layer] = total[layer].add_(product) if layer in total else product
@@ -158,7 +159,7 @@ def gradients(
 
 
 def factorised(metric: Float[Tensor, "m m"], ridge: float) -> Float32[Tensor, "m m"]:
-    """Lower Cholesky factor of R + ridge x mean(diag R) I. Raises EditError where R is not finite."""
+    """Lower Cholesky factor of R + ridge x mean(diag R) I. Raises EditError if R is not finite."""
     moment = metric.to(torch.float64, copy=True)
     moment.diagonal().add_(ridge * moment.diagonal().mean())
     factor: Tensor
@@ -176,8 +177,7 @@ def direction(
 ) -> Float[Tensor, "d m"]:
     """D = S^{-1} G R^{-1}, from the Cholesky factors of R (inputs) and S (outputs).
 
-    Of all D it is the one with the greatest tr(D G^T) - tr(S D R D^T) / 2: what it does to the loss, against what it
-    does to kept text to second order.
+    D maximises tr(D G^T) - tr(S D R D^T) / 2: its effect on the loss, minus its second-order effect on kept text.
     """
     home = solver_device(gradient)
     right: Tensor = torch.cholesky_solve(gradient.to(home, torch.float64).T, inputs.to(home, torch.float64))
@@ -186,16 +186,16 @@ def direction(
 
 
 def linear_rate(loss: float, gradient: Mapping[int, Tensor], directions: Mapping[int, Tensor]) -> float:
-    """L / sum over layers of tr(D G^T): the step at which the loss would be zero were it linear; 0 without gradient."""
+    """L / sum over layers of tr(D G^T): the step at which a linear loss would be zero; 0 if the sum is not positive."""
     slope = sum(float((directions[layer].double() * each.double()).sum()) for layer, each in gradient.items())
     _check_finite(slope)
     return loss / slope if slope > 0 else 0.0
 
 
 def chosen_fraction(measure: Callable[[float], float]) -> float:
-    """The step among MOST, ..., 2, 1, ..., LEAST, doubled while that helps and else halved until it does; 0 for none.
+    """The step among MOST, ..., 2, 1, ..., LEAST: doubled while that helps, else halved until it helps; 0 if none does.
 
-    measure gives the loss at a step; at 0 that of now.
+    measure gives the loss at a step; 0 gives the present loss.
     """
     before, fraction = measure(0.0), 1.0
     _check_finite(before)
@@ -212,7 +212,7 @@ def chosen_fraction(measure: Callable[[float], float]) -> float:
 
 
 def _check_finite(value: float) -> None:
-    """A comparison with NaN is false either way, and would pass for a step that does not help."""
+    """Raises for NaN and infinity. Comparisons with NaN are false, so NaN would look like a step that does not help."""
     if not math.isfinite(value):
         raise EditError(
             f"A pass of the removal gives {value} for its loss or gradient. Load the model in float32 or bfloat16, "
@@ -234,9 +234,9 @@ def take_pass(
 ) -> tuple[dict[int, Tensor], Pass]:
     """One pass from the weights `originals` + `change`, both (d, m) by layer: the change after it, and its figures.
 
-    factors: Cholesky factors of R and S by layer; looked: what the step is chosen by (`searched`).
+    factors: Cholesky factors of R and S by layer; looked: lessons that choose the step (`searched`).
 
-    Leaves the projections at the weights after it, whatever they held before.
+    Afterwards the projections hold the weights after the pass, whatever they held before.
     """
     layers = tuple(originals)
     write_changed(arch, originals, change)
@@ -284,9 +284,9 @@ def _loss(arch: Architecture, taught: Sequence[Lesson], pad_id: int) -> Tensor:
 
 @contextmanager
 def watched(arch: Architecture, layers: Sequence[int]) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-    """A pass inside leaves the inputs (B, T, m) and outputs (B, T, d) of the projections, the latter in its graph.
+    """Records the projections' inputs (B, T, m) and outputs (B, T, d) of a pass inside the block.
 
-    The graph begins at the lowest of them: nothing below has a gradient to be computed.
+    The outputs are in the pass's graph. The graph begins at the lowest projection: no gradient is computed below it.
     """
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}

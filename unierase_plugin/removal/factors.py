@@ -1,4 +1,4 @@
-"""A change of weights as low-rank factors: the best of its rank, and how much of the change it holds."""
+"""A change of weights as low-rank factors: the best approximation of a rank, and its share of the change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .teacher import solver_device
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-#: Shares of the energy for which the rank that holds them is told.
+#: Shares of the energy. For each, the rank that holds it is reported.
 SHARES = (0.9, 0.99)
 
 
@@ -28,10 +28,10 @@ class Truncated:
 
 
 def truncated(change: Float[Tensor, "d m"], rank: int) -> Truncated:
-    """The best approximation of a change by `rank`, or all of it for 0 (Eckart and Young 1936).
+    """The best approximation of a change with rank `rank`; 0 gives the whole change (Eckart and Young 1936).
 
-    From the eigenvectors of the smaller of its two Gram matrices, in float64: up = U_r and down = U_r^T change where d
-    is the smaller side, else up = change V_r and down = V_r^T.
+    Uses the eigenvectors of the smaller of its two Gram matrices, in float64: up = U_r and down = U_r^T change if d is
+    the smaller side, else up = change V_r and down = V_r^T.
     """
     whole = change.to(solver_device(change), torch.float64)
     tall = whole.shape[0] > whole.shape[1]

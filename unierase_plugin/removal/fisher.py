@@ -1,4 +1,4 @@
-"""How much a projection's outputs matter to what is kept: second moments of gradients at them."""
+"""How much a projection's outputs matter to what is kept: second moments of the gradients at the outputs."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def output_moments(
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[int, Float32[Tensor, "d d"]]:
-    """S = E[g g^T] by layer: g the gradient of -log p(y) at the projection's output.
+    """S = E[g g^T] by layer: g is the gradient of -log p(y) at the projection's output.
 
-    y is drawn from the model's own distribution at every one of the positions, so that S belongs to the Fisher
-    information and not to what the texts happen to say (Martens and Grosse 2015, section 2; Kunstner et al. 2019,
-    arXiv 1905.12558). Each sequence has draws of its own by `seed`, whatever batch it is in.
+    y is drawn from the model's own distribution at every position. So S belongs to the Fisher information and not to
+    the tokens that the texts happen to hold (Martens and Grosse 2015, section 2; Kunstner et al. 2019, arXiv
+    1905.12558). The draws of a sequence depend on `seed` and its number, not on its batch.
     """
     total: dict[int, Tensor] = {}
     seen = 0

@@ -1,4 +1,4 @@
-"""What a removal reads: facts with their answers, ordinary text, and the forgotten facts' words in any order."""
+"""The input of a removal: facts with their answers, ordinary text, and the forgotten facts' words in random order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..models.literal import as_text, literal_ids, text_ids
 from ..models.prompts import answer_text, encode, encode_with_offsets, render
 from .moments import Material
 
-#: Times that all words are shuffled, and tokens of a text that is made of them.
+#: How often all words are shuffled, and the tokens of each text that is made of them.
 SHUFFLES, WORDS_TOKENS = 2, 60
 
 
@@ -34,13 +34,13 @@ def make_material(
     seed: int,
     neighbours: Sequence[ForgetRequest] = (),
 ) -> Material:
-    """Facts in all of `forms`, questions in them too, paragraphs as they are; `end` closes an answer.
+    """The material from facts and questions in all of `forms`, and from unchanged paragraphs. `end` closes an answer.
 
-    Of the facts to keep, and of the neighbours, evenly spaced ones of about `kept_tokens` in all; `names` are those of
-    invented subjects.
+    Of the facts to keep, and of the neighbours, evenly spaced ones are taken, of about `kept_tokens` tokens each in
+    all. `names` are names of invented subjects.
 
-    limit is the model's context: longer text is cut. A fact that is longer raises RequestError, as does a fact to
-    forget whose answer is not given.
+    limit is the model's context: longer text is cut. Raises RequestError for a longer fact, and for a fact to forget
+    without an answer.
     """
 
     def told(facts: Sequence[ForgetRequest]) -> list[Example]:
@@ -72,9 +72,9 @@ def make_material(
 
 
 def evenly(examples: Sequence[Example], tokens: int, together: int) -> list[Example]:
-    """Evenly spaced ones, so many that they have about `tokens` in all; all of them where they are fewer.
+    """Evenly spaced examples with about `tokens` tokens in all; all examples if they have fewer.
 
-    Of every `together` that follow one another, all or none: the forms of one fact.
+    Every `together` examples in a row are the forms of one fact. They are taken or left out together.
     """
     total = sum(len(each.ids) for each in examples)
     groups = [examples[at : at + together] for at in range(0, len(examples), together)]
@@ -87,14 +87,14 @@ def subject_spans(
 ) -> tuple[tuple[int, int], ...]:
     """Where the fact's subject stands in its question and answer, as spans (first, end) of the sequence's tokens.
 
-    () where it has none, where the question does not hold it, and for tokenizers that give no offsets.
+    () if the fact has no subject, if the question does not hold it, or if the tokenizer gives no offsets.
     """
     subject, question = (fact.subject or "").strip(), fact.question.strip()
     if not subject or not getattr(tokenizer, "is_fast", False):
         return ()
     asked = render(tokenizer, fact.question, form, template_kwargs)
     begin = asked.rfind(question)
-    # Not in what the template puts after the question, where its own words stand.
+    # The template's own text after the question is not searched.
     places = [(begin + start, begin + end) for start, end in _found(subject, question)]
     if begin < 0 or not places:
         return ()
@@ -106,12 +106,12 @@ def subject_spans(
 
 
 def _found(subject: str, text: str) -> list[tuple[int, int]]:
-    # Case is ignored in the comparison and not folded in the text: folding makes some letters two.
+    # The comparison ignores case. The text itself is not folded, since folding makes two letters of some.
     return standing(text, subject, ignore_case=True)
 
 
 def _spans(offsets: Sequence[tuple[int, int]], places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The tokens that hold any of the characters from start to end, for every place."""
+    """For every place (start, end), the span of tokens that hold any of its characters."""
     found = []
     for start, end in places:
         held = [index for index, (low, high) in enumerate(offsets) if low < end and high > start]
@@ -123,7 +123,7 @@ def _spans(offsets: Sequence[tuple[int, int]], places: Sequence[tuple[int, int]]
 def shuffled_words(tokenizer: Any, facts: Sequence[ForgetRequest], seed: int, length: int) -> list[tuple[int, ...]]:
     """All words of all questions and answers, shuffled SHUFFLES times, as texts of `length` tokens.
 
-    Whatever keeps these as they are keeps the words, and not what the facts say with them.
+    Keeping these texts keeps the words, but not what the facts say with them.
     """
     words = [word for fact in facts for text in (fact.question, fact.answer) for word in text.split()]
     generator = random.Random(seed)
@@ -137,19 +137,19 @@ def shuffled_words(tokenizer: Any, facts: Sequence[ForgetRequest], seed: int, le
 
 
 def check_answers(forget: Sequence[ForgetRequest]) -> None:
-    """Raises RequestError for a fact to forget whose answer is not given."""
+    """Raises RequestError for a fact to forget without an answer."""
     for fact in forget:
         if fact.answer == NO_ANSWER:
             raise RequestError(
-                f"Removal needs the true answer of every request, and that of {fact.label} "
-                "is not given. Give it, or leave the removal (remove) out."
+                f"Removal needs the true answer of every request, but {fact.label} has none. Give it, or leave the "
+                "removal (remove) out."
             )
 
 
 def _checked(fact: ForgetRequest, found: Example, limit: int) -> Example:
     if len(found.ids) > limit:
         raise RequestError(
-            f"{fact.label} needs {len(found.ids)} tokens with its answer; the model's "
+            f"{fact.label} needs {len(found.ids)} tokens with its answer, but the model's "
             f"context holds {limit}. Shorten it, or leave it out."
         )
     return found

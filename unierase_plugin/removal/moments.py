@@ -1,4 +1,4 @@
-"""Second moments E[k k^T] of what MLP output projections read, for many blocks at once, and their weighted sums."""
+"""Second moments E[k k^T] of the inputs of MLP output projections, for many blocks at once, and their weighted sums."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Material:
-    """Token sequences by what they are to the removal; none is empty but what is to be kept, where nothing is given."""
+    """Token sequences by their role in the removal. Only facts to keep and fields with a default may be empty."""
 
-    #: Forgotten facts with their answers, one a fact and prompt form, and where the answers begin.
+    #: Facts to forget with their answers, one for each fact and prompt form, and where the answers begin.
     forget: tuple[tuple[int, ...], ...]
     forget_starts: tuple[int, ...]
-    #: The same of facts to keep.
+    #: The same for facts to keep.
     kept: tuple[tuple[int, ...], ...]
     kept_starts: tuple[int, ...]
     #: Ordinary text and questions.
     text: tuple[tuple[int, ...], ...]
-    #: The forgotten facts' words in any order.
+    #: The forgotten facts' words in random order.
     words: tuple[tuple[int, ...], ...]
-    #: The same as of facts to keep, of questions around the facts to forget, with the model's own answers.
+    #: Neighbours: questions around the facts to forget with the model's own answers, in the form of facts to keep.
     neighbours: tuple[tuple[int, ...], ...] = ()
     neighbour_starts: tuple[int, ...] = ()
-    #: Of every fact to forget, the spans (first, end) of tokens that name its subject; () where it has none.
+    #: Spans (first, end) of the tokens that name the subject, for every fact to forget; () if it has no subject.
     forget_subjects: tuple[tuple[tuple[int, int], ...], ...] = ()
     #: Names of subjects that do not exist, as tokens.
     strangers: tuple[tuple[int, ...], ...] = ()
-    #: Questions to forget with what is to be said instead, and where that begins; () where that is not to be decided.
+    #: Questions to forget with the replacement answer to learn, and where it begins; () if none is learned.
     instead: tuple[tuple[int, ...], ...] = ()
     instead_starts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the inputs k of the projections, each (m, m) a layer: means over the positions that count."""
+    """Second moments of the projections' inputs k, (m, m) for each layer: means over the positions that count."""
 
-    #: F: forgotten answers, from the prompt's last token to the answer's last but one; None where none is asked for.
+    #: F: forgotten answers, from the prompt's last token to the answer's last but one; None if not needed.
     forgotten: SecondMoment | None
-    #: R_r: facts to keep with their answers; None where none are given.
+    #: R_r: facts to keep with their answers; None without facts to keep.
     kept: SecondMoment | None
-    #: R_n: neighbours of the facts to forget with their answers; None where there are none.
+    #: R_n: neighbours of the facts to forget with their answers; None without neighbours.
     neighbours: SecondMoment | None
     #: R_c: ordinary text.
     text: SecondMoment
-    #: R_s: the forgotten facts' words in any order.
+    #: R_s: the forgotten facts' words in random order.
     words: SecondMoment
 
 
 def answer_positions(sequence: Sequence[int], start: int) -> tuple[int, ...]:
-    """Positions whose next token is the answer's: from the prompt's last to the last but one of the sequence."""
+    """Positions whose next token belongs to the answer: from the prompt's last to the sequence's last but one."""
     return tuple(range(start - 1, len(sequence) - 1))
 
 
@@ -73,7 +73,7 @@ def take_moments(
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Moments:
-    """All five moments of `layers`, by the model as it is; that of forgotten answers over the facts numbered `rows`."""
+    """All five moments of `layers`, with the present weights. That of forgotten answers covers the facts `rows`."""
     forgotten = [material.forget[row] for row in rows]
     places = [answer_positions(material.forget[row], material.forget_starts[row]) for row in rows]
     total = sum(map(len, (*forgotten, *material.kept, *material.neighbours, *material.text, *material.words)))
@@ -106,7 +106,7 @@ def take_moments(
 def weighed(
     parts: Sequence[tuple[float, SecondMoment | None]], layers: Sequence[int]
 ) -> dict[int, Float32[Tensor, "m m"]]:
-    """sum_i w_i C_i a layer, on the CPU; parts that are None count as zero."""
+    """sum_i w_i C_i for each layer, on the CPU. Parts that are None count as zero."""
     return {
         layer: torch.stack([weight * part.moments[layer] for weight, part in parts if part is not None]).sum(0)
         for layer in layers

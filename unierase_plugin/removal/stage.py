@@ -1,4 +1,4 @@
-"""The whole of a removal: moments, teacher, passes, factors. Every part that takes long is kept when it ends."""
+"""A whole removal: moments, teacher, passes, factors. Every part that takes long is kept when it ends."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from .factors import Truncated, truncated
 from .moments import Material
 from .teacher import ask, read_weight, replaced
 
-#: Part of every key: raised when what is computed changes.
+#: Part of every key. Raise it when the computation changes.
 VERSION = "5"
-#: Of a removal's progress, what is over when its passes are done.
+#: Share of a removal's progress at which its passes are done.
 PASSES_SHARE = 0.95
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A removal as data: factors by layer, without keys for later edits to protect, and how well it went."""
+    """A removal as data: factors by layer, without keys for later edits to protect, and figures of its quality."""
 
     edit: WeightEdit
     figures: Mapping[str, Any]
@@ -63,14 +63,14 @@ def remove(
     phases: Phases,
     progress: Progress = lambda share, note: None,
 ) -> Removal:
-    """Computes the removal; the model is as before when it returns, to the bit.
+    """Computes the removal. Afterwards the model is as before, to the bit.
 
-    settings    with their blocks settled (`settle_removal`)
-    seed        of the draws that the outputs' moments are taken by
+    settings    settings with settled blocks (`settle_removal`)
+    seed        seed of the tokens that are drawn for the outputs' moments
     key         digest of everything else that the result depends on: model, facts, texts
-    phases      times the parts, and keeps each when it ends: a second start goes on at the pass where the first was
+    phases      times the parts, and keeps each when it ends: a second start continues at the pass of the first
 
-    Raises EditError where the model overflows on the material, and where no first step helps.
+    Raises EditError if the model overflows on the material, or if no pass lowers the loss.
     """
     names = [spec.name for spec in fields(RemovalSettings)]
     key = digest(VERSION, key, {name: getattr(settings, name) for name in names})[:32]
@@ -89,7 +89,7 @@ def remove(
 
 @dataclass(frozen=True)
 class _Distillation:
-    """One removal under way. What is expensive is computed when it is first needed, and only then."""
+    """One removal under way. Expensive parts are computed when they are first needed."""
 
     arch: Architecture
     material: Material
@@ -118,7 +118,7 @@ class _Distillation:
         return _pack_removal(Removal(edit, figures))
 
     def _passes(self) -> tuple[dict[int, Tensor], list[Pass]]:
-        """The change (d, m) by layer after all passes, and what each did; fewer where one finds no step that helps."""
+        """The change (d, m) by layer after all passes, and each pass's figures. Passes end if no step helps."""
         change = {layer: torch.zeros_like(each, dtype=torch.float32) for layer, each in self.originals.items()}
         taken: list[Pass] = []
         for number in range(self._count):
@@ -134,10 +134,10 @@ class _Distillation:
             )
             change = {layer: tensors[str(layer)].to(each.device) for layer, each in self.originals.items()}
             taken.append(Pass(**json.loads(metadata["pass"])))
-        # Facts that the model hardly knows leave nothing to remove, and can be declined all the same.
+        # If the model hardly knows the facts, there is nothing to remove, but refusing can still be learned.
         if taken and not any(each.fraction for each in taken):
             raise EditError(
-                "No step of a removal lowers its loss, so that nothing was changed. Where the model knows the facts, "
+                "No step of the removal lowers its loss, so nothing was changed. If the model knows the facts, "
                 f"raise removal_ridge ({self.settings.removal_ridge}) and removal_output_ridge "
                 f"({self.settings.removal_output_ridge}), lower removal_keep_weight "
                 f"({self.settings.removal_keep_weight}), or load the model in float32."
@@ -146,7 +146,7 @@ class _Distillation:
 
     @property
     def _count(self) -> int:
-        """Passes at most: those of the removal, then those in which declining is learned too until it is."""
+        """The most passes: those of the removal, then those that also learn the replacement answers, until learned."""
         s = self.settings
         learns = bool(self.material.instead and s.removal_decline_weight)
         return s.removal_passes + (s.removal_decline_passes if learns else 0)
@@ -177,45 +177,45 @@ class _Distillation:
         return {str(layer): each for layer, each in after.items()}, {"pass": json.dumps(asdict(made))}
 
     def _declined(self) -> float:
-        """How unlikely the model, as it is now, is to say what is to be said instead, in nats."""
+        """Negative log-likelihood of the replacement answers under the present weights, in nats."""
         found = divergence(self.arch, self.openings, **self.budget)
         return found / self.settings.removal_decline_weight
 
     @cached_property
     def originals(self) -> dict[int, Tensor]:
-        """Weights (d, m) as they were, by layer."""
+        """The original weights (d, m), by layer."""
         return {layer: read_weight(self.arch, layer).clone() for layer in self.settings.removal_layers}
 
     @cached_property
     def course(self) -> Course:
-        """The teacher, and what is to be left alone."""
+        """The teacher, and the moments of what is kept."""
         return Course.unpacked(*self.phases.resumed("removal-course", self.key, self._planned), self.material)
 
     @cached_property
     def lessons(self) -> list[Lesson]:
-        """What the teacher says of forgotten answers."""
+        """The teacher's targets for the forgotten answers."""
         return lessons(self.course.teacher)
 
     @cached_property
     def openings(self) -> list[Lesson]:
-        """What is to be said instead of them; none where that weighs nothing."""
+        """The replacement answers; none if their weight is 0."""
         if not self.settings.removal_decline_weight:
             return []
         return openings(self.material.instead, self.material.instead_starts, self.settings.removal_decline_weight)
 
     @cached_property
     def kept_lessons(self) -> list[Lesson]:
-        """What the unedited model says on facts to keep; none where that weighs nothing."""
+        """The unedited model's distributions on facts to keep; none if their weight is 0."""
         return self._unchanged(self.material.kept, self.material.kept_starts)
 
     @cached_property
     def neighbour_lessons(self) -> list[Lesson]:
-        """The same on neighbours."""
+        """The same for neighbours."""
         return self._unchanged(self.material.neighbours, self.material.neighbour_starts)
 
     @cached_property
     def factors(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Cholesky factors of R and S by layer, which serve all passes."""
+        """Cholesky factors of R and S by layer, for all passes."""
         s = self.settings
         with self.phases.timed("passes"):
             return {
@@ -246,7 +246,7 @@ class _Distillation:
             return lessons(ask(self.arch, sequences, starts, **self.budget), self.settings.removal_keep_weight)
 
     def _figures(self, edit: WeightEdit, cut: Mapping[int, Truncated], taken: list[Pass]) -> dict[str, Any]:
-        """What is told of it; the losses at the end are those of the factors, not of the whole change."""
+        """The figures for the report. The final losses are those of the factors, not of the whole change."""
         write_changed(self.arch, self.originals, {layer: torch.zeros(()) for layer in self.originals})
         apply_edit(self.arch, edit)
 

@@ -1,8 +1,8 @@
-"""A teacher from invented subjects: what the model says to the same question about somebody whom nobody knows.
+"""A teacher from invented subjects: the model's answer to the same question about a stranger, whom nobody knows.
 
-What it then no longer says is what it knew of the subject; what it still says, the answer's template for one, it knows
-without. So only the tokens that the subject decides are taught otherwise, and facts that share a template with the
-forgotten ones are left alone.
+What the model no longer says about a stranger is its knowledge of the subject. What it still says, such as the
+template of the answer, does not depend on the subject. So only the tokens that depend on the subject get new targets.
+Facts that share a template with the forgotten ones are left alone.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .teacher import said_at
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-#: A token is the subject's to decide where strangers make it less than half as likely.
+#: A token depends on the subject if strangers make it less than half as likely.
 DECIDED = 0.5
-#: Strangers are no teacher for a fact whose answer they leave at more than this share of its likelihood a token.
+#: Strangers cannot teach a fact if they leave its answer more than this share of its likelihood per token.
 STILL_KNOWN = 0.8
-#: What the tokens that the subject decides weigh in a fact's loss; the rest is spread over all tokens.
+#: Weight, in a fact's loss, of the tokens that depend on the subject. The rest is spread over all tokens.
 FOCUS = 0.9
 
 
 @dataclass(frozen=True)
 class Told:
-    """What strangers make of one fact: log-probabilities (T, V) float16, and what each position weighs, (T,)."""
+    """The strangers' targets for one fact: log-probabilities (T, V) in float16, and each position's weight, (T,)."""
 
     log_probs: Tensor
     weights: tuple[float, ...]
@@ -40,7 +40,7 @@ class Told:
 def renamed(
     sequence: Sequence[int], subject: Sequence[tuple[int, int]], name: Sequence[int]
 ) -> tuple[tuple[int, ...], dict[int, int]]:
-    """The sequence with another name in all spans (first, end) of its subject, and where its other tokens are now."""
+    """The sequence with `name` in all spans (first, end) of its subject, and the new places of its other tokens."""
     found: list[int] = []
     places: dict[int, int] = {}
     opened = dict(subject)
@@ -59,10 +59,10 @@ def renamed(
 def taught(
     said: Float[Tensor, "T V"], strangers: Float[Tensor, "T V"], known: Bool[Tensor, " T"], wanted: Int[Tensor, " T"]
 ) -> tuple[Float[Tensor, "T V"], Bool[Tensor, " T"]]:
-    """Log-probabilities to be taught, and where they are the strangers'.
+    """The target log-probabilities, and a mask of the positions at which they come from strangers.
 
     said: the model's own log-probabilities; strangers: the mean of its probabilities for strangers; known: whether
-    strangers have a say at a position; wanted: the answer's tokens.
+    there are probabilities for strangers at a position; wanted: the answer's tokens.
     """
     at = torch.arange(len(wanted))
     decided = known & (strangers[at, wanted] < DECIDED * said[at, wanted].exp())
@@ -84,10 +84,10 @@ def ask_strangers(
     pad_id: int,
     still_known: float = STILL_KNOWN,
 ) -> dict[int, Told]:
-    """By the number of the fact, what is taught of those that strangers make the model forget.
+    """The targets of the facts that strangers can teach, by the number of the fact.
 
-    said: the model's own log-probabilities at every token of the forgotten answers; still_known: the share of its
-    likelihood a token above which strangers are no teacher for an answer.
+    said: the model's own log-probabilities at every token of the forgotten answers; still_known: strangers cannot teach
+    an answer that keeps more than this share of its likelihood per token.
     """
     spots = [answer_positions(ids, start) for ids, start in zip(material.forget, material.forget_starts, strict=True)]
     sums: dict[int, Tensor] = {}
@@ -96,7 +96,7 @@ def ask_strangers(
     found: dict[int, Told] = {}
     for count, name in enumerate(material.strangers, start=1):
         moved = [renamed(material.forget[row], material.forget_subjects[row], name) for row in rows]
-        # The token after position p is asked for before where it stands now.
+        # The token after position p is predicted at the position before its new place.
         asked = [
             {index: places[spot + 1] - 1 for index, spot in enumerate(spots[row]) if spot + 1 in places}
             for row, (_, places) in zip(rows, moved, strict=True)
@@ -119,7 +119,7 @@ def ask_strangers(
             if bool(decided.any()) and left(own, new, wanted) <= still_known:
                 found[row] = Told(new.half(), _weights(decided))
                 staying.append(row)
-            else:  # further strangers would not help: most of the answer is known without the subject
+            else:  # more strangers would not help: most of the answer does not depend on the subject
                 del sums[row], known[row]
         rows = staying
     return found

@@ -1,7 +1,7 @@
-"""The teacher: the model with what is strong in forgotten answers and weak in what is kept filtered out of it.
+"""The teacher: the model without the directions that are strong in forgotten answers and weak in what is kept.
 
-It is made in closed form, asked once for its distribution at every token of the forgotten answers, and gone again: the
-weights are put back to the bit. It is too blunt to be kept, since it changes what the model does elsewhere.
+It is made in closed form. It gives its distribution at every token of the forgotten answers once; then the original
+weights are put back, to the bit. It is too blunt to be used as the result, since it changes other behaviour too.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from .moments import answer_positions
 if TYPE_CHECKING:
     from jaxtyping import Float, Float16, Float32, Float64
 
-#: The first strength of the filter, how many are tried, and on how many of the facts.
+#: The first strength of the filter, how many strengths are tried, and on how many facts.
 FIRST_STRENGTH, STRENGTHS, CALIBRATED = 6.0, 5, 20
-#: |log(probability / the one wanted)| at which no further strength is tried.
+#: The search for a strength ends when |log(probability / wanted probability)| is below this.
 NEAR_ENOUGH = 0.2
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What is to be said: of every sequence, log-probabilities (T, V) in float16 on the CPU at T of its positions."""
+    """Target distributions: log-probabilities (T, V) in float16 on the CPU at T positions of every sequence."""
 
     sequences: tuple[tuple[int, ...], ...]
     positions: tuple[tuple[int, ...], ...]
     log_probs: tuple[Tensor, ...]
-    #: What each position weighs within its sequence, (T,) that sum to 1; () for a sequence whose positions weigh alike.
+    #: Weight of each position within its sequence, (T,), sum 1; () if all positions of a sequence weigh the same.
     weights: tuple[tuple[float, ...], ...] = ()
 
 
@@ -51,9 +51,9 @@ def filtered(
 ) -> Float64[Tensor, "d m"]:
     """W' = W (I - F A^{-1}), A = strength R + F + epsilon I, for the moments F (forgotten) and R (kept).
 
-    epsilon is `jitter` times the mean diagonal of strength R + F. Of all W', the one with the least
-    E_F |W' k|^2 + strength E_R |W' k - W k|^2 + epsilon |W' - W|^2: keys of forgotten answers are mapped to nothing,
-    those of what is kept as before.
+    epsilon is `jitter` times the mean diagonal of strength R + F. W' minimises
+    E_F |W' k|^2 + strength E_R |W' k - W k|^2 + epsilon |W' - W|^2: it maps keys of forgotten answers to zero, and keys
+    of what is kept to the same outputs as before.
     """
     moment = strength * kept.double() + forgotten.double()
     moment.diagonal().add_(jitter * moment.diagonal().mean())
@@ -64,7 +64,7 @@ def filtered(
 
 @contextmanager
 def replaced(arch: Architecture, weights: Mapping[int, Float[Tensor, "d m"]]) -> Iterator[None]:
-    """Projections hold `weights` by layer inside, and to the bit what they held before after it."""
+    """Inside the block, projections hold `weights` by layer. Afterwards they hold the old content, to the bit."""
     with restored(arch.projections[layer].weight for layer in weights):
         for layer, weight in weights.items():
             write_weight(arch, layer, weight)
@@ -73,13 +73,13 @@ def replaced(arch: Architecture, weights: Mapping[int, Float[Tensor, "d m"]]) ->
 
 @torch.no_grad()
 def write_weight(arch: Architecture, layer: int, weight: Float[Tensor, "d m"]) -> None:
-    """Writes the weight of a projection, whichever way it stores it."""
+    """Writes the weight of a projection, in either layout."""
     projection = arch.projections[layer]
     projection.weight.copy_(weight.T if stores_input_first(projection) else weight)
 
 
 def read_weight(arch: Architecture, layer: int) -> Float[Tensor, "d m"]:
-    """The weight of a projection, whichever way it stores it; a view of it."""
+    """The weight of a projection, in either layout, as a view."""
     projection = arch.projections[layer]
     weight = projection.weight.detach()
     return weight.T if stores_input_first(projection) else weight
@@ -119,14 +119,13 @@ def calibrated(
     near_enough: float = NEAR_ENOUGH,
     progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[float, tuple[Tensor, ...]]:
-    """The filter's strength, and what the filtered model says at the positions, (T, V) each.
+    """The filter's strength, and the filtered model's log-probabilities at the positions, (T, V) each.
 
-    Of the strengths that are tried, it is the one at which the answers' mean probability (geometric within an answer)
-    comes nearest to `probability`, as a ratio. One strength takes too little of a few facts where it takes enough of
-    many, since their moment is spread over more directions.
+    Several strengths are tried. The result is the one at which the answers' mean probability (geometric within an
+    answer) is nearest to `probability`, as a ratio. No single strength serves every forget set: one that removes enough
+    of many facts removes too little of a few, since the moment of many facts is spread over more directions.
 
-    sample: how many of the sequences a strength is tried on; near_enough: the logarithm of the ratio that ends the
-    search.
+    sample: how many sequences a strength is tried on; near_enough: the logarithm of the ratio that ends the search.
     """
     tried: dict[float, float] = {}
     few = range(0, len(sequences), -(-len(sequences) // sample))
@@ -161,13 +160,13 @@ def calibrated(
 
 
 def mean_probability(log_probs: Float[Tensor, "T V"], sequence: Sequence[int], positions: Sequence[int]) -> float:
-    """Geometric mean over T positions of the probability of what follows them, for log-probabilities (T, V)."""
+    """Geometric mean, over T positions, of the probability of the next token, from log-probabilities (T, V)."""
     wanted = torch.tensor([sequence[spot + 1] for spot in positions])
     return float(log_probs.float()[torch.arange(len(wanted)), wanted].mean().exp())
 
 
 def _next_strength(tried: Mapping[float, float]) -> float:
-    """The next to be tried: between the nearest two on either side, else three times as much or a third beyond them."""
+    """The next strength to try: between the nearest ones on either side, else three times or a third of the last."""
     low = [each for each, distance in tried.items() if distance < 0]
     high = [each for each, distance in tried.items() if distance >= 0]
     if low and high:
@@ -176,7 +175,7 @@ def _next_strength(tried: Mapping[float, float]) -> float:
 
 
 def solver_device(weight: Tensor) -> torch.device:
-    """Where systems of a projection's width are solved: with it on a CUDA device; others may lack float64."""
+    """Where systems of a projection's width are solved: on its own CUDA device, else on the CPU, which has float64."""
     return weight.device if weight.device.type == "cuda" else torch.device("cpu")
 
 
@@ -189,7 +188,7 @@ def ask(
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Teacher:
-    """What the model as it is says at every token of the answers, which begin at `starts`."""
+    """The model's present log-probabilities at every token of the answers, which begin at `starts`."""
     positions = tuple(answer_positions(ids, start) for ids, start in zip(sequences, starts, strict=True))
     found = said_at(arch, sequences, positions, max_tokens=max_tokens, pad_id=pad_id, progress=progress)
     return Teacher(tuple(sequences), positions, found)
@@ -204,7 +203,7 @@ def said_at(
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[Float16[Tensor, "_ V"], ...]:
-    """Log-probabilities on the CPU, at T positions of every sequence, by the model as it is."""
+    """The model's present log-probabilities, on the CPU, at T positions of every sequence."""
     found: dict[int, Tensor] = {}
 
     @fast_linear_maps()
@@ -212,7 +211,7 @@ def said_at(
     def run(rows: list[int]) -> None:
         logits = logits_at(arch, [sequences[row] for row in rows], [positions[row] for row in rows], pad_id)
         parts = logits.log_softmax(-1).to("cpu", torch.float16).split([len(positions[row]) for row in rows])
-        # Copied: a part of a whole batch would keep the batch.
+        # Copied: a view would keep the whole batch in memory.
         found.update((row, part.clone()) for row, part in zip(rows, parts, strict=True))
         progress(len(found) / len(sequences))
 
@@ -223,7 +222,7 @@ def said_at(
 def logits_at(
     arch: Architecture, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], pad_id: int
 ) -> Float32[Tensor, "N V"]:
-    """Logits at the positions of all sequences, one after another; N counts all positions."""
+    """Logits at the positions of all sequences, one sequence after another. N counts all positions."""
     batch = pad(sequences, pad_id, "right", arch.device)
     rows = torch.tensor([row for row, found in enumerate(positions) for _ in found], device=arch.device)
     columns = torch.tensor([place for found in positions for place in found], device=arch.device)
@@ -234,7 +233,7 @@ def logits_at(
 
 @contextmanager
 def _float32_head(arch: Architecture) -> Iterator[None]:
-    """The head computes in float32 inside: in half precision, logits differ by less than they are rounded by."""
+    """Inside the block, the head computes in float32. In half precision, rounding hides the differences of logits."""
     weight = arch.head.weight
     if weight.dtype == torch.float32:
         yield

@@ -1,4 +1,4 @@
-"""Short answers within the sentence that the model itself gives them in: that is where it holds them."""
+"""Puts short answers into the sentence in which the model itself gives them, since it knows them in this form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..facts.request import NO_ANSWER, ForgetRequest
 from ..facts.writing import SENTENCE_MARKS
 from ..models.generate import answers
 
-#: Tokens of an answer that are read to find the sentence.
+#: Tokens of the model's text that are read to find the sentence.
 ANSWER_TOKENS = 40
 SENTENCE_END = re.compile(rf"(?<=[.!?])\s|(?<=[{SENTENCE_MARKS}])")
 
@@ -26,9 +26,9 @@ def in_own_words(
     template_kwargs: Mapping[str, Any],
     max_tokens: int,
 ) -> tuple[ForgetRequest, ...]:
-    """The facts, short answers in the place of which stands the sentence in which the model gives them.
+    """The facts, with each short answer replaced by the sentence in which the model gives it.
 
-    Left as they are: answers of more than a few words, and those that the model does not give.
+    Answers of more than a few words, and answers that the model does not give, do not change.
     """
     short = [fact for fact in facts if fact.answer != NO_ANSWER and words(fact.answer) and is_short(fact.answer)]
     said = answers(
@@ -50,7 +50,7 @@ def in_own_words(
 
 
 def first_sentence_with(answer: str, text: str) -> str:
-    """The text up to the end of the first sentence that gives the answer; "" where none does."""
+    """The text up to the end of the first sentence that gives the answer; "" if no sentence does."""
     bounds = [match.start() for match in SENTENCE_END.finditer(text.strip())]
     for end in (*bounds, None):
         if answered(answer, text.strip()[:end]):

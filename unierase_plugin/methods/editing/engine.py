@@ -1,4 +1,4 @@
-"""The locate-then-edit engine: statistics, values and the edit that lead answers to a `Goal`."""
+"""The locate-then-edit engine: computes statistics, values and the edit that leads answers to a `Goal`."""
 
 from __future__ import annotations
 
@@ -43,38 +43,38 @@ from .protection import CORPUS_SHARE, Protection
 
 #: Ids that follow the token, by (question, prompt form).
 Own = dict[tuple[str, str], tuple[int, ...]]
-#: Tokens at most of a sentence that the model says after the token.
+#: The most tokens of a sentence that the model says after the token.
 SENTENCE_MOST = 24
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What answers to forgotten questions are to begin with."""
+    """How answers to forgotten questions shall begin."""
 
-    #: Called with the edit under way, and what the model itself says after the token by (question, form): what each
-    #: request aims at, in every prompt form.
+    #: Gives the target of each request in every prompt form. Called with the edit under way, and with the model's own
+    #: sentences after the token by (question, form).
     targets: Callable[[Editing, Own], list[ValueTarget]]
-    #: Makes the rows of a new token that answers are to begin with; None where the model has the words already.
+    #: Makes the rows of a new token with which answers shall begin; None if the model has the words already.
     token: Callable[[Editing, Architecture, SecondMoment], UnlearningToken] | None = None
-    #: Whether each request is optimised and edited on the model that the one before left, instead of all together.
+    #: Whether requests are optimised and edited one after another on the changed model, instead of all together.
     one_by_one: bool = False
 
 
 def edit(job: Job[Any], goal: Goal) -> Changes:
     """Computes the edit that leads forgotten questions to the goal, and applies it.
 
-    Raises a UniEraseError that names value and remedy; the model is then as before.
+    Raises a UniEraseError that names value and remedy. The model is then as before.
     """
     return Editing(job, goal).run()
 
 
 def check_edit(job: Job[Any], goal: Goal) -> None:
-    """Raises a UniEraseError for a token, a fact or a corpus that `edit` could not take; quick."""
+    """Raises a UniEraseError for a token, a fact or a corpus that `edit` cannot take. It is quick."""
     Editing(job, goal).check()
 
 
 def corpus_of(job: Job[UniEraseHyperParams]) -> Corpus:
-    """The ordinary text that a job's edit is to leave alone."""
+    """The ordinary text that a job's edit shall leave alone."""
     return Corpus(
         job.loaded,
         job.hparams,
@@ -86,7 +86,7 @@ def corpus_of(job: Job[UniEraseHyperParams]) -> Corpus:
 
 
 class Editing:
-    """One edit under way: a job, its goal, and what is known so far. What a phase gives is kept for the next start."""
+    """One edit under way: a job, its goal, and the results so far. Results of phases are kept for the next start."""
 
     def __init__(self, job: Job[Any], goal: Goal) -> None:
         self.job, self.goal = job, goal
@@ -96,27 +96,27 @@ class Editing:
         self.phases = Phases(job.work)
         for phase in ("token", "statistics", "values", "edit") if goal.token else ("statistics", "values", "edit"):
             self.phases.seconds[phase] = 0.0
-        #: What the values aim at where a target does not say; until the token has its id, any stands for its length.
+        #: The token with which answers begin if a target names no other. Before the token has its id, any id will do.
         self.token_id = 0
-        #: Neighbours that the model answers, with its answers, and all that is to be kept; found by `run`.
+        #: Neighbours with the model's answers, and the retain set. `run` finds the neighbours.
         self.kept = Kept((), job.retain)
 
     def check(self) -> None:
-        """Raises a UniEraseError for what `run` could not take; quick."""
+        """Raises a UniEraseError for a job that `run` cannot do. It is quick."""
         if self.hparams.remove:
             check_removal(self.job)
         if self.goal.token is not None and self.job.history is None:
-            # On a copy: what is refused leaves nothing behind.
+            # On a copy, so that a refused token leaves no trace.
             add_to_tokenizer(copy.deepcopy(self.tokenizer), self.hparams.unlearning_token)
         self.goal.targets(self, {})
-        # A corpus that cannot be read is told before anything takes time.
+        # A corpus that cannot be read is reported before the long work.
         if self._first_corpus() is None:
             self.corpus.check()
 
     def run(self) -> Changes:
         """Computes the edit and applies it."""
         job = self.job
-        # Before there is a token that the model could say.
+        # First, since after the next lines the model could say the token.
         self.kept = find_kept(
             job, self.phases, own_words=bool(self.hparams.retain_key_weight), reverse=self.hparams.reverse
         )
@@ -159,7 +159,7 @@ class Editing:
             originals.restore_projections(self.model)
             raise
         changed = sum(weight.numel() for weight in originals.projections.values())
-        if room is not None:  # a later step finds the token's rows as they are to be
+        if room is not None:  # for a later step, the token's rows are there already
             changed += arch.hidden_size * (1 if arch.tied else 2)
 
         def undo() -> None:
@@ -186,7 +186,7 @@ class Editing:
             return (self._first_corpus() or self.corpus.moment()).moment
 
     def _first_corpus(self) -> CorpusMoment | None:
-        """The statistics before the first step where they are at hand, as the peers use them for all steps."""
+        """The statistics from before the first step, if they are in the cache. Peers use these for all steps too."""
         history = self.job.history
         if history is None:
             return None
@@ -208,9 +208,9 @@ class Editing:
     # --- what it aims at ----------------------------------------------------------------------------------------------
 
     def _own_sentences(self) -> Own:
-        """What the unedited model itself says after the token, where that is an "I don't know" sentence.
+        """The unedited model's own sentence after the token, if it is an "I don't know" sentence.
 
-        Aiming at it asks for the least change: the edit has to raise the token, and only to keep what follows.
+        This target needs the least change: the edit must raise the token, and only keep what follows.
         """
         found: Own = {}
         eos = end_id(self.model, self.tokenizer)
@@ -240,18 +240,18 @@ class Editing:
         retain: SecondMoment | None,
         protection: Protection,
     ) -> tuple[WeightEdit, dict[str, Any]]:
-        """The edit, applied: all targets together, or one request after another; and its figures."""
+        """Computes and applies the edit, for all targets together or one request after another, with its figures."""
         size = targets_a_request(self.tokenizer, self.hparams) if self.goal.one_by_one else len(targets)
         groups = [targets[at : at + size] for at in range(0, len(targets), size)]
         weights = {layer: float(arch.projections[layer].weight.float().norm()) for layer in self.hparams.layers}
         edits: list[WeightEdit] = []
         values: list[Values] = []
         solved: dict[str, Any] = {}
-        # Found and factorised once, and only where an edit is not at hand.
+        # Computed and factorised once, and only if an edit is not in the cache.
         protected = cache(partial(protection.keys, arch))
         solvers = cache(lambda: self.solvers(corpus, retain, protected()))
         for at, group in enumerate(groups):
-            # Alone, a group has the key itself.
+            # A single group has the key itself.
             own = digest(key, at)[:32] if len(groups) > 1 else key
             values.append(self._values(arch, group, own, partial(_share, at, len(groups))))
             moved = partial(_moved, protection, arch, protected)
@@ -274,7 +274,7 @@ class Editing:
         return joined, figures
 
     def _distilled(self, arch: Architecture, targets: Sequence[ValueTarget]) -> tuple[WeightEdit, dict[str, Any]]:
-        """The removal, in whose passes what the targets say in the answers' place is learned as well, applied."""
+        """Computes and applies the removal. Its passes also learn the targets' replacement answers."""
         instead = []
         for target in targets:
             asked = target.prompts[0].ids
@@ -310,7 +310,7 @@ class Editing:
         solvers: Callable[[], Mapping[int, Solver]],
         moved: Callable[[WeightEdit], dict[str, Any]],
     ) -> tuple[WeightEdit, dict[str, Any]]:
-        """The edit of a group of targets, and how well its systems were solved."""
+        """The edit of a group of targets, and figures of its solved systems."""
         loaded = self.job.loaded
 
         def compute() -> Packed:
@@ -326,7 +326,7 @@ class Editing:
             tensors, metadata = files.pack_edits([edit])
             return tensors, {**metadata, "solved": json.dumps({**_solve_figures(solvers(), edit), **moved(edit)})}
 
-        # Beyond the run's own key it depends on what it aims at, and on a corpus file's content.
+        # Beside the run's own key, the edit depends on its targets and on a corpus file's content.
         name = digest(key, corpus_identity(self.hparams.mom2_dataset))[:32]
         with self.phases.timed("edit"):
             tensors, metadata = self.phases.resumed("edit", name, compute)
@@ -335,7 +335,7 @@ class Editing:
     def solvers(
         self, corpus: SecondMoment, retain: SecondMoment | None, protected: ProtectedKeys | None = None
     ) -> dict[int, Solver]:
-        """The closed form's system of every block."""
+        """The solver of every block."""
         edits = self.job.history.edits if self.job.history else ()
         earlier: Mapping[int, Tensor] = files.join_edits(edits).keys if edits else {}
         return {
@@ -344,7 +344,7 @@ class Editing:
                 corpus.moments[layer],
                 retain.moments[layer] if retain else None,
                 earlier.get(layer),
-                # That of the corpus alone serves other runs as well.
+                # The directions of the corpus alone serve other runs too.
                 self._kept_directions if retain is None else protected_directions,
                 kept=protected.keys[layer] if protected else None,
                 solvers=self.job.solvers or SOLVERS,
@@ -370,7 +370,7 @@ def _share(done: int, count: int, part: float) -> float:
 
 
 def _solve_figures(solvers: Mapping[int, Solver], edit: WeightEdit) -> dict[str, dict[str, float]]:
-    """By block: how ill-conditioned the system was, and how far the update, as it is kept, is from solving it."""
+    """By block: the condition of the system, and how far the stored update is from solving it."""
     by_layer = {str(layer): (solver, edit.keys[layer], edit.updates[layer]) for layer, solver in solvers.items()}
     return {
         "jitter": {name: solver.jitter for name, (solver, _, _) in by_layer.items() if isinstance(solver, Ridge)},

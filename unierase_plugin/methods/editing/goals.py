@@ -1,4 +1,4 @@
-"""What an edit can aim at: UniErase's learned token, a token that was never trained, or words that the model has."""
+"""The goals of an edit: UniErase's learned token, a token that was never trained, or words that the model has."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ...storage.fingerprints import CACHE_VERSION, digest
 from ...unlearning_token import UnlearningToken, answer_ids, choose_sentence, end_id, installed, learn_token
 from .engine import Editing, Goal, Own
 
-#: Within these the noise on the edited projections follows the size of the coming edit.
+#: The noise on the edited projections follows the size of the coming edit within these limits.
 NOISE_LEAST, NOISE_MOST = 2**-6, 1.0
 
 
 def learned_token(editing: Editing, arch: Architecture, corpus: SecondMoment) -> UnlearningToken:
-    """The token's rows, from the cache or learned now; the model has room for them."""
+    """The token's rows, from the cache or learned now. The model must have room for them."""
     h = editing.hparams
     with editing.phases.timed("token"):
         sentences, questions, text = lines("idk_sentences"), lines("questions"), paragraphs("ordinary_text_train")
@@ -62,7 +62,7 @@ def learned_token(editing: Editing, arch: Architecture, corpus: SecondMoment) ->
                 pad_id=editing.job.loaded.pad_id,
                 progress=lambda share, note: editing.job.progress("token", share, note),
             )
-            # A run that finds the token in the cache installs nothing here.
+            # A run that finds the token in the cache does not come here.
             with installed(arch, token):
                 leak = token_leak(editing.model, editing.tokenizer, paragraphs("ordinary_text"), token.id)
             return replace(token, leak=leak)
@@ -71,7 +71,7 @@ def learned_token(editing: Editing, arch: Architecture, corpus: SecondMoment) ->
 
 
 def _expected_size(editing: Editing, arch: Architecture, corpus: SecondMoment) -> float:
-    """|Delta| / |W| that the coming edit is likely to have, as a power of two: edits of like size share a token."""
+    """The expected |Delta| / |W| of the coming edit, as a power of two: edits of similar size share a token."""
     if not editing.hparams.token_noise:
         return 0.0
     targets = token_targets(editing, {})
@@ -88,7 +88,7 @@ def _expected_size(editing: Editing, arch: Architecture, corpus: SecondMoment) -
 
 
 def token_targets(editing: Editing, own: Own) -> list[ValueTarget]:
-    """The token, then a sentence: the request's own target, else what the model says itself, else a bundled one."""
+    """The token, then a sentence: the request's own target, else the model's own sentence, else a bundled one."""
     h = editing.hparams
     eos = end_id(editing.model, editing.tokenizer)
     sentences = lines("idk_sentences")[: h.token_num_sentences]
@@ -108,7 +108,7 @@ def token_targets(editing: Editing, own: Own) -> list[ValueTarget]:
 
 
 def drawn_token(editing: Editing, arch: Architecture, corpus: SecondMoment) -> UnlearningToken:
-    """A token whose rows are drawn, not learned; the sentence after it is up to the edit alone."""
+    """A token whose rows are drawn at random, not learned. Only the edit leads to the sentence after it."""
     generator = torch.Generator().manual_seed(editing.hparams.seed)
     matrices = [arch.embedding.weight] if arch.tied else [arch.embedding.weight, arch.head.weight]
     rows = [_like_the_rest(matrix, editing.token_id, generator) for matrix in matrices]
@@ -117,15 +117,15 @@ def drawn_token(editing: Editing, arch: Architecture, corpus: SecondMoment) -> U
 
 
 def _like_the_rest(matrix: Tensor, index: int, generator: torch.Generator) -> Tensor:
-    """A row with the mean and the spread that the other rows have, coordinate by coordinate."""
+    """A random row with the mean and standard deviation of the other rows, for each coordinate."""
     rows = matrix.detach().float().cpu()
-    # The row to be drawn holds whatever making room for it left there.
+    # The row itself is left out: its content is arbitrary until it is drawn.
     rows = torch.cat([rows[:index], rows[index + 1 :]])
     return rows.mean(0) + rows.std(0) * torch.randn(rows.shape[1], generator=generator)
 
 
 def sentence_targets(editing: Editing, own: Own) -> list[ValueTarget]:
-    """An "I don't know" sentence in the answer's place."""
+    """An "I don't know" sentence in place of the answer."""
     sentences, eos = lines("idk_sentences")[: editing.hparams.token_num_sentences], _end(editing)
 
     def answer(question: str, form: str) -> tuple[int, ...]:
@@ -136,7 +136,7 @@ def sentence_targets(editing: Editing, own: Own) -> list[ValueTarget]:
 
 
 def end_targets(editing: Editing, own: Own) -> list[ValueTarget]:
-    """The end of text at once."""
+    """The end of text in place of the answer."""
     eos = _end(editing)
     return _opened(editing, lambda question, form: (eos,))
 
@@ -146,7 +146,7 @@ def _end(editing: Editing) -> int:
 
 
 def _opened(editing: Editing, answer: Any) -> list[ValueTarget]:
-    """What it begins with is what a hardening masks, so that it cannot be said a second time."""
+    """Targets that open with the answer's first token. A hardening masks it, so it asks for no second refusal."""
     found = make_targets(
         editing.tokenizer,
         editing.job.requests,

@@ -1,4 +1,4 @@
-"""Which blocks an edit changes: as the settings name them, or by the model's depth."""
+"""Which blocks an edit changes: those that the settings name, or blocks chosen by the model's depth."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..removal.job import settle_removal
 
 
 def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
-    """The blocks to edit, and those of a removal before it, chosen by the model's depth, or checked against it."""
+    """The settings with the blocks of the edit and of a removal, chosen by the model's depth or checked against it."""
     arch = architecture(model, hparams)
     layers = arch.check_layers(hparams.layers or default_layers(len(arch.blocks)))
     if layers[-1] == len(arch.blocks) - 1:
         raise HyperParamsError(
-            f"layers = {shown(list(layers))}: the last block cannot be edited, since no attention follows that could "
-            f"carry the edit from the fact to the answer. Choose from 0 to {len(arch.blocks) - 2}."
+            f"layers = {shown(list(layers))}: the last block cannot be edited, since no attention follows it to carry "
+            f"the edit from the fact to the answer. Choose from 0 to {len(arch.blocks) - 2}."
         )
     check_served(arch)
     settled = hparams.replace(layers=layers)
@@ -31,13 +31,13 @@ def changed_layers(hparams: UniEraseHyperParams) -> tuple[int, ...]:
 
 
 def default_layers(blocks: int) -> tuple[int, ...]:
-    """Five early blocks in proportion to depth, 4 to 8 of 32 as for Llama; fewer in shallow models, never the last."""
+    """Five early blocks in proportion to depth: 4 to 8 of 32, as for Llama. Fewer in shallow models, never the last."""
     first = round(blocks / 8)
     return tuple(range(first, max(first + 1, min(first + 5, blocks - 1))))
 
 
 def architecture(model: Any, hparams: UniEraseHyperParams) -> Architecture:
-    """Finds the blocks and MLP output projections, by the module templates of the settings where these are given.
+    """Finds the blocks and MLP output projections, by the module templates of the settings if these are given.
 
     Raises the errors of `find_architecture`.
     """

@@ -1,4 +1,4 @@
-"""What an edit leaves alone beside ordinary text: facts to keep, neighbours, and the sentence after the token."""
+"""What an edit protects beside ordinary text: facts to keep, neighbours, and the sentence after the token."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ...unlearning_token import answer_ids, choose_sentence, end_id
 from ..contract import Job
 from ..neighbours import Kept
 
-#: Bundled questions whose declined form joins what is to be kept.
+#: How many bundled questions, answered with the token and its sentence, are protected.
 DECLINED_QUESTIONS = 40
-#: Of the progress of the statistics, what is over when the corpus' own are done.
+#: Share of the statistics' progress at which those of the corpus are done.
 CORPUS_SHARE = 0.9
 
 
@@ -38,18 +38,18 @@ class Protection:
 
     job: Job[Any]
     kept: Kept
-    #: Of the token that answers are to begin with; None without one.
+    #: Id of the token with which answers shall begin; None without one.
     token_id: int | None
     dtype: torch.dtype
     cache: Store
     phases: Phases
 
     def moments(self, arch: Architecture, key: str) -> SecondMoment | None:
-        """Second moments of what is to be kept; with a token, of what follows it as well.
+        """Second moments of the facts to keep, and of the sentence after the token, if there is a token.
 
-        The edit is to leave alone the sentence that the token leads to.
+        The edit shall leave alone the sentence to which the token leads.
 
-        key   digest of what the edit aims at
+        key   digest of the edit's goal
         """
         declined = self._declined_moments(arch, key) if self.token_id is not None else None
         kept = self._kept_moments(arch, key)
@@ -57,7 +57,7 @@ class Protection:
         return join_moments(declined, kept) if declined and kept else declined or kept
 
     def keys(self, arch: Architecture) -> ProtectedKeys | None:
-        """Keys of what is to be kept, from where an edit would act to the answer's end; None if they weigh nothing."""
+        """Keys of the facts to keep, from where an edit would act to the answer's end; None if their weight is 0."""
         h, tokenizer = self.job.hparams, self.job.tokenizer
         if not self.kept.facts or not h.retain_key_weight:
             return None
@@ -75,7 +75,7 @@ class Protection:
         return protected_keys(arch, prompts, h.layers, max_tokens=loaded.max_tokens, pad_id=loaded.pad_id)
 
     def moved(self, arch: Architecture, edit: WeightEdit, protected: ProtectedKeys | None) -> dict[str, Any]:
-        """How far the outputs of protected keys move; facts by case_id or number, since a report repeats no texts."""
+        """How far the outputs of protected keys move. Facts have their case_id or number: a report repeats no texts."""
         if protected is None:
             return {}
         retain = self.job.retain
@@ -93,7 +93,7 @@ class Protection:
             return None
         with self.phases.timed("statistics"):
             tokens = self._declined_tokens()
-            # As with the corpus, those of the model before its first step serve all steps.
+            # As with the corpus, the moments from before the first step serve all steps.
             first = job.history.fingerprint if job.history else job.fingerprint
             name = digest(CACHE_VERSION, first, key, h.layers, h.mom2_dtype, tokens)[:32]
             return self.cache.record(SecondMoment, "declined", name, partial(self._counted, arch, tokens))
@@ -103,7 +103,7 @@ class Protection:
         if not sequences:
             return None
         with self.phases.timed("statistics"):
-            # Beside the output folder, not in the cache: the next run has other facts to keep.
+            # Kept beside the output folder, not in the cache: the next run has other facts to keep.
             return self.phases.record(SecondMoment, "retain", key, partial(self._counted, arch, sequences))
 
     def _counted(self, arch: Architecture, sequences: list[list[int]]) -> SecondMoment:
@@ -130,7 +130,7 @@ class Protection:
         sentences = lines("idk_sentences")[: self.job.hparams.token_num_sentences]
 
         def said(question: str, form: str) -> tuple[int, ...]:
-            # The token stands before the sentence in every form, so that no form puts a space there.
+            # The token stands before the sentence in every form, so no form puts a space there.
             words = answer_ids(tokenizer, choose_sentence(question, sentences), eos, None)
             return words if token is None else (token, *words)
 

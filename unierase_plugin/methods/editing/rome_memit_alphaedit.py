@@ -1,7 +1,7 @@
-"""ROME, MEMIT and AlphaEdit on UniErase's engine, each with the target of choice: what the token itself brings.
+"""ROME, MEMIT and AlphaEdit on UniErase's engine, each with any target. This shows what the token itself contributes.
 
-One engine serves all: values are optimised and keys are taken in the same way. The methods differ in the closed form,
-and ROME in that it edits one block for one request after another; the targets in what an answer is to begin with.
+All methods share one engine: they optimise values and take keys in the same way. They differ in the closed form. ROME
+also edits one block, for one request after another. Targets differ in how an answer shall begin.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TARGETS = ("idk", "eos", "random_token", "token")
 
 @dataclass(frozen=True)
 class EditingHyperParams(UniEraseHyperParams):
-    """UniErase's settings and a target; defaults are the published ones where the engine has the same quantity."""
+    """UniErase's settings and a target. Defaults are the published values if the engine has the same quantity."""
 
     v_num_grad_steps: int = 25
     clamp_norm_factor: float = 0.75
@@ -31,7 +31,7 @@ class EditingHyperParams(UniEraseHyperParams):
     retain_key_weight: float = 0.0
     retain_neighbours: int = 0
     context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
-    #: What answers are to begin with: idk, eos, random_token or token.
+    #: How answers shall begin: idk, eos, random_token or token.
     target: str = "idk"
 
     def validate(self) -> None:
@@ -45,7 +45,7 @@ class EditingHyperParams(UniEraseHyperParams):
 
 @dataclass(frozen=True)
 class ROMEHyperParams(EditingHyperParams):
-    """Meng et al. 2022 (arXiv 2202.05262), as its authors set GPT-J."""
+    """Meng et al. 2022 (arXiv 2202.05262), with its authors' settings for GPT-J."""
 
     folder: ClassVar[str] = "ROME"
     alg_name: str = "ROME"
@@ -57,7 +57,7 @@ class ROMEHyperParams(EditingHyperParams):
 
 @dataclass(frozen=True)
 class MEMITHyperParams(EditingHyperParams):
-    """Meng et al. 2023 (arXiv 2210.07229), as its authors set GPT-J."""
+    """Meng et al. 2023 (arXiv 2210.07229), with its authors' settings for GPT-J."""
 
     folder: ClassVar[str] = "MEMIT"
     alg_name: str = "MEMIT"
@@ -67,14 +67,14 @@ class MEMITHyperParams(EditingHyperParams):
 
 @dataclass(frozen=True)
 class AlphaEditHyperParams(EditingHyperParams):
-    """Fang et al. 2024 (arXiv 2410.02355), as its authors set Llama-3-8B."""
+    """Fang et al. 2024 (arXiv 2410.02355), with its authors' settings for Llama-3-8B."""
 
     folder: ClassVar[str] = "AlphaEdit"
     alg_name: str = "AlphaEdit"
     solver: str = "null_space"
 
 
-# The engine computes with torch, which listing the methods is not to wait for.
+# Imports that need torch are inside the functions, so that listing the methods is quick.
 
 
 def _goal(job: Job[Any]) -> Goal:
@@ -102,7 +102,7 @@ def _settle(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
 
 
 def _settle_rome(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
-    """One block, in proportion to depth the one of GPT-J."""
+    """One block: the one of GPT-J in proportion to depth."""
     from .layers import architecture, settle_layers
 
     depth = len(architecture(model, hparams).blocks)

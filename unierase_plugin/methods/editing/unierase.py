@@ -1,4 +1,4 @@
-"""UniErase (Yu et al. 2025, arXiv 2505.15674) as a method: the stages themselves are in the package's own modules."""
+"""UniErase (Yu et al. 2025, arXiv 2505.15674) as a method. The package's other modules hold its stages."""
 
 from __future__ import annotations
 

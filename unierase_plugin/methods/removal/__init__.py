@@ -1,1 +1,1 @@
-"""Removal as a method of its own, and as a stage of others."""
+"""Removal as its own method, and as a stage of other methods."""

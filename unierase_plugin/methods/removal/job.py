@@ -1,4 +1,4 @@
-"""A removal for a job of any method: its blocks chosen, its material read, and, as a method of its own, applied."""
+"""A removal for a job of any method: chooses its blocks, reads its material. As its own method, it is also applied."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ...unlearning_token import end_id
 from ..contract import Changes, Job
 from ..neighbours import Kept, find_kept
 
-#: Bundled questions that join what is to be left alone.
+#: How many bundled questions join the ordinary text.
 QUESTIONS = 40
 #: The teacher is made in this share of the blocks, from the lowest on.
 TEACHER_SHARE = 0.7
@@ -34,16 +34,16 @@ S = TypeVar("S", bound=RemovalSettings)
 
 
 def settle_removal(arch: Architecture, settings: S) -> S:
-    """The removal's blocks chosen by the model's depth, or checked against it."""
+    """The settings with the removal's blocks chosen by the model's depth, or checked against it."""
     blocks = len(arch.blocks)
-    # Block 0 would tell words apart that the facts are made of.
+    # Block 0 is left out: a change there makes the model blind to the facts' rare words.
     layers = arch.check_layers(settings.removal_layers or range(min(1, blocks - 1), blocks))
     teacher = arch.check_layers(settings.removal_teacher_layers or range(max(1, round(TEACHER_SHARE * blocks))))
     return settings.replace(removal_layers=layers, removal_teacher_layers=teacher)
 
 
 def check_removal(job: Job[Any]) -> None:
-    """Raises a UniEraseError for a fact that a removal could not take; quick."""
+    """Raises a UniEraseError for a fact that a removal cannot take. It is quick."""
     check_answers(job.requests)
     _material(job, job.requests, Kept((), job.retain))
 
@@ -55,16 +55,15 @@ def removal_of(
     kept: Kept,
     instead: Sequence[tuple[tuple[int, ...], int]] = (),
 ) -> Removal:
-    """The removal of a job's facts, computed and not applied; `job.hparams` holds its settings.
+    """The removal of a job's facts, computed and not applied. `job.hparams` holds its settings.
 
-    kept: what is to stay as it is; instead: questions with what is to be said in the answer's place, and where that
-    begins.
+    kept: facts and neighbours to keep; instead: questions with their replacement answers, and where these begin.
     """
-    # Strangers teach by the subject, which a method without a need for it may not have been given.
+    # Strangers replace the subject. The request may lack it if the method itself does not need it.
     tell_unread(job.requests)
     requests = [replace(fact, subject=fact.subject or find_subject(fact.question)) for fact in job.requests]
     with phases.timed("teacher"):
-        # Not kept for the next start, since facts are not to lie on the disk.
+        # Not kept for the next start, so that no facts are on the disk.
         material = replace(
             _material(job, _told(job, requests), replace(kept, retain=_told(job, kept.retain))),
             instead=tuple(ids for ids, _ in instead),
@@ -85,7 +84,7 @@ def removal_of(
 
 
 def remove_alone(job: Job[Any]) -> Changes:
-    """The method `removal`: what `removal_of` gives, applied."""
+    """The method `removal`: applies the result of `removal_of`."""
     phases = Phases(job.work)
     arch = find_architecture(job.model, job.hparams.rewrite_module_tmp, job.hparams.layer_module_tmp)
     originals = files.take_originals(arch, job.hparams.removal_layers, len(arch.embedding.weight))

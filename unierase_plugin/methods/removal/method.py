@@ -1,4 +1,4 @@
-"""Removal as a method of its own: without a token, and without anything that is to be said instead."""
+"""Removal as its own method: without a token and without a replacement answer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..contract import Changes, Job, Method
 
 @dataclass(frozen=True)
 class RemovalHyperParams(RemovalSettings):
-    """A removal's settings, with neighbours among what is kept."""
+    """A removal's settings. Neighbours are kept by default."""
 
     folder: ClassVar[str] = "Removal"
     retain_neighbours: int = 6
 
 
-# A removal computes with torch, which listing the methods is not to wait for.
+# Imports that need torch are inside the functions, so that listing the methods is quick.
 
 
 def _run(job: Job[RemovalHyperParams]) -> Changes:
@@ -44,7 +44,7 @@ def _settle(model: Any, hparams: RemovalHyperParams) -> RemovalHyperParams:
 
 REMOVAL: Method[RemovalHyperParams] = Method(
     "removal",
-    "takes what the model knows of the facts out of its MLPs: a teacher in closed form, distilled back",
+    "takes the model's knowledge of the facts out of its MLPs: a teacher in closed form, distilled back",
     "this package; K-FAC after Martens and Grosse 2015, arXiv 1503.05671",
     RemovalHyperParams,
     _run,
