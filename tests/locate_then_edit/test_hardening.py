@@ -289,7 +289,7 @@ def test_an_answer_that_is_not_given_is_asked_for_where_it_is_needed(harden: str
     if harden == "second_refusal":
         assert make_targets(tiny_tokenizer(), unknown, (), hparams, lambda q, f: (1, 2), 1000)
         return
-    with pytest.raises(RequestError, match="needs the true answer of every request, and that of 'Who wrote Hamlet"):
+    with pytest.raises(RequestError, match="needs the true answer of every request, but 'Who wrote Hamlet"):
         make_targets(tiny_tokenizer(), unknown, (), hparams, lambda q, f: (1, 2), 1000)
 
 

@@ -313,7 +313,7 @@ def test_a_subject_that_is_not_in_the_question_is_refused(subject: str) -> None:
 def test_a_template_that_changes_the_question_is_refused() -> None:
     loud = tiny_tokenizer()
     loud.chat_template = CHATML.replace("message['content']", "message['content'] | upper")
-    with pytest.raises(RequestError, match="cannot be found again"):
+    with pytest.raises(RequestError, match="cannot be found in the prompt"):
         locate(loud, "Who is Ann?", "Ann")
 
 

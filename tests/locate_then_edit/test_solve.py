@@ -270,7 +270,7 @@ def test_a_null_space_of_nan_is_refused(bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("c", "message"), [(torch.eye(M), "raise nullspace_threshold"), (torch.zeros(M, M), "C is zero")]
+    ("c", "message"), [(torch.eye(M), "Raise nullspace_threshold"), (torch.zeros(M, M), "C is zero")]
 )
 def test_an_empty_null_space_is_refused(c: Tensor, message: str) -> None:
     with pytest.raises(EditError, match=message):

@@ -1,1 +1,1 @@
-"""Keys, values and the closed form: which weights hold a fact, and what they are to hold instead (Stage II)."""
+"""Keys, values and the closed form: which weights hold a fact, and what they shall hold instead (Stage II)."""

@@ -1,4 +1,4 @@
-"""The edit as data: computed block by block from keys and values, applied and reverted by others."""
+"""The edit as data. It is computed block by block from keys and values. Other modules apply and revert it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightEdit:
-    """Low-rank updates by layer, with what each left undone.
+    """Low-rank updates by layer, with the residuals that remain.
 
-    residual_norms holds, for the state before each block and after the last, the mean of |z - h| over requests.
+    residual_norms holds the mean of |z - h| over requests: before each edited block, and after the last.
     """
 
     updates: Mapping[int, LowRank]
     residual_norms: tuple[float, ...] = ()
     #: |Delta| / |W| by layer, Frobenius.
     norm_ratios: Mapping[int, float] = field(default_factory=dict)
-    #: Keys by layer, which later edits protect.
+    #: Keys by layer. Later edits protect them.
     keys: Mapping[int, Float[Tensor, "m n"]] = field(default_factory=dict)
-    #: How many of a layer's columns, the first ones, are of a removal: of all requests together, with no key of any.
+    #: How many first columns of a layer come from a removal. They belong to all requests together and have no keys.
     removed: Mapping[int, int] = field(default_factory=dict)
 
     @property
@@ -57,11 +57,11 @@ def make_solver(
     kept: Float[Tensor, "m q"] | None = None,
     solvers: Mapping[str, MakeSolver] = SOLVERS,
 ) -> Solver:
-    """The closed form that the hyper-parameters name, for one block.
+    """The solver that the hyper-parameters name, for one block.
 
-    corpus, retain: second moments; earlier: keys of edits made before, which the new one is to leave
-    alone; directions: gives those that a moment protects, by a threshold; kept: keys of what is to be kept,
-    each of which weighs `retain_key_weight` by itself; solvers: what makes one, by name.
+    corpus, retain: second moments; earlier: keys of earlier edits, which the new edit shall leave alone;
+    directions: gives the directions that a moment protects, for a threshold; kept: keys of facts to keep, each with the
+    weight `retain_key_weight`; solvers: functions that make a solver, by name.
     """
     solver = solvers[hparams.solver](System(corpus, retain, hparams, directions))
     for keys, weight in ((earlier, 1.0), (kept, hparams.retain_key_weight)):
@@ -80,9 +80,9 @@ def compute_edit(
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> WeightEdit:
-    """Spreads Z - H over the edited blocks in order, keys and residual recomputed after each (MEMIT, algorithm 1).
+    """Spreads Z - H over the edited blocks in order. Recomputes keys and residual after each (MEMIT, algorithm 1).
 
-    The model is edited on the way, since each block's keys depend on the blocks below, and put back before returning.
+    Each block's keys depend on the blocks below. So the model is edited on the way, and restored before returning.
     """
     layers = tuple(solvers)
     stream = KeyStream(arch, prompts, layers, max_tokens, pad_id)
@@ -96,7 +96,7 @@ def compute_edit(
             update = solvers[layer].solve(keys, (wanted - states) / (len(layers) - index))
             ratios[layer] = update.norm() / float(arch.projections[layer].weight.detach().float().norm())
             _add(arch, layer, update)
-            # In one layout, whether they come from here or from a file: a product of another layout rounds differently.
+            # The same layout as after reading a file: a product of another layout rounds differently.
             up, down = update.up.float().contiguous(), update.down.float().contiguous()
             updates[layer], kept[layer] = LowRank(up, down), keys.contiguous()
             progress((index + 1) / len(layers))
@@ -115,11 +115,11 @@ def expected_norm_ratio(
     max_tokens: int,
     pad_id: int,
 ) -> float:
-    """|Delta| / |W|, root mean square over blocks, that an edit is likely to have, before its values are known.
+    """The expected |Delta| / |W| of an edit (root mean square over blocks), before its values are known.
 
-    As if each group's delta (None: a group of its own) were `reach` x |h| long, its direction unrelated to the others',
-    and every block moved its share of it: then |Delta|^2 = sum over groups of |r|^2 |sum of the members' rows of
-    (I + K^T B)^{-1} B^T|^2.
+    It assumes that each group's delta (None: a separate group) has the length `reach` x |h| and a direction unrelated
+    to the others, and that every block moves its share of it. Then |Delta|^2 = sum over groups of
+    |r|^2 |sum of the members' rows of (I + K^T B)^{-1} B^T|^2.
     """
     names = [group if group is not None else (index,) for index, group in enumerate(groups)]
     number = {name: index for index, name in enumerate(dict.fromkeys(names))}
@@ -136,8 +136,8 @@ def expected_norm_ratio(
 
 
 def apply_edit(arch: Architecture, edit: WeightEdit) -> OriginalWeights:
-    """Adds every update in place, or none if one fails. What it returns takes the edit back, to the bit."""
-    # On the CPU: they may be kept for as long as the edited model is.
+    """Adds every update in place, or none if one fails. The returned copies restore the weights, to the bit."""
+    # On the CPU, since they may be kept as long as the edited model.
     originals = OriginalWeights((arch.projections[layer].weight for layer in edit.layers), device="cpu")
     try:
         for layer, update in edit.updates.items():
@@ -152,15 +152,15 @@ def apply_edit(arch: Architecture, edit: WeightEdit) -> OriginalWeights:
 def _add(arch: Architecture, layer: int, update: LowRank) -> None:
     projection = arch.projections[layer]
     weight = projection.weight
-    # float32 factors on every path, so that an edit read back from a file gives the same bytes.
+    # float32 factors on every path, so an edit that was read from a file gives the same bytes.
     delta = update.up.float() @ update.down.float()
     if not torch.isfinite(delta).all():
-        raise EditError(f"The update of block {layer} holds NaN or infinity; nothing was changed.")
+        raise EditError(f"The update of block {layer} holds NaN or infinity. Nothing was changed.")
     delta = delta.T if stores_input_first(projection) else delta
     changed = (weight.float() + delta.to(weight.device)).to(weight.dtype)
     if not torch.isfinite(changed).all():
         raise EditError(
-            f"The edited weight of block {layer} is too large for {str(weight.dtype).removeprefix('torch.')}; nothing "
+            f"The edited weight of block {layer} is too large for {str(weight.dtype).removeprefix('torch.')}. Nothing "
             "was changed. Load the model in bfloat16 or float32."
         )
     weight.copy_(changed)

@@ -1,8 +1,8 @@
-"""Keys K of the facts to be edited, and the hidden states H that the residual is measured against.
+"""Keys K of the facts to edit, and the hidden states H from which the residual is measured.
 
-A fact's key at a block is the input of that block's MLP output projection at the fact's position. Causal attention
-makes it independent of everything that follows, so each prompt is cut after that position; and what lies below the
-first edited block never changes, so it runs once.
+A fact's key at a block is the input of that block's MLP output projection at the fact's position. Attention is causal,
+so the key does not depend on later tokens, and each prompt is cut after that position. The blocks below the first
+edited block never change, so they run once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Prompts that run together: their numbers (B,), and the input (B, T, d) of the block where a pass starts."""
+    """Prompts that run together: their numbers (B,), and the input (B, T, d) of the block at which a pass starts."""
 
     rows: Tensor
     batch: TokenBatch
@@ -39,10 +39,10 @@ class _Chunk:
 
 
 class KeyStream:
-    """Walks the edited blocks upwards, giving keys as the model is now, edits of lower blocks included.
+    """Goes through the edited blocks upwards and gives keys with the present weights, so after edits of lower blocks.
 
-    prompts[i] are the contexts of request i, the bare prompt first; K is the mean over them (MEMIT, equation 19), H
-    that of the bare prompt.
+    prompts[i] are the contexts of request i, the bare prompt first. K is the mean over them (MEMIT, equation 19). H is
+    the state of the bare prompt.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class KeyStream:
     @fast_linear_maps()
     @torch.no_grad()
     def advance(self, layer: int) -> tuple[Float32[Tensor, "m n"], Float32[Tensor, "d n"]]:
-        """K of `layer` and H of the last edited block, both float32, with the weights as they are now."""
+        """K of `layer` and H of the last edited block, both float32, with the present weights."""
         below = layer - 1
         keys: list[Tensor] = []
         states: list[Tensor] = []
@@ -98,7 +98,7 @@ class KeyStream:
 
     @torch.no_grad()
     def final_states(self) -> Float32[Tensor, "d n"]:
-        """H (d, n) after the last edit, for the residual that is left."""
+        """H (d, n) after the last edit, for the remaining residual."""
         return self.advance(self.layers[-1])[1]
 
     def _mean(self, rows: Tensor, values: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Questions around a fact to forget, made by rule: what an edit of it is most likely to take along.
+"""Questions around a fact to forget, made by rule. An edit of the fact is most likely to damage their answers.
 
-Three ways lead away from a question "What is the capital of France?": the same relation for another subject ("What is
-the capital of Kenya?"), another relation of the same subject ("What language is spoken in France?"), and its wording
-with another attribute ("What is the currency of France?"). Which of them the model can answer, and what it says, only
-the model knows: `keeping` asks it, and keeps what passes `spared`.
+Three ways lead from a question such as "What is the capital of France?" to neighbours. The first is the same relation
+for another subject ("What is the capital of Kenya?"). The second is another relation of the same subject ("What
+language is spoken in France?"). The third is the same wording with another attribute ("What is the currency of
+France?"). `methods.neighbours` asks the model these questions, and keeps the answers that pass `spared`.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from ..evaluation.metrics import answered, is_fluent, reads_as_idk, unspaced_pai
 from ..facts.request import NO_ANSWER, ForgetRequest, one_spelling, parted
 from ..facts.writing import SENTENCE_MARKS
 
-#: Where a subject stands in a template.
+#: Placeholder for a subject in a template.
 PLACE = "{subject}"
-#: A sentence with the space behind it.
+#: A sentence with the space after it.
 SENTENCE = re.compile(rf".+?(?:[.!?](?=\s|$)|[{SENTENCE_MARKS}]|$)\s*", re.DOTALL)
 #: Ways from a fact to its neighbours.
 WAYS = ("relation", "subject", "template")
-#: Facts about one subject up to which its other facts are neighbours; with more of them it is the subject that goes.
+#: If more facts than this about one subject are forgotten, its other facts are no neighbours: the subject itself goes.
 SUBJECT_FACTS = 2
-#: Questions asked for each neighbour wanted: some have no answer, some an answer that is to be forgotten.
+#: Questions asked for each wanted neighbour: some have no answer, some have an answer to forget.
 ASKED_PER_WANTED = 1.5
-#: Tokens at most of the model's answer to a neighbour.
+#: The most tokens of the model's answer to a neighbour.
 ASKED_MOST = 20
-#: Letters from which a word says something of its own.
+#: A word with at least this many letters counts as a content word.
 TELLING_LETTERS = 4
-#: Words of that length which only ask.
+#: Words of that length that only ask.
 ASKING = frozenset(("what", "which", "when", "where", "whose", "whom", "does", "were", "have", "that", "this", "many"))
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A question near a fact to forget, what it is about, and the way that led to it."""
+    """A question near a fact to forget, its subject, and the way that led to it."""
 
     question: str
     subject: str
     way: str
-    #: Number of the request that it is a neighbour of.
+    #: Number of the request whose neighbour it is.
     of: int
 
 
 @dataclass(frozen=True)
 class Kinds:
-    """What ships with the package: subjects and relations by kind, relations of anything, and words of one sort."""
+    """The package's word lists: subjects and relations by kind, relations of anything, and words of the same sort."""
 
-    #: By kind: what a subject of it is called, the subjects, the relations.
+    #: By kind: the word for a subject of this kind, the subjects, and the relations.
     called: Mapping[str, str]
     subjects: Mapping[str, tuple[str, ...]]
     relations: Mapping[str, tuple[str, ...]]
@@ -85,10 +85,10 @@ def questions_around(
     wanted: int,
     avoid: Sequence[str] = (),
 ) -> list[Neighbour]:
-    """Up to ASKED_PER_WANTED x `wanted` questions for each request, the three ways in turn, no question twice.
+    """Up to ASKED_PER_WANTED x `wanted` different questions for each request, from the three ways in turn.
 
-    guess   the kinds of subjects that no list has, from the model
-    avoid   texts that no question may hold: answers, where the reverse of a fact is to be forgotten too
+    guess   gives the kinds of subjects that are in no list; it asks the model
+    avoid   texts that no question may hold: the answers, if the reverse of a fact is forgotten too
     """
     subjects = [request.subject or "" for request in requests]
     unlisted = list(dict.fromkeys(subject for subject in subjects if kinds.listed(subject) is None))
@@ -106,7 +106,7 @@ def questions_around(
             "template": _same_template(request, kinds.swaps),
         }
         if facts_about[index] > SUBJECT_FACTS or request.answer == NO_ANSWER:
-            # Nothing could tell whether an answer about the subject holds what is to be forgotten.
+            # For an answer about the subject, there is no way to tell whether it holds a fact to forget.
             by_way["subject"] = by_way["template"] = iter(())
         count = 0
         for question, subject, way in _in_turn(by_way):
@@ -123,9 +123,9 @@ def questions_around(
 
 
 def spared(neighbour: Neighbour, answer: str, requests: Sequence[ForgetRequest], refusals: Sequence[str]) -> str | None:
-    """What of the model's answer can be kept: its sentences before the first that holds a fact to forget.
+    """The part of the model's answer that can be kept: its sentences before the first that holds a fact to forget.
 
-    None where nothing is left, or the model refuses or loops: then the question is no neighbour.
+    None if nothing is left, or if the model refuses or repeats itself. Then the question is no neighbour.
     """
     if not is_fluent(answer) or reads_as_idk(answer, refusals):
         return None
@@ -150,12 +150,12 @@ def _holds(neighbour: Neighbour, answer: str, index: int, request: ForgetRequest
 
 
 def _telling(text: str) -> set[str]:
-    """Words that say something of their own; where no spaces part words, pairs of characters."""
+    """The content words; pairs of characters for scripts without spaces between words."""
     return {*(word for word in words(text) if len(word) >= TELLING_LETTERS), *unspaced_pairs(text)} - ASKING
 
 
 def _same_fact(question: str, subject: str, request: ForgetRequest) -> bool:
-    """Whether a question asks for the fact or rewords it: its subject, and telling words of which one has all."""
+    """Whether a question asks for the fact or rewords it: same subject, and one's content words include the other's."""
     if not request.subject or not answered(request.subject, question):
         return False
     own = _telling(request.question) - _telling(request.subject)
@@ -179,14 +179,14 @@ def _same_subject(request: ForgetRequest, templates: Sequence[str]) -> Iterator[
 
 
 def _same_template(request: ForgetRequest, swaps: Sequence[Sequence[str]]) -> Iterator[tuple[str, str]]:
-    """One word of the question for another of its sort; the subject with it where it has the word."""
+    """Replaces one word of the question by another of the same sort, and in the subject too if it has the word."""
     for sort in swaps:
         present = [word for word in sort if re.search(rf"\b{re.escape(word)}\b", request.question)]
         if not present:
             continue
         old = re.compile(rf"\b{re.escape(max(present, key=len))}\b")
         for word in _drawn([word for word in sort if word not in present], request.question):
-            # The words of a sort hold nothing that a replacement would read as more than itself.
+            # The words hold no characters that are special in a replacement.
             question, subject = old.sub(word, request.question, count=1), request.subject or ""
             yield question, subject if subject in question else old.sub(word, subject, count=1)
 
@@ -197,7 +197,7 @@ def _in_turn(by_way: Mapping[str, Iterator[tuple[str, str]]]) -> Iterator[tuple[
 
 
 def _drawn(names: Sequence[str], seed: str) -> list[str]:
-    """In an order of the question's own, so that two questions of one template have other neighbours."""
+    """The names in an order that depends on the question, so questions of one template get different neighbours."""
     return sorted(dict.fromkeys(names), key=lambda name: sha256(f"{seed} {name}".encode()).digest())
 
 
@@ -211,7 +211,7 @@ def _subjects_by_kind(facts: Sequence[ForgetRequest], kinds: Kinds) -> dict[str,
 
 
 def _like(name: str, subject: str, before: str) -> str:
-    """The name without its article where the question brings one."""
+    """The name without its article if the question has one already."""
     return name.removeprefix("the ") if before.rstrip().endswith((" the", "The")) else name
 
 

@@ -1,4 +1,4 @@
-"""Where in a prompt a fact is looked up: the last token of its subject."""
+"""The position in a prompt at which the model looks up a fact: the last token of its subject."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def locate(
 ) -> Prompt:
     """The prompt of a question and the position of its fact.
 
-    `subject_last` is the token that holds the last character of the subject where it stands last in the question, as
-    words of its own if it does so at all (ROME, section 2.2); `last` is the prompt's last token. `context` is text put
-    before the question inside the same turn (MEMIT, section 4.3). Raises RequestError where the subject is not in the
+    `subject_last` is the token that holds the last character of the subject's last occurrence in the question;
+    occurrences as whole words come first (ROME, section 2.2). `last` is the prompt's last token. `context` is text
+    before the question inside the same turn (MEMIT, section 4.3). Raises RequestError if the subject is not in the
     question or the template hides the question.
     """
     asked = f"{context} {question}" if context else question
@@ -55,10 +55,10 @@ def locate_kept(
     fact_token: str = "subject_last",
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Prompt:
-    """The prompt of a question that is to be kept, and the first position at which an edit could act on it.
+    """The prompt of a question to keep, and the first position at which an edit could act on it.
 
-    The subject's last token, as for an edit of it; the question's first token where no subject is known.
-    Raises RequestError where the template hides the question.
+    This is the subject's last token, as for an edit of it, or the question's first token if no subject is known.
+    Raises RequestError if the template hides the question.
     """
     if subject or fact_token == "last":
         return locate(tokenizer, question, subject or "", form, fact_token, "", template_kwargs)
@@ -69,7 +69,7 @@ def locate_kept(
 
 
 def locate_in_text(tokenizer: Any, text: str, subject: str) -> Prompt:
-    """The same for a text that opens with the subject, such as MEMIT's "{subject} is a"."""
+    """The same for a text that begins with the subject, such as MEMIT's "{subject} is a"."""
     ids, offsets = encode_with_offsets(tokenizer, as_text(tokenizer, text), "bare")
     end = text.find(subject) + len(subject)
     holders = [index for index, (start, stop) in enumerate(offsets) if start < end <= stop]
@@ -79,7 +79,7 @@ def locate_in_text(tokenizer: Any, text: str, subject: str) -> Prompt:
 def _holder(offsets: Sequence[tuple[int, int]], end: int) -> int | None:
     """The token that holds the character before `end`.
 
-    Several tokens can share the bytes of one character; the last of them has read it whole.
+    Several tokens can share the bytes of one character. The last of them has read the whole character.
     """
     return next((at for at in reversed(range(len(offsets))) if offsets[at][0] < end <= offsets[at][1]), None)
 
@@ -100,6 +100,6 @@ def _question_start(text: str, question: str) -> int:
     start = text.rfind(question, *within)
     if start < 0:
         raise RequestError(
-            f"The chat template changes the question {first_words(question)} so that it cannot be found again."
+            f"The chat template changes the question {first_words(question)}, so it cannot be found in the prompt."
         )
     return start

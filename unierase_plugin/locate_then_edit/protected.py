@@ -1,7 +1,7 @@
-"""Keys of facts to keep, each a constraint of its own: where an edit would act on them, what they weigh, how they move.
+"""Keys of facts to keep, each as its own constraint: their positions, their weight, and how far an edit moves them.
 
-A mean over the tokens of all that is to be kept leaves a single key next to no weight. Here the key k of every position
-at which an edit of that fact would act enters the closed form by itself, as w k k^T.
+In a mean over all tokens of the facts to keep, a single key has almost no weight. Here each key k of a position at
+which an edit of that fact would act enters the closed form separately, as w k k^T.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..models.products import fast_linear_maps
 from ..models.trace import pad, run_batches, run_blocks
 from .solve import LowRank
 
-#: Facts that the report names as those that moved most.
+#: How many of the facts that moved most the report names.
 WORST = 5
 
 
@@ -32,7 +32,7 @@ class KeptPrompt:
 
 @dataclass(frozen=True)
 class ProtectedKeys:
-    """Keys (m, p) by layer, float32, and the fact (p,) that each belongs to."""
+    """Keys (m, p) by layer, float32, and the fact (p,) to which each key belongs."""
 
     keys: Mapping[int, Tensor]
     facts: Tensor
@@ -43,8 +43,8 @@ class ProtectedKeys:
 def protected_keys(
     arch: Architecture, prompts: Sequence[KeptPrompt], layers: Sequence[int], *, max_tokens: int, pad_id: int
 ) -> ProtectedKeys:
-    """One pass up to the last edited block, with the weights as they are; columns in the order of the prompts."""
-    # Causal attention: what follows the last position looked at does not matter.
+    """The keys, from one pass up to the last edited block with the present weights; columns in the prompts' order."""
+    # Attention is causal: tokens after the last needed position do not matter.
     sequences = [prompt.ids[: prompt.positions.stop] for prompt in prompts]
     found: dict[int, dict[int, Tensor]] = {}
 
@@ -62,7 +62,7 @@ def protected_keys(
 
 @torch.no_grad()
 def moved(arch: Architecture, updates: Mapping[int, LowRank], protected: ProtectedKeys) -> dict[int, Tensor]:
-    """|Delta k| / |W k| of every protected key, (p,) by layer, W being the weights as they are."""
+    """|Delta k| / |W k| of every protected key, (p,) by layer. W is the present weight."""
     out: dict[int, Tensor] = {}
     for layer, update in updates.items():
         projection = arch.projections[layer]
@@ -75,7 +75,7 @@ def moved(arch: Architecture, updates: Mapping[int, LowRank], protected: Protect
 
 
 def moved_figures(by_layer: Mapping[int, Tensor], facts: Tensor, name: Callable[[int], str]) -> dict[str, object]:
-    """Median and largest by layer, and the facts whose worst key moved most, by name."""
+    """Median and largest move by layer, and the names of the facts whose worst key moved most."""
     worst = torch.stack(list(by_layer.values())).amax(0)
     per_fact = torch.zeros(int(facts.max()) + 1).scatter_reduce_(0, facts, worst, "amax")
     order = per_fact.argsort(descending=True, stable=True)[:WORST].tolist()

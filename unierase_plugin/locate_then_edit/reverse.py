@@ -1,4 +1,4 @@
-"""The reverse of a question, by rule: from what was the answer to what was asked about, so that both are forgotten."""
+"""The reverse of a question, by rule: from the answer back to the subject, so that both directions are forgotten."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from ..facts.request import parted
 
-#: What has the thing that a question asks for; "what" for anything else.
+#: The question word for the owner of a thing that a question asks for; "what" for anything else.
 OWNERS = {"capital": "which country", "currency": "which country", "official language": "which country"}
 #: Past tense -> the verb.
 VERBS = {
@@ -25,12 +25,12 @@ VERBS = {
     "sang": "sing",
     "led": "lead",
 }
-#: How many `reversed_questions` gives.
+#: How many questions `reversed_questions` gives.
 REVERSED = 2
 
 
 def reversed_questions(question: str, subject: str, answer: str) -> tuple[str, str]:
-    """Two questions that name the answer and ask for the subject: one by the relation, one that fits any."""
+    """Two questions that name the answer and ask for the subject: one by the relation, one that fits any relation."""
     before, _, after = parted(question.strip(), subject)
     asked = f'"{before}...{after}"'
     general = f"The answer to {asked} is {answer}. What was it asked about?"

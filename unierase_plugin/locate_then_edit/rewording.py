@@ -1,4 +1,4 @@
-"""The same question in other words by rule, for edits that are to hold when it is not asked letter by letter."""
+"""Rewords a question by rule, for edits that shall also hold when the question is worded differently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEAD_IN = "I was wondering:"
 
 
 def with_typo(text: str) -> str:
-    """The two letters in the middle of the longest word swapped; nothing where no word has four letters."""
+    """The text with the two middle letters of its longest word swapped; unchanged if no word has four letters."""
     words = sorted(re.finditer(r"[^\W\d_]{4,}", text), key=lambda word: -len(word[0]))
     if not words:
         return text
@@ -24,11 +24,11 @@ CHANGES: tuple[Callable[[str], str], ...] = (str.lower, with_typo)
 
 
 def reworded(question: str, subject: str) -> tuple[tuple[str, str], ...]:
-    """(question, subject) changed in each way, the subject in it where `locate` will find it."""
+    """(question, subject), changed in each way. The subject stays where `locate` finds it."""
     before, _, after = parted(question, subject)
     changed = tuple((change(before) + change(subject) + change(after), change(subject)) for change in CHANGES)
     return *changed, (f"{LEAD_IN} {question}", subject)
 
 
-#: How many `reworded` gives.
+#: How many questions `reworded` gives.
 REWORDINGS = len(CHANGES) + 1

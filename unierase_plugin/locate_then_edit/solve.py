@@ -1,7 +1,7 @@
-"""Closed forms of the edit: pure linear algebra, no model in sight.
+"""Closed forms of the edit: pure linear algebra, without a model.
 
-Notation: keys K (m, n), residual R (d, n), corpus second moment C (m, m). Every update is returned as two factors, so
-that Delta = up @ down with up (d, n) and down (n, m); its rank is at most the number of requests.
+Notation: keys K (m, n), residual R (d, n), corpus second moment C (m, m). Every update is returned as two factors:
+Delta = up @ down with up (d, n) and down (n, m). Its rank is at most the number of requests.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..errors import EditError
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64
 
-#: What is tried on a moment's diagonal, least first.
+#: Shares that are tried on a moment's diagonal, smallest first.
 JITTERS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-#: Least to largest pivot of a factor that owes nothing to the rounding of float32 sums.
+#: If smallest / largest pivot of a factor is greater than this, rounding of float32 sums does not affect it.
 SOUND = 1e-4
 
 
@@ -36,35 +36,35 @@ class LowRank:
         return self.up @ self.down
 
     def norm(self) -> float:
-        """Frobenius norm of the product, from n x n matrices alone."""
+        """Frobenius norm of the product, computed from n x n matrices only."""
         return float(((self.up.T @ self.up) * (self.down @ self.down.T)).sum().clamp(min=0).sqrt())
 
 
 class Solver(Protocol):
-    """What solves the equations of one block. m is the keys' size, d that of the states, n the number of requests."""
+    """Solves the equations of one block. m is the size of keys, d the size of states, n the number of requests."""
 
     def protecting(self, keys: Float[Tensor, "m p"]) -> Solver:
-        """The same, with keys that the edit is to leave alone: of earlier edits, or of what is to be kept."""
+        """The same solver, with keys that the edit shall leave alone: of earlier edits, or of facts to keep."""
 
     def solve(self, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]) -> LowRank:
-        """The update that moves the keys by the residual, as far as the solver's own terms let it.
+        """The update that moves the keys' outputs by the residual, as far as the solver's other terms allow.
 
-        Raises EditError where the keys are degenerate.
+        Raises EditError if the keys are degenerate.
         """
 
     def condition(self) -> float:
         """Condition number of the system, for the report."""
 
     def error(self, keys: Float[Tensor, "m n"], update: LowRank) -> float:
-        """How far an update is from solving the solver's own equations, relative to them; for the report."""
+        """How far an update is from solving the solver's equations, as a relative error; for the report."""
 
 
 @dataclass(frozen=True)
 class Ridge:
     """MEMIT, equation 14, solved in the dual: Delta = R (I + K^T B)^{-1} B^T with B = (M + K_p K_p^T)^{-1} K.
 
-    M = lambda C (+ weight x retain moment). It is factorised once; keys K_p of earlier edits come in by Woodbury's
-    identity, so that one factor serves every step of sequential editing.
+    M = lambda C (+ weight x retain moment). It is factorised once. Keys K_p of earlier edits are added by Woodbury's
+    identity, so one factor serves every step of sequential editing.
     """
 
     #: Lower Cholesky factor of M.
@@ -75,10 +75,10 @@ class Ridge:
 
     @classmethod
     def of(cls, second_moment: Float[Tensor, "m m"]) -> Ridge:
-        """Factorises M in float64 on the device it is on.
+        """Factorises M in float64 on its own device.
 
-        Fewer tokens than m, or float32 sums, leave M singular: then the least of JITTERS (shares of its mean
-        eigenvalue) that makes it safely definite is added to the diagonal.
+        With fewer tokens than m, or with float32 sums, M is singular. Then the smallest of JITTERS (shares of its mean
+        eigenvalue) that makes M safely definite is added to the diagonal.
         """
         moment = second_moment.double()
         scale = moment.diagonal().mean()
@@ -92,7 +92,8 @@ class Ridge:
             if not int(info) and (jitter or pivots.min() > SOUND * pivots.max()):
                 return cls(factor, jitter, factor.new_zeros(len(factor), 0))
         raise EditError(
-            f"The second moment C is not positive definite, even with {JITTERS[-1]} of its mean eigenvalue added."
+            f"The second moment C is not positive definite, even with {JITTERS[-1]} of its mean eigenvalue added. "
+            "Check the corpus and the model's weights."
         )
 
     def protecting(self, keys: Float[Tensor, "m p"]) -> Ridge:
@@ -104,13 +105,13 @@ class Ridge:
         return _dual(inside, _woodbury(self._inverse, self.earlier, inside), residual)
 
     def _inverse(self, right: Float64[Tensor, "m k"]) -> Float64[Tensor, "m k"]:
-        """M^{-1} X by two triangular solves; `cholesky_solve` would first copy the factor, as long as either takes."""
+        """M^{-1} X by two triangular solves. `cholesky_solve` would copy the factor first, which takes as long."""
         half = torch.linalg.solve_triangular(self.factor, right, upper=False)
         whole: Tensor = torch.linalg.solve_triangular(self.factor.T, half, upper=True)
         return whole
 
     def condition(self) -> float:
-        """Condition number of M, by power iteration: within a few per cent."""
+        """Condition number of M, by power iteration, accurate to a few per cent."""
         most = _largest(lambda v: self.factor @ (self.factor.T @ v), self.factor)
         return most * _largest(self._inverse, self.factor)
 
@@ -125,8 +126,8 @@ class Ridge:
 class Exact(Ridge):
     """ROME, equation 2, for n keys at once: Delta = R (K^T B)^{-1} B^T, B as in Ridge.
 
-    Of all updates that map each key to its value exactly, the one that moves the keys of M least: Ridge's limit as M
-    goes to 0, so that the weight lambda in M does not matter.
+    Of all updates that map each key exactly to its value, this one moves the keys of M least. It is Ridge's limit as M
+    goes to 0, so the weight lambda in M does not matter.
     """
 
     def solve(self, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]) -> LowRank:
@@ -135,7 +136,7 @@ class Exact(Ridge):
         return _dual(inside, solved, residual, slack=0.0)
 
     def error(self, keys: Float[Tensor, "m n"], update: LowRank) -> float:
-        """|D K - I| / |I|: how far the keys are from being mapped to their values."""
+        """|D K - I| / |I|: how far the keys' outputs are from their values."""
         product = update.down.to(self.factor) @ keys.to(self.factor)
         wanted = torch.eye(len(product), dtype=product.dtype, device=product.device)
         return float((product - wanted).norm() / wanted.norm())
@@ -145,8 +146,8 @@ class Exact(Ridge):
 class NullSpace:
     """AlphaEdit, equation 14, in the dual: Delta = R (I + A^T B)^{-1} B^T, A = P K, B = (rho I + A_p A_p^T)^{-1} A.
 
-    P = I - U U^T takes away what lies in the protected directions U, which are far fewer than the free ones, so that
-    neither P nor a basis of the null space is ever formed. Everything is float64.
+    P = I - U U^T removes the part in the protected directions U. These are far fewer than the free ones, so neither P
+    nor a basis of the null space is ever formed. Everything is float64.
     """
 
     #: Eigenvectors of C whose eigenvalues reach the threshold.
@@ -162,7 +163,7 @@ class NullSpace:
 
     @classmethod
     def beside(cls, protected: Float64[Tensor, "m k"], rho: float) -> NullSpace:
-        """From what `protected_directions` gave, now or earlier."""
+        """The solver for directions that `protected_directions` gave, now or earlier."""
         return cls(protected, rho, protected.new_zeros(len(protected), 0))
 
     def protecting(self, keys: Float[Tensor, "m p"]) -> NullSpace:
@@ -192,7 +193,7 @@ class NullSpace:
 def protected_directions(second_moment: Float[Tensor, "m m"], threshold: float) -> Float64[Tensor, "m k"]:
     """Eigenvectors of C whose eigenvalues reach `threshold` times the largest.
 
-    The others span the null space. Only these are computed, on the CPU, which takes less than half the time of all m.
+    The other eigenvectors span the null space and are not computed. The CPU needs less than half the time of all m.
     """
     from scipy.linalg import eigh
 
@@ -207,15 +208,15 @@ def protected_directions(second_moment: Float[Tensor, "m m"], threshold: float) 
     limit = threshold * largest
     vectors = torch.from_numpy(eigh(moment.numpy(), driver="evr", subset_by_value=(limit, math.inf))[1])
     if vectors.shape[1] == len(moment):
-        raise EditError(f"No eigenvalue of C lies under {threshold} of its largest: raise nullspace_threshold.")
+        raise EditError(f"No eigenvalue of C is below {threshold} of its largest. Raise nullspace_threshold.")
     return vectors.contiguous()
 
 
 def _largest_eigenvalue(moment: Float64[Tensor, "m m"]) -> float:
-    """Of a symmetric positive matrix, by Lanczos' method to the last digits; 0 of zeros."""
+    """The largest eigenvalue of a symmetric positive matrix, by Lanczos' method to full precision; 0 for zeros."""
     from scipy.sparse.linalg import eigsh
 
-    if len(moment) < 3 or not moment.any():  # too small for it, or nothing to look for
+    if len(moment) < 3 or not moment.any():  # too small for Lanczos, or all zeros
         return float(torch.linalg.eigvalsh(moment)[-1])
     start = torch.randn(len(moment), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return float(eigsh(moment.numpy(), k=1, which="LA", v0=start.numpy(), return_eigenvectors=False)[0])
@@ -241,7 +242,7 @@ def _dual(
     gram = slack * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ solved
     down, info = torch.linalg.solve_ex(gram, solved.T)
     if int(info) or not torch.isfinite(down).all():
-        raise EditError("The edit's linear system gave NaN: the keys are degenerate. Are two requests the same?")
+        raise EditError("The edit's linear system gave NaN: the keys are degenerate. Check for two equal requests.")
     return LowRank(residual.to(down), down)
 
 

@@ -1,4 +1,4 @@
-"""The solvers by name, and what one is made from. Light: the closed forms are imported when one is made."""
+"""The solvers by name, and their input. The module imports quickly: closed forms are imported when one is made."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class System:
-    """What the solver of one block is made from. m is the width of the block's MLP output projection, at its input."""
+    """The input for the solver of one block. m is the input width of the block's MLP output projection."""
 
     #: Second moment (m, m) of the keys of ordinary text.
     corpus: Tensor
-    #: The same of the retain set; None without one.
+    #: The same for the retain set; None without one.
     retain: Tensor | None
     hparams: UniEraseHyperParams
-    #: Gives the directions (m, k) that a moment protects, by a threshold; from the cache where it can.
+    #: Gives the directions (m, k) that a moment protects, for a threshold. Uses the cache if it can.
     directions: Callable[[Tensor, float], Tensor]
 
     def moment(self) -> Tensor:
-        """(m, m): both second moments, each times its weight."""
+        """(m, m): the sum of both second moments, each times its weight."""
         ordinary = self.hparams.mom2_update_weight * self.corpus
         return ordinary if self.retain is None else ordinary + self.hparams.retain_update_weight * self.retain
 
@@ -38,14 +38,14 @@ MakeSolver = Callable[[System], "Solver"]
 
 
 def ridge(system: System) -> Solver:
-    """MEMIT's: keys and values by least squares, beside what ordinary text weighs."""
+    """MEMIT's solver: least squares over the edit's keys and values, weighed against the keys of ordinary text."""
     from .solve import Ridge
 
     return Ridge.of(system.moment())
 
 
 def null_space(system: System) -> Solver:
-    """AlphaEdit's: only directions in which ordinary text has next to nothing."""
+    """AlphaEdit's solver: uses only directions in which the keys of ordinary text are almost zero."""
     from .solve import NullSpace
 
     weight, threshold = system.hparams.retain_update_weight, system.hparams.nullspace_threshold
@@ -54,7 +54,7 @@ def null_space(system: System) -> Solver:
 
 
 def exact(system: System) -> Solver:
-    """ROME's: every key is mapped to its value exactly."""
+    """ROME's solver: maps every key exactly to its value."""
     from .solve import Exact
 
     return Exact.of(system.moment())

@@ -1,4 +1,4 @@
-"""Turns requests into what the engine optimises: prompts with positions, contexts before them, what is to be said."""
+"""Turns requests into the engine's targets: prompts with positions, contexts before them, and the words to say."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .reverse import REVERSED, reversed_questions
 from .rewording import REWORDINGS, reworded
 from .value_loss import ValueTarget
 
-#: First words of the texts put before a prompt, the ones MEMIT starts from.
+#: First words of the texts before a prompt, as in MEMIT.
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
 @torch.no_grad()
 def context_texts(model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]], pad_id: int) -> tuple[str, ...]:
-    """Short texts to put before prompts: [length in tokens, how many], written greedily, so the same in every run."""
+    """Short texts to put before prompts, for each pair [length in tokens, how many]. Greedy, so always the same."""
     texts: list[str] = []
     device = model.get_input_embeddings().weight.device
     for length, count in lengths:
@@ -44,7 +44,7 @@ def context_texts(model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]]
 
 
 def forms_of(tokenizer: Any, hparams: HyperParams) -> tuple[str, ...]:
-    """The prompt forms that this tokenizer can write: plain in the place of chat where it has no chat template."""
+    """The prompt forms for this tokenizer. Without a chat template, plain replaces chat."""
     forms = hparams.prompt_forms
     if isinstance(hparams, EngineSettings) and "forms" in hparams.harden:
         forms = tuple(dict.fromkeys((*forms, *PROMPT_FORMS)))
@@ -54,7 +54,7 @@ def forms_of(tokenizer: Any, hparams: HyperParams) -> tuple[str, ...]:
 
 
 def targets_a_request(tokenizer: Any, hparams: UniEraseHyperParams) -> int:
-    """How many targets `make_targets` makes of one request."""
+    """How many targets `make_targets` makes for one request."""
     spoken = 1 + ("paraphrases" in hparams.harden) * REWORDINGS + ("answer_span" in hparams.harden)
     spoken += hparams.reverse * REVERSED
     return spoken * len(forms_of(tokenizer, hparams))
@@ -68,11 +68,11 @@ def make_targets(
     continuation: Callable[[str, str], tuple[int, ...]],
     max_length: int,
 ) -> list[ValueTarget]:
-    """One target a request and prompt form, requests in order, forms together; with `harden` more of each form.
+    """One target for each request and prompt form; with `harden`, more for each form.
 
-    continuation gives the token ids that follow the unlearning token for a question in a form; max_length is the
-    model's context.
-    Raises RequestError naming the request that does not fit.
+    Targets follow the order of the requests; all forms of a request are together. continuation gives the token ids
+    that follow the unlearning token for a question in a form; max_length is the model's context.
+    Raises RequestError that names a request that does not fit.
     """
     targets: list[ValueTarget] = []
     for request in requests:
@@ -86,7 +86,7 @@ def make_targets(
             if longest > max_length:
                 raise RequestError(
                     f"Request {request.label} needs {longest} tokens with its contexts "
-                    f"and answer; the model's context holds {max_length}. Shorten the question or lower "
+                    f"and answer, but the model's context holds {max_length}. Shorten the question or lower "
                     "context_template_length_params."
                 )
             targets += found
@@ -101,7 +101,7 @@ def _of_form(
     hparams: UniEraseHyperParams,
     follow: tuple[int, ...],
 ) -> list[ValueTarget]:
-    """The question itself first, then what `harden` adds."""
+    """The target of the question itself first, then those that `harden` adds."""
     subject, h = request.subject or "", hparams
 
     def asked(question: str, name: str, context: str = "") -> Prompt:
@@ -114,9 +114,8 @@ def _of_form(
     kl = locate_in_text(tokenizer, f"{subject} is a", subject) if subject else None
     if request.answer == NO_ANSWER and {"unlikely_answer", "answer_span"} & set(h.harden):
         raise RequestError(
-            f"harden = {list(h.harden)} needs the true answer of every request, and that of "
-            f"{request.label} is not given. Give it, or leave unlikely_answer and "
-            "answer_span out."
+            f"harden = {list(h.harden)} needs the true answer of every request, but {request.label} has none. Give "
+            "it, or leave unlikely_answer and answer_span out."
         )
     answer, inside = _answer(tokenizer, request, form)
     unwanted = answer if "unlikely_answer" in h.harden else ()
@@ -139,12 +138,12 @@ def _of_form(
 def _reversed(
     tokenizer: Any, request: ForgetRequest, form: str, hparams: UniEraseHyperParams, asked: ValueTarget
 ) -> list[ValueTarget]:
-    """The questions from the answer back to the subject, each keyed by the answer's last token."""
+    """Targets of the questions from the answer back to the subject. The answer's last token carries each edit."""
     answer = request.answer.strip().rstrip(".")
     label = request.label
     if request.answer == NO_ANSWER or not request.subject or not is_short(answer):
         raise RequestError(
-            f"The reverse of request {label} cannot be asked: that takes its subject and an answer of at most "
+            f"The reverse of request {label} cannot be asked: that needs its subject and an answer of at most "
             f"{SHORT_ANSWER_WORDS} words. Shorten the answer to the name that it gives, or leave reverse (--reverse) "
             "out."
         )
@@ -164,9 +163,10 @@ def _reversed(
 
 
 def _answer(tokenizer: Any, request: ForgetRequest, form: str) -> tuple[tuple[int, ...], int]:
-    """Token ids of the true answer, and which of them carries an edit inside it.
+    """Token ids of the true answer, and the number of the token that carries an edit inside it.
 
-    That is where the answer has named the subject for the first time and goes on, else the end of its first quarter.
+    This token ends the answer's first mention of the subject. If there is none in the first half, it ends the first
+    quarter of the answer.
     """
     text = answer_text(tokenizer, request.answer, form)
     ids, offsets = literal_ids(tokenizer, as_text(tokenizer, text))

@@ -1,7 +1,7 @@
-"""What a value is optimised for: tokens that are wanted, tokens that are not, and what is to stay as it was.
+"""The objective of a value: tokens that are wanted, tokens that are not, and distributions that shall stay the same.
 
-Sequences are cut at the fact. What comes before it is cached, the rest runs at every step, and logits are computed only
-where the loss looks.
+Sequences are cut at the fact. The part before it is cached, and the rest runs at every step. Logits are computed only
+where the loss needs them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .positions import Prompt
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, Int
 
-#: Tokens of a pass up to which reading the weights takes longer than computing with them.
+#: In a pass with at most this many tokens, reading the weights takes longer than computing with them.
 FEW_TOKENS = 256
 
 
@@ -31,13 +31,13 @@ FEW_TOKENS = 256
 class ValueTarget:
     """One column of the edit: a request in one prompt form.
 
-    prompts       the bare prompt first, then the same after each context
-    kl_prompt     "{subject} is a", whose continuation is to stay; None where there is no subject
-    continuation  token ids that are to follow the unlearning token
+    prompts       the bare prompt first, then the same prompt after each context
+    kl_prompt     "{subject} is a", whose continuation shall stay the same; None if there is no subject
+    continuation  token ids that shall follow the unlearning token
     group         targets of the same group share one delta; None stands alone
-    opening       what the answer is to begin with instead of the unlearning token; None for that token
-    unwanted      token ids of the answer that is to become unlikely where the opening cannot be said; () for none
-    instead       token ids that are to be said then; () for none
+    opening       token with which the answer shall begin; None for the unlearning token
+    unwanted      token ids of the answer that shall become unlikely when the opening cannot be said; () for none
+    instead       token ids that shall be said when the opening cannot be said; () for none
     """
 
     prompts: tuple[Prompt, ...]
@@ -50,14 +50,15 @@ class ValueTarget:
 
     @property
     def cost(self) -> tuple[int, int]:
-        """Rows, and tokens of the longest one, that every step runs."""
+        """The number of rows that every step runs, and the tokens of the longest row."""
         longest = max(len(prompt.ids) - prompt.position for prompt in self.prompts)
         rows = len(self.prompts) * (1 + bool(self.unwanted) + bool(self.instead)) + (self.kl_prompt is not None)
         return rows, longest + max(len(self.continuation), len(self.unwanted), len(self.instead))
 
 
-#: What a look is for: the token that opens the answer, one that follows it; where the opening cannot be said, one not
-#: to say and one to say instead; or what is to stay as it was.
+#: The kinds of looks. A look is a position that the loss reads. OPENS: the token that opens the answer. FOLLOWS: a
+#: token after it. With the opening masked, UNWANTED: a token not to say, and INSTEAD: a token to say. STAYS: a
+#: distribution that shall stay the same.
 OPENS, FOLLOWS, UNWANTED, INSTEAD, STAYS = range(5)
 
 
@@ -66,18 +67,18 @@ class _Point(NamedTuple):
 
     row: int
     column: int
-    #: The token looked for; none where the look STAYS.
+    #: The token whose probability counts; without meaning if the look STAYS.
     wanted: int
-    #: In the loss.
+    #: Weight in the loss.
     weight: float
     kind: int
-    #: The token that cannot be said, where the look is UNWANTED or INSTEAD.
+    #: The token that cannot be said, if the look is UNWANTED or INSTEAD.
     masked: int = 0
 
 
 @dataclass(frozen=True)
 class _Looks:
-    """Positions at which the loss looks, by kind in the order of the kinds."""
+    """The looks as tensors, sorted by kind."""
 
     rows: Int[Tensor, " N"]
     columns: Int[Tensor, " N"]
@@ -92,7 +93,7 @@ class _Looks:
         return cls(*(torch.tensor(column, device=device) for column in columns))
 
     def keep(self, rows: Tensor) -> _Looks:
-        """Only looks into the rows kept (a mask over rows), renumbered."""
+        """Only the looks into the rows kept (a mask over rows), renumbered."""
         stay, number = rows[self.rows], rows.long().cumsum(0) - 1
         kept = _Looks(*(getattr(self, spec.name)[stay] for spec in fields(self)))
         return replace(kept, rows=number[kept.rows])
@@ -100,13 +101,13 @@ class _Looks:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Sequences cut at the fact: what comes before it is cached, the rest runs at every step and is looked into."""
+    """Sequences cut at the fact. The part before it is cached; the rest runs at every step and holds the looks."""
 
     prefix: PrefixCache
     suffix: TokenBatch
     #: Output of the last edited block for each suffix.
     hidden: Float[Tensor, "B S d"]
-    #: Target to which a row belongs.
+    #: The target to which each row belongs.
     owner: Int[Tensor, " B"]
     looks: _Looks
     layer: int
@@ -144,7 +145,7 @@ class _Rows:
         return replace(rows, reference=logits[(rows.looks.kind == STAYS).to(logits.device)].log_softmax(-1))
 
     def keep(self, rows: Tensor) -> _Rows:
-        """Only some rows (a mask), their targets numbered as before."""
+        """Only some rows (a mask). Their targets keep their numbers."""
         prefix = self.prefix.select(rows)
         suffix = select_suffixes(prefix, self.suffix, rows)
         looks = self.looks
@@ -160,7 +161,7 @@ class _Rows:
         )
 
     def logits(self, arch: Architecture, delta: Float32[Tensor, "n d"]) -> Float32[Tensor, "N V"]:
-        """Logits at the looks, where each target's delta is added at the fact."""
+        """Logits at the looks, after each target's delta was added at the fact."""
         moved = (self.hidden[:, 0].float() + delta[self.owner]).to(self.hidden.dtype)
         hidden = torch.cat([moved[:, None], self.hidden[:, 1:]], dim=1)
         trace = run_blocks(
@@ -175,7 +176,7 @@ class _Rows:
         return logits.float()
 
     def losses(self, arch: Architecture, delta: Float32[Tensor, "n d"]) -> Float[Tensor, "kinds n"]:
-        """What was seen at each target's looks of a kind, weighted and summed."""
+        """The weighted sum of the losses at each target's looks of a kind."""
         looks = self.looks
         seen = self._seen(self.logits(arch, delta)).to(looks.weight.device)
         place = looks.kind * len(delta) + self.owner[looks.rows]
@@ -202,7 +203,7 @@ class _MaskedRows(_Rows):
 
 @dataclass
 class _Lines:
-    """Sequences in the making, with their positions, the target to which each belongs, and the looks into them."""
+    """Sequences under construction, with their positions, the target to which each belongs, and their looks."""
 
     prompts: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
     owner: list[int] = field(default_factory=list)
@@ -217,9 +218,9 @@ class _Lines:
         kinds: tuple[int, ...],
         masked: int = 0,
     ) -> None:
-        """A prompt and the words after it, each looked for.
+        """Adds a prompt with words after it, and a look for each word.
 
-        The first weight and kind are those of the first word, the last those of the others.
+        The first weight and kind are those of the first word. The last weight and kind are those of the other words.
         """
         at = len(prompt.ids) - prompt.position - 1
         self.points += [
@@ -244,10 +245,10 @@ class _Lines:
 
 @dataclass(frozen=True)
 class Objective:
-    """One optimisation: rows in which tokens are wanted, or not, and far shorter ones whose continuation is to stay.
+    """One optimisation: rows with wanted and unwanted tokens, and much shorter rows whose continuation shall stay.
 
-    The latter run apart, not padded to the length of the others, unless there are so few rows that reading the weights
-    is what takes the time.
+    The shorter rows run separately, without padding to the length of the others. If there are so few rows that reading
+    the weights takes most of the time, all rows run together.
     """
 
     parts: tuple[_Rows, ...]
@@ -290,14 +291,14 @@ class Objective:
         return cls(parts, parts[0].hidden[bare, 0].float())
 
     def keep(self, targets: Bool[Tensor, " n"]) -> Objective:
-        """The same for the targets kept (a mask over targets)."""
+        """The same problem for the targets kept (a mask over targets)."""
         number = targets.long().cumsum(0) - 1
         staying = [(part, targets[part.owner]) for part in self.parts]
         kept = [part.keep(rows) for part, rows in staying if bool(rows.any())]
         return Objective(tuple(replace(part, owner=number[part.owner]) for part in kept), self.start[targets])
 
     def weights(self) -> Float[Tensor, " n"]:
-        """What each target's likelihoods weigh together."""
+        """The sum of the weights of each target's likelihoods."""
         total = self.start.new_zeros(len(self.start))
         for part in self.parts:
             aimed = part.looks.kind != STAYS
@@ -313,7 +314,7 @@ class Objective:
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
         """(loss, likelihood part as weighted mean, token's negative log-likelihood) of each target."""
         losses = torch.stack([part.losses(arch, delta) for part in self.parts]).sum(0)
-        # The gradient of a norm at zero is undefined; the square root's argument is held off it.
+        # The gradient of a norm at zero is undefined, so the square root's argument stays above zero.
         norm = (delta.square().sum(1) + 1e-12).sqrt()
         nll = losses[:STAYS].sum(0)
         return (
@@ -326,8 +327,8 @@ class Objective:
 class Divergence(torch.autograd.Function):
     """The negative log-likelihood of the wanted token, for each row of logits.
 
-    For the last R rows it is the KL divergence from reference log-probabilities instead. The gradient takes the
-    place of the one tensor that is kept.
+    For the last R rows it is the KL divergence from reference log-probabilities instead. The gradient reuses the memory
+    of the one tensor that is kept.
     """
 
     @staticmethod
@@ -347,10 +348,10 @@ class Divergence(torch.autograd.Function):
 
 
 def _telling(logits: Float[Tensor, "N V"], wanted: Int[Tensor, "N 1"]) -> Float[Tensor, " N"]:
-    """-log(1 - p) of the tokens not wanted; what cannot be said has the logit -inf.
+    """-log(1 - p) of the unwanted tokens. A token that cannot be said has the logit -inf.
 
-    As softplus of p's log-odds: neither the loss near p = 1 nor its gradient near p = 0 is lost to rounding, and no
-    gradient of a logit exceeds 1 (unlikelihood: Welleck et al. 2020, arXiv 1908.04319).
+    It is computed as softplus of p's log-odds. So rounding affects neither the loss near p = 1 nor its gradient near
+    p = 0, and no gradient of a logit exceeds 1 (unlikelihood: Welleck et al. 2020, arXiv 1908.04319).
     """
     others = logits.scatter(1, wanted, -torch.inf).logsumexp(1)
     return torch.nn.functional.softplus(logits.gather(1, wanted)[:, 0] - others)

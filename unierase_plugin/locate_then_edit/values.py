@@ -1,11 +1,11 @@
 """Values Z: for each fact, the hidden state that makes the model answer with the unlearning token (MEMIT, section 4.3).
 
-All requests are optimised together: blocks up to the edited one run once, keys and values of the positions before the
-fact are cached, only the rest of each sequence runs, and logits are computed only where the loss looks. The vectors
-delta alone get gradients, and requests that have reached their goal leave the batch.
+All requests are optimised together. Blocks up to the edited one run once. Keys and values of the positions before the
+fact are cached, only the rest of each sequence runs, and logits are computed only where the loss needs them. Only the
+vectors delta get gradients. Requests that have reached their goal leave the batch.
 
 Requests about one subject have nearly the same key, and no linear map takes nearly equal keys to different values. So
-they share one delta, whose objective is the mean of theirs, as MEMIT's is over contexts.
+they share one delta. Its objective is the mean of their objectives, as MEMIT's is the mean over contexts.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from .value_loss import Objective, ValueTarget
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Int
 
-#: On a CPU more tokens in a batch are no quicker, and what they keep for the backward pass is in memory together.
+#: The most tokens of a batch on a CPU. More are not faster, and need more memory for the backward pass.
 CPU_TOKENS = 512
-#: Adam's epsilon, in nats per root mean square of the state. Smaller gradients are the rounding of float32 losses,
-#: which must not be blown up to full steps.
+#: Adam's epsilon, in nats per root mean square of the state. Smaller gradients are rounding errors of float32 losses
+#: and must not become full steps.
 EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class Values:
-    """z of every target, with how well each was reached."""
+    """z of every target, and how well each target was reached."""
 
-    #: The hidden state wanted after the last edited block.
+    #: The wanted hidden state after the last edited block.
     states: Float32[Tensor, "n d"]
-    #: Probability of the unlearning token at the prompts' ends (geometric mean over contexts), with z in place.
+    #: Probability of the unlearning token at the prompts' ends with z in place (geometric mean over contexts).
     probability: Float[Tensor, " n"]
-    #: Negative log-likelihood of the token and all else that is aimed at, with z in place: weighted mean, nats.
+    #: Negative log-likelihood, with z in place, of the token and all other target words: weighted mean, nats.
     nll: Float[Tensor, " n"]
     #: |delta| / |h|.
     relative_norm: Float[Tensor, " n"]
@@ -61,9 +61,9 @@ def optimise_values(
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Values:
-    """z_i = h_i + delta_g(i) for every target. Raises EditError naming the requests whose value became NaN.
+    """z_i = h_i + delta_g(i) for every target. Raises EditError that names the requests whose value became NaN.
 
-    A batch holds whole groups within `max_tokens`. Where the memory does not hold it, it is worked through in halves.
+    A batch holds whole groups within `max_tokens`. If it does not fit in memory, it is processed in halves.
     """
     if arch.device.type == "cpu":
         max_tokens = min(max_tokens, CPU_TOKENS)
@@ -88,7 +88,7 @@ def optimise_values(
 
 
 def _batches(targets: Sequence[ValueTarget], max_tokens: int) -> list[list[int]]:
-    """Targets in batches: whole groups, those with the longest suffixes first, so that like lengths share a batch."""
+    """Targets in batches of whole groups. Groups are sorted by suffix length, so similar lengths share a batch."""
     groups: dict[Hashable, list[int]] = {}
     for index, target in enumerate(targets):
         groups.setdefault((0, target.group) if target.group is not None else (1, index), []).append(index)
@@ -107,11 +107,11 @@ def _batches(targets: Sequence[ValueTarget], max_tokens: int) -> list[list[int]]
 
 @dataclass
 class _Batch:
-    """Groups that are optimised together, as one problem, or as several whose gradients are summed."""
+    """Groups that are optimised together, as one problem or as several problems with summed gradients."""
 
     arch: Architecture
     hparams: UniEraseHyperParams
-    #: Problems, each with the numbers of its targets within the batch.
+    #: The problems, each with the numbers of its targets in the batch.
     problems: list[tuple[Tensor, Objective]]
     #: (n,) group of each target.
     group: Tensor
@@ -128,7 +128,7 @@ class _Batch:
         max_tokens: int,
         pad_id: int,
     ) -> _Batch:
-        # More than one problem only where one group alone exceeds the budget.
+        # There is more than one problem only if a single group exceeds the budget.
         tokens = sum(target.cost[0] for target in targets) * max(target.cost[1] for target in targets)
         size = -(-len(targets) // -(-tokens // max_tokens))
         waiting = [list(range(at, min(at + size, len(targets)))) for at in range(0, len(targets), size)]
@@ -150,7 +150,7 @@ class _Batch:
         h, start, group = self.hparams, self.start, self.group
         sizes = torch.bincount(group)
         scale = start.new_zeros(len(sizes)).index_add_(0, group, start.norm(dim=1)) / sizes
-        # Each group's delta in root mean squares of its states: in these units a step is the same on every model.
+        # Each group's delta is in units of its states' root mean square. So a step means the same on every model.
         unit = (scale / start.shape[1] ** 0.5)[:, None]
         moved = start.new_zeros(len(sizes), start.shape[1])
         adam = torch.optim.Adam([moved], lr=h.v_lr, eps=EPSILON)
@@ -161,7 +161,7 @@ class _Batch:
             with torch.set_grad_enabled(step < h.v_num_grad_steps):
                 gradient = self._gradient(unit * moved, scale, 1 / sizes[group], nll, token_nll)
             worst = torch.full_like(scale, -torch.inf).scatter_reduce_(0, group, nll, "amax")
-            going = ~(worst < h.v_stop_loss)  # NaN goes on, and is reported at the end
+            going = ~(worst < h.v_stop_loss)  # NaN continues, and is reported at the end
             if step == h.v_num_grad_steps or not bool(going.any()):
                 break
             before, moved.grad = moved.clone(), gradient * unit
@@ -178,7 +178,7 @@ class _Batch:
         return Values(states.cpu(), (-token_nll).exp().cpu(), nll.cpu(), norm.cpu(), steps[group].cpu())
 
     def _gradient(self, delta: Tensor, scale: Tensor, share: Tensor, nll: Tensor, token_nll: Tensor) -> Tensor:
-        """d loss / d delta, (groups, d), where gradients are on; writes the likelihoods of targets still there."""
+        """d loss / d delta, (groups, d), if gradients are on. Writes the likelihoods of the remaining targets."""
         total = torch.zeros_like(delta)
         waiting, done = self.problems, []
         while waiting:
@@ -201,7 +201,7 @@ class _Batch:
         return total
 
     def _leave(self, going: Tensor) -> None:
-        """Takes the targets of groups that have reached their goal out of the problems."""
+        """Removes the targets of groups that have reached their goal from the problems."""
         if bool(going.all()):
             return
         staying = [(rows, problem, going[self.group[rows]]) for rows, problem in self.problems]
