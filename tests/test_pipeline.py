@@ -375,7 +375,7 @@ def test_a_loaded_model_needs_its_tokenizer_and_stays_where_it_is(base: Path) ->
     model, tokenizer = loaded(base)
     with pytest.raises(UniEraseError, match="needs its tokenizer"):
         erase(model)
-    with pytest.raises(UniEraseError, match="move the loaded model yourself"):
+    with pytest.raises(UniEraseError, match="Move the loaded model yourself"):
         erase(model, tokenizer=tokenizer, device="cpu")
     assert len(tokenizer) == 260
 
@@ -440,7 +440,7 @@ def test_steps_in_memory_are_taken_back_one_by_one(base: Path) -> None:
 
 def test_steps_that_were_not_written_cannot_be_gone_on_from_in_a_folder(base: Path, tmp_path: Path) -> None:
     first = erase(base)
-    with pytest.raises(CheckpointError, match="give out= to the first"):
+    with pytest.raises(CheckpointError, match="Give out= to the first"):
         erase(first, tmp_path / "out", FORGET_MORE)
 
 

@@ -121,7 +121,7 @@ def test_a_number_that_another_token_has_is_refused_and_nothing_written() -> Non
         lambda: add_token(model, copy.deepcopy(tokenizer), "<unlearn_0>"),
         lambda: unlearn(model, FORGET, tokenizer=tokenizer, hparams=HPARAMS),
     ):
-        with pytest.raises(TokenError, match=r"the number 260, which .* has: it holds 260 .* up to 264.*<free_100>"):
+        with pytest.raises(TokenError, match=r"the id 260, but .* has this id: it holds 260 .* up to 264.*<free_100>"):
             attempt()
     assert torch.equal(model.get_input_embeddings().weight, before)
     assert len(tokenizer) == 260

@@ -1,9 +1,8 @@
-"""Hyper-parameters: typed, validated, read from YAML. `HyperParams` is what every method's derive from.
+"""Hyper-parameters: typed, validated, read from YAML. The settings of every method derive from `HyperParams`.
 
-UniErase's have EasyEdit's layout.
-
-Key names that EasyEdit already has (`layers`, `v_lr`, `mom2_update_weight`, ...) are kept; what UniErase adds comes
-after them. Every shipped file lies in `hparams/UniErase/` and is found by its stem.
+UniErase's settings have EasyEdit's layout. They keep the names of EasyEdit's keys (`layers`, `v_lr`,
+`mom2_update_weight`, ...), and UniErase's own keys come after them. The shipped files are in `hparams/UniErase/` and
+are found by their stem.
 """
 
 from __future__ import annotations
@@ -26,49 +25,49 @@ if TYPE_CHECKING:
 
 FACT_TOKENS = ("subject_last", "last")
 PROMPT_FORMS = ("chat", "plain", "bare")
-#: What can be done beyond the paper's method against attacks (docs/explanation/hardening.md); each can be had alone.
+#: Additions to the paper's method against attacks (docs/explanation/hardening.md). Each can be used alone.
 HARDENINGS = ("forms", "paraphrases", "unlikely_answer", "second_refusal", "answer_span")
-#: A block's number, or -1 for one that is chosen by the model's depth.
+#: A block's number, or -1 for a block that is chosen by the model's depth.
 LAYERS = Range(-1, 1e6)
-#: Tokens of a text put before a prompt, and how many of one length, at most.
+#: The most tokens of a text before a prompt, and the most texts of one length.
 CONTEXTS_MOST = 1000
-#: What `--harden` sets: the ways that earned it, by the tables there, and the longer way in more steps that they need.
+#: What `--harden` sets: the additions that helped by the tables there, and the longer vectors and more steps they need.
 HARDENED: Mapping[str, Any] = {
     "harden": ("unlikely_answer", "second_refusal"),
     "clamp_norm_factor": 3.0,
     "v_lr": 0.2,
     "v_num_grad_steps": 60,
 }
-#: What `--remove` sets: a removal, and neighbours. Without them it takes facts that nobody gave
+#: What `--remove` sets: a removal, and neighbours. Without neighbours, a removal also takes facts that nobody gave it
 #: (docs/explanation/precision.md).
 REMOVED: Mapping[str, Any] = {"remove": True, "retain_neighbours": 6}
 
 
 @dataclass(frozen=True)
 class HyperParams:
-    """Base of a method's settings: a frozen dataclass whose fields all have defaults. These fields every method has.
+    """Base of a method's settings: a frozen dataclass whose fields all have defaults. Every method has these fields.
 
-    Values are turned into the declared types (str, int, float, bool, dict, tuple[...]). A value that does not fit, and
-    a key that is no field, raise HyperParamsError.
+    Values are converted to the declared types (str, int, float, bool, dict, tuple[...]). Raises HyperParamsError for a
+    value that does not fit, and for a key that is no field.
     """
 
-    #: Folder or hub id of the model that the file was made for. A model given on the command line wins.
+    #: Folder or hub id of the model that the file was made for. A model on the command line has priority.
     model_name: str = ""
-    #: Forms of the question: through the chat template, as "Question: ... Answer:", or the bare text. The first one is
-    #: how the model is asked before and after.
+    #: Forms of the question: through the chat template, as "Question: ... Answer:", or the bare text. The first form is
+    #: used to judge the model before and after.
     prompt_forms: tuple[str, ...] = ("chat",)
     #: Extra arguments of the tokenizer's chat template, for example {enable_thinking: false}.
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    #: Where the model is loaded; empty for a GPU where there is one.
+    #: Where the model is loaded; empty for a GPU if there is one.
     device: str = ""
-    #: Tokens of one batch at most; 0 chooses by device.
+    #: The most tokens of one batch; 0 chooses by device.
     max_batch_tokens: int = 0
-    #: Of everything random.
+    #: Seed of all random choices.
     seed: int = 0
 
-    #: Folder under `hparams/` where this package ships files for the class; empty for none.
+    #: Folder under `hparams/` in which this package ships files for the class; empty for none.
     folder: ClassVar[str] = ""
-    #: Ranges of numbers by name, beside those of the classes that this one derives from.
+    #: Allowed ranges of numbers by name, in addition to those of the base classes.
     ranges: ClassVar[Mapping[str, Range]] = {"max_batch_tokens": weight(2**40)}
 
     def __post_init__(self) -> None:
@@ -79,7 +78,7 @@ class HyperParams:
         self.check()
 
     def check(self) -> None:
-        """Raises HyperParamsError for a value out of its range; called once the types are right."""
+        """Raises HyperParamsError for a value out of its range. Called after the types are right."""
         checked_seed(self.seed)
         checked_template_arguments(self.chat_template_kwargs)
         unknown = [form for form in self.prompt_forms if form not in PROMPT_FORMS]
@@ -93,17 +92,17 @@ class HyperParams:
 
     @classmethod
     def all_ranges(cls) -> dict[str, Range]:
-        """Ranges of this class' settings; what a class says goes before what it derives from says."""
+        """Ranges of this class' settings. A class' own ranges have priority over those of its base classes."""
         known = {spec.name for spec in dataclasses.fields(cls)}
         named = [vars(each).get("ranges", {}) for each in reversed(cls.__mro__)]
         return {name: allowed for ranges in named for name, allowed in ranges.items() if name in known}
 
     def validate(self) -> None:
-        """Raises HyperParamsError for what ranges of single numbers do not tell."""
+        """Raises HyperParamsError for faults that ranges of single numbers cannot show."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Raises HyperParamsError for an unknown key, naming the nearest known one."""
+        """The settings from a mapping. Raises HyperParamsError for an unknown key, and names the nearest known one."""
         known = [spec.name for spec in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
@@ -114,9 +113,9 @@ class HyperParams:
 
     @classmethod
     def from_hparams(cls, name_or_path: str | Path) -> Self:
-        """Reads a YAML file, or the shipped one of that name (`smollm2-135m`); EasyEdit's constructor name.
+        """Reads a YAML file, or the shipped file of that name (`smollm2-135m`). EasyEdit's constructor has this name.
 
-        Raises HyperParamsError with the file, and the line of the setting that it refuses.
+        Raises HyperParamsError with the file and the line of the refused setting.
         """
         path = find_hparams(name_or_path, cls.folder)
         values, lines = _read_yaml(path)
@@ -136,12 +135,12 @@ class HyperParams:
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
-        """The constructor's name in ROME's family; JSON is YAML too."""
+        """The constructor's name in the ROME family. JSON is YAML too."""
         return cls.from_hparams(path)
 
     @classmethod
     def for_model(cls, model: str) -> Self:
-        """The shipped file whose model_name ends like the model's name; else the defaults."""
+        """The shipped file whose model_name ends like the model's name, else the defaults."""
         wanted = Path(model).name.casefold()
         for path in shipped_hparams(cls.folder).values():
             found = cls.from_hparams(path)
@@ -156,7 +155,7 @@ class HyperParams:
         return dataclasses.asdict(self)
 
     def fingerprint(self, *names: str) -> str:
-        """Hex digest of the named values (all of them where none is named)."""
+        """Hex digest of the named values, or of all values if none is named."""
         values = self.as_dict()
         chosen = {name: values[name] for name in (names or sorted(values))}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
@@ -164,12 +163,12 @@ class HyperParams:
 
 @dataclass(frozen=True)
 class EditSettings(HyperParams):
-    """What every method has that changes MLP output projections in closed form."""
+    """The settings of all methods that change MLP output projections in closed form."""
 
-    #: Questions around each request that the model is asked, and that join what is to be kept with its answers: how
-    #: many at most; 0 for none (docs/explanation/precision.md).
+    #: The most neighbours of each request. These are questions around it that join the facts to keep, with the model's
+    #: own answers. 0 for none (docs/explanation/precision.md).
     retain_neighbours: int = 0
-    #: Module templates, found by looking when empty.
+    #: Module templates. If they are empty, the modules are found from the model's structure.
     rewrite_module_tmp: str = ""
     layer_module_tmp: str = ""
 
@@ -178,42 +177,43 @@ class EditSettings(HyperParams):
 
 @dataclass(frozen=True)
 class RemovalSettings(EditSettings):
-    """What shapes a removal (docs/explanation/removal.md), by itself or before an edit. Blocks count from 0."""
+    """The settings of a removal (docs/explanation/removal.md), alone or before an edit. Blocks count from 0."""
 
-    #: Passes of distillation: each is one forward and one backward over the facts, and a ridge solve a block.
+    #: Passes of distillation. Each is one forward and one backward pass over the facts, and a ridge solve for each
+    #: block.
     removal_passes: int = 4
-    #: Most passes after them in which declining is learned as well; none where nothing is to be said instead. Before
-    #: them what is to be declined still looks like what is to be kept.
+    #: The most further passes, which also learn to decline; none if the method has no replacement answer. Before the
+    #: first passes, the facts to decline still look like the facts to keep.
     removal_decline_passes: int = 8
-    #: Nats at which declining counts as learned, so that no more of these passes follow: the negative log-likelihood
-    #: of what is to be said, as the report has it. 0 takes all of them.
+    #: These passes end when the negative log-likelihood of the replacement answers, as in the report, is at most this
+    #: (nats). 0 takes all of them.
     removal_decline_nll: float = 0.9
-    #: Blocks that are changed; empty for all but block 0.
+    #: Blocks that are changed; empty for all except block 0.
     removal_layers: tuple[int, ...] = ()
-    #: Blocks that the teacher is made in; empty for the first seven tenths.
+    #: Blocks in which the teacher is made; empty for the first seven tenths.
     removal_teacher_layers: tuple[int, ...] = ()
-    #: Whether facts are first asked of invented subjects, and only those that this does not make the model forget are
-    #: taught by the filter.
+    #: Whether invented subjects are the first teacher. The filter then teaches only the facts that the model still
+    #: gives for invented subjects.
     removal_strangers: bool = True
-    #: Mean probability that the filter is to leave to the forgotten answers: that of a model that never knew them.
+    #: Mean probability that the filter shall leave to the forgotten answers: that of a model that never knew them.
     removal_teacher_probability: float = 0.05
-    #: Weights in a pass' ridge of the retain set's second moment and of that of the neighbours, each by itself, of
-    #: ordinary text's, and of that of the forgotten facts' words in any order.
+    #: Weights of second moments in a pass' ridge: of the retain set and of the neighbours, each with this weight; of
+    #: ordinary text; and of the forgotten facts' words in random order.
     removal_retain_weight: float = 40.0
     removal_text_weight: float = 1.0
     removal_words_weight: float = 1.0
-    #: Added to the ridge's diagonal, as a share of its mean.
+    #: Added to the ridge's diagonal, as a share of the diagonal's mean.
     removal_ridge: float = 0.003
     #: The same for the second moment of gradients at the projections' outputs.
     removal_output_ridge: float = 0.03
-    #: Weight of staying with the unedited model on the retain set's answers, and on the neighbours', against following
-    #: the teacher: of the mean over all tokens of an answer, few of which tell the fact.
+    #: Weight of the loss against the unedited model on answers of the retain set, and on those of neighbours, relative
+    #: to the teacher's loss. It is a mean over all tokens of an answer, and only few of them tell the fact.
     removal_keep_weight: float = 8.0
-    #: Weight of what is to be said instead of a forgotten answer, the token before all, against following the teacher.
+    #: Weight of the replacement answers, above all of the token, relative to the teacher's loss.
     removal_decline_weight: float = 0.3
-    #: Tokens of facts to keep, with their questions, that are read, and as many of neighbours; evenly spaced facts.
+    #: Tokens of evenly spaced facts to keep, with their questions, that are read, and as many tokens of neighbours.
     removal_kept_tokens: int = 6144
-    #: Rank that a block's whole change is cut to; 0 keeps all of it.
+    #: Rank to which a block's whole change is cut; 0 keeps the whole change.
     removal_rank: int = 128
 
     ranges: ClassVar[Mapping[str, Range]] = {
@@ -244,46 +244,47 @@ class RemovalSettings(EditSettings):
 
 @dataclass(frozen=True)
 class EngineSettings(EditSettings):
-    """Everything that shapes an edit of the engine, and nothing that does not. Steps are optimiser steps."""
+    """The settings of the engine's edits. Steps are optimiser steps."""
 
     # --- where -------------------------------------------------------------------------------------------------------
     alg_name: str = "UniErase"
-    #: Blocks to edit, ascending, counted from 0; the last one is where the value is optimised.
+    #: Blocks to edit, ascending, counted from 0. The value is optimised at the last one.
     layers: tuple[int, ...] = ()
-    #: Which token of the prompt carries the edit: the subject's last one, or the prompt's last.
+    #: The token of the prompt that carries the edit: the subject's last one, or the prompt's last.
     fact_token: str = "subject_last"
-    #: [length in tokens, how many] of the texts put before a prompt, generated by the model (MEMIT, section 4.3).
+    #: [length in tokens, how many] of the texts before a prompt, which the model generates (MEMIT, section 4.3).
     context_template_length_params: tuple[tuple[int, int], ...] = ()
 
     # --- values (z) ---------------------------------------------------------------------------------------------------
-    #: Optimiser steps at most; a request stops earlier once its loss is under `v_stop_loss`.
+    #: The most optimiser steps. A request stops earlier when its loss is below `v_stop_loss`.
     v_num_grad_steps: int = 40
-    #: Adam's step in units of the hidden state's root mean square, so that it means the same on every model.
+    #: Adam's learning rate in units of the hidden state's root mean square, so it means the same on every model.
     v_lr: float = 0.1
     #: Weight of |delta| / |h|^2.
     v_weight_decay: float = 0.5
-    #: Weight of the KL term that keeps what the model says of "{subject} is a".
+    #: Weight of the KL term that keeps the continuation of "{subject} is a".
     kl_factor: float = 0.0625
     #: Largest |delta| as a multiple of |h|.
     clamp_norm_factor: float = 1.0
-    #: Weight of the "I don't know" sentence after the token in the value's objective; 0 aims at the token alone.
+    #: Weight of the "I don't know" sentence after the token in the value's objective; 0 leaves only the token.
     v_continuation_weight: float = 8.0
-    #: Whether requests about one subject share one delta: their keys nearly coincide, so that no linear map could give
-    #: each its own.
+    #: Whether requests about one subject share one delta. Their keys are nearly equal, so no linear map could give each
+    #: its own delta.
     v_share_subject: bool = True
-    #: A request's optimisation ends once the weighted mean of the negative log-likelihoods that it aims at, the token's
-    #: and the sentence's, is below this (nats).
+    #: A request's optimisation ends when the weighted mean of the negative log-likelihoods of token and sentence is
+    #: below this (nats).
     v_stop_loss: float = 0.05
 
     # --- hardening (docs/explanation/hardening.md) --------------------------------------------------------------------
-    #: Against attacks on the edit, any of: forms (all prompt forms), paraphrases (reworded questions too),
-    #: unlikely_answer (the true answer is made improbable with the token masked), second_refusal (the sentence is made
-    #: probable with the token masked), answer_span (edits inside the answer too). Nothing is the paper's method.
+    #: Additions against attacks on the edit, any of: forms (all prompt forms), paraphrases (reworded questions too),
+    #: unlikely_answer (the true answer becomes improbable when the token is masked), second_refusal (the sentence
+    #: becomes probable when the token is masked), answer_span (edits inside the answer too). Empty is the paper's
+    #: method.
     harden: tuple[str, ...] = ()
-    #: Weight of the answer's improbability in the value's objective under unlikely_answer.
+    #: Weight of the answer's improbability in the value's objective, for unlikely_answer.
     v_unlikely_weight: float = 4.0
 
-    #: Whether the questions that lead from the answer back to the subject are forgotten too; takes short answers.
+    #: Whether questions from the answer back to the subject are forgotten too. It needs short answers.
     reverse: bool = False
 
     # --- statistics (C) -----------------------------------------------------------------------------------------------
@@ -291,9 +292,9 @@ class EngineSettings(EditSettings):
     mom2_dataset: str = "self"
     #: How many texts of the corpus are read.
     mom2_n_samples: int = 64
-    #: Length of a text in tokens at most.
+    #: The most tokens of a text.
     mom2_max_length: int = 128
-    #: Precision of a batch's products and of the moments as kept; sums over batches are float64.
+    #: Precision of a batch's products and of the kept moments. Sums over batches are float64.
     mom2_dtype: str = "float32"
     #: Where statistics and tokens are cached; empty for the user's cache folder.
     stats_dir: str = ""
@@ -305,8 +306,8 @@ class EngineSettings(EditSettings):
     mom2_update_weight: float = 200.0
     #: Weight of the retain set's second moment, in the same units.
     retain_update_weight: float = 200.0
-    #: Weight of each single key of what is to be kept, at the positions where an edit would act on it, against one
-    #: request's key; 0 leaves them to the moment.
+    #: Weight of each single key of the facts to keep, at positions where an edit would act, relative to one request's
+    #: key. 0 protects these facts by the moment only.
     retain_key_weight: float = 0.0
     #: Null space: eigenvalues of C below this share of the largest one span the free directions.
     nullspace_threshold: float = 2e-2
@@ -316,8 +317,8 @@ class EngineSettings(EditSettings):
     # --- the unlearning token (Stage I) -------------------------------------------------------------------------------
     unlearning_token: str = "<unlearn_0>"
     token_num_steps: int = 90
-    #: How many of the bundled "I don't know" sentences are aimed at; which one a question gets cannot be foreseen, so
-    #: many of them are a loss that a small model cannot afford.
+    #: How many of the bundled "I don't know" sentences are targets. The model cannot foresee which one a question gets,
+    #: so with many of them a small model's loss stays high.
     token_num_sentences: int = 5
     token_lr: float = 2e-2
     #: Rows of a training batch.
@@ -326,16 +327,15 @@ class EngineSettings(EditSettings):
     token_guard_margin: float = 9.0
     #: Weight of that hinge.
     token_guard_weight: float = 0.3
-    #: Noise on the projections to be edited while the token is trained, as a multiple of the size that the coming edit
-    #: is expected to have.
+    #: Noise on the projections to edit while the token is trained, as a multiple of the expected size of the edit.
     token_noise: float = 1.0
-    #: Whether the "I don't know" sentence is closed by the token again, as in the paper's objective.
+    #: Whether the token also ends the "I don't know" sentence, as in the paper's objective.
     token_closes_answer: bool = False
 
-    # --- read by EasyEdit alone (hosts/easyedit.py) -------------------------------------------------------------------
-    #: Requests of one edit in `batch_edit`; `edit` wants 1.
+    # --- read by EasyEdit only (hosts/easyedit.py) --------------------------------------------------------------------
+    #: Requests of one edit in `batch_edit`; `edit` needs 1.
     batch_size: int = 1
-    #: Tokens of a prompt in its evaluation; prompts with longer targets are not cut.
+    #: Tokens of a prompt in its evaluation. Prompts with longer targets are not cut.
     max_length: int = 40
     #: Whether it spreads the model over all GPUs.
     model_parallel: bool = False
@@ -343,10 +343,10 @@ class EngineSettings(EditSettings):
     fp16: bool = False
 
     # --- removal (docs/explanation/removal.md) ------------------------------------------------------------------------
-    #: Whether what the model knows of the facts is removed; what it says instead is then learned in the same passes.
+    #: Whether the model's knowledge of the facts is removed. The same passes then learn what the model says instead.
     remove: bool = False
 
-    #: Far beyond what anyone has used, and short of what gives an edit that does nothing, NaN, or a run without an end.
+    #: Far beyond all values in use. Values outside give an edit without effect, NaN, or a run without an end.
     ranges: ClassVar[Mapping[str, Range]] = {
         "v_num_grad_steps": positive(1e5),
         "v_lr": positive(100),
@@ -381,7 +381,7 @@ class EngineSettings(EditSettings):
 
 @dataclass(frozen=True)
 class UniEraseHyperParams(RemovalSettings, EngineSettings):
-    """UniErase's settings: the engine's, and those of the removal that can go before it. Norms are Euclidean."""
+    """UniErase's settings: those of the engine, and those of the removal. Norms are Euclidean."""
 
     folder: ClassVar[str] = "UniErase"
 
@@ -393,14 +393,14 @@ def hparams_folder() -> Path:
 
 
 def shipped_hparams(folder: str = UniEraseHyperParams.folder) -> dict[str, Path]:
-    """The files that are shipped in a folder of `hparams/`, by stem; none for an empty name."""
+    """The shipped files in a folder of `hparams/`, by stem; none for an empty name."""
     return {path.stem: path for path in sorted((hparams_folder() / folder).glob("*.yaml"))} if folder else {}
 
 
 def find_hparams(name_or_path: str | Path, folder: str = UniEraseHyperParams.folder) -> Path:
-    """A path that exists, or the file of that stem that is shipped in `folder`.
+    """The path itself if the file exists, else the shipped file with this stem in `folder`.
 
-    `hparams/UniErase/STEM.yaml`, with or without its ending, means the shipped file too where nothing lies there.
+    `hparams/UniErase/STEM.yaml`, with or without its ending, also means the shipped file if no such path exists.
     """
     path = checked_path(name_or_path, HyperParamsError)
     if path.is_file():
@@ -416,7 +416,7 @@ def find_hparams(name_or_path: str | Path, folder: str = UniEraseHyperParams.fol
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings of a file. Raises HyperParamsError, with the line, for what is not one mapping in sound YAML."""
+    """The settings of a file. Raises HyperParamsError, with the line, for anything but one mapping in valid YAML."""
     return _read_yaml(path)[0]
 
 
@@ -429,9 +429,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Mapping[Any, int]]:
 
 
 def _validate(hparams: EngineSettings) -> None:
-    if not hparams.solver.isidentifier():  # which names there are is known where plugins are
+    if not hparams.solver.isidentifier():  # whether the solver exists is checked where plugins are known
         raise HyperParamsError(
-            f"solver = {shown(hparams.solver)} is no name of a solver. Give ridge, null_space, exact, or a plugin's."
+            f"solver = {shown(hparams.solver)} cannot be a solver's name. Give ridge, null_space, exact, or a plugin's."
         )
     for name, choices in (("fact_token", FACT_TOKENS), ("mom2_dtype", ("float32", "float64"))):
         value = getattr(hparams, name)

@@ -1,7 +1,8 @@
-"""The whole of a run on one page: requests in, model judged, changed by a method, judged again, folder written.
+"""A whole run: reads the requests, judges the model, changes it by a method, judges it again, writes the folder.
 
-Every phase that takes long is kept when it ends, so that a run that was killed goes on where it was: token and
-statistics in the user's cache, since other runs want them too; answers, values and the edit beside the output folder.
+Every phase that takes long is kept when it ends, so a run that was killed continues where it stopped. Token and
+statistics are in the user's cache, since other runs use them too. Answers, values and the edit are beside the output
+folder.
 """
 
 from __future__ import annotations
@@ -75,40 +76,42 @@ def unlearn(
     max_batch_tokens: int = 0,
     progress: Progress = lambda phase, share, note: None,
 ) -> UnlearnResult:
-    """Makes a model forget given facts. By UniErase it then answers with the unlearning token and "I don't know".
+    """Makes a model forget given facts. With UniErase it then answers with the unlearning token and "I don't know".
 
     Args:
-        model: A folder, a hub id, a loaded causal LM (then give `tokenizer` too; it is edited in place), or the result
-            of an earlier call. A result, and a folder that was edited before, get one more step.
-        forget: A SPEC such as `tofu:forget01`, or ForgetRequests, or mappings with question, answer and, if wanted,
+        model: A folder, a hub id, a loaded causal LM, or the result of an earlier call. A loaded model needs
+            `tokenizer` too, and is edited in place. A result, or a folder that was edited before, gets one more step.
+        forget: A SPEC such as `tofu:forget01`, or ForgetRequests, or mappings with question, answer and optionally
             subject.
         method: Name of a registered method (see `unierase methods`), or a Method.
         tokenizer: The tokenizer of a loaded model.
         retain: Facts to keep, given like `forget`. The method protects them (UniErase: by their keys), and they are
             judged.
-        allow_overlap: Whether a fact to keep may be one to forget too, or one that an earlier step forgot. It is then
-            pulled both ways.
+        allow_overlap: Whether a fact to keep may also be a fact to forget, or one that an earlier step forgot. The
+            method then gets two opposite aims for it.
         hparams: An object, a YAML file, or a shipped file's stem. Without it: the shipped file for this model, else
             the defaults.
-        corpus: Text for the second moment, where the method takes one: "self", a text file, or a hub dataset as
+        corpus: Text for the second moment, if the method needs one: "self", a text file, or a hub dataset as
             name[:config[:column]].
-        harden: Whether the edit is to withstand attacks. Sets `hparams.HARDENED`, whatever `hparams` says; the setting
-            `harden` names single ways.
-        remove: Whether what the model knows of the facts is removed, and what it says instead learned after that.
-            Sets `hparams.REMOVED`, whatever `hparams` says. The method "removal" does the first alone.
-        reverse: Whether the way back from the answer to the subject is forgotten too; as in `hparams` when left out.
-        out: The output folder. Without it nothing is written but the caches.
-        overwrite: Whether what an earlier run wrote to `out` may be replaced.
+        harden: Whether to harden the edit against attacks. Sets `hparams.HARDENED`, whatever `hparams` says. The
+            setting `harden` names single ways.
+        remove: Whether to remove the model's knowledge of the facts, and then to teach it what to say instead. Sets
+            `hparams.REMOVED`, whatever `hparams` says. The method "removal" does only the first part.
+        reverse: Whether to forget the way back from the answer to the subject too. The default is the value in
+            `hparams`.
+        out: The output folder. Without it only the caches are written.
+        overwrite: Whether the output of an earlier run in `out` may be replaced.
         keep_requests: Whether the record holds the facts in the clear, beside their hashes.
-        judged: How many facts of each set are answered before and after, at most.
-        seed: Seed of everything random, in place of the one in `hparams`.
+        judged: The most facts of each set that are answered before and after.
+        seed: Seed of all random choices, in place of the one in `hparams`.
         device: cpu, cuda, cuda:1, mps or auto; empty chooses.
         dtype: The folder's dtype; empty for the checkpoint's.
-        max_batch_tokens: Tokens of one batch at most; 0 chooses by device.
+        max_batch_tokens: The most tokens of one batch; 0 chooses by device.
         progress: Called with a phase, the share of it that is done, and a note.
 
     Raises:
-        UniEraseError: Names the value, the alternatives and the remedy. No projection is changed then.
+        UniEraseError: For any input that does not fit. It names the value, the alternatives and the remedy. No
+            projection is changed then.
     """
     chosen = registry().methods.find(method) if isinstance(method, str) else method
     for name, value in (("judged", judged), ("max_batch_tokens", max_batch_tokens)):
@@ -142,7 +145,7 @@ def unlearn(
             session.check_not_forgotten(kept)
         if place is not None and session.history is not None and session.record is None:
             raise CheckpointError(
-                "The steps before this one were not written to a folder: give out= to the first one too."
+                "The steps before this one were not written to a folder. Give out= to the first step too."
             )
         if place is not None:
             check_disk_space(place.path, model_size(session.loaded.model, session.hparams))
@@ -176,10 +179,10 @@ def change(
 ) -> tuple[Changes, History]:
     """`unlearn` on a loaded model without judging and writing, for harnesses that do both themselves.
 
-    history   edits that earlier calls already applied to this model, as the call before returned them
-    told      the caller has said which facts have names of special tokens in their texts
+    history   edits that earlier calls already applied to this model, as the last call returned them
+    told      whether the caller has reported already which facts hold names of special tokens
 
-    Returns what was done, and the history with it.
+    Returns the changes, and the history that includes them.
     """
     chosen = registry().methods.find(method) if isinstance(method, str) else method
     requests, kept = _facts(chosen, forget, retain, allow_overlap)
@@ -208,12 +211,13 @@ def corpus_moment(
     processes: Processes | None = None,
     progress: Progress = lambda phase, share, note: None,
 ) -> CorpusMoment:
-    """The second moment of ordinary text alone, left where a later `unlearn` with the same settings finds it.
+    """Computes only the second moment of ordinary text. A later `unlearn` with the same settings finds it in the cache.
 
-    sources   files to import it from instead (`statistics.files.read_moments`)
-    out       file that the moments are written to as well, by the first process
-    processes those that share the work; each calls this with the same arguments
-    The rest is as for `unlearn`. Raises a UniEraseError for a corpus or files that do not do.
+    sources     files from which to import it instead (`statistics.files.read_moments`)
+    out         file to which the first process also writes the moments
+    processes   processes that share the work; each calls this with the same arguments
+
+    The other arguments are those of `unlearn`. Raises a UniEraseError for an unfit corpus or unfit files.
     """
     progress("load", 0.0, "")
     options = {"seed": seed, "mom2_dataset": corpus}
@@ -238,7 +242,7 @@ def corpus_moment(
 def _claimed(
     out: str | os.PathLike[str] | None, overwrite: bool, inputs: Mapping[str, Any], model: Any
 ) -> Iterator[files.OutputFolder | None]:
-    """The output folder, for this run alone; None where nothing is to be written."""
+    """The output folder, for this run alone; None if nothing is to be written."""
     if out is None:
         yield None
         return
@@ -249,7 +253,7 @@ def _claimed(
 
 
 def _origin(model: Any) -> str | None:
-    """Where a model at hand was loaded from."""
+    """The folder or hub id from which a loaded model came."""
     loaded = model.model if isinstance(model, UnlearnResult) else model
     name = getattr(getattr(loaded, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
@@ -268,7 +272,7 @@ def _facts(
 
 
 class _Unlearning(Phases):
-    """One run of any method: the model loaded, asked before and after, and the folder written."""
+    """One run of any method: asks the model before and after, changes it, and writes the folder."""
 
     def __init__(
         self,
@@ -320,7 +324,7 @@ class _Unlearning(Phases):
                     after, perplexity_after = self._measured("after", key)
                 if not math.isfinite(perplexity_after):
                     logger.warning(
-                        "The edited model gives NaN or infinity on ordinary text: the edit damaged it. Take it back."
+                        "The edited model gives NaN or infinity on ordinary text: the edit damaged it. Revert it."
                     )
                 outcomes = self._judged(before, after)
             except BaseException:
@@ -355,7 +359,7 @@ class _Unlearning(Phases):
         )
 
     def refuse_applied(self) -> None:
-        """StepAppliedError where the folder's last step is this one: the run was stopped after it had been written."""
+        """Raises StepAppliedError if the folder's last step is this one: the run was stopped after it was written."""
         record = self.session.record
         if self.place is None or not self.place.in_place or record is None or len(record.manifest["steps"]) < 2:
             return
@@ -366,11 +370,11 @@ class _Unlearning(Phases):
             raise StepAppliedError(
                 f"{str(self.place.path)!r} has this step already: step {len(record.manifest['steps'])}, of "
                 f"{last['created']}, was made from the same requests with the same settings. Nothing was changed. Give "
-                "another --seed to apply it once more."
+                "another --seed to apply it again."
             )
 
     def _step_inputs(self, fingerprint: str) -> list[Any]:
-        """What the step is made of; `fingerprint` is that of the weights before it."""
+        """The inputs of the step. `fingerprint` is that of the weights before it."""
         job, in_place = self.job, self.place is not None and self.place.in_place
         return [
             self.method.name,
@@ -411,19 +415,19 @@ class _Unlearning(Phases):
         job.progress("save", 1.0, str(folder))
 
     def _check_fit(self) -> None:
-        """RequestError for a fact that the model's context cannot hold, before anything takes time."""
+        """Raises RequestError for a fact that is longer than the model's context, before the long work."""
         context, room = context_limit(self.model), self._answer_room()
         for fact in self.judged:
             text = render(self.tokenizer, fact.question, self.form, self.template_kwargs)
             needed = len(encode(self.tokenizer, text, self.form)) + room
             if needed > context:
                 raise RequestError(
-                    f"The question of {fact.label} needs {needed} tokens with its answer; "
+                    f"The question of {fact.label} needs {needed} tokens with its answer, but "
                     f"the model's context holds {context}. Shorten it, or leave it out."
                 )
 
     def _measured(self, phase: str, key: str) -> tuple[list[str], float]:
-        """Answers to the judged facts and perplexity of ordinary text, by the model as it is now."""
+        """The present model's answers to the judged facts, and its perplexity on ordinary text."""
 
         def measure() -> Packed:
             level = perplexity(self.model, self.tokenizer, paragraphs("ordinary_text"))
@@ -451,12 +455,12 @@ class _Unlearning(Phases):
         )
 
     def _answer_room(self) -> int:
-        """Tokens generated for a judged answer."""
+        """How many tokens are generated for a judged answer."""
         return OF_RUNS.tokens(len(text_ids(self.tokenizer, fact.answer)) for fact in self.judged)
 
     def _judged(self, before: Sequence[str], after: Sequence[str]) -> list[Outcome]:
         ends = [text for text in (self.tokenizer.eos_token, self.tokenizer.pad_token) if text]
-        # Where a method has no token, no answer begins with it.
+        # If a method has no token, no answer begins with it.
         hparams = self.job.hparams
         token = (hparams if isinstance(hparams, EngineSettings) else UniEraseHyperParams).unlearning_token
         return [
@@ -481,16 +485,16 @@ def _plain(requests: Sequence[ForgetRequest]) -> list[list[str | None]]:
 
 @contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """No parameter gets a gradient inside; training mode and gradients are put back after."""
+    """Inside the block, no parameter gets a gradient. Training mode and gradients are restored afterwards."""
     training = model.training
-    # By name: room for the token makes the embedding another parameter.
+    # By name, since room for the token makes the embedding a new parameter.
     wanted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.eval()
     model.requires_grad_(False)
     try:
         yield
     finally:
-        model.requires_grad_(False)  # a method may have trained what its caller had frozen
+        model.requires_grad_(False)  # a method may have trained parameters that its caller had frozen
         for name in wanted:
             model.get_parameter(name).requires_grad_(True)
         model.train(training)

@@ -1,4 +1,4 @@
-"""What a run leaves."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .unlearning_token import UnlearningToken
 
 @dataclass(frozen=True)
 class UnlearnResult:
-    """What a run leaves: the changed model in memory, the change as data, and what was measured."""
+    """The result of a run: the changed model in memory, the change as data, and the measurements."""
 
     model: Any
     tokenizer: Any
@@ -26,24 +26,24 @@ class UnlearnResult:
     report: Report
     folder: Path | None
     changes: Changes = field(repr=False)
-    #: This step and those before it: what a later one goes on from.
+    #: This step and those before it. A later step continues from here.
     history: History = field(repr=False)
 
     @property
     def token(self) -> UnlearningToken | None:
-        """The unlearning token, where the method has one."""
+        """The unlearning token, if the method has one."""
         return self.changes.token
 
     @property
     def edit(self) -> WeightEdit | None:
-        """The edit as low-rank factors, where the method has it as data."""
+        """The edit as low-rank factors, if the method has it as data."""
         return self.changes.edit
 
     def revert(self) -> None:
-        """Model and tokenizer as they were before this step, to the bit; a token that came with it goes.
+        """Restores model and tokenizer as they were before this step, to the bit. A token of this step is removed.
 
         Raises EditError for a method that trains the whole model and keeps no copy.
         """
         if self.changes.undo is None:
-            raise EditError(f"What {self.method!r} did cannot be taken back in memory. Load the model again.")
+            raise EditError(f"The changes of {self.method!r} cannot be taken back in memory. Load the model again.")
         self.changes.undo()

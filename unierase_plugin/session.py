@@ -1,6 +1,6 @@
-"""Opens what a command works on: a model, a method's settings for it, and the edits that it already has.
+"""Opens a model for a command, with a method's settings for it and the edits that it already has.
 
-`unlearn`, `change`, the statistics and the hosts all come here, so that each of them refuses the same things.
+`unlearn`, `change`, the statistics and the hosts all use this module, so all of them refuse the same input.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """A model at hand, a method with its settings for it, and the edits that earlier calls already applied to it."""
+    """A loaded model, a method with its settings for it, and the edits that earlier calls already applied to it."""
 
     method: Method[Any]
     loaded: LoadedModel
     hparams: HyperParams
-    #: What the folder holds that the model was loaded from, where it was edited before.
+    #: The record of the folder that the model was loaded from, if it was edited before.
     record: Checkpoint | None
     #: Edits that earlier calls already applied to this model.
     history: History | None
@@ -58,12 +58,12 @@ class Session:
         dtype: str = "",
         anew: bool = False,
     ) -> Session:
-        """Opens a model given by name, takes one at hand, or goes on from an earlier call's result.
+        """Opens a model given by name, takes a loaded one, or continues from an earlier call's result.
 
-        options   settings by name that win over the hyper-parameters' where they are not None
-        anew      a folder that was edited before counts as any other model: its record is not read
+        options   settings by name; those that are not None replace the hyper-parameters' values
+        anew      whether an edited folder counts as any other model, so that its record is not read
 
-        Raises a UniEraseError for a model, settings or a record that do not go together; nothing was changed then.
+        Raises a UniEraseError if model, settings and record do not fit together. Nothing is changed then.
         """
         checked_seed(options.get("seed") or 0)
         record, history = None, None
@@ -107,8 +107,8 @@ class Session:
     ) -> Job[Any]:
         """The method's job on these facts.
 
-        work   the folder in which it keeps what is finished
-        told   the caller has said which facts have names of special tokens in their texts
+        work   the folder in which the method keeps finished phases
+        told   whether the caller has reported already which facts hold names of special tokens
         """
         if not told:
             names = [self.hparams.unlearning_token] if isinstance(self.hparams, EngineSettings) else []
@@ -125,12 +125,12 @@ class Session:
         )
 
     def history_after(self, changes: Changes, requests: Sequence[ForgetRequest]) -> History:
-        """The edits that the model has once these changes are applied."""
+        """The edits that the model has after these changes."""
         before = self.history or History(None, (), self.loaded.fingerprint, self.loaded.tokenizer_fingerprint)
         return before.after(changes, requests)
 
     def forgotten(self, facts: Sequence[ForgetRequest]) -> list[int]:
-        """The numbers of those facts that an earlier step forgot."""
+        """The numbers of the facts that an earlier step forgot."""
         in_memory = self.history.questions if self.history else frozenset[str]()
         found = {index for index, fact in enumerate(facts) if one_spelling(fact.question) in in_memory}
         if self.record is not None:
@@ -146,8 +146,7 @@ class Session:
         again = self.forgotten(requests)
         if again:
             logger.warning(
-                "%d of %d facts to forget were forgotten in an earlier step already, %s for one. They are forgotten "
-                "again.",
+                "An earlier step forgot %d of %d facts to forget already, for example %s. They are forgotten again.",
                 len(again),
                 len(requests),
                 requests[again[0]].label,
@@ -155,9 +154,9 @@ class Session:
 
 
 def open_model(model: Any, tokenizer: Any = None, *, device: str = "", dtype: str = "") -> LoadedModel:
-    """Opens a model given by name, or takes one at hand with its tokenizer, to look at it and not to change it.
+    """Opens a model given by name, or takes a loaded one with its tokenizer, to read it without changes.
 
-    device and dtype are for a model given by name. Raises a UniEraseError where no model can be loaded.
+    device and dtype are for a model given by name. Raises a UniEraseError if no model can be loaded.
     """
     if isinstance(model, (str, os.PathLike)):
         name = os.fspath(model)
@@ -168,16 +167,16 @@ def open_model(model: Any, tokenizer: Any = None, *, device: str = "", dtype: st
 
 
 def record_of(model: Any) -> Checkpoint | None:
-    """The record of the edits of a folder; None for a model that has none. Raises CheckpointError if it is damaged."""
+    """The record of a folder's edits; None for a model without one. Raises CheckpointError if it is damaged."""
     return examine(model).up_to() if isinstance(model, (str, os.PathLike)) and is_edited(model) else None
 
 
 def choose_hparams(
     given: HyperParams | str | os.PathLike[str] | None, model: str, kind: type[HyperParams] = UniEraseHyperParams
 ) -> HyperParams:
-    """The hyper-parameters given; else the shipped file whose model_name is this model's; else the defaults of `kind`.
+    """The given hyper-parameters, else the shipped file with this model_name, else the defaults of `kind`.
 
-    Raises HyperParamsError for an object of another kind, and for a file that does not fit.
+    Raises HyperParamsError for an object of another kind, and for a file with unfit settings.
     """
     if isinstance(given, HyperParams):
         if not isinstance(given, kind):
@@ -187,7 +186,7 @@ def choose_hparams(
 
 
 def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Method[Any]) -> HyperParams:
-    """Options in the place of settings of their name."""
+    """The hyper-parameters, with options in place of settings of the same name."""
     known = hparams.as_dict()
     if options.get("mom2_dataset") is not None and "mom2_dataset" not in known:
         raise HyperParamsError(f"The method {method.name!r} reads no corpus. Leave corpus (--corpus) out.")
@@ -195,11 +194,13 @@ def _with_options(hparams: HyperParams, options: Mapping[str, Any], method: Meth
         raise HyperParamsError(f"The method {method.name!r} cannot be hardened; UniErase can. Leave --harden out.")
     if options.get("remove") is not None and "remove" not in known:
         raise HyperParamsError(
-            f"The method {method.name!r} cannot be joined with a removal; UniErase, rome, memit and alphaedit can, and "
-            "--method removal is one alone. Leave --remove out."
+            f"The method {method.name!r} cannot be combined with a removal; UniErase, rome, memit and alphaedit can. "
+            "--method removal is a removal alone. Leave --remove out."
         )
     if options.get("reverse") and "reverse" not in known:
-        raise HyperParamsError(f"The method {method.name!r} has no reverse; those that edit have. Leave --reverse out.")
+        raise HyperParamsError(
+            f"The method {method.name!r} has no reverse; methods that edit have. Leave --reverse out."
+        )
     settings = hparams.replace(
         **{name: value for name, value in options.items() if value is not None and name in known}
     )
@@ -216,18 +217,20 @@ def _check_places(settings: HyperParams) -> None:
 
 
 def _earlier_record(name: str, method: Method[Any]) -> Checkpoint | None:
-    """The record of a folder that was edited before, whose steps this run goes on from."""
+    """The record of a folder that was edited before. This run continues its steps."""
     found = record_of(name)
     if found is not None and found.manifest["method"] != method.name:
         raise CheckpointError(
-            f"{name!r} was made by another method; start from its base model {found.manifest['model']!r}."
+            f"{name!r} was made by another method. Start from its base model {found.manifest['model']!r}."
         )
     return found
 
 
 def _check_same_method(result: UnlearnResult, method: Method[Any]) -> None:
     if result.method != method.name:
-        raise CheckpointError(f"The model was changed by {result.method!r}; {method.name!r} cannot go on from there.")
+        raise CheckpointError(
+            f"The model was changed by {result.method!r}, and {method.name!r} cannot continue its steps."
+        )
 
 
 def _edits_of(record: Checkpoint | None) -> History | None:
@@ -251,7 +254,7 @@ def _check_loaded(model: Any, tokenizer: Any, placement: str) -> None:
         raise UniEraseError("A loaded model needs its tokenizer: unlearn(model, forget, tokenizer=tokenizer).")
     refuse_unfit(model)
     if placement:
-        raise UniEraseError("device and dtype are for models given by name; move the loaded model yourself.")
+        raise UniEraseError("device and dtype are for models given by name. Move the loaded model yourself.")
 
 
 def _tell_form(name: str, tokenizer: Any, hparams: HyperParams) -> None:
@@ -264,7 +267,7 @@ def _tell_form(name: str, tokenizer: Any, hparams: HyperParams) -> None:
 
 
 def _dtype_of(record: Checkpoint | None) -> str:
-    """The dtype in which an edited folder was made: in another one, its first step could not be taken back."""
+    """The dtype in which an edited folder was made. In another dtype, its first step could not be taken back."""
     if record is None or record.originals is None:
         return ""
     return str(next(iter(record.originals.projections.values())).dtype).removeprefix("torch.")
@@ -273,7 +276,7 @@ def _dtype_of(record: Checkpoint | None) -> str:
 def _check_unchanged(fingerprint: str, record: Checkpoint | None, name: str) -> None:
     if record is not None and fingerprint != record.manifest["model_fingerprint_after"]:
         raise CheckpointError(
-            f"The weights in {name!r} are not those that its record was written for: they were trained further, or "
-            f"loaded in another dtype than {_dtype_of(record) or 'before'}. Leave dtype out, or start from the base "
-            f"model {record.manifest['model']!r}."
+            f"The weights in {name!r} are not those of its record: they were trained further, or loaded in another "
+            f"dtype than {_dtype_of(record) or 'before'}. Leave dtype out, or start from the base model "
+            f"{record.manifest['model']!r}."
         )

@@ -1,9 +1,9 @@
 """Stage I: the unlearning token (Yu et al. 2025, arXiv 2505.15674, section 4.1).
 
-One new vocabulary entry is learned so that, whatever question precedes it, the model goes on with an "I don't know"
-sentence. The model itself is frozen: what is optimised is a vector of the hidden size (two where the LM head is
-untied), not a masked embedding matrix. A hinge keeps the token's own probability on ordinary text small from the first
-step, since a tied input row is an output row as well.
+One new vocabulary entry is learned. After it the model shall continue with an "I don't know" sentence, whatever the
+question before it. The model itself is frozen. Only a vector of the hidden size is optimised (two vectors if the LM
+head is untied), not a masked embedding matrix. A hinge keeps the token's own probability on ordinary text small from
+the first step, since a tied input row is an output row too.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from .models.prompts import encode, has_chat_template, render
 from .models.trace import pad, run_blocks, token_batches
 from .models.weights import restored
 
-#: Draws of the weights' noise in the last phase; each serves its own share of the questions.
+#: Draws of the weights' noise in the last phase. Each draw has its own share of the questions.
 NOISE_DRAWS = 4
-#: Training batches of a phase; more steps go round again, with the prompts' keys and values kept.
+#: Training batches of a phase. Further steps use them again, with the cached keys and values of the prompts.
 GROUPS = 8
-#: Ordinary text that the guard looks at: tokens of each text, and how many questions in every form.
+#: The guard's ordinary text: tokens of each text, and how many questions in every form.
 GUARD_LENGTH, GUARD_QUESTIONS = 128, 16
-#: Tokens whose logits over the whole vocabulary are held at a time.
+#: The most tokens whose logits over the whole vocabulary are in memory together.
 GUARD_BATCH = 512
-#: Smoothing of the loss that early stopping looks at, and how many steps it may fail to improve.
+#: Early stopping: smoothing of the loss, and how many steps may pass without improvement.
 SMOOTHING, PATIENCE = 0.9, 25
 
 
 @dataclass(frozen=True)
 class UnlearningToken:
-    """The token as data: name, id, and rows of the embedding and (where untied) of the LM head, (d,) float32 each."""
+    """The token as data: name, id, and rows of the embedding and (if untied) of the LM head, (d,) float32 each."""
 
     name: str
     id: int
     input_row: Tensor
     output_row: Tensor | None
-    #: Mean negative log-likelihood of the "I don't know" sentences at the end of training, nats a token.
+    #: Mean negative log-likelihood of the "I don't know" sentences at the end of training, in nats per token.
     loss: float
     steps: int
-    #: Its largest probability on ordinary text, in the unedited model; NaN where it was not measured.
+    #: Its largest probability on ordinary text, in the unedited model; NaN if it was not measured.
     leak: float = math.nan
 
 
@@ -71,7 +71,7 @@ def install_token(arch: Architecture, token: UnlearningToken) -> None:
 
 @contextmanager
 def installed(arch: Architecture, token: UnlearningToken) -> Iterator[None]:
-    """The model has the token's rows inside, and to the bit what it had before after it."""
+    """Inside the block, the model has the token's rows. Afterwards it has its old rows, to the bit."""
     weights = [arch.embedding.weight]
     if token.output_row is not None:
         weights += [weight for weight in (arch.head.weight, getattr(arch.head, "bias", None)) if weight is not None]
@@ -86,19 +86,19 @@ def installed(arch: Architecture, token: UnlearningToken) -> Iterator[None]:
 
 
 def choose_sentence(question: str, sentences: Sequence[str]) -> str:
-    """The "I don't know" sentence of a question: by a digest, so that every process and run chooses the same."""
+    """The "I don't know" sentence of a question. A digest chooses it, so every process and run chooses the same."""
     digest = hashlib.sha256(one_spelling(question).encode()).digest()
     return sentences[int.from_bytes(digest[:8], "big") % len(sentences)]
 
 
 def answer_ids(tokenizer: Any, sentence: str, eos_id: int, close_with: int | None) -> tuple[int, ...]:
-    """Token ids that follow the unlearning token: the sentence, the token again where asked for, the end of text."""
+    """Token ids that follow the unlearning token: the sentence, `close_with` if it is given, and the end of text."""
     closing = () if close_with is None else (close_with,)
     return (*text_ids(tokenizer, sentence), *closing, eos_id)
 
 
 def end_id(model: Any, tokenizer: Any) -> int:
-    """The token that ends an answer: the chat template's end of turn where it has one, else the end of text."""
+    """The token that ends an answer: the chat template's end of turn if it has one, else the end of text."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
     if has_chat_template(tokenizer):
@@ -130,10 +130,10 @@ def learn_token(
     pad_id: int,
     progress: Callable[[float, str], None] = lambda share, note: None,
 ) -> UnlearningToken:
-    """Learns the token's rows on a frozen model: plain prompts first, then chat prompts too, then under weight noise.
+    """Learns the token's rows on a frozen model: first on plain prompts, then on chat prompts too, then with noise.
 
-    ordinary_text feeds the leak guard. The noise has the Frobenius norm `noise` times that of each projection that
-    Stage II will edit. Raises TokenError where the loss becomes NaN.
+    ordinary_text is for the leak guard. The noise is added to each projection that Stage II will edit; its Frobenius
+    norm is `noise` times that of the projection. Raises TokenError if the loss becomes NaN.
     """
     trainer = _Trainer(
         arch, tokenizer, token_id, questions, sentences, ordinary_text, hparams, noise, max_tokens, pad_id
@@ -143,7 +143,7 @@ def learn_token(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Training rows whose prompts are cached under one draw of the noise (or none)."""
+    """Training rows whose prompts are cached with one draw of the noise, or without noise."""
 
     prefix: PrefixCache
     answers: list[tuple[int, ...]]
@@ -175,7 +175,7 @@ class _Trainer:
         self.softcap = getattr(arch.model.config.get_text_config(), "final_logit_softcapping", None)
         self.embedding_scale, self.logit_scale = _embedding_scale(arch), logit_scale(arch)
         start = _mean_row(arch.embedding.weight, tokenizer)
-        # One vector where the head is tied, so that what is learned is what is saved.
+        # One vector if the head is tied, so the learned row is the saved row.
         self.rows = [start] if arch.tied else [start, _mean_row(arch.head.weight, tokenizer)]
         self.guard_states, self.guard_floor = self._guard(ordinary_text)
 
@@ -205,12 +205,12 @@ class _Trainer:
         )
 
     def _phase(self, step: int) -> int:
-        """0: plain prompts; 1: chat prompts too; 2: and noise."""
+        """0: plain prompts; 1: chat prompts too; 2: noise too."""
         share = step / self.hparams.token_num_steps
         return 0 if share < 0.15 else 1 if share < 0.5 else 2
 
     def _group(self, step: int) -> _Rows:
-        """The rows of a step. A phase has few groups, so that each group's prompts run once and serve many steps."""
+        """The rows of a step. A phase has few groups. Each group's prompts run once and serve many steps."""
         phase = self._phase(step)
         key = (phase, step % GROUPS)
         if key not in self._groups:
@@ -233,7 +233,7 @@ class _Trainer:
         return render(self.tokenizer, question, form, self.hparams.chat_template_kwargs)
 
     def _backward(self, rows: Sequence[Tensor], group: _Rows) -> float:
-        """Adds the gradients of the answers' cross-entropy after the token and of the guard; the former, in nats."""
+        """Adds the gradients of the answers' cross-entropy after the token and the guard. Returns the former (nats)."""
         suffix = continue_from(group.prefix, [(self.token_id, *answer[:-1]) for answer in group.answers], self.pad_id)
         points = [(r, c, wanted) for r, answer in enumerate(group.answers) for c, wanted in enumerate(answer)]
         at_row, at_column, wanted = (torch.tensor(column) for column in zip(*points, strict=True))
@@ -253,18 +253,18 @@ class _Trainer:
         return float(nll.detach())
 
     def _with_token(self, logits: Tensor, states: Tensor, row: Tensor) -> Tensor:
-        """The logits with the token's own column taken from the vector in training."""
+        """The logits, with the token's own column computed from the vector in training."""
         own = self._logit(states.float(), row)[:, None]
         column = torch.arange(logits.shape[1], device=logits.device) == self.token_id
         return torch.where(column, own, logits.float())
 
     def _logit(self, states: Tensor, row: Tensor) -> Tensor:
-        """The logits (N,) that a row of the LM head gives for its inputs (N, d), as the model scales and caps them."""
+        """The logits (N,) of a row of the LM head for inputs (N, d), scaled and capped as in the model."""
         raw = self.logit_scale * (states @ row)
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
 
     def _hinge(self, row: Tensor) -> Tensor:
-        """Mean squared excess, over positions where there is any, of the token's logit above floor - margin (nats)."""
+        """Mean squared excess of the token's logit above floor - margin (nats), over positions with an excess."""
         gap = self._logit(self.guard_states, row) - self.guard_floor + self.hparams.token_guard_margin
         over = gap.clamp(min=0)
         return over.square().sum() / (over > 0).sum().clamp(min=1)
@@ -289,7 +289,7 @@ class _Trainer:
 
     @contextmanager
     def _noise(self, draw: int | None) -> Iterator[None]:
-        """Adds draw `draw` of the noise to the projections to be edited, and takes it back to the bit."""
+        """Inside the block, the projections to edit have noise of draw `draw`. It is removed afterwards, to the bit."""
         if draw is None:
             yield
             return
@@ -305,14 +305,14 @@ class _Trainer:
 
 
 def _mean_row(matrix: Tensor, tokenizer: Any) -> Tensor:
-    """Where training starts: the mean row of the words "I don't know"."""
+    """The start of the training: the mean row of the words "I don't know"."""
     ids = tokenizer("I don't know", add_special_tokens=False)["input_ids"]
     return matrix.detach()[ids].float().mean(0)
 
 
 @torch.no_grad()
 def _embedding_scale(arch: Architecture) -> float:
-    """What an embedding layer multiplies its rows by (Gemma 3 scales inside the layer; most do not)."""
+    """The factor by which an embedding layer multiplies its rows (Gemma 3 scales inside the layer; most do not)."""
     index = int(arch.embedding.weight.float().norm(dim=1).argmax())
     row = arch.embedding.weight[index].float()
     out = arch.embedding(torch.tensor([index], device=row.device))[0].float()
@@ -321,7 +321,7 @@ def _embedding_scale(arch: Architecture) -> float:
 
 @torch.no_grad()
 def logit_scale(arch: Architecture) -> float:
-    """What a model multiplies its head's output by (Cohere and Granite do; most do not). None of them caps as well."""
+    """The factor on the head's output (Cohere and Granite have one; most do not). A model that caps gets 1."""
     raw: list[Tensor] = []
     handle = arch.head.register_forward_hook(lambda module, args, output: raw.append(output[0, 0].float()))
     try:

@@ -103,7 +103,7 @@ def test_revert_takes_requests_back(steps: Path, tmp_path: Path) -> None:
     assert [found.holds(question) for question in QUESTIONS] == [False, True, False]
     assert "1 (-1)" in invoke("inspect", tmp_path / "out")
     refused = invoke("revert", steps / "two", "--out", tmp_path / "no", "--request", prefix, "--step", 1, status=1)
-    assert "do not go together" in refused
+    assert "cannot be combined" in refused
     assert not (tmp_path / "no").exists()
 
 

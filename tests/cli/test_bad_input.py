@@ -442,7 +442,7 @@ def test_the_demo_does_not_replace_what_it_did_not_write(run: Run, tmp_path: Pat
     (tmp_path / "notes.txt").write_text("mine")
     status, said = run("demo", "--out", tmp_path)
     assert status == 1
-    assert "holds something else than an edited model. Choose another --out." in said
+    assert "holds files, but no edited model. Choose another --out." in said
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

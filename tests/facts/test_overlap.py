@@ -181,7 +181,7 @@ def test_a_fact_that_is_forgotten_again_is_told(base: Path, caplog: pytest.LogCa
     first = unlearn(base, FORGET, hparams=HPARAMS, judged=0)
     with caplog.at_level(logging.WARNING, "unierase_plugin"):
         unlearn(first, [FORGET[1], *FORGET_MORE], hparams=HPARAMS, judged=0)
-    assert "1 of 2 facts to forget were forgotten in an earlier step already" in caplog.text
+    assert "An earlier step forgot 1 of 2 facts to forget already" in caplog.text
 
 
 # --- one fact in two normal forms -------------------------------------------------------------------------------------

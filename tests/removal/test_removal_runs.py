@@ -254,7 +254,9 @@ def test_other_edits_go_on_from_a_removal_too(target: str) -> None:
 
 def test_what_cannot_be_removed_is_refused_before_anything_is_done() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    with pytest.raises(HyperParamsError, match=r"'npo_gd' cannot be joined with a removal.*removal is one alone"):
+    with pytest.raises(
+        HyperParamsError, match=r"'npo_gd' cannot be combined with a removal.*removal is a removal alone"
+    ):
         unlearn(model, FORGET, tokenizer=tokenizer, method="npo_gd", remove=True)
     with pytest.raises(HyperParamsError, match="'removal' cannot be hardened"):
         unlearn(model, FORGET, tokenizer=tokenizer, method="removal", harden=True)

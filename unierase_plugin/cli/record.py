@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Argument(help="A folder that `unierase run` wrote.")]
 
-#: Digits of a request's hash that are shown, and with which it can be named.
+#: How many digits of a request's hash are shown. They can be given to name the request.
 SHOWN = 12
 
 
 def revert(
     folder: Folder,
-    out: Annotated[Path, typer.Option(help="Folder for the model as it was.")],
+    out: Annotated[Path, typer.Option(help="Folder for the restored model.")],
     step: Annotated[
         int | None, typer.Option(help="Steps to keep; 0, the default, gives the base model to the bit.")
     ] = None,
@@ -38,13 +38,15 @@ def revert(
 ) -> None:
     """Takes an edit back: all of it and exactly, the last steps, or single requests.
 
-    A request is taken out by solving its step again without it, from the keys that are kept in the record. In the
-    lowest edited block that is exact; in the blocks above it what they had measured with the request in place stays.
+    A request is taken out by solving its step again without it, from the keys in the record. In the lowest edited
+    block this is exact. The blocks above keep what was measured while the request was in place.
     """
     from ..checkpoint import revert_checkpoint, take_back_requests
 
     if request and step is not None:
-        raise UniEraseError(f"--step {step} and --request do not go together. Revert the steps first, then requests.")
+        raise UniEraseError(
+            f"--step {step} and --request cannot be combined. Revert the steps first, then the requests."
+        )
     console = Screen()
     with our_log(console):
         if request:
@@ -57,13 +59,13 @@ def revert(
 def export(
     folder: Folder,
     adapter: Annotated[Path, typer.Option(help="Folder for a PEFT adapter: LoRA matrices and the token's rows.")],
-    step: Annotated[int | None, typer.Option(help="Export the first steps alone; all when left out.")] = None,
+    step: Annotated[int | None, typer.Option(help="Export only this many first steps. Default: all steps.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Writes the edit as a PEFT adapter for the untouched base model, to be attached, detached or merged.
+    """Writes the edit as a PEFT adapter for the unchanged base model. It can be attached, detached or merged.
 
-    The folder's README.md has the lines that load it; they need peft 0.18 or later (pip install
-    'unierase-plugin[peft]'), which writing it does not.
+    The folder's README.md has the code that loads it. Loading needs peft 0.18 or later (pip install
+    'unierase-plugin[peft]'); writing does not.
     """
     from ..checkpoint import export_adapter
 
@@ -75,22 +77,22 @@ def export(
 
 def inspect(
     folder: Folder,
-    requests: Annotated[bool, typer.Option("--requests", help="One line a request as well.")] = False,
+    requests: Annotated[bool, typer.Option("--requests", help="Show one line for each request too.")] = False,
     holds: Annotated[
-        str, typer.Option(help="Say which step forgot this question; the exit status is 1 where none did.")
+        str, typer.Option(help="Say which step forgot this question. The exit status is 1 if none did.")
     ] = "",
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Check the whole folder, the weights too; the exit status is 1 where something is damaged."
+            "--verify", help="Check the whole folder with its weights. The exit status is 1 if something is damaged."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Shows what was done to a model: steps, requests, and what was measured.
+    """Shows the edits of a model: steps, requests, and measurements.
 
-    Requests are kept as salted hashes, so that they are shown by the first digits of theirs unless the run was given
-    --keep-requests. Who has a question at hand can ask for it with --holds.
+    The record keeps requests as salted hashes, and the first digits of these are shown. With --keep-requests, a run
+    keeps the texts too. To ask whether a question was forgotten, use --holds.
     """
     from ..checkpoint import examine, step_summaries
 
@@ -125,7 +127,7 @@ def _verify(console: Screen, folder: Path, as_json: bool) -> None:
         for row in found.rows():
             table.add_row(row["part"], row["state"], row["what"])
         console.print(table)
-        console.print(f"What can be done: {', '.join(found.possible()) or 'nothing'}.", soft_wrap=True)
+        console.print(f"Commands that still work: {', '.join(found.possible()) or 'none'}.", soft_wrap=True)
         if not found.holds:
             console.print(found.record.remedy(found.gives_base), soft_wrap=True)
     if not found.holds:
@@ -161,7 +163,7 @@ def _steps_table(steps: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 
 def _figures_table(steps: Sequence[Mapping[str, Any]]) -> Table:
-    """Before and after each step; steps whose figures are not known, or do not hold any more, have none."""
+    """Figures before and after each step. A step has none if they are not known or not valid any more."""
     table = Table("step", "facts to forget answered", "facts to keep answered", "perplexity", title="Measured")
     for entry in steps:
         report = entry["report"] or {}
@@ -191,7 +193,7 @@ def _requests_table(found: Checkpoint) -> Table:
 
 
 def _listed(numbers: Sequence[int]) -> str:
-    """All of them, or the first and last of a run."""
+    """All numbers, or first-last if they are consecutive."""
     run = len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[0] + len(numbers)))
     return f"{numbers[0]}-{numbers[-1]}" if run else ", ".join(map(str, numbers))
 

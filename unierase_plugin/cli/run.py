@@ -1,4 +1,4 @@
-"""`unierase demo` and `unierase run`: the whole method, and what a user is shown of it."""
+"""`unierase demo` and `unierase run`: the whole method, and what the user sees of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def demo(
         Path, typer.Option(help="Folder for the edited model; replaced if an earlier demo wrote it.")
     ] = Path("forgotten"),
     device: Device = "",
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
 ) -> None:
     """Erases 20 facts from a small chat model, keeps 40 others, and shows both before and after.
 
@@ -73,9 +73,13 @@ def run(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the edited model: plain Hugging Face files plus unierase/.")],
     method: Annotated[str, typer.Option(help="Unlearning method: see `unierase methods`.")] = "unierase",
-    retain: Annotated[str, typer.Option(help="Facts to keep, like --forget: they are protected and judged.")] = "",
+    retain: Annotated[
+        str, typer.Option(help="Facts to keep, given like --forget. They are protected and judged.")
+    ] = "",
     allow_overlap: AllowOverlap = False,
-    hparams: Annotated[str, typer.Option(help="YAML file, or a shipped one's name (see `unierase hparams`).")] = "",
+    hparams: Annotated[
+        str, typer.Option(help="YAML file, or the name of a shipped file (see `unierase hparams`).")
+    ] = "",
     corpus: Annotated[
         str,
         typer.Option(
@@ -87,7 +91,7 @@ def run(
         bool,
         typer.Option(
             "--harden",
-            help="Harden the edit against attacks, such as a ban of the token; takes longer "
+            help="Harden the edit against attacks, such as a ban of the token. It takes longer "
             "(docs/explanation/hardening.md). The setting `harden` names single ways.",
         ),
     ] = False,
@@ -95,30 +99,28 @@ def run(
         bool,
         typer.Option(
             "--remove",
-            help="Take what the model knows of the facts out of it, then teach it to "
-            "decline; keeps questions around them that the model answers; takes longer "
-            "(docs/explanation/removal.md). --method removal does the first alone.",
+            help="Remove the model's knowledge of the facts, then teach it to decline. Questions around the facts that "
+            "the model answers are kept. It takes longer (docs/explanation/removal.md). --method removal does only "
+            "the first part.",
         ),
     ] = False,
     reverse: Annotated[
         bool,
-        typer.Option(
-            "--reverse", help="Forget the way back too: from the answer to what was asked about (short answers only)."
-        ),
+        typer.Option("--reverse", help="Forget the way back too: from the answer to the subject (short answers only)."),
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random; the hparams' when left out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random choices. Default: the hparams' seed.")] = None,
     device: Device = "",
     dtype: Dtype = "",
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most: lower it where memory is low.")] = 0,
-    judged: Annotated[int, typer.Option(help="Facts of each set that are answered before and after, at most.")] = 400,
+    max_batch_tokens: Annotated[int, typer.Option(help="The most tokens of a batch. Lower it if memory is low.")] = 0,
+    judged: Annotated[int, typer.Option(help="The most facts of each set that are answered before and after.")] = 400,
     keep_requests: Annotated[
         bool, typer.Option("--keep-requests", help="Write the requests into the ledger in the clear.")
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Makes a model forget facts and writes it to a folder that transformers, vLLM and lm-eval load as it is.
+    """Makes a model forget facts, and writes it to a folder that transformers, vLLM and lm-eval load directly.
 
-    A run that was stopped goes on where it was when the same command is given again.
+    A run that was stopped continues when the same command is given again.
     """
     from ..pipeline import unlearn
     from ..plugins.registration import registry
@@ -187,7 +189,7 @@ def _print_neighbours(console: Screen, result: UnlearnResult, most: int = 12) ->
     if not neighbours:
         return
     table = Table("question", "the model's own answer", title="Neighbours that were kept too", title_justify="left")
-    # A few of every request's, not the first one's alone.
+    # A few neighbours of every request, not only those of the first.
     for fact in neighbours[:: max(1, len(neighbours) // most)][:most]:
         table.add_row(fact.question, fact.answer)
     console.print(table)
@@ -224,15 +226,15 @@ def _add_declined(table: Table, figures: Mapping[str, Any], has_token: bool) -> 
 
 
 def _task_for(forget: str) -> str:
-    """The lm-eval task that asks what was forgotten, where there is one; else a test of general ability."""
+    """The lm-eval task that asks the forgotten questions, if there is one, else a test of general ability."""
     split = re.fullmatch(r"tofu:(forget(?:01|05|10))(?:\[.*)?", forget)
     return f"tofu_{split[1]}" if split else "hellaswag"
 
 
 def _print_next_steps(console: Screen, result: UnlearnResult, out: Path, task: str) -> None:
-    # As a shell and as Python take them, whatever is in a name.
+    # Quoted for a shell and for Python, whatever is in a name.
     folder, named = shlex.quote(str(out)), json.dumps(str(out), ensure_ascii=False)
-    # What trains the whole model keeps nothing to go back to.
+    # Methods that train the whole model keep no originals.
     revert = "" if result.changes.originals is None else f"    unierase revert {folder} --out original\n"
     where = f": a plain Hugging Face folder, with the record of the edit in {out}/unierase."
     console.print(styled("\nThe edited model is in ", (str(out), "bold"), where))

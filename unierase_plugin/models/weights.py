@@ -1,4 +1,4 @@
-"""Copies of weights as they were, and the one way to put them back."""
+"""Copies of original weights, and the one way to restore them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class OriginalWeights:
-    """Copies of parameters, or of one row of each. They lie where the parameters do, unless a device is named."""
+    """Copies of parameters, or of one row of each. They are on the parameters' devices, unless a device is given."""
 
     def __init__(self, parameters: Iterable[Tensor], row: int | None = None, device: str | None = None) -> None:
-        """Takes the copies. A parameter that is named twice, as tied ones are, is copied once."""
+        """Takes the copies. A parameter that occurs twice, such as a tied one, is copied once."""
         self._row = row
         chosen = {id(parameter): parameter for parameter in parameters}.values()
         self._kept = [(parameter, self._part(parameter).detach().to(device, copy=True)) for parameter in chosen]
@@ -30,7 +30,7 @@ class OriginalWeights:
 
 @contextmanager
 def restored(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Whatever is done to the parameters inside the block is undone at its end, to the bit, also by an exception."""
+    """Restores the parameters at the end of the block, to the bit, also after an exception."""
     originals = OriginalWeights(parameters)
     try:
         yield
