@@ -83,16 +83,20 @@ class TrainedAdapter(TrainedWeights):
         return self.network
 
     def close(self) -> None:
-        if self.network is not None:
-            network, self.network = self.network, None
-            network.merge_and_unload()
+        self._end("merge_and_unload")
         super().close()
 
     def undo(self) -> None:
-        if self.network is not None:
-            network, self.network = self.network, None
-            network.unload()
+        self._end("unload")
         super().undo()
+
+    def _end(self, how: str) -> None:
+        if self.network is None:
+            return
+        network, self.network = self.network, None
+        getattr(network, how)()
+        # peft 0.18 leaves its settings on the model.
+        vars(self.arch.model).pop("peft_config", None)
 
 
 def _is_linear(module: Any) -> bool:
