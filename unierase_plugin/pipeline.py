@@ -149,7 +149,9 @@ def unlearn(
             )
         if place is not None:
             check_disk_space(place.path, model_size(session.loaded.model, session.hparams))
-        run = _Unlearning(session, requests, kept, place, judged, progress)
+        run = _Unlearning(
+            session=session, requests=requests, retain=kept, place=place, judged=judged, progress=progress
+        )
         run.refuse_applied()
         session.tell_forgotten(requests)
         result = run.unlearn()

@@ -136,7 +136,16 @@ def learn_token(
     norm is `noise` times that of the projection. Raises TokenError if the loss becomes NaN.
     """
     trainer = _Trainer(
-        arch, tokenizer, token_id, questions, sentences, ordinary_text, hparams, noise, max_tokens, pad_id
+        arch=arch,
+        tokenizer=tokenizer,
+        token_id=token_id,
+        questions=questions,
+        sentences=sentences,
+        ordinary_text=ordinary_text,
+        hparams=hparams,
+        noise=noise,
+        max_tokens=max_tokens,
+        pad_id=pad_id,
     )
     return trainer.train(progress)
 
@@ -201,7 +210,12 @@ class _Trainer:
                 break
         learned = [row.detach().float().cpu() for row in rows]
         return UnlearningToken(
-            h.unlearning_token, self.token_id, learned[0], None if self.arch.tied else learned[1], smooth, step
+            name=h.unlearning_token,
+            id=self.token_id,
+            input_row=learned[0],
+            output_row=None if self.arch.tied else learned[1],
+            loss=smooth,
+            steps=step,
         )
 
     def _phase(self, step: int) -> int:

@@ -99,7 +99,7 @@ def _ledger(checkpoint: Checkpoint) -> Iterator[Damage]:
         count = sum(line["step"] == step for line in checkpoint.ledger)
         if count != entry["requests"]:
             what = f"holds {count} lines of step {step}, but the manifest names {entry['requests']} requests"
-            yield Damage(LEDGER, "", what, "ledger", step)
+            yield Damage(file=LEDGER, place="", what=what, part="ledger", step=step)
 
 
 def _columns(lines: Sequence[Mapping[str, Any]], step: int, edit: WeightEdit) -> Iterator[Damage]:
@@ -110,7 +110,7 @@ def _columns(lines: Sequence[Mapping[str, Any]], step: int, edit: WeightEdit) ->
     columns = [column for part in given for column in part or ()]
     if None in given or columns != list(range(edit.rank(edit.layers[0]))):
         what = f"does not assign each column of step {step} to one request, in order"
-        yield Damage(LEDGER, "", what, "ledger", step)
+        yield Damage(file=LEDGER, place="", what=what, part="ledger", step=step)
 
 
 def _token(checkpoint: Checkpoint) -> Iterator[Damage]:
@@ -132,7 +132,7 @@ def _names(originals: Originals, manifest: Mapping[str, Any]) -> Iterator[Damage
 def _factors(edit: WeightEdit, step: int, entry: Mapping[str, Any], originals: Originals | None) -> Iterator[Damage]:
     if sorted(edit.layers) != sorted(entry["layers"]):
         what = f"holds blocks {sorted(edit.layers)} of step {step}, but the manifest names {entry['layers']}"
-        yield Damage(EDITS, "", what, "factors", step)
+        yield Damage(file=EDITS, place="", what=what, part="factors", step=step)
     for layer, update in edit.updates.items():
         width, keys = (update.up.shape[0], update.down.shape[-1]), edit.keys.get(layer)
         whole = originals.projections.get(layer) if originals is not None else None
@@ -146,7 +146,7 @@ def _factors(edit: WeightEdit, step: int, entry: Mapping[str, Any], originals: O
             what = "holds NaN or infinity"
         else:
             continue
-        yield Damage(EDITS, f"block {layer} of step {step},", what, "factors", step)
+        yield Damage(file=EDITS, place=f"block {layer} of step {step},", what=what, part="factors", step=step)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

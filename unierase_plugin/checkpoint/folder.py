@@ -76,7 +76,15 @@ def save_checkpoint(
     forms = forms_of(tokenizer, hparams)
     added = _ledger(requests, len(manifest["steps"]), manifest["salt"], forms, edit, keep_requests)
     lines = [*(earlier.ledger if earlier else ()), *added]
-    checkpoint = Checkpoint(manifest, token, edits, kept, lines, report, earlier.reports if earlier else {})
+    checkpoint = Checkpoint(
+        manifest=manifest,
+        token=token,
+        edits=edits,
+        originals=kept,
+        ledger=lines,
+        report=report,
+        earlier_reports=earlier.reports if earlier else {},
+    )
     needed = size + bytes_of(pack_checkpoint(checkpoint)[0].values())
     with held(folder, overwrite) as place, as_stored(model), place.filled(needed) as staging:
         save_model(model, staging)

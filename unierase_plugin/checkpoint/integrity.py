@@ -205,15 +205,30 @@ class _Reading:
         if manifest is not None and ledger is not None and edits is not None and steps is not None:
             last = len(manifest["steps"])
             report = reports.pop(last, {})
-            checkpoint = Checkpoint(manifest, token, steps, originals, ledger, report, reports)
+            checkpoint = Checkpoint(
+                manifest=manifest,
+                token=token,
+                edits=steps,
+                originals=originals,
+                ledger=ledger,
+                report=report,
+                earlier_reports=reports,
+            )
             if stated is None or not self.damage:  # else they follow from the damage found
                 self.damage += contradictions(checkpoint)
         model, fingerprint = (str((base or manifest or {}).get(name) or "") for name in BASE)
         back = WayBack(model, fingerprint, originals, token) if originals is not None and fingerprint else None
-        return Examined(self.target, checkpoint, back, stated is not None, tuple(self.damage), model)
+        return Examined(
+            folder=self.target,
+            checkpoint=checkpoint,
+            way_back=back,
+            verified=stated is not None,
+            damage=tuple(self.damage),
+            base=model,
+        )
 
     def _note(self, file: str, place: str, what: str, part: str = "everything", step: int = 0) -> None:
-        self.damage.append(Damage(file, place, what, part, step))
+        self.damage.append(Damage(file=file, place=place, what=what, part=part, step=step))
 
     # --- the files ----------------------------------------------------------------------------------------------------
 

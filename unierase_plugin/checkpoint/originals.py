@@ -88,7 +88,14 @@ def take_originals(
     if arch.tied:
         return Originals(projections, names, vocabulary, row)
     bias, output_row = getattr(head, "bias", None), _copy(head.weight[token_id])
-    return Originals(projections, names, vocabulary, row, output_row, None if bias is None else _copy(bias[token_id]))
+    return Originals(
+        projections=projections,
+        names=names,
+        vocabulary=vocabulary,
+        input_row=row,
+        output_row=output_row,
+        output_bias=None if bias is None else _copy(bias[token_id]),
+    )
 
 
 def _copy(tensor: Any) -> Tensor:

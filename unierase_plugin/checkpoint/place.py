@@ -120,7 +120,7 @@ def output_folder(
         read = _read(inputs or {})
         if in_place:
             read = {what: place for what, place in read.items() if not _same(target, place)}
-        claimed = OutputFolder(target, overwrite, read, in_place, check_lock)
+        claimed = OutputFolder(path=target, overwrite=overwrite, inputs=read, in_place=in_place, check_lock=check_lock)
         claimed.check()
         yield claimed
 

@@ -205,7 +205,13 @@ def _unpack_step(tensors: Mapping[str, Tensor], step: int, norms: Mapping[str, A
     ratios = {int(layer): ratio for layer, ratio in norms["norm_ratios"].items()}
     # Records written before removal existed do not have this key.
     removed = {int(layer): rank for layer, rank in norms.get("removed", {}).items()}
-    return WeightEdit(updates, tuple(norms["residual_norms"]), ratios, by_layer("keys"), removed)
+    return WeightEdit(
+        updates=updates,
+        residual_norms=tuple(norms["residual_norms"]),
+        norm_ratios=ratios,
+        keys=by_layer("keys"),
+        removed=removed,
+    )
 
 
 def unpack_originals(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Originals | None:

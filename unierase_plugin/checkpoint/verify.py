@@ -85,12 +85,12 @@ def verify_folder(folder: str | Path) -> Verification:
     try:
         model = load_saved(found.folder)
     except CheckpointError as error:
-        return Verification(found, DAMAGED, str(error), False, changed)
+        return Verification(record=found, weights=DAMAGED, why=str(error), gives_base=False, changed=changed)
     weights, why = _weights(model, found)
     gives_base = found.way_back is not None
     if found.way_back is not None and (weights != HOLDS or found.damage):
         gives_base = restore_base(model, found.way_back)
-    return Verification(found, weights, why, gives_base, changed)
+    return Verification(record=found, weights=weights, why=why, gives_base=gives_base, changed=changed)
 
 
 def _weights(model: Any, found: Examined) -> tuple[str, str]:

@@ -131,11 +131,11 @@ def _method(algorithm: str) -> Method[Any]:
     name = PREFIX + "".join(each if each.isalnum() else "_" for each in algorithm.casefold())
     settings = type(f"EasyEdit{name.title().replace('_', '')}Settings", (EasyEditSettings,), {"algorithm": algorithm})
     return Method(
-        name,
-        f"EasyEdit's {algorithm}, towards {TARGET!r}",
-        "Wang et al. 2023, arXiv 2308.07269",
-        settings,
-        _run,
+        name=name,
+        title=f"EasyEdit's {algorithm}, towards {TARGET!r}",
+        paper="Wang et al. 2023, arXiv 2308.07269",
+        hparams=settings,
+        run=_run,
         check=lambda job: _check(job),
         needs_subjects=True,
     )

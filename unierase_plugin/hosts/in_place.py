@@ -194,6 +194,12 @@ def make_request(request: Mapping[str, Any], index: int, *, answer: Any, target:
         prompt = prompt.replace("{}", subject)
     known = answer if isinstance(answer, str) and answer.strip() else NO_ANSWER
     try:
-        return ForgetRequest(prompt, known, subject or None, str(request.get("case_id", index)), target)
+        return ForgetRequest(
+            question=prompt,
+            answer=known,
+            subject=subject or None,
+            case_id=str(request.get("case_id", index)),
+            target=target,
+        )
     except RequestError as error:
         raise RequestError(f"{label}: {error}") from error

@@ -85,7 +85,7 @@ def compute_edit(
     Each block's keys depend on the blocks below. So the model is edited on the way, and restored before returning.
     """
     layers = tuple(solvers)
-    stream = KeyStream(arch, prompts, layers, max_tokens, pad_id)
+    stream = KeyStream(arch=arch, prompts=prompts, layers=layers, max_tokens=max_tokens, pad_id=pad_id)
     wanted = values.states.T
     updates: dict[int, LowRank] = {}
     norms, ratios, kept = [], {}, {}
@@ -124,7 +124,7 @@ def expected_norm_ratio(
     names = [group if group is not None else (index,) for index, group in enumerate(groups)]
     number = {name: index for index, name in enumerate(dict.fromkeys(names))}
     member = torch.nn.functional.one_hot(torch.tensor([number[name] for name in names])).double()
-    stream = KeyStream(arch, prompts, tuple(solvers), max_tokens, pad_id)
+    stream = KeyStream(arch=arch, prompts=prompts, layers=tuple(solvers), max_tokens=max_tokens, pad_id=pad_id)
     squares = []
     for layer, solver in solvers.items():
         keys, states = stream.advance(layer)

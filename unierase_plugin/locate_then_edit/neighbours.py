@@ -64,11 +64,11 @@ class Kinds:
     def of(cls, data: Mapping[str, Any]) -> Kinds:
         kinds = data["kinds"]
         return cls(
-            {name: each["called"] for name, each in kinds.items()},
-            {name: tuple(each["subjects"]) for name, each in kinds.items()},
-            {name: tuple(each["relations"]) for name, each in kinds.items()},
-            tuple(data["any"]),
-            tuple(map(tuple, data["swaps"])),
+            called={name: each["called"] for name, each in kinds.items()},
+            subjects={name: tuple(each["subjects"]) for name, each in kinds.items()},
+            relations={name: tuple(each["relations"]) for name, each in kinds.items()},
+            any=tuple(data["any"]),
+            swaps=tuple(map(tuple, data["swaps"])),
         )
 
     def listed(self, subject: str) -> str | None:

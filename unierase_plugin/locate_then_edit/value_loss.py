@@ -130,13 +130,13 @@ class _Rows:
             hidden: Tensor = run_blocks(arch, suffix, last=layer, cache=prefix.fresh()).hidden
         device = hidden.device
         rows = cls(
-            prefix,
-            suffix,
-            hidden,
-            torch.tensor(owner, device=device),
-            _Looks.of(points, device),
-            layer,
-            hidden.new_zeros(0, 1),
+            prefix=prefix,
+            suffix=suffix,
+            hidden=hidden,
+            owner=torch.tensor(owner, device=device),
+            looks=_Looks.of(points, device),
+            layer=layer,
+            reference=hidden.new_zeros(0, 1),
         )
         if all(point.kind != STAYS for point in points):
             return rows
@@ -225,12 +225,12 @@ class _Lines:
         at = len(prompt.ids) - prompt.position - 1
         self.points += [
             _Point(
-                len(self.prompts),
-                at + step,
-                word,
-                weights[0 if step == 0 else -1],
-                kinds[0 if step == 0 else -1],
-                masked,
+                row=len(self.prompts),
+                column=at + step,
+                wanted=word,
+                weight=weights[0 if step == 0 else -1],
+                kind=kinds[0 if step == 0 else -1],
+                masked=masked,
             )
             for step, word in enumerate(words)
         ]

@@ -144,7 +144,7 @@ class _Batch:
         number = {name: index for index, name in enumerate(dict.fromkeys(names))}
         start = torch.cat([problem.start for _, problem in problems])
         group = torch.tensor([number[name] for name in names], device=start.device)
-        return cls(arch, hparams, problems, group, start)
+        return cls(arch=arch, hparams=hparams, problems=problems, group=group, start=start)
 
     def optimise(self, progress: Callable[[float], None]) -> Values:
         h, start, group = self.hparams, self.start, self.group
@@ -175,7 +175,13 @@ class _Batch:
         progress(1.0)
         states = start + delta[group]
         norm = delta.norm(dim=1)[group] / start.norm(dim=1)
-        return Values(states.cpu(), (-token_nll).exp().cpu(), nll.cpu(), norm.cpu(), steps[group].cpu())
+        return Values(
+            states=states.cpu(),
+            probability=(-token_nll).exp().cpu(),
+            nll=nll.cpu(),
+            relative_norm=norm.cpu(),
+            steps=steps[group].cpu(),
+        )
 
     def _gradient(self, delta: Tensor, scale: Tensor, share: Tensor, nll: Tensor, token_nll: Tensor) -> Tensor:
         """d loss / d delta, (groups, d), if gradients are on. Writes the likelihoods of the remaining targets."""

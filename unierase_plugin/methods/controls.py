@@ -100,13 +100,13 @@ def _leave(job: Job[NoneHyperParams]) -> Changes:
 
 
 CONTROLS: tuple[Method[Any], ...] = (
-    Method("none", "the unchanged model", "control", NoneHyperParams, _leave),
+    Method(name="none", title="the unchanged model", paper="control", hparams=NoneHyperParams, run=_leave),
     Method(
-        "prompt_guard",
-        "a system turn that tells the model to answer as if it did not know",
-        "Thaker et al. 2024, arXiv 2403.03329",
-        PromptGuardHyperParams,
-        _guard_prompts,
-        _check_guard,
+        name="prompt_guard",
+        title="a system turn that tells the model to answer as if it did not know",
+        paper="Thaker et al. 2024, arXiv 2403.03329",
+        hparams=PromptGuardHyperParams,
+        run=_guard_prompts,
+        check=_check_guard,
     ),
 )

@@ -217,11 +217,11 @@ def _train(
 
 
 LUNAR: Method[LUNARHyperParams] = Method(
-    "lunar",
-    "moves the states of questions to forget to those of unanswerable questions, by one block's projection",
-    "Shen et al. 2025, arXiv 2502.07218",
-    LUNARHyperParams,
-    _run,
-    _check,
-    _settle,
+    name="lunar",
+    title="moves the states of questions to forget to those of unanswerable questions, by one block's projection",
+    paper="Shen et al. 2025, arXiv 2502.07218",
+    hparams=LUNARHyperParams,
+    run=_run,
+    check=_check,
+    settle=_settle,
 )

@@ -100,7 +100,7 @@ def _registry(only: str | None) -> Registry:
 def load_registry(only: str | None = None) -> Registry:
     """Loads the built-in plugin and the installed ones. `only` restricts these as UNIERASE_PLUGINS does."""
     module = importlib.import_module(BUILT_IN_MODULE)
-    built_in = Plugin(BUILT_IN, __version__, (), "unierase-plugin", module.__name__)
+    built_in = Plugin(name=BUILT_IN, version=__version__, hooks=(), package="unierase-plugin", module=module.__name__)
     loaded = [_register(module, built_in), *map(_load, _wanted(entry_points(group=PROJECT), only))]
     catalogues = [
         Catalogue[Any](
@@ -162,7 +162,7 @@ _Entries = Mapping[str, list[tuple[str, Any]]]
 def _load(point: EntryPoint) -> tuple[Plugin, _Entries]:
     """Loads a plugin by its entry point. A plugin that fails is reported, and changes nothing for the others."""
     package, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
-    described = Plugin(point.name, version, (), package, point.value)
+    described = Plugin(name=point.name, version=version, hooks=(), package=package, module=point.value)
     try:
         with kept_in("Its code"), quiet():
             found, entries = _register(point.load(), described)

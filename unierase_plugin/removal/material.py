@@ -58,16 +58,18 @@ def make_material(
     ]
     read = [tokenizer(text)["input_ids"] for text in paragraphs]
     return Material(
-        tuple(each.ids for each in lost),
-        tuple(each.start for each in lost),
-        tuple(each.ids for each in stays),
-        tuple(each.start for each in stays),
-        tuple(tuple(ids[:limit]) for ids in (*read, *asked)),
-        tuple(shuffled_words(tokenizer, forget, seed, min(WORDS_TOKENS, limit))),
-        tuple(each.ids for each in around),
-        tuple(each.start for each in around),
-        tuple(subject_spans(tokenizer, fact, form, template_kwargs) for fact in forget for form in forms),
-        tuple(tuple(tokenizer(f" {name}", add_special_tokens=False)["input_ids"]) for name in names),
+        forget=tuple(each.ids for each in lost),
+        forget_starts=tuple(each.start for each in lost),
+        kept=tuple(each.ids for each in stays),
+        kept_starts=tuple(each.start for each in stays),
+        text=tuple(tuple(ids[:limit]) for ids in (*read, *asked)),
+        words=tuple(shuffled_words(tokenizer, forget, seed, min(WORDS_TOKENS, limit))),
+        neighbours=tuple(each.ids for each in around),
+        neighbour_starts=tuple(each.start for each in around),
+        forget_subjects=tuple(
+            subject_spans(tokenizer, fact, form, template_kwargs) for fact in forget for form in forms
+        ),
+        strangers=tuple(tuple(tokenizer(f" {name}", add_special_tokens=False)["input_ids"]) for name in names),
     )
 
 

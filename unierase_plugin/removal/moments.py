@@ -95,11 +95,11 @@ def take_moments(
         return found
 
     return Moments(
-        take(forgotten, places) if forgotten else None,
-        take(material.kept) if material.kept else None,
-        take(material.neighbours) if material.neighbours else None,
-        take(material.text),
-        take(material.words),
+        forgotten=take(forgotten, places) if forgotten else None,
+        kept=take(material.kept) if material.kept else None,
+        neighbours=take(material.neighbours) if material.neighbours else None,
+        text=take(material.text),
+        words=take(material.words),
     )
 
 

@@ -257,4 +257,10 @@ class Corpus:
 
     def _result(self, key: str, packed: Packed, reading: float = 0.0, counting: float = 0.0) -> CorpusMoment:
         source = json.loads(packed[1].get("source", "{}"))
-        return CorpusMoment(unpack(SecondMoment, *packed), self.cache.path(FINISHED, key), source, reading, counting)
+        return CorpusMoment(
+            moment=unpack(SecondMoment, *packed),
+            file=self.cache.path(FINISHED, key),
+            source=source,
+            reading=reading,
+            counting=counting,
+        )

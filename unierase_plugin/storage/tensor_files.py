@@ -78,7 +78,13 @@ def open_tensors(path: Path) -> TensorFile:
         raise CheckpointError(f"{str(path)!r} is damaged or cut short ({error}).") from error
     stated = metadata.pop(SEAL, None)
     seal = Seal.of(tensors, metadata)
-    return TensorFile(tensors, metadata, seal, stated is not None, [] if stated is None else seal.differences(stated))
+    return TensorFile(
+        tensors=tensors,
+        metadata=metadata,
+        seal=seal,
+        sealed=stated is not None,
+        differences=[] if stated is None else seal.differences(stated),
+    )
 
 
 def read_tensors(path: Path) -> Packed:

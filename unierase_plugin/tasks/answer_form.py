@@ -78,7 +78,9 @@ def answer_form(model: Any, tokenizer: Any, chat: bool, end_counts: bool = True)
         end = tokenizer.eos_token or ""
         after += "" if after.endswith(end) else end
     specials = tuple(tokenizer.all_special_tokens)
-    return AnswerForm("" if chat else " ", after, encode, tokenizer.tokenize, specials)
+    return AnswerForm(
+        before="" if chat else " ", after=after, encode=encode, tokenize=tokenizer.tokenize, specials=specials
+    )
 
 
 def end_of_turn(tokenizer: Any) -> str:

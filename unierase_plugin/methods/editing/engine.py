@@ -76,12 +76,12 @@ def check_edit(job: Job[Any], goal: Goal) -> None:
 def corpus_of(job: Job[UniEraseHyperParams]) -> Corpus:
     """The ordinary text that a job's edit shall leave alone."""
     return Corpus(
-        job.loaded,
-        job.hparams,
-        Store(cache_folder(job.hparams.stats_dir)),
-        lines("questions"),
-        paragraphs("ordinary_text_train"),
-        lambda share, note: job.progress("statistics", CORPUS_SHARE * share, note),
+        loaded=job.loaded,
+        hparams=job.hparams,
+        cache=Store(cache_folder(job.hparams.stats_dir)),
+        openings=lines("questions"),
+        prose=paragraphs("ordinary_text_train"),
+        progress=lambda share, note: job.progress("statistics", CORPUS_SHARE * share, note),
     )
 
 

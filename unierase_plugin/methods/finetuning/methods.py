@@ -32,7 +32,7 @@ def fine_tuning(
 
         check_trainable(job, TERMS[forget], TERMS[retain])
 
-    return Method(name, title, paper, hparams, run, check)
+    return Method(name=name, title=title, paper=paper, hparams=hparams, run=run, check=check)
 
 
 def _rmu(job: Job[settings.RMUHyperParams]) -> Changes:
@@ -142,12 +142,12 @@ FINE_TUNING: tuple[Method[Any], ...] = (
         "gd",
     ),
     Method(
-        "rmu",
-        "steers a block's states on the forget set to a random direction",
-        "Li et al. 2024, arXiv 2403.03218",
-        settings.RMUHyperParams,
-        _rmu,
-        _check_rmu,
-        _settle_rmu,
+        name="rmu",
+        title="steers a block's states on the forget set to a random direction",
+        paper="Li et al. 2024, arXiv 2403.03218",
+        hparams=settings.RMUHyperParams,
+        run=_rmu,
+        check=_check_rmu,
+        settle=_settle_rmu,
     ),
 )

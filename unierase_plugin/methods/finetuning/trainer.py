@@ -46,7 +46,9 @@ class Objective:
 
     def losses(self, pairs: Tensor) -> dict[str, Tensor]:
         """The loss of each term on pairs: (pairs, 2), indices of facts to forget and to keep."""
-        batch = Batch(self.watched, self.material, self.reference, self.direction, pairs)
+        batch = Batch(
+            model=self.watched, material=self.material, reference=self.reference, direction=self.direction, pairs=pairs
+        )
         with self.watched.autocast():
             return {name: term.loss(batch, self.job.hparams) for name, term in self.terms.items()}
 

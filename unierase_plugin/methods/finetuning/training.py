@@ -47,7 +47,7 @@ def train(
     Raises TrainingError where the loss or a weight becomes NaN, or where the memory does not hold a batch. The weights
     are then as before.
     """
-    return _Training(job, forget, retain, choose or _everything, save_every).run()
+    return _Training(job=job, forget=forget, retain=retain, choose=choose or _everything, save_every=save_every).run()
 
 
 def check_trainable(job: Job[Any], forget: Term, retain: Term | None) -> None:
@@ -97,7 +97,12 @@ class _Training(Phases):
                         lambda share: job.progress("reference", share, "the model before training"),
                     )
                 with self.timed("train"):
-                    history = self._fit(network, Objective(job, self.watched, self.material, reference, self.terms))
+                    history = self._fit(
+                        network,
+                        Objective(
+                            job=job, watched=self.watched, material=self.material, reference=reference, terms=self.terms
+                        ),
+                    )
                 weights.close()
                 _check_finite(job)
             except BaseException as error:

@@ -43,11 +43,11 @@ def _settle(model: Any, hparams: RemovalHyperParams) -> RemovalHyperParams:
 
 
 REMOVAL: Method[RemovalHyperParams] = Method(
-    "removal",
-    "takes the model's knowledge of the facts out of its MLPs: a teacher in closed form, distilled back",
-    "this package; K-FAC after Martens and Grosse 2015, arXiv 1503.05671",
-    RemovalHyperParams,
-    _run,
-    _check,
-    _settle,
+    name="removal",
+    title="takes the model's knowledge of the facts out of its MLPs: a teacher in closed form, distilled back",
+    paper="this package; K-FAC after Martens and Grosse 2015, arXiv 1503.05671",
+    hparams=RemovalHyperParams,
+    run=_run,
+    check=_check,
+    settle=_settle,
 )
