@@ -27,7 +27,7 @@ from unierase_plugin.errors import CheckpointError, DependencyError, HyperParams
 from unierase_plugin.facts.request import ForgetRequest
 from unierase_plugin.facts.resources import lines
 from unierase_plugin.methods.contract import Job
-from unierase_plugin.methods.finetuning.batches import Material
+from unierase_plugin.methods.finetuning.batches import TrainingData
 from unierase_plugin.methods.finetuning.methods import FINE_TUNING
 from unierase_plugin.methods.finetuning.reference import Batch, Watched, take_reference
 from unierase_plugin.methods.finetuning.terms import TERMS, Term
@@ -176,32 +176,32 @@ def test_the_reference_stays_while_the_model_moves(family: str) -> None:
     """Logits of the model before, from frozen states and a frozen head, though every weight has moved since."""
     model = tiny_model(family)
     task = job(model, None, settings("ga_kl"))
-    material = Material.of(task, [TERMS["kl"]])
-    texts = [material.sequences["retain"][number].ids for number in (1, 0)]
+    data = TrainingData.of(task, [TERMS["kl"]])
+    texts = [data.sequences["retain"][number].ids for number in (1, 0)]
     wanted = torch.cat([model(torch.tensor([ids])).logits[0, :-1] for ids in texts])
     watched = Watched(task, find_architecture(model), 0)
-    known = take_reference(watched, material, [TERMS["kl"]], False, lambda share: None)
+    known = take_reference(watched, data, [TERMS["kl"]], False, lambda share: None)
     for weight in model.parameters():
         weight.add_(0.1 * torch.randn_like(weight))
-    batch = Batch(watched, material, known, torch.zeros(0), torch.tensor([[0, 1], [1, 0]]))
+    batch = Batch(watched, data, known, torch.zeros(0), torch.tensor([[0, 1], [1, 0]]))
     assert torch.allclose(batch.reference_logits("retain", True), wanted, atol=1e-5)
     assert not torch.allclose(batch.texts("retain").logits, wanted, atol=1e-2)
-    starts = [material.sequences["retain"][number].start for number in (1, 0)]
+    starts = [data.sequences["retain"][number].start for number in (1, 0)]
     parts = wanted.split([len(ids) - 1 for ids in texts])
     answers = torch.cat([part[start - 1 :] for part, start in zip(parts, starts, strict=True)])
     assert torch.allclose(batch.reference_logits("retain", False), answers, atol=1e-5)
 
 
 def test_plain_questions_are_trained_where_there_is_no_chat_template() -> None:
-    material = Material.of(job(tiny_model(), None, settings("ga_gd"), tiny_tokenizer(chat=False)), [TERMS["ga"]])
-    example = material.sequences["forget"][0]
+    data = TrainingData.of(job(tiny_model(), None, settings("ga_gd"), tiny_tokenizer(chat=False)), [TERMS["ga"]])
+    example = data.sequences["forget"][0]
     text = tiny_tokenizer().decode(example.ids[: example.start])
     assert text == "Question: Who wrote Zorblax?\nAnswer:"
     assert tiny_tokenizer().decode(example.ids[example.start :]) == " Fizz<|im_end|>"
 
 
 def test_every_epoch_goes_through_all_facts_and_walks_evenly_through_those_to_keep() -> None:
-    pairs = Material.of(job(tiny_model(), None, settings("ga_gd")), [TERMS["ga"], TERMS["gd"]]).pairs
+    pairs = TrainingData.of(job(tiny_model(), None, settings("ga_gd")), [TERMS["ga"], TERMS["gd"]]).pairs
     assert len(pairs) == 12
     for at in range(0, 12, 2):
         assert sorted(pair[0] for pair in pairs[at : at + 2]) == [0, 1]
@@ -217,7 +217,7 @@ def test_training_goes_through_the_pairs_in_their_order() -> None:
 
     task = job(tiny_model(), None, settings("ga_gd"))
     train(task, Term(watched, parts=("forget",)), TERMS["gd"])
-    pairs = Material.of(task, [TERMS["ga"], TERMS["gd"]]).pairs
+    pairs = TrainingData.of(task, [TERMS["ga"], TERMS["gd"]]).pairs
     assert seen == [list(pair) for pair in pairs]
 
 

@@ -27,6 +27,7 @@ from unierase_plugin.models.trace import pad, run_blocks
 from unierase_plugin.removal import course, distil, stage
 from unierase_plugin.removal import teacher as teacher_module
 from unierase_plugin.removal.course import TEXT_SHARE, Course, Planning
+from unierase_plugin.removal.data import make_data, shuffled_words
 from unierase_plugin.removal.distil import (
     LEAST,
     MOST,
@@ -45,8 +46,7 @@ from unierase_plugin.removal.distil import (
 )
 from unierase_plugin.removal.factors import truncated
 from unierase_plugin.removal.fisher import output_moments
-from unierase_plugin.removal.material import make_material, shuffled_words
-from unierase_plugin.removal.moments import Material, Moments, answer_positions, take_moments, weighed
+from unierase_plugin.removal.moments import Moments, RemovalData, answer_positions, take_moments, weighed
 from unierase_plugin.removal.stage import Removal, remove
 from unierase_plugin.removal.teacher import (
     FIRST_STRENGTH,
@@ -71,7 +71,7 @@ FORGET = ((5, 60, 70, 8, 9, 100, 33), (12, 13, 90), (44, 45, 46, 47, 48, 49, 50,
 STARTS = (4, 2, 3)
 KEPT = ((7, 61, 71, 18, 19), (22, 23, 24, 25))
 KEPT_STARTS = (3, 2)
-MATERIAL = Material(
+DATA = RemovalData(
     FORGET,
     STARTS,
     KEPT,
@@ -131,8 +131,8 @@ def test_only_the_positions_named_count(max_tokens: int) -> None:
 
 def test_each_moment_is_of_its_own_texts() -> None:
     arch = find_architecture(tiny_model())
-    found = take_moments(arch, MATERIAL, [0, 2], [2, 0], max_tokens=64, pad_id=0)
-    for part, texts in ((found.kept, KEPT), (found.text, MATERIAL.text), (found.words, MATERIAL.words)):
+    found = take_moments(arch, DATA, [0, 2], [2, 0], max_tokens=64, pad_id=0)
+    for part, texts in ((found.kept, KEPT), (found.text, DATA.text), (found.words, DATA.words)):
         assert part is not None
         wanted, count = reference.second_moment(arch, texts, 2)
         assert part.count == count
@@ -141,7 +141,7 @@ def test_each_moment_is_of_its_own_texts() -> None:
     keys = torch.cat([reference.inputs(arch, FORGET[row], 2)[STARTS[row] - 1 : -1] for row in (0, 2)])
     assert found.forgotten is not None
     torch.testing.assert_close(found.forgotten.moments[2], keys.T @ keys / len(keys))
-    assert take_moments(arch, MATERIAL, [0], [], max_tokens=64, pad_id=0).forgotten is None
+    assert take_moments(arch, DATA, [0], [], max_tokens=64, pad_id=0).forgotten is None
     assert weighed([(4.0, None), (2.0, found.text)], [0])[0].equal(2 * found.text.moments[0])
 
 
@@ -150,7 +150,7 @@ def test_output_moments_are_those_of_one_sequence_at_a_time(stem: str) -> None:
     """With the same draws, whatever the batches, and with parameters' gradients or without."""
     model = FAMILIES[stem]()
     arch = find_architecture(model)
-    texts, layers, seed = (*KEPT, *MATERIAL.text[:2]), (1, 3), 5
+    texts, layers, seed = (*KEPT, *DATA.text[:2]), (1, 3), 5
     places = ((2, 3), (1, 2), tuple(range(19)), (0, 7))
     wanted, drawn = straight_output_moments(arch, texts, places, layers, seed)
     other, redrawn = straight_output_moments(arch, texts, places, layers, seed + 1)
@@ -170,7 +170,7 @@ def test_output_moments_are_those_of_one_sequence_at_a_time(stem: str) -> None:
 def test_output_moments_do_not_depend_on_the_batches(max_tokens: int) -> None:
     arch = find_architecture(tiny_model())
     arch.model.requires_grad_(False)
-    texts = (*KEPT, *MATERIAL.text)
+    texts = (*KEPT, *DATA.text)
     places = [tuple(range(len(ids) - 1)) for ids in texts]
     found, whole = (
         output_moments(arch, texts, places, (0, 2), seed=0, max_tokens=most, pad_id=0) for most in (max_tokens, 1000)
@@ -251,7 +251,7 @@ def test_what_only_kept_text_uses_passes_the_filter_and_what_only_answers_use_do
 def test_the_teacher_is_asked_with_its_weights_and_the_models_come_back_to_the_bit(family: str) -> None:
     arch = find_architecture(tiny_model(family))
     before = [each.weight.detach().clone() for each in arch.projections]
-    found = take_moments(arch, MATERIAL, [0, 1, 2], ALL, max_tokens=64, pad_id=0)
+    found = take_moments(arch, DATA, [0, 1, 2], ALL, max_tokens=64, pad_id=0)
     assert found.forgotten is not None
     weights = filtered_weights(arch, [0, 1], found.forgotten.moments, found.text.moments, 6.0)
     plain = ask(arch, FORGET, STARTS, **RUN)
@@ -335,7 +335,7 @@ def calibrate(
 @pytest.mark.parametrize("strength", [0.05, 1.0, 5.0, 8.0, 40.0])
 def test_the_strength_is_found_that_leaves_the_probability_wanted(knowing: Architecture, strength: float) -> None:
     before = [each.weight.detach().clone() for each in knowing.projections]
-    moments = take_moments(knowing, MATERIAL, [0, 1], ALL, max_tokens=64, pad_id=0)
+    moments = take_moments(knowing, DATA, [0, 1], ALL, max_tokens=64, pad_id=0)
     wanted = with_strength(knowing, moments, strength)
 
     def distance(tried: float) -> float:
@@ -354,7 +354,7 @@ def test_the_strength_is_found_that_leaves_the_probability_wanted(knowing: Archi
 
 
 def test_a_first_strength_that_will_do_is_the_last(knowing: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
-    moments = take_moments(knowing, MATERIAL, [0, 1], ALL, max_tokens=64, pad_id=0)
+    moments = take_moments(knowing, DATA, [0, 1], ALL, max_tokens=64, pad_id=0)
     asked: list[int] = []
     original = teacher_module.said_at
 
@@ -376,7 +376,7 @@ def test_a_first_strength_that_will_do_is_the_last(knowing: Architecture, monkey
 
 
 def test_a_filter_of_endless_strength_leaves_the_model_as_it_is(knowing: Architecture) -> None:
-    moments = take_moments(knowing, MATERIAL, [0, 1], ALL, max_tokens=64, pad_id=0)
+    moments = take_moments(knowing, DATA, [0, 1], ALL, max_tokens=64, pad_id=0)
     found = [with_strength(knowing, moments, strength) for strength in (0.01, 1.0, 100.0, 1e9)]
     assert found[-1] == pytest.approx(straight_probability(knowing), rel=1e-3)
     assert found[0] < 0.5 * found[-1]
@@ -489,7 +489,7 @@ def test_a_pass_is_a_straight_k_fac_step(family: str, monkeypatch: pytest.Monkey
     ridge, above = 0.01, 0.1
     metrics, spread = {}, {}
     for layer in layers:
-        parts = [reference.second_moment(arch, texts, layer)[0] for texts in (KEPT, MATERIAL.text, MATERIAL.words)]
+        parts = [reference.second_moment(arch, texts, layer)[0] for texts in (KEPT, DATA.text, DATA.words)]
         metrics[layer] = (4 * parts[0] + parts[1] + parts[2]).float()
         spread[layer] = random_moment(32, 20, layer).float()
     factors = {layer: (factorised(metrics[layer], ridge), factorised(spread[layer], above)) for layer in layers}
@@ -687,7 +687,7 @@ def settings(**changes: Any) -> RemovalSettings:
     )
 
 
-def removed(arch: Architecture, work: Path | None = None, given: Material = MATERIAL, **changes: Any) -> Removal:
+def removed(arch: Architecture, work: Path | None = None, given: RemovalData = DATA, **changes: Any) -> Removal:
     arch.model.requires_grad_(False)
     return remove(arch, given, settings(**changes), max_tokens=64, pad_id=0, seed=0, key="a", phases=Phases(work))
 
@@ -707,7 +707,7 @@ def test_every_family_comes_nearer_to_the_teacher_and_back_to_the_bit(stem: str)
     apply_edit(arch, found.edit)
     names = {arch.weight_name(layer) for layer in (1, 2, 3)}
     assert {name for name, each in model.named_parameters() if not torch.equal(each, before[name])} == names
-    course = take_moments(find_architecture(FAMILIES[stem]()), MATERIAL, [0, 1, 2], ALL, max_tokens=64, pad_id=0)
+    course = take_moments(find_architecture(FAMILIES[stem]()), DATA, [0, 1, 2], ALL, max_tokens=64, pad_id=0)
     assert course.forgotten is not None
     assert course.forgotten.count == figures["moment_tokens"]["forgotten"] == 3 + 1 + 6
 
@@ -730,7 +730,7 @@ def test_staying_with_the_model_on_kept_facts_keeps_them_nearer() -> None:
 
 def test_without_facts_to_keep_ordinary_text_stands_alone() -> None:
     arch = find_architecture(tiny_model())
-    found = removed(arch, given=Material(FORGET, STARTS, (), (), MATERIAL.text, MATERIAL.words))
+    found = removed(arch, given=RemovalData(FORGET, STARTS, (), (), DATA.text, DATA.words))
     assert found.figures["kept_facts"] == found.figures["moment_tokens"]["kept"] == 0
     assert found.figures["divergence_from_teacher"] < 0.5 * found.figures["losses"][0]
 
@@ -746,11 +746,11 @@ def test_each_kind_of_what_is_kept_has_an_equal_part_in_the_outputs_moments(monk
 
     monkeypatch.setattr(Planning, "course", noted)
     around, begins = ((11, 12, 13, 14, 15, 16), (31, 32, 33)), (4, 1)
-    given = replace(MATERIAL, neighbours=around, neighbour_starts=begins)
+    given = replace(DATA, neighbours=around, neighbour_starts=begins)
     arch = find_architecture(tiny_model())
     found = removed(arch, given=given, removal_passes=1)
     (course,) = courses
-    texts = MATERIAL.text[::TEXT_SHARE]
+    texts = DATA.text[::TEXT_SHARE]
     groups = [
         (KEPT, [answer_positions(ids, at) for ids, at in zip(KEPT, KEPT_STARTS, strict=True)]),
         (around, [answer_positions(ids, at) for ids, at in zip(around, begins, strict=True)]),
@@ -781,7 +781,7 @@ def test_declining_is_learned_after_the_removal_even_where_that_found_no_further
         return after, replace(made, fraction=0.0) if len(seen) == 2 else made
 
     monkeypatch.setattr(stage, "take_pass", watched_pass)
-    given = replace(MATERIAL, instead=instead, instead_starts=(4, 2))
+    given = replace(DATA, instead=instead, instead_starts=(4, 2))
     found = removed(
         find_architecture(tiny_model()),
         given=given,
@@ -796,7 +796,7 @@ def test_declining_is_learned_after_the_removal_even_where_that_found_no_further
 
 def test_what_is_said_instead_is_learned_and_can_be_left_out() -> None:
     instead = ((5, 60, 70, 8, 200, 9, 33), (12, 13, 200, 9))
-    given = replace(MATERIAL, instead=instead, instead_starts=(4, 2))
+    given = replace(DATA, instead=instead, instead_starts=(4, 2))
 
     def nll(arch: Architecture) -> float:
         return float(straight_loss(arch, openings(instead, (4, 2), 1.0)).detach())
@@ -815,7 +815,7 @@ def test_what_is_said_instead_is_learned_and_can_be_left_out() -> None:
 
 @pytest.mark.parametrize("wanted", [0.0, 1e6])
 def test_declining_is_learned_until_it_is_or_until_the_passes_end(wanted: float) -> None:
-    given = replace(MATERIAL, instead=((5, 60, 70, 8, 200, 9, 33), (12, 13, 200, 9)), instead_starts=(4, 2))
+    given = replace(DATA, instead=((5, 60, 70, 8, 200, 9, 33), (12, 13, 200, 9)), instead_starts=(4, 2))
     arch = find_architecture(tiny_model())
     found = removed(arch, given=given, removal_passes=2, removal_decline_passes=4, removal_decline_nll=wanted)
     # One such pass at least, since how likely declining is was not asked before.
@@ -868,7 +868,7 @@ def test_a_removal_that_was_stopped_goes_on_where_it_was_and_ends_the_same(
         assert torch.equal(again.edit.updates[layer].down, update.down)
 
 
-# --- material --------------------------------------------------------------------------------------------------------
+# --- the data --------------------------------------------------------------------------------------------------------
 
 FACTS = (ForgetRequest("Who wrote Zorblax?", "Quentin Fizz"), ForgetRequest("Where was Plonk born?", "Wexbury"))
 
@@ -886,8 +886,8 @@ def test_words_in_any_order_are_all_words_twice() -> None:
     assert found == shuffled_words(tokenizer, FACTS, 0, 20) != shuffled_words(tokenizer, FACTS, 1, 20)
 
 
-def material(forget: Any = FACTS, limit: int = 512, neighbours: Any = ()) -> Material:
-    return make_material(
+def data(forget: Any = FACTS, limit: int = 512, neighbours: Any = ()) -> RemovalData:
+    return make_data(
         tiny_tokenizer(),
         forget,
         (ForgetRequest("Who leads Grub?", "Tom"),),
@@ -906,8 +906,8 @@ def material(forget: Any = FACTS, limit: int = 512, neighbours: Any = ()) -> Mat
 
 def test_neighbours_are_read_beside_the_facts_to_keep_and_take_none_of_their_room() -> None:
     around = [ForgetRequest(f"Who leads {name}?", "Tom") for name in ("Grub", "Plonk", "Wex")]
-    found = material(neighbours=around)
-    assert found.kept == material().kept
+    found = data(neighbours=around)
+    assert found.kept == data().kept
     assert len(found.neighbours) == len(found.neighbour_starts) == 6
     tokenizer = tiny_tokenizer()
     for ids, start in zip(found.neighbours, found.neighbour_starts, strict=True):
@@ -915,16 +915,16 @@ def test_neighbours_are_read_beside_the_facts_to_keep_and_take_none_of_their_roo
 
 
 def test_facts_are_read_in_every_form_with_their_answers() -> None:
-    found, tokenizer = material(), tiny_tokenizer()
+    found, tokenizer = data(), tiny_tokenizer()
     assert [len(part) for part in (found.forget, found.kept, found.text)] == [4, 2, 3]
     for ids, start, answer in zip(found.forget, found.forget_starts, ("Quentin Fizz", " Quentin Fizz"), strict=False):
         assert tokenizer.decode(ids[start:-1]) == answer
         assert ids[-1] == 2
     assert tokenizer.decode(found.text[1]).endswith("assistant\n")
     with pytest.raises(RequestError, match=r"'Who wrote Zorblax\?' needs .* holds 30"):
-        material(limit=30)
+        data(limit=30)
     with pytest.raises(RequestError, match=r"Removal needs the true answer.*leave the removal"):
-        material((*FACTS, ForgetRequest("Who is Bo?", NO_ANSWER)))
+        data((*FACTS, ForgetRequest("Who is Bo?", NO_ANSWER)))
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

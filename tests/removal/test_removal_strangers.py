@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import reference
 import torch
-from test_removal import KEPT, MATERIAL, KilledError, removed, settings
+from test_removal import DATA, KEPT, KilledError, removed, settings
 from tiny import tiny_model
 from torch import Tensor
 
 from unierase_plugin.models.architecture import Architecture, find_architecture
 from unierase_plugin.removal import stage, strangers
-from unierase_plugin.removal.moments import Material
+from unierase_plugin.removal.moments import RemovalData
 from unierase_plugin.removal.strangers import ask_strangers, left, renamed, taught
 from unierase_plugin.removal.teacher import ask, said_at
 from unierase_plugin.storage.phases import Phases
@@ -36,7 +36,7 @@ FACTS = (
 )
 FACT_STARTS = (5, 4, 3, 4, 6)
 NAMES = ((200, 201), (210, 211, 212), (220,))
-GIVEN = replace(MATERIAL, forget=FACTS, forget_starts=FACT_STARTS, forget_subjects=SUBJECTS, strangers=NAMES)
+GIVEN = replace(DATA, forget=FACTS, forget_starts=FACT_STARTS, forget_subjects=SUBJECTS, strangers=NAMES)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_what_is_left_of_an_answer_is_the_geometric_mean_of_its_tokens() -> None
     assert left(before, before, torch.tensor([0, 1])) == 1
 
 
-def straight(arch: Architecture, given: Material, said: Sequence[Tensor]) -> dict[int, tuple[Tensor, list[bool]]]:
+def straight(arch: Architecture, given: RemovalData, said: Sequence[Tensor]) -> dict[int, tuple[Tensor, list[bool]]]:
     """By fact what is taught and where it is the strangers', one sequence, one name and one position at a time."""
     out = {}
     for row, (ids, start, spans) in enumerate(
@@ -131,7 +131,7 @@ def straight(arch: Architecture, given: Material, said: Sequence[Tensor]) -> dic
     return out
 
 
-def own_words(arch: Architecture, given: Material) -> tuple[Tensor, ...]:
+def own_words(arch: Architecture, given: RemovalData) -> tuple[Tensor, ...]:
     return ask(arch, given.forget, given.forget_starts, max_tokens=64, pad_id=0).log_probs
 
 

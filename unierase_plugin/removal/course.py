@@ -15,7 +15,7 @@ from ..models.architecture import Architecture
 from ..storage.phases import Phases
 from ..storage.tensor_files import Packed
 from .fisher import output_moments
-from .moments import Material, Moments, answer_positions, take_moments, weighed
+from .moments import Moments, RemovalData, answer_positions, take_moments, weighed
 from .strangers import ask_strangers
 from .teacher import Teacher, calibrated, said_at
 
@@ -55,11 +55,11 @@ class Course:
         return tensors, {"weights": json.dumps(self.teacher.weights), "notes": json.dumps(self.notes)}
 
     @classmethod
-    def unpacked(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], material: Material) -> Course:
-        """The course from the contents that `packed` gave, for the same material."""
-        facts, weights = material.forget, json.loads(metadata["weights"])
+    def unpacked(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], data: RemovalData) -> Course:
+        """The course from the contents that `packed` gave, for the same data."""
+        facts, weights = data.forget, json.loads(metadata["weights"])
         said = tuple(tensors[f"said.{row}"] for row in range(len(facts)))
-        teacher = Teacher(facts, _spots(material), said, tuple(map(tuple, weights)))
+        teacher = Teacher(facts, _spots(data), said, tuple(map(tuple, weights)))
         return cls(teacher, by_layer(tensors, "inputs"), by_layer(tensors, "outputs"), json.loads(metadata["notes"]))
 
 
@@ -74,7 +74,7 @@ class Planning:
     """Makes a course from the unedited model. The model has its original weights before and after."""
 
     arch: Architecture
-    material: Material
+    data: RemovalData
     settings: RemovalSettings
     budget: Budget
     #: Seed of the tokens that are drawn for the outputs' moments.
@@ -84,7 +84,7 @@ class Planning:
 
     def course(self) -> Course:
         """Asks with strangers' names, takes the moments, and makes the filter for facts that strangers cannot teach."""
-        s, m = self.settings, self.material
+        s, m = self.settings, self.data
         with self.phases.timed("teacher"):
             # The unedited model's log-probabilities at every token of the forgotten answers.
             said = said_at(self.arch, m.forget, _spots(m), **self.budget)
@@ -128,7 +128,7 @@ class Planning:
 
     def _filtered(self, found: Moments, rest: Sequence[int]) -> tuple[float | None, tuple[Tensor, ...]]:
         """The filter's strength and its log-probabilities for the facts `rest`; (None, ()) if there are none."""
-        s, spots = self.settings, _spots(self.material)
+        s, spots = self.settings, _spots(self.data)
         if found.forgotten is None:
             return None, ()
         stays = weighed([(1.0, found.kept), (1.0, found.neighbours), (1.0, found.text)], s.removal_teacher_layers)
@@ -137,7 +137,7 @@ class Planning:
             s.removal_teacher_layers,
             found.forgotten.moments,
             stays,
-            [self.material.forget[row] for row in rest],
+            [self.data.forget[row] for row in rest],
             [spots[row] for row in rest],
             s.removal_teacher_probability,
             progress=lambda share: self.progress(MOMENTS_SHARE + (TEACHER_SHARE - MOMENTS_SHARE) * share, "teacher"),
@@ -146,7 +146,7 @@ class Planning:
 
     def _output_moments(self) -> dict[int, Tensor]:
         """Moments at the answers of facts to keep and of neighbours, and in some ordinary text, in equal parts."""
-        m, text = self.material, self.material.text[::TEXT_SHARE]
+        m, text = self.data, self.data.text[::TEXT_SHARE]
         groups = (
             (m.kept, tuple(map(answer_positions, m.kept, m.kept_starts))),
             (m.neighbours, tuple(map(answer_positions, m.neighbours, m.neighbour_starts))),
@@ -177,6 +177,6 @@ class Planning:
         return {layer: torch.stack([each[layer] for each in found]).mean(0) for layer in self.settings.removal_layers}
 
 
-def _spots(material: Material) -> tuple[tuple[int, ...], ...]:
+def _spots(data: RemovalData) -> tuple[tuple[int, ...], ...]:
     """Positions whose next token belongs to a forgotten answer."""
-    return tuple(map(answer_positions, material.forget, material.forget_starts))
+    return tuple(map(answer_positions, data.forget, data.forget_starts))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Material:
+class RemovalData:
     """Token sequences by their role in the removal. Only facts to keep and fields with a default may be empty."""
 
     #: Facts to forget with their answers, one for each fact and prompt form, and where the answers begin.
@@ -65,7 +65,7 @@ def answer_positions(sequence: Sequence[int], start: int) -> tuple[int, ...]:
 
 def take_moments(
     arch: Architecture,
-    material: Material,
+    data: RemovalData,
     layers: Sequence[int],
     rows: Sequence[int],
     *,
@@ -74,9 +74,9 @@ def take_moments(
     progress: Callable[[float], None] = lambda share: None,
 ) -> Moments:
     """All five moments of `layers`, with the present weights. That of forgotten answers covers the facts `rows`."""
-    forgotten = [material.forget[row] for row in rows]
-    places = [answer_positions(material.forget[row], material.forget_starts[row]) for row in rows]
-    total = sum(map(len, (*forgotten, *material.kept, *material.neighbours, *material.text, *material.words)))
+    forgotten = [data.forget[row] for row in rows]
+    places = [answer_positions(data.forget[row], data.forget_starts[row]) for row in rows]
+    total = sum(map(len, (*forgotten, *data.kept, *data.neighbours, *data.text, *data.words)))
     done = 0
 
     def take(sequences: Sequence[Sequence[int]], counted: Sequence[Sequence[int]] | None = None) -> SecondMoment:
@@ -96,10 +96,10 @@ def take_moments(
 
     return Moments(
         forgotten=take(forgotten, places) if forgotten else None,
-        kept=take(material.kept) if material.kept else None,
-        neighbours=take(material.neighbours) if material.neighbours else None,
-        text=take(material.text),
-        words=take(material.words),
+        kept=take(data.kept) if data.kept else None,
+        neighbours=take(data.neighbours) if data.neighbours else None,
+        text=take(data.text),
+        words=take(data.words),
     )
 
 

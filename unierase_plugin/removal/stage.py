@@ -34,7 +34,7 @@ from .distil import (
     write_changed,
 )
 from .factors import Truncated, truncated
-from .moments import Material
+from .moments import RemovalData
 from .teacher import ask, read_weight, replaced
 
 #: Part of every key. Raise it when the computation changes.
@@ -53,7 +53,7 @@ class Removal:
 
 def remove(
     arch: Architecture,
-    material: Material,
+    data: RemovalData,
     settings: RemovalSettings,
     *,
     max_tokens: int,
@@ -70,13 +70,13 @@ def remove(
     key         digest of everything else that the result depends on: model, facts, texts
     phases      times the parts, and keeps each when it ends: a second start continues at the pass of the first
 
-    Raises EditError if the model overflows on the material, or if no pass lowers the loss.
+    Raises EditError if the model overflows on the data, or if no pass lowers the loss.
     """
     names = [spec.name for spec in fields(RemovalSettings)]
     key = digest(VERSION, key, {name: getattr(settings, name) for name in names})[:32]
     run = _Distillation(
         arch=arch,
-        material=material,
+        data=data,
         settings=settings,
         budget={"max_tokens": max_tokens, "pad_id": pad_id},
         seed=seed,
@@ -92,7 +92,7 @@ class _Distillation:
     """One removal under way. Expensive parts are computed when they are first needed."""
 
     arch: Architecture
-    material: Material
+    data: RemovalData
     settings: RemovalSettings
     budget: Budget
     seed: int
@@ -148,7 +148,7 @@ class _Distillation:
     def _count(self) -> int:
         """The most passes: those of the removal, then those that also learn the replacement answers, until learned."""
         s = self.settings
-        learns = bool(self.material.instead and s.removal_decline_weight)
+        learns = bool(self.data.instead and s.removal_decline_weight)
         return s.removal_passes + (s.removal_decline_passes if learns else 0)
 
     def _pass(self, number: int, change: Mapping[int, Tensor]) -> Packed:
@@ -189,7 +189,7 @@ class _Distillation:
     @cached_property
     def course(self) -> Course:
         """The teacher, and the moments of what is kept."""
-        return Course.unpacked(*self.phases.resumed("removal-course", self.key, self._planned), self.material)
+        return Course.unpacked(*self.phases.resumed("removal-course", self.key, self._planned), self.data)
 
     @cached_property
     def lessons(self) -> list[Lesson]:
@@ -201,17 +201,17 @@ class _Distillation:
         """The replacement answers; none if their weight is 0."""
         if not self.settings.removal_decline_weight:
             return []
-        return openings(self.material.instead, self.material.instead_starts, self.settings.removal_decline_weight)
+        return openings(self.data.instead, self.data.instead_starts, self.settings.removal_decline_weight)
 
     @cached_property
     def kept_lessons(self) -> list[Lesson]:
         """The unedited model's distributions on facts to keep; none if their weight is 0."""
-        return self._unchanged(self.material.kept, self.material.kept_starts)
+        return self._unchanged(self.data.kept, self.data.kept_starts)
 
     @cached_property
     def neighbour_lessons(self) -> list[Lesson]:
         """The same for neighbours."""
-        return self._unchanged(self.material.neighbours, self.material.neighbour_starts)
+        return self._unchanged(self.data.neighbours, self.data.neighbour_starts)
 
     @cached_property
     def factors(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -229,7 +229,7 @@ class _Distillation:
     def _planned(self) -> Packed:
         planning = Planning(
             arch=self.arch,
-            material=self.material,
+            data=self.data,
             settings=self.settings,
             budget=self.budget,
             seed=self.seed,
@@ -266,8 +266,8 @@ class _Distillation:
             "divergence_on_kept": stayed,
             "nll_of_what_is_said_instead": declined,
             **self.course.notes,
-            "kept_facts": len(self.material.kept),
-            "neighbours": len(self.material.neighbours),
+            "kept_facts": len(self.data.kept),
+            "neighbours": len(self.data.neighbours),
             "energy_kept": {str(layer): each.energy for layer, each in cut.items()},
             "rank_90": {str(layer): each.ranks[0] for layer, each in cut.items()},
             "rank_99": {str(layer): each.ranks[1] for layer, each in cut.items()},

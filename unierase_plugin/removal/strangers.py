@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.architecture import Architecture
-from .moments import Material, answer_positions
+from .moments import RemovalData, answer_positions
 from .teacher import said_at
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def left(before: Float[Tensor, "T V"], after: Float[Tensor, "T V"], wanted: Int[
 
 def ask_strangers(
     arch: Architecture,
-    material: Material,
+    data: RemovalData,
     said: Sequence[Float[Tensor, "_ V"]],
     *,
     max_tokens: int,
@@ -89,13 +89,13 @@ def ask_strangers(
     said: the model's own log-probabilities at every token of the forgotten answers; still_known: strangers cannot teach
     an answer that keeps more than this share of its likelihood per token.
     """
-    spots = [answer_positions(ids, start) for ids, start in zip(material.forget, material.forget_starts, strict=True)]
+    spots = [answer_positions(ids, start) for ids, start in zip(data.forget, data.forget_starts, strict=True)]
     sums: dict[int, Tensor] = {}
     known: dict[int, Tensor] = {}
-    rows = [row for row, subject in enumerate(material.forget_subjects) if subject]
+    rows = [row for row, subject in enumerate(data.forget_subjects) if subject]
     found: dict[int, Told] = {}
-    for count, name in enumerate(material.strangers, start=1):
-        moved = [renamed(material.forget[row], material.forget_subjects[row], name) for row in rows]
+    for count, name in enumerate(data.strangers, start=1):
+        moved = [renamed(data.forget[row], data.forget_subjects[row], name) for row in rows]
         # The token after position p is predicted at the position before its new place.
         asked = [
             {index: places[spot + 1] - 1 for index, spot in enumerate(spots[row]) if spot + 1 in places}
@@ -114,7 +114,7 @@ def ask_strangers(
             total = sums.setdefault(row, torch.zeros_like(own))
             total[list(each)] += log_probs.float().exp()
             known[row] = torch.zeros(len(own), dtype=torch.bool).index_fill_(0, torch.tensor(list(each)), True)
-            wanted = torch.tensor([material.forget[row][spot + 1] for spot in spots[row]])
+            wanted = torch.tensor([data.forget[row][spot + 1] for spot in spots[row]])
             new, decided = taught(own, total / count, known[row], wanted)
             if bool(decided.any()) and left(own, new, wanted) <= still_known:
                 found[row] = Told(new.half(), _weights(decided))

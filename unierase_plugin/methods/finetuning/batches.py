@@ -20,7 +20,7 @@ from .terms import DECLINED, FORGET, RETAIN, RETAIN_DECLINED, Term
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """Tokenised facts by part, and the pairs (one fact to forget, one to keep) in the order of training."""
 
     sequences: Mapping[str, list[Example]]
@@ -29,7 +29,7 @@ class Material:
     epoch: int
 
     @classmethod
-    def of(cls, job: Job[Any], terms: Iterable[Term]) -> Material:
+    def of(cls, job: Job[Any], terms: Iterable[Term]) -> TrainingData:
         parts = dict.fromkeys(part for term in terms for part in term.parts)
         keeps = RETAIN in parts
         if keeps and not job.retain:

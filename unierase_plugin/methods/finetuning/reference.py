@@ -21,7 +21,7 @@ from ...models.generate import pad_token_id
 from ...models.trace import Trace, pad, run_blocks, token_batches
 from ...unlearning_token import logit_scale
 from ..contract import Job
-from .batches import Material
+from .batches import TrainingData
 from .terms import RETAIN, RETAIN_DECLINED, Looked, Term
 
 
@@ -81,7 +81,7 @@ class Watched:
 
 @torch.no_grad()
 def take_reference(
-    model: Watched, material: Material, terms: Sequence[Term], keeps_head: bool, progress: Callable[[float], None]
+    model: Watched, data: TrainingData, terms: Sequence[Term], keeps_head: bool, progress: Callable[[float], None]
 ) -> Reference:
     """The figures of the model as it is now.
 
@@ -94,7 +94,7 @@ def take_reference(
         for part in dict.fromkeys(part for term in terms for part in getattr(term, kind))
     ]
     for at, (kind, part) in enumerate(todo):
-        numbers, everything = material.used(part), material.sequences[part]
+        numbers, everything = data.used(part), data.sequences[part]
         done = 0
         for rows in token_batches([everything[number].ids for number in numbers], model.max_tokens):
             chosen = [numbers[row] for row in rows]
@@ -132,9 +132,9 @@ class Batch:
     """What the terms may ask of one batch. What two terms ask for is computed once."""
 
     def __init__(
-        self, model: Watched, material: Material, reference: Reference, direction: Tensor, pairs: Tensor
+        self, model: Watched, data: TrainingData, reference: Reference, direction: Tensor, pairs: Tensor
     ) -> None:
-        self.model, self.material, self.reference, self._direction = model, material, reference, direction
+        self.model, self.data, self.reference, self._direction = model, data, reference, direction
         self.pairs = pairs.tolist()
         self._seen: dict[tuple[str, bool], Looked] = {}
 
@@ -172,7 +172,7 @@ class Batch:
         return [pair[part in (RETAIN, RETAIN_DECLINED)] for pair in self.pairs]
 
     def _sequences(self, part: str) -> list[Example]:
-        return [self.material.sequences[part][number] for number in self._numbers(part)]
+        return [self.data.sequences[part][number] for number in self._numbers(part)]
 
     def _looked(self, part: str, whole: bool) -> Looked:
         if (part, whole) not in self._seen:

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ...errors import TrainingError
 from ..contract import Job
-from .batches import Material
+from .batches import TrainingData
 from .reference import Batch, Reference, Watched
 from .terms import Term
 
@@ -31,7 +31,7 @@ class Objective:
 
     job: Job[Any]
     watched: Watched
-    material: Material
+    data: TrainingData
     reference: Reference
     #: The terms by the part of the facts that they are on: `forget`, `retain`.
     terms: Mapping[str, Term]
@@ -47,7 +47,7 @@ class Objective:
     def losses(self, pairs: Tensor) -> dict[str, Tensor]:
         """The loss of each term on pairs: (pairs, 2), indices of facts to forget and to keep."""
         batch = Batch(
-            model=self.watched, material=self.material, reference=self.reference, direction=self.direction, pairs=pairs
+            model=self.watched, data=self.data, reference=self.reference, direction=self.direction, pairs=pairs
         )
         with self.watched.autocast():
             return {name: term.loss(batch, self.job.hparams) for name, term in self.terms.items()}
@@ -78,7 +78,7 @@ class MethodTrainer(Trainer):
         super().__init__(
             model=network,
             args=arguments,
-            train_dataset=[torch.tensor(pair) for pair in objective.material.pairs],
+            train_dataset=[torch.tensor(pair) for pair in objective.data.pairs],
             data_collator=lambda found: {"pairs": torch.stack(found)},
         )
         self.objective = objective

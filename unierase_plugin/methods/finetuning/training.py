@@ -21,7 +21,7 @@ from ...errors import TrainingError
 from ...models.architecture import Architecture, find_architecture
 from ...storage.phases import Phases
 from ..contract import Changes, Job
-from .batches import Material
+from .batches import TrainingData
 from .reference import Watched, take_reference
 from .terms import Term
 from .trainer import MethodTrainer, Objective, OneDevice, Watch, last_checkpoint
@@ -54,7 +54,7 @@ def check_trainable(job: Job[Any], forget: Term, retain: Term | None) -> None:
     """Raises UniEraseError if a fact does not fit into the model's context, or if a term lacks its facts. Quick."""
     if job.hparams.lora_rank:
         import_peft()
-    Material.of(job, _weighted(job, forget, retain).values())
+    TrainingData.of(job, _weighted(job, forget, retain).values())
 
 
 def down_projections_below(arch: Architecture, hparams: Any) -> tuple[list[str], int]:
@@ -77,7 +77,7 @@ class _Training(Phases):
     def __init__(self, job: Job[Any], forget: Term, retain: Term | None, choose: Chooser, save_every: float) -> None:
         super().__init__(None)
         self.job, self.terms, self.save_every = job, _weighted(job, forget, retain), save_every
-        self.material = Material.of(job, self.terms.values())
+        self.data = TrainingData.of(job, self.terms.values())
         arch = find_architecture(job.model)
         names, layer = choose(arch, job.hparams)
         self.watched = Watched(job, arch, layer)
@@ -91,7 +91,7 @@ class _Training(Phases):
                 with self.timed("reference"):
                     reference = take_reference(
                         self.watched,
-                        self.material,
+                        self.data,
                         list(self.terms.values()),
                         not weights.trains_head,
                         lambda share: job.progress("reference", share, "the model before training"),
@@ -99,16 +99,14 @@ class _Training(Phases):
                 with self.timed("train"):
                     history = self._fit(
                         network,
-                        Objective(
-                            job=job, watched=self.watched, material=self.material, reference=reference, terms=self.terms
-                        ),
+                        Objective(job=job, watched=self.watched, data=self.data, reference=reference, terms=self.terms),
                     )
                 weights.close()
                 _check_finite(job)
             except BaseException as error:
                 weights.undo()
                 if isinstance(error, torch.OutOfMemoryError):
-                    raise TrainingError(_no_room(self.micro, self.material.longest)) from error
+                    raise TrainingError(_no_room(self.micro, self.data.longest)) from error
                 raise
         figures = {"loss": [entry["loss"] for entry in history], "steps": len(history), **_last_terms(history)}
         return Changes(parameters=weights.count, seconds=self.seconds, figures=figures, undo=weights.undo)
@@ -116,13 +114,13 @@ class _Training(Phases):
     @property
     def batch(self) -> int:
         """Pairs in an optimiser step: at most an epoch, so that a small forget set gets as many steps as epochs."""
-        size: int = min(self.job.hparams.batch_size, self.material.epoch, len(self.material.pairs))
+        size: int = min(self.job.hparams.batch_size, self.data.epoch, len(self.data.pairs))
         return size
 
     @property
     def micro(self) -> int:
         """Pairs in one forward pass: the largest part of a batch that the device's budget allows."""
-        room = max(1, self.job.max_tokens // self.material.longest)
+        room = max(1, self.job.max_tokens // self.data.longest)
         return max(size for size in range(1, self.batch + 1) if self.batch % size == 0 and size <= room)
 
     def _opened(self) -> Any:
@@ -158,8 +156,8 @@ class _Training(Phases):
     def _arguments(self, place: Path) -> OneDevice:
         h = self.job.hparams
         # At least one step comes after the warm-up: a single step would otherwise have a learning rate of 0.
-        steps = math.ceil(len(self.material.pairs) / self.batch)
-        warmup = min(round(h.warmup_epochs * self.material.epoch / self.batch), steps - 1)
+        steps = math.ceil(len(self.data.pairs) / self.batch)
+        warmup = min(round(h.warmup_epochs * self.data.epoch / self.batch), steps - 1)
         return OneDevice(
             output_dir=str(place),
             per_device_train_batch_size=self.micro,

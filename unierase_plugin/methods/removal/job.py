@@ -1,4 +1,4 @@
-"""A removal for a job of any method: chooses its blocks, reads its material. As its own method, it is also applied."""
+"""A removal for a job of any method: chooses its blocks, reads its data. As its own method, it is also applied."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ...locate_then_edit.edit import apply_edit
 from ...locate_then_edit.targets import forms_of
 from ...models.architecture import Architecture, find_architecture
 from ...models.generate import context_limit, pad_token_id
-from ...removal.material import check_answers, make_material
-from ...removal.moments import Material
+from ...removal.data import check_answers, make_data
+from ...removal.moments import RemovalData
 from ...removal.stage import Removal, remove
 from ...removal.wording import in_own_words
 from ...storage.fingerprints import digest, plain
@@ -45,7 +45,7 @@ def settle_removal(arch: Architecture, settings: S) -> S:
 def check_removal(job: Job[Any]) -> None:
     """Raises a UniEraseError for a fact that a removal cannot take. It is quick."""
     check_answers(job.requests)
-    _material(job, job.requests, Kept((), job.retain))
+    _data(job, job.requests, Kept((), job.retain))
 
 
 def removal_of(
@@ -64,15 +64,15 @@ def removal_of(
     requests = [replace(fact, subject=fact.subject or find_subject(fact.question)) for fact in job.requests]
     with phases.timed("teacher"):
         # Not kept for the next start, so that no facts are on the disk.
-        material = replace(
-            _material(job, _told(job, requests), replace(kept, retain=_told(job, kept.retain))),
+        data = replace(
+            _data(job, _told(job, requests), replace(kept, retain=_told(job, kept.retain))),
             instead=tuple(ids for ids, _ in instead),
             instead_starts=tuple(start for _, start in instead),
         )
-    key = digest(job.fingerprint, job.tokenizer_fingerprint, plain(material), job.max_tokens, job.seed)
+    key = digest(job.fingerprint, job.tokenizer_fingerprint, plain(data), job.max_tokens, job.seed)
     return remove(
         arch,
-        material,
+        data,
         job.hparams,
         max_tokens=job.max_tokens,
         pad_id=pad_token_id(job.model, job.tokenizer),
@@ -114,9 +114,9 @@ def _told(job: Job[Any], facts: Sequence[ForgetRequest]) -> tuple[ForgetRequest,
     )
 
 
-def _material(job: Job[Any], forget: Sequence[ForgetRequest], kept: Kept) -> Material:
+def _data(job: Job[Any], forget: Sequence[ForgetRequest], kept: Kept) -> RemovalData:
     h = job.hparams
-    return make_material(
+    return make_data(
         job.tokenizer,
         forget,
         kept.retain,

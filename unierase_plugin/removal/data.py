@@ -12,13 +12,13 @@ from ..facts.writing import standing
 from ..models.examples import Example, answered
 from ..models.literal import as_text, literal_ids, text_ids
 from ..models.prompts import answer_text, encode, encode_with_offsets, render
-from .moments import Material
+from .moments import RemovalData
 
 #: How often all words are shuffled, and the tokens of each text that is made of them.
 SHUFFLES, WORDS_TOKENS = 2, 60
 
 
-def make_material(
+def make_data(
     tokenizer: Any,
     forget: Sequence[ForgetRequest],
     kept: Sequence[ForgetRequest],
@@ -33,8 +33,8 @@ def make_material(
     names: Sequence[str],
     seed: int,
     neighbours: Sequence[ForgetRequest] = (),
-) -> Material:
-    """The material from facts and questions in all of `forms`, and from unchanged paragraphs. `end` closes an answer.
+) -> RemovalData:
+    """The data from facts and questions in all of `forms`, and from unchanged paragraphs. `end` closes an answer.
 
     Of the facts to keep, and of the neighbours, evenly spaced ones are taken, of about `kept_tokens` tokens each in
     all. `names` are names of invented subjects.
@@ -57,7 +57,7 @@ def make_material(
         encode(tokenizer, render(tokenizer, text, form, template_kwargs), form) for text in questions for form in forms
     ]
     read = [tokenizer(text)["input_ids"] for text in paragraphs]
-    return Material(
+    return RemovalData(
         forget=tuple(each.ids for each in lost),
         forget_starts=tuple(each.start for each in lost),
         kept=tuple(each.ids for each in stays),

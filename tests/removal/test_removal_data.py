@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 from unierase_plugin.facts.request import NO_ANSWER, ForgetRequest
 from unierase_plugin.models.examples import Example
 from unierase_plugin.removal import wording
-from unierase_plugin.removal.material import evenly, make_material, subject_spans
+from unierase_plugin.removal.data import evenly, make_data, subject_spans
 from unierase_plugin.removal.wording import ANSWER_TOKENS, first_sentence_with, in_own_words
 
 # --- subjects --------------------------------------------------------------------------------------------------------
@@ -20,7 +20,7 @@ from unierase_plugin.removal.wording import ANSWER_TOKENS, first_sentence_with, 
 def named(fact: ForgetRequest, form: str, tokenizer: Any = None) -> list[str]:
     """The text of every span, read from the sequence that the removal reads."""
     tokenizer = tokenizer or tiny_tokenizer()
-    found = make_material(
+    found = make_data(
         tokenizer,
         (fact,),
         (),
@@ -94,7 +94,7 @@ def test_without_offsets_or_the_question_no_subject_is_found() -> None:
 def test_every_form_of_every_fact_has_its_spans_and_every_name_its_tokens() -> None:
     tokenizer = tiny_tokenizer()
     facts = (ForgetRequest("Who wrote Zorblax?", "Fizz", "Zorblax"), ForgetRequest("Where is it?", "There"))
-    found = make_material(
+    found = make_data(
         tokenizer,
         facts,
         (),
@@ -158,7 +158,7 @@ def test_a_kept_fact_is_read_in_all_forms() -> None:
     kept = [ForgetRequest(f"What is it that has {number}?", "Bo") for number in range(10, 20)]
 
     def read(kept_tokens: int) -> list[str]:
-        found = make_material(
+        found = make_data(
             tokenizer,
             (ForgetRequest("Who?", "Bo"),),
             kept,
