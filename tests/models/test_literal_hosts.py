@@ -207,7 +207,7 @@ def test_easyedit_is_told_of_once_by_the_fact(where: str, caplog: pytest.LogCapt
     easyedit._with_aims(batch_edit, editor(), PROMPTS, **given)
     told = [record.getMessage() for record in caplog.records if "names of special tokens" in record.getMessage()]
     assert len(told) == 1
-    assert "): 1, such as 2. The edit reads them as text. EasyEdit's evaluation gives them to the tok" in told[0]
+    assert "): 1, such as 2. The edit reads them as text. EasyEdit's evaluation reads them as the tokens" in told[0]
 
 
 def test_easyedits_own_texts_are_no_such_names(caplog: pytest.LogCaptureFixture) -> None:
@@ -271,4 +271,4 @@ def test_easyedits_own_methods_are_told_to_read_the_tokens(caplog: pytest.LogCap
     settings = EasyEditSettings(values={"alg_name": "ROME"})
     job: Any = SimpleNamespace(requests=[fact], tokenizer=tiny_tokenizer(), hparams=settings, history=None)
     _check(job)
-    assert "(<s>): 1, such as 'a-1'. EasyEdit gives them to the tokenizer, which reads the tokens" in caplog.text
+    assert "(<s>): 1, such as 'a-1'. EasyEdit reads them as the tokens" in caplog.text
