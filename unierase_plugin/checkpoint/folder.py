@@ -270,8 +270,8 @@ def _valid_generation_config(model: Any, tell: bool) -> Iterator[None]:
     left_out = [name for name in SAMPLING if getattr(config, name, None) != getattr(repaired, name, None)]
     if tell and left_out:
         logger.warning(
-            "generation_config.json is written without %s. The model's own file sets this without do_sample, which "
-            "transformers refuses to save and greedy decoding does not read.",
+            "generation_config.json is written without %s, which the model's own file sets without do_sample. "
+            "transformers refuses to save this, and greedy decoding does not read it.",
             ", ".join(left_out),
         )
     model.generation_config = repaired
