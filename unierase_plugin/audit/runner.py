@@ -67,7 +67,7 @@ def audit(
         sizes: QUICK or FULL.
         attacks: Names of attacks or groups. All attacks if it is empty.
         metrics: Registered metrics that also measure the answers to the plain questions.
-        seed: Seed of everything random.
+        seed: The seed of all random choices.
         device: cpu, cuda, cuda:1, mps or auto; empty chooses.
         dtype: The dtype that models are loaded in; empty for the checkpoint's.
         progress: Called with a phase, the share that is done, and a note.

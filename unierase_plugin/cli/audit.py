@@ -54,7 +54,7 @@ def audit(
             "plugins (`unierase plugins`). No verdict depends on them."
         ),
     ] = "",
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of all random choices.")] = 0,
     device: Device = "",
     dtype: Dtype = "",
     listed: Annotated[bool, typer.Option("--list", help="List the attacks and what they cost, and stop.")] = False,
