@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import signal
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
 # The suite needs no network, and where there is none nothing waits for the hub. Read when the hub's client is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Where jaxtyping and beartype are installed, the shapes in the signatures of these modules are checked in every call.
+# The shapes in the signatures of these modules are checked in every call.
 SHAPES_CHECKED = [
     "unierase_plugin.locate_then_edit.edit",
     "unierase_plugin.locate_then_edit.keys",
@@ -30,13 +29,7 @@ SHAPES_CHECKED = [
     "unierase_plugin.removal.teacher",
     "unierase_plugin.statistics.second_moment",
 ]
-if find_spec("jaxtyping") and find_spec("beartype"):
-    import jaxtyping
-
-    # The modules import these names for type checkers alone; here they are looked up.
-    for dtype in ("Bool", "Float", "Float16", "Float32", "Float64", "Int", "Num", "Shaped"):
-        setattr(builtins, dtype, getattr(jaxtyping, dtype))
-    jaxtyping.install_import_hook(SHAPES_CHECKED, "shapes.shapes_only")  # type: ignore[attr-defined]
+install_import_hook(SHAPES_CHECKED, "shapes.shapes_only")
 
 # On matrices this small several threads take up to twenty times as long as one.
 torch.set_num_threads(1)

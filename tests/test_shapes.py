@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from unierase_plugin.locate_then_edit.solve import LowRank, Ridge
 from unierase_plugin.methods.finetuning.losses import descent
 from unierase_plugin.removal.teacher import filtered
-
-jaxtyping = pytest.importorskip("jaxtyping")
-pytest.importorskip("beartype")
 
 TOKENS = torch.zeros(3, dtype=torch.long)
 
@@ -29,6 +27,6 @@ TOKENS = torch.zeros(3, dtype=torch.long)
     ],
 )
 def test_a_wrong_shape_is_refused(call: Callable[[], Any]) -> None:
-    with pytest.raises(jaxtyping.TypeCheckError):
+    with pytest.raises(TypeCheckError):
         call()
     assert float(descent(torch.zeros(3, 5), TOKENS)) > 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import EditError
@@ -19,9 +19,6 @@ from .positions import Prompt
 from .solve import LowRank, Solver, protected_directions
 from .solvers import SOLVERS, MakeSolver, System
 from .values import Values
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 
 @dataclass(frozen=True)

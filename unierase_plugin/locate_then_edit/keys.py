@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from ..models.architecture import Architecture
 from ..models.products import fast_linear_maps
 from ..models.trace import TokenBatch, halves, pad, run_blocks, token_batches
 from .positions import Prompt
-
-if TYPE_CHECKING:
-    from jaxtyping import Float32
 
 
 @dataclass(frozen=True)

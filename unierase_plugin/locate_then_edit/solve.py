@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ..errors import EditError
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Float64
 
 #: Shares that are tried on a moment's diagonal, smallest first.
 JITTERS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)

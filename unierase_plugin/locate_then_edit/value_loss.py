@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from ..hparams import UniEraseHyperParams
@@ -19,9 +20,6 @@ from ..models.architecture import Architecture
 from ..models.prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
 from ..models.trace import TokenBatch, run_blocks
 from .positions import Prompt
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Float32, Int
 
 #: In a pass with at most this many tokens, reading the weights takes longer than computing with them.
 FEW_TOKENS = 256

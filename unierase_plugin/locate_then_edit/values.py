@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from ..errors import EditError
@@ -23,9 +23,6 @@ from ..models.architecture import Architecture
 from ..models.products import fast_linear_maps
 from ..models.trace import halves
 from .value_loss import Objective, ValueTarget
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Float32, Int
 
 #: The most tokens of a batch on a CPU. More are not faster, and need more memory for the backward pass.
 CPU_TOKENS = 512

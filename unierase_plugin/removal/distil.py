@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from ..errors import EditError
@@ -26,9 +27,6 @@ from ..models.products import fast_linear_maps, fast_products
 from ..models.trace import run_batches
 from .moments import answer_positions
 from .teacher import Teacher, logits_at, solver_device, write_weight
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Float32
 
 #: Longest and shortest step that are tried, as shares of the step that would bring a linear loss to zero.
 MOST, LEAST = 8.0, 0.125

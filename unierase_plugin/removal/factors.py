@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..locate_then_edit.solve import LowRank
 from .teacher import solver_device
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 #: Shares of the energy. For each, the rank that holds it is reported.
 SHARES = (0.9, 0.99)

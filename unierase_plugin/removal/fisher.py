@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from ..models.architecture import Architecture
@@ -14,9 +14,6 @@ from ..models.products import fast_linear_maps, fast_products
 from ..models.trace import run_batches
 from .distil import watched
 from .teacher import logits_at
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Float32, Int
 
 
 def output_moments(

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from ..models.architecture import Architecture
 from ..statistics.second_moment import SecondMoment, second_moments
-
-if TYPE_CHECKING:
-    from jaxtyping import Float32
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..models.architecture import Architecture
 from .moments import RemovalData, answer_positions
 from .teacher import said_at
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
 
 #: A token depends on the subject if strangers make it less than half as likely.
 DECIDED = 0.5

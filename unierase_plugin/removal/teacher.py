@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Float16, Float32, Float64
 from torch import Tensor, nn
 
 from ..errors import EditError
@@ -21,9 +21,6 @@ from ..models.products import fast_linear_maps
 from ..models.trace import pad, run_batches, run_blocks
 from ..models.weights import restored
 from .moments import answer_positions
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Float16, Float32, Float64
 
 #: The first strength of the filter, how many strengths are tried, and on how many facts.
 FIRST_STRENGTH, STRENGTHS, CALIBRATED = 6.0, 5, 20

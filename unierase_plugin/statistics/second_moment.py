@@ -7,19 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
+from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor, nn
 
 from ..errors import EditError
 from ..models.architecture import Architecture
 from ..models.products import fast_linear_maps, fast_products
 from ..models.trace import halves, pad, run_blocks, token_batches
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Float64, Shaped
 
 #: k k^T is symmetric. Of this many column panels only the parts from the diagonal on are computed: 58 % of the work.
 PANELS = 6

@@ -7,14 +7,11 @@ the tokens of an answer, in nats; a reference is the model before unlearning.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn import functional
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Num
 
 
 def token_log_probabilities(logits: Float[Tensor, "N V"], wanted: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
