@@ -710,7 +710,7 @@ def test_a_folder_that_is_none_and_a_file_that_is_not_there_are_named(folder: Pa
         ({"perturbed_answer": None}, "line 1: the field 'perturbed_answer' is missing or empty"),
         ({"paraphrased_answer": ""}, "line 1: the field 'paraphrased_answer' is missing or empty"),
         ({"question": 3}, "line 1: the field 'question' is missing or empty"),
-        ({"perturbed_answer": ["a", 3]}, "'perturbed_answer' is to be a list of texts"),
+        ({"perturbed_answer": ["a", 3]}, "'perturbed_answer' must be a list of texts, and 3 is not one"),
     ],
 )
 def test_a_wrong_column_is_named_with_its_line(folder: Path, tmp_path: Path, change: Any, message: str) -> None:

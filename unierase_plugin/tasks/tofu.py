@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 
-from ..errors import RequestError, UniEraseError, did_you_mean, first_words, listed, shown
+from ..errors import RequestError, UniEraseError, did_you_mean, listed, shown
 from ..evaluation.metrics import (
     answer_probability,
     closest_to_one,
@@ -339,8 +339,9 @@ def _document(split: str, located: Located, asked: str, options: bool) -> dict[s
     if wrong is None and split.endswith("_perturbed"):
         _text(where, record, "perturbed_answer")
     wrong = [wrong] if isinstance(wrong, str) else list(wrong or ())
-    if not all(isinstance(each, str) and each.strip() for each in wrong):
-        raise RequestError(f"{where}: 'perturbed_answer' must be a list of texts, not {first_words(wrong)}.")
+    no_texts = [each for each in wrong if not (isinstance(each, str) and each.strip())]
+    if no_texts:
+        raise RequestError(f"{where}: 'perturbed_answer' must be a list of texts, and {shown(no_texts[0])} is not one.")
     right = answer if options or not wrong else _text(where, record, "paraphrased_answer")
     return {
         "set": split,
