@@ -231,6 +231,11 @@ class Attack:
     unfit: Callable[[Context], str] = field(default=lambda context: "", repr=False)
 
     def __post_init__(self) -> None:
+        if self.name in GROUPS and self.group != self.name:
+            raise PluginError(
+                f"An attack cannot be called {self.name!r}: a group has that name, and `--attacks` takes that for the "
+                "group. Give it another name."
+            )
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise PluginError(
                 f"An attack cannot be called {shown(self.name)}: use letters, digits, hyphens and underscores."

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from . import checkpoint as files
-from .errors import CheckpointError, RequestError, StepAppliedError, UniEraseError
+from .errors import CheckpointError, PluginError, RequestError, StepAppliedError, UniEraseError, shown
 from .evaluation.answers import OF_RUNS
 from .evaluation.report import Outcome, Report, judge
 from .facts.readers import Requests, read_requests
 from .facts.request import ForgetRequest, check_overlap, check_requests, with_subjects
 from .facts.resources import lines, paragraphs
 from .hparams import HARDENED, REMOVED, EngineSettings, HyperParams, UniEraseHyperParams
-from .methods.contract import Changes, History, Method, Progress
+from .methods.contract import Changes, History, Job, Method, Progress
 from .methods.editing.engine import corpus_of
 from .methods.editing.unierase import UNIERASE
 from .models.disk_space import model_size, weights_size
@@ -195,7 +195,7 @@ def change(
     job = session.job(requests, kept, None, progress, told=told)
     with _frozen(model):
         chosen.check(job)
-        changes = chosen.run(job) or Changes()
+        changes = _changes(chosen, job)
     return changes, session.history_after(changes, requests)
 
 
@@ -316,7 +316,7 @@ class _Unlearning(Phases):
             with self.timed("evaluate"):
                 before, perplexity_before = self._measured("before", "model")
             start = time.perf_counter()
-            changes = self.method.run(job) or Changes()
+            changes = _changes(self.method, job)
             round_to_stored(self.model)
             spent = changes.seconds or {self.method.name: time.perf_counter() - start}
             self.model.eval()
@@ -469,6 +469,17 @@ class _Unlearning(Phases):
             judge(fact, old, new, token=token, ends=ends, phrases=lines("idk_phrases"))
             for fact, old, new in zip(self.judged, before, after, strict=True)
         ]
+
+
+def _changes(method: Method[Any], job: Job[Any]) -> Changes:
+    """Runs the method. Raises PluginError if it gives something else than it is to."""
+    found = method.run(job) or Changes()
+    if not isinstance(found, Changes):
+        raise PluginError(
+            f"The method {method.name!r} gave {shown(found)}. It must give a `Changes` of "
+            "unierase_plugin.methods.contract, or None. Ask its authors to mend it."
+        )
+    return found
 
 
 def _why_not_finite(name: str, model: Any) -> str:

@@ -23,6 +23,7 @@ from tiny import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from unierase_plugin import ForgetRequest, UniEraseHyperParams, cli, pipeline, unlearn
+from unierase_plugin.attack import Attack
 from unierase_plugin.checkpoint import read_checkpoint
 from unierase_plugin.errors import CheckpointError, EditError, HyperParamsError, PluginError, UniEraseError
 from unierase_plugin.facts.benchmarks import READERS
@@ -32,6 +33,7 @@ from unierase_plugin.methods.contract import Changes, Job, Method
 from unierase_plugin.plugins import hookspecs
 from unierase_plugin.plugins import registration as module
 from unierase_plugin.plugins.catalogue import BUILT_IN, Catalogue
+from unierase_plugin.plugins.foreign import guarded
 from unierase_plugin.plugins.registration import load_registry
 
 PAGE = (ROOT / "docs/reference/plugins.md").read_text(encoding="utf-8")
@@ -253,7 +255,7 @@ class Rude(Ridge):
 @hookimpl
 def register_solvers(register):
     register("{name}_solver", end)
-    register("{name}_solving", lambda system: Rude(torch.eye(2)))
+    register("{name}_solving", lambda system: Rude(torch.eye(2, dtype=torch.float64)))
 @hookimpl
 def register_benchmarks(register):
     register(Benchmark("{name}_bench", "a title", "a paper", end))
@@ -540,6 +542,24 @@ def test_what_is_refused_early_costs_nothing(base: Path, tmp_path: Path, monkeyp
     with pytest.raises(HyperParamsError, match="needs facts to keep"):
         unlearn(base, FORGET, method=replace(NOISE, check=refuse), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_a_plugin_names_the_plugin_and_the_line() -> None:
+    def broken() -> None:
+        raise KeyError("nothing")
+
+    with pytest.raises(PluginError, match=r"The reader 'x' failed: KeyError: 'nothing' \(.*test_plugins\.py, line \d"):
+        guarded(broken, "The reader 'x'")()
+
+
+def test_a_method_that_gives_something_else_is_named(base: Path) -> None:
+    with pytest.raises(PluginError, match=r"The method 'noise' gave 'hello'\. It must give a `Changes`"):
+        unlearn(base, FORGET, method=replace(NOISE, run=lambda job: "hello"))  # type: ignore[arg-type, return-value]
+
+
+def test_an_attack_has_no_name_of_a_group() -> None:
+    with pytest.raises(PluginError, match="'words': a group has that name"):
+        Attack("words", "inside", "asks", "cheap", lambda subject, context: None)  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.parametrize("fails", ["judge", "save"])

@@ -135,6 +135,8 @@ def _tradeoff(rows: Rows) -> Any:
     # The layout must place the axes before the names can be placed.
     figure.draw_without_rendering()
     for axis, texts in zip(axes, names, strict=True):
+        if not texts:  # no method has both figures, for example because nothing was kept before
+            continue
         places = [text.get_position() for text in texts]
         _, lines = adjust_text(
             texts,

@@ -7,25 +7,45 @@ import functools
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from types import FrameType
 from typing import Any
 
-from ..errors import PluginError
+from ..errors import PluginError, UniEraseError, reason
+
+#: Modules whose exceptions end a command.
+COMMAND_ENDS = ("click", "typer")
 
 
 @contextmanager
-def kept_in(what: str) -> Iterator[None]:
-    """Turns SystemExit and the like into a PluginError that names `what`.
+def kept_in(what: str, told: bool = True) -> Iterator[None]:
+    """Turns whatever the code raises into a PluginError that names `what` and the line, but for errors of this package.
+
+    SystemExit and the like too. A full disk is told as such. What a command raises to end itself goes on.
+
+    told   whether exceptions are turned too, and not only what would end the program
 
     Ctrl-C and other signals end the program as always. The handler of SIGINT is put back at the end.
     """
     with _ctrl_c_noted() as pressed:
         try:
             yield
-        except Exception:
-            raise
+        except Exception as error:
+            from ..storage.atomic import is_full  # here, since it imports torch
+
+            if (
+                not told
+                or isinstance(error, UniEraseError)
+                or is_full(error)
+                or type(error).__module__.startswith(COMMAND_ENDS)
+            ):
+                raise
+            raise PluginError(
+                f"{what} failed: {type(error).__name__}: {reason(error)} ({place_of(error)}). Ask its authors to mend "
+                "it, or leave it out."
+            ) from error
         except BaseException as error:
             # Other signals raise exceptions of their own (cli/signals.py).
             own = isinstance(error, KeyboardInterrupt) and type(error) is not KeyboardInterrupt
@@ -35,6 +55,12 @@ def kept_in(what: str) -> Iterator[None]:
                 f"{what} tried to end the program ({type(error).__name__}: {error}). Only a command may do that. Ask "
                 "its authors to raise an error instead, or leave it out."
             ) from error
+
+
+def place_of(error: Exception) -> str:
+    """File and line that raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else "no line is known"
 
 
 @contextmanager

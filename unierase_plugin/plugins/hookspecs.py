@@ -50,7 +50,9 @@ class AnswerMetric:
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
-            raise PluginError(f"A metric cannot be called {self.name!r}: use letters, digits and underscores.")
+            raise PluginError(
+                f"A metric cannot be called {self.name!r}: use letters, digits and underscores, and no digit first."
+            )
 
     def __call__(self, answer: str, said: str, question: str = "") -> float:
         """The value for one answer."""

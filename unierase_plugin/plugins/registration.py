@@ -19,7 +19,7 @@ from typing import Any
 from pluggy import PluginManager
 
 from ..attack import Attack
-from ..errors import HyperParamsError, PluginError, did_you_mean, shown
+from ..errors import HyperParamsError, PluginError, UniEraseError, did_you_mean, shown
 from ..facts.records import Benchmark, Reader
 from ..hparams import EngineSettings, HyperParams
 from ..locate_then_edit.solvers import MakeSolver
@@ -28,7 +28,7 @@ from ..version import __version__
 from . import hookspecs
 from .catalogue import BUILT_IN, RESTRICTION, Catalogue, Plugin
 from .commands import made_command
-from .foreign import guarded, guarded_maker, guarded_parts, kept_in, quiet
+from .foreign import guarded, guarded_maker, guarded_parts, kept_in, place_of, quiet
 from .hookspecs import PROJECT, AnswerMetric, Host, Metric
 
 logger = logging.getLogger(__name__)
@@ -164,11 +164,13 @@ def _load(point: EntryPoint) -> tuple[Plugin, _Entries]:
     package, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
     described = Plugin(name=point.name, version=version, hooks=(), package=package, module=point.value)
     try:
-        with kept_in("Its code"), quiet():
+        with kept_in("Its code", told=False), quiet():
             found, entries = _register(point.load(), described)
         return found, {hook: _guarded(hook, named, found) for hook, named in entries.items()}
     except Exception as error:  # another package's code may raise anything
         reason = f"{type(error).__name__}: {error}"
+        if not isinstance(error, UniEraseError):
+            reason += f", {place_of(error)}"
     logger.warning(
         "The plugin %s cannot be used and is left out (%s). Repair or uninstall it, or name in %s only the others.",
         described,
