@@ -325,8 +325,10 @@ class _Unlearning(Phases):
                     key = model_fingerprint(self.model) if self.work else ""
                     after, perplexity_after = self._measured("after", key)
                 if not math.isfinite(perplexity_after):
+                    kept = changes.originals is not None
+                    remedy = "Revert it" if kept else "Do not use it: start again from the unedited model"
                     logger.warning(
-                        "The edited model gives NaN or infinity on ordinary text: the edit damaged it. Revert it."
+                        "The edited model gives NaN or infinity on ordinary text: the edit damaged it. %s.", remedy
                     )
                 outcomes = self._judged(before, after)
             except BaseException:

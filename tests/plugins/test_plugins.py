@@ -557,6 +557,16 @@ def test_a_method_that_gives_something_else_is_named(base: Path) -> None:
         unlearn(base, FORGET, method=replace(NOISE, run=lambda job: "hello"))  # type: ignore[arg-type, return-value]
 
 
+def test_a_damaged_model_that_cannot_be_reverted_is_not_to_be_used(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def damage(job: Any) -> None:
+        job.model.get_input_embeddings().weight.data.fill_(torch.nan)
+
+    unlearn(base, FORGET, method=replace(NOISE, run=damage))
+    assert "Do not use it: start again from the unedited model." in caplog.text
+
+
 def test_an_attack_has_no_name_of_a_group() -> None:
     with pytest.raises(PluginError, match="'words': a group has that name"):
         Attack("words", "inside", "asks", "cheap", lambda subject, context: None)  # type: ignore[arg-type, return-value]

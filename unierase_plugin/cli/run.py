@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -238,6 +239,9 @@ def _print_next_steps(console: Screen, result: UnlearnResult, out: Path, task: s
     revert = "" if result.changes.originals is None else f"    unierase revert {folder} --out original\n"
     where = f": a plain Hugging Face folder, with the record of the edit in {out}/unierase."
     console.print(styled("\nThe edited model is in ", (str(out), "bold"), where))
+    if not math.isfinite(result.report.perplexity_after):
+        console.print(f"\nDo not use it: it gives NaN or infinity on ordinary text.\n{revert}")
+        return
     console.print(
         f"""
     from transformers import AutoModelForCausalLM, AutoTokenizer
