@@ -386,6 +386,10 @@ def test_what_a_plugins_attack_finds_is_in_the_verdict_and_kept(
     assert named.index("fill-in") < named.index("multiple-choice") < named.index("quantise")
     assert audited(folder, tmp_path / "out", attacks=("mine",))["verdict"] == report["verdict"]
     assert runs["edited: mine"] == 1
+    # Another version of its code is another attack, whatever its package's version.
+    install("mine", PLUGIN.replace("{what}", "note = 1"))
+    audited(folder, tmp_path / "out", attacks=("mine",))
+    assert runs["edited: mine"] == 2
 
 
 FAULTS = {

@@ -27,7 +27,7 @@ def installer(place: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         module = f"{package.replace('-', '_')}_code"
         (place / f"{module}.py").write_text(textwrap.dedent(code), encoding="utf-8")
         record = place / f"{package.replace('-', '_')}-{version}.dist-info"
-        record.mkdir()
+        record.mkdir(exist_ok=True)  # its code alone may be another
         (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         (record / "entry_points.txt").write_text(f"[{hookspecs.PROJECT}]\n{name} = {module}\n")
         monkeypatch.delitem(sys.modules, module, raising=False)

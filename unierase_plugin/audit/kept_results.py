@@ -47,7 +47,7 @@ def kept_or_run(
     shared |= {name: [_key_of(fact) for fact in getattr(context, name)] for name in ("facts", "kept", "holdout")}
     seen = (subject.role, *context.earlier, *([UNEDITED] if attack.needs_original else []))
     models = {role: identities[role] for role in seen}
-    version = [] if plugin is None else [plugin.package, plugin.version]
+    version = [] if plugin is None else plugin.identity
     key = digest([SCHEMA], [attack.name, subject.role, *version], models, shared)
     kept = _read_part(path, key)
     if kept is not None:

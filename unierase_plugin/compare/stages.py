@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..plugins.catalogue import BUILT_IN
+from ..plugins.registration import registry
 from ..storage.atomic import write_json
 from ..storage.fingerprints import digest, plain
 from .entries import REFERENCE, UNEDITED
@@ -78,6 +80,9 @@ class MethodRun:
             fields.pop(name)
         if not self.metrics:  # runs of earlier versions had none
             fields.pop("metrics")
+        owner = registry().methods.owner(self.method) if self.method in registry().methods else None
+        if owner is not None and owner.name != BUILT_IN:
+            fields["plugin"] = owner.identity
         # The reference had failed, so that this run is measured without its truth ratios. With them it is another run.
         if self.reference and not self.ratios and not self.is_try and self.method != REFERENCE:
             fields["without"] = "ratios"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from ..errors import PluginError, did_you_mean, shown
@@ -30,6 +33,16 @@ class Plugin:
     module: str
     #: Why it cannot be used; empty where it can.
     error: str = ""
+
+    @property
+    def identity(self) -> list[str]:
+        """What a result of the plugin depends on: its package and version, and its module's file as it is now.
+
+        An author changes the file many times before the version. Other modules of the plugin do not count.
+        """
+        path = getattr(sys.modules.get(self.module.partition(":")[0]), "__file__", None)
+        code = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] if path and Path(path).is_file() else ""
+        return [self.package, self.version, code]
 
     def __str__(self) -> str:
         return f"{self.name!r} ({self.package or self.module} {self.version})".replace(" )", ")")
