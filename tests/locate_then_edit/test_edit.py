@@ -63,7 +63,8 @@ def wanted_of(arch: Architecture, size: float = 0.3) -> Tensor:
 def values_of(wanted: Tensor) -> Values:
     """What an edit reads of values is z alone."""
     figures = {field.name: torch.ones(wanted.shape[1]) for field in dataclasses.fields(Values)}
-    return Values(**{**figures, "states": wanted.T.contiguous()})
+    steps = torch.ones(wanted.shape[1], dtype=torch.long)
+    return Values(**{**figures, "states": wanted.T.contiguous(), "steps": steps})
 
 
 def compute(

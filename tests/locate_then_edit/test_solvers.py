@@ -32,7 +32,7 @@ def register_solvers(register):
 
 def test_the_names_give_the_solvers_of_the_papers() -> None:
     system = System(
-        torch.eye(4).diag_embed()[0] + torch.eye(4), None, UniEraseHyperParams(), lambda moment, share: moment
+        torch.eye(4).diag_embed()[0] + torch.eye(4), None, UniEraseHyperParams(), lambda moment, share: moment.double()
     )
     made = {name: type(make(system)) for name, make in SOLVERS.items()}
     assert made == {"ridge": Ridge, "null_space": NullSpace, "exact": Exact}
