@@ -326,7 +326,7 @@ def test_dataclasses_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_kind_or_version_is_refused() -> None:
-    values = pack(Values(torch.zeros(1, 2), *(torch.zeros(1) for _ in range(3)), torch.zeros(1, dtype=torch.long)))
+    values = pack(Values(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.zeros(1).long()))
     with pytest.raises(CheckpointError, match="does not hold SecondMoment"):
         unpack(SecondMoment, *values)
     values[0].pop("steps")
