@@ -121,6 +121,16 @@ def test_nobody_on_the_frontier_is_beaten_and_everybody_else_is() -> None:
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_comparison_in_which_nothing_was_kept_has_its_charts(tmp_path: Path) -> None:
+    """What is kept is relative to before, and so unknown where the unedited model answered nothing."""
+    pytest.importorskip("adjustText")
+    found = compared.results(steps=0)
+    for row in found["rows"]:
+        for key in ("keep_rouge", "keep_prob"):
+            row["figures"][key]["mean"] = None
+    assert "tradeoff" in draw(found, tmp_path)
+
+
 def test_plots_are_drawn_the_same_every_time(tmp_path: Path) -> None:
     pytest.importorskip("adjustText")
     for name in ("one", "two"):

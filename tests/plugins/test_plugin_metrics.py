@@ -155,6 +155,31 @@ def test_runs_without_metrics_are_those_of_earlier_versions() -> None:
     assert named.key("x") != without.key("x")
 
 
+def test_a_run_of_a_plugins_method_is_another_once_its_code_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: Any = ("a", "own", {}, {}, False, 0, "batch", 1, "model", "facts")
+    install, keys = installer(tmp_path / "own", monkeypatch), []
+    for note in ("one", "one", "two"):
+        install("own", METHOD.replace("{note}", note))
+        assert "own" in registry().methods
+        keys.append(MethodRun(*values).key("x"))
+    assert keys[0] == keys[1] != keys[2]
+
+
+METHOD = """
+from unierase_plugin import hookimpl
+from unierase_plugin.hparams import HyperParams
+from unierase_plugin.methods.contract import Method
+
+NOTE = "{note}"
+
+@hookimpl
+def register_methods(register):
+    register(Method("own", "own", "nobody", HyperParams, lambda job: None))
+"""
+
+
 def test_a_comparison_refuses_an_unknown_metric_before_it_begins(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UniEraseError, match="There is no metric 'leters'"):
         compared(base, tmp_path / "out", metrics=("leters",))
