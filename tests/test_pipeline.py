@@ -86,7 +86,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     def count(name: str) -> None:
         module = next(
-            module for module in (erasure, goals, protection, second_moment, pipeline) if hasattr(module, name)
+            module for module in (erasure, goals, protection, second_moment, pipeline.run) if hasattr(module, name)
         )
         original = getattr(module, name)
 
@@ -460,14 +460,14 @@ def test_what_fails_after_the_edit_takes_it_back(
 ) -> None:
     model = tiny_model()
     before = state(model)
-    monkeypatch.setattr(*(pipeline, "judge") if fails == "judge" else (folder_module, "save_model"), raising(error))
+    monkeypatch.setattr(*(pipeline.run, "judge") if fails == "judge" else (folder_module, "save_model"), raising(error))
     with pytest.raises(type(error)):
         erase(model, tmp_path / "out", tokenizer=tiny_tokenizer())
     assert same(model, before)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("phase", ["learn_token", "optimise_values", "apply_edit"])
+@pytest.mark.parametrize("phase", ["learn_token", "optimise_values", "add_updates"])
 def test_what_fails_after_the_token_came_lets_it_go(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     before, words = state(model), tokenizer_fingerprint(tokenizer)

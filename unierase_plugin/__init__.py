@@ -28,10 +28,14 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imports torch, transformers and pluggy when first needed, so that `import unierase_plugin` is instant."""
-    if name in ("unlearn", "UnlearnResult"):
-        from . import pipeline
+    if name == "unlearn":
+        from .pipeline import unlearn
 
-        return getattr(pipeline, name)
+        return unlearn
+    if name == "UnlearnResult":
+        from .results import UnlearnResult
+
+        return UnlearnResult
     if name == "apply_unierase_to_model":
         from .hosts.rome_family import apply_unierase_to_model
 

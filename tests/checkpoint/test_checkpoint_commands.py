@@ -27,7 +27,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("steps")
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch, root / "cache")
-        patch.setattr(pipeline, "answers", knowing)
+        patch.setattr(pipeline.run, "answers", knowing)
         model: Path = save_base(root / "base")
         unlearn(model, FACTS[:2], retain=RETAIN, hparams=HPARAMS, out=root / "one")
         unlearn(root / "one", FACTS[2:], hparams=HPARAMS, out=root / "two")
@@ -141,14 +141,14 @@ def test_a_run_that_was_stopped_leaves_facts_to_its_owner_alone_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shrink(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr(pipeline, "answers", knowing)
+    monkeypatch.setattr(pipeline.run, "answers", knowing)
     base = save_base(tmp_path / "base")
 
     def stopped(*arguments: Any, **settings: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.files, "save_checkpoint", stopped)  # type: ignore[attr-defined]
+        patch.setattr(pipeline.run.files, "save_checkpoint", stopped)  # type: ignore[attr-defined]
         with pytest.raises(KeyboardInterrupt):
             unlearn(base, FACTS[:2], hparams=HPARAMS, out=tmp_path / "out")
     assert {path.parent.name for path in (tmp_path / ".out.work").rglob("*.safetensors")} >= {"before", "after"}
@@ -157,7 +157,7 @@ def test_a_run_that_was_stopped_leaves_facts_to_its_owner_alone_and_goes_on(
     for path in (tmp_path / ".out.work").iterdir():
         assert path.is_dir()
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    monkeypatch.setattr(pipeline, "answers", stopped)  # what was measured is read, not measured again
+    monkeypatch.setattr(pipeline.run, "answers", stopped)  # what was measured is read, not measured again
     result = unlearn(base, FACTS[:2], hparams=HPARAMS, out=tmp_path / "out")
     assert [outcome.before for outcome in result.report.forget] == ["Quentin Fizz", "Wexbury"]
     assert not (tmp_path / ".out.work").exists()

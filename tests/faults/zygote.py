@@ -180,7 +180,7 @@ def warm(request: dict[str, Any]) -> int:
 def main() -> None:
     patch = pytest.MonkeyPatch()
     small.shrink(patch, Path(os.environ["UNIERASE_CACHE"]))
-    patch.setattr("unierase_plugin.pipeline.OF_RUNS", AnswerLength(more=0, least=4, most=4))
+    patch.setattr("unierase_plugin.pipeline.run.OF_RUNS", AnswerLength(more=0, least=4, most=4))
     patch.setattr("unierase_plugin.audit.contract.QUICK", audited.SIZES)
     patch.setattr("unierase_plugin.compare.results.draw", lambda results, out: {})
     forked = SimpleNamespace(Popen=ForkedMethod, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)

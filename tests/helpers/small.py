@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from unierase_plugin import UniEraseHyperParams, pipeline
+from unierase_plugin import UniEraseHyperParams
 from unierase_plugin.methods import neighbours as keeping
 from unierase_plugin.methods.editing import engine, goals, protection
+from unierase_plugin.pipeline import run
 
 LINES = {
     "idk_sentences": ("I don't know.", "No idea."),
@@ -52,9 +53,9 @@ RETAIN: tuple[dict[str, Any], ...] = ({"question": "What does Al Bunt sell?", "a
 
 def shrink(patch: pytest.MonkeyPatch, cache: Path) -> None:
     """Short texts for the pipeline, and a cache of the test's own."""
-    for module in (pipeline, engine, goals, protection, keeping):
+    for module in (run, engine, goals, protection, keeping):
         patch.setattr(module, "lines", LINES.__getitem__)
-    for module in (pipeline, engine, goals):
+    for module in (run, engine, goals):
         patch.setattr(module, "paragraphs", PARAGRAPHS.__getitem__)
     patch.setenv("UNIERASE_CACHE", str(cache))
 

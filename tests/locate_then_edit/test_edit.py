@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import reference
@@ -13,11 +14,11 @@ from families import FAMILIES, HIDDEN, VOCABULARY, WIDTH
 from reference import At
 from torch import Tensor
 
-from unierase_plugin.errors import EditError
+from unierase_plugin.errors import EditError, PluginError
 from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.locate_then_edit.edit import WeightEdit, apply_edit, compute_edit, expected_norm_ratio, make_solver
 from unierase_plugin.locate_then_edit.positions import Prompt
-from unierase_plugin.locate_then_edit.solve import JITTERS, LowRank
+from unierase_plugin.locate_then_edit.solve import JITTERS, LowRank, Ridge
 from unierase_plugin.locate_then_edit.values import Values
 from unierase_plugin.models.architecture import Architecture, find_architecture, stores_input_first
 from unierase_plugin.models.weights import restored
@@ -316,6 +317,40 @@ def test_values_of_nan_are_refused_and_nothing_is_changed(llama: Architecture) -
     with pytest.raises(EditError, match="block 0 holds NaN"):
         compute(llama, wanted, moments)
     assert not changed(llama, before)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (lambda up, down: None, "A solver gave None. It must give a LowRank"),
+        (lambda up, down: up @ down, "It must give a LowRank"),
+        (lambda up, down: LowRank(down.T, up.T), r"They must be \(32, n\) and \(n, 64\)"),
+        (lambda up, down: LowRank(up, down[:-1]), r"They must be \(32, n\) and \(n, 64\)"),
+    ],
+)
+def test_a_solver_that_gives_no_update_is_refused(llama: Architecture, given: Any, said: str) -> None:
+    """A plugin may bring a solver. Its fault shall be named, and the model stay as it was."""
+
+    class Odd(Ridge):
+        def solve(self, keys: Tensor, residual: Tensor) -> Any:
+            right = super().solve(keys, residual)
+            return given(right.up, right.down)
+
+    packed = [[Prompt(*prompt) for prompt in contexts] for contexts in PROMPTS]
+    solvers, before = {0: Odd.of(moments_of(llama)[0])}, snapshot(llama)
+    with pytest.raises(PluginError, match=said):
+        compute_edit(llama, packed, values_of(wanted_of(llama)), solvers, max_tokens=4096, pad_id=0)
+    assert not changed(llama, before)
+
+
+def test_a_solver_that_protects_by_giving_nothing_is_refused() -> None:
+    class Odd(Ridge):
+        def protecting(self, keys: Tensor) -> Any:
+            return None
+
+    moment = torch.eye(4)
+    with pytest.raises(PluginError, match="`protecting` of the solver 'ridge' gave None"):
+        make_solver(RIDGE, moment, None, torch.ones(4, 1), solvers={"ridge": lambda system: Odd.of(system.corpus)})
 
 
 @pytest.mark.parametrize("broken", ["nan", "shape"])

@@ -53,9 +53,10 @@ def mean(values: list[Any]) -> float:
 
 def test_what_can_be_measured_of_an_answer_is_found_by_name() -> None:
     assert [metric.name for metric in answer_metrics(["copied", "letters", "copied"])] == ["copied", "letters"]
-    with pytest.raises(PluginError, match=r"no metric 'leters'\. Did you mean 'letters'"):
+    with pytest.raises(PluginError, match=r"no metric 'leters'\. Did you mean 'letters'") as failure:
         answer_metrics(["leters"])
-    with pytest.raises(PluginError, match=r"'half' is a plain function .*one of: answered, rouge_l_recall, letters"):
+    assert "half" not in str(failure.value)  # it would be refused
+    with pytest.raises(PluginError, match=r"'half' is a plain function .*one of: answered, copied, "):
         answer_metrics(["half"])
     with pytest.raises(PluginError, match="A metric cannot be called 'a,b'"):
         AnswerMetric("a,b", "", answered)

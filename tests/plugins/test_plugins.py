@@ -18,7 +18,7 @@ import pytest
 import torch
 from fresh import ROOT, Environment
 from installed import Install, installer
-from small import FORGET, RETAIN, save_base, shrink
+from small import FORGET, HPARAMS, RETAIN, save_base, shrink
 from tiny import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -172,7 +172,10 @@ BROKEN = {
     "is cancelled when imported": ("import asyncio\nraise asyncio.CancelledError", "the program (CancelledError: )"),
     "exits in a hook": (GOOD.replace('register("{name}_length", len)', "exit()"), "the program (SystemExit: None)"),
     "has no hook": ("x = 1", "has none of the hooks register_methods"),
-    "has an unknown hook": ("@hookimpl\ndef register_method(register): pass", "unknown hook 'register_method'"),
+    "has an unknown hook": (
+        "@hookimpl\ndef register_method(register): pass",
+        "unknown hook register_method. Did you mean 'register_methods'?",
+    ),
     "takes something else": ("@hookimpl\ndef register_methods(methods): pass", "Argument(s) {'methods'}"),
     "fails half-way": (GOOD.replace('register("{name}_length", len)', "1 / 0"), "ZeroDivisionError"),
     "registers no method": (GOOD.replace('register(method("{name}"))', "register(print)"), "register takes a Method"),
@@ -341,6 +344,14 @@ def test_an_unknown_name_gets_the_nearest_one(install: Install) -> None:
         load_registry().methods["unirase"]
 
 
+def test_an_unknown_name_may_be_that_of_a_plugin_that_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PluginError, match=r"unierase\.$"):
+        module.registry().methods.find("mine")
+    monkeypatch.setenv("UNIERASE_PLUGINS", "")
+    with pytest.raises(PluginError, match=r"unierase\. UNIERASE_PLUGINS= leaves out the other plugins\.$"):
+        module.registry().methods.find("mine")
+
+
 # --- restricting what is loaded --------------------------------------------------------------------------------------
 
 
@@ -394,13 +405,15 @@ def test_the_commands_list_what_is_there(install: Install) -> None:
     assert plugins["extra"]["version"] == "1.2"
     assert sorted(plugins["extra"]["hooks"]) == HOOKS
     assert (plugins["extra"]["package"], plugins["extra"]["module"]) == ("extra-package", "extra_package_code")
-    assert "no_such_module" in plugins["broken"]["error"]
+    error = plugins["broken"]["error"]
+    assert "no_such_module" in error
     assert plugins["extra"]["registers"]["method"] == ["extra"]
     assert plugins["extra"]["registers"]["benchmark"] == ["extra_bench"]
     assert plugins["broken"]["registers"] == {}
     assert "ridge" in plugins[BUILT_IN]["registers"]["solver"]
     table = CliRunner().invoke(cli.app, ["plugins"]).stdout
     assert "extra: request reader extra_facts, extra_bench\n" in table
+    assert f"broken cannot be used: {error}\n" in table  # whole, however narrow the terminal is
     assert "built-in: " not in table
     methods = {each["name"]: each for each in listed("methods")}
     assert methods["unierase"]["hparams"]["v_lr"] == UniEraseHyperParams().v_lr
@@ -538,7 +551,7 @@ def test_what_is_refused_early_costs_nothing(base: Path, tmp_path: Path, monkeyp
     def refuse(job: Any) -> None:
         raise HyperParamsError("needs facts to keep")
 
-    monkeypatch.setattr(pipeline, "answers", lambda *args, **kwargs: pytest.fail("the model was asked"))
+    monkeypatch.setattr(pipeline.run, "answers", lambda *args, **kwargs: pytest.fail("the model was asked"))
     with pytest.raises(HyperParamsError, match="needs facts to keep"):
         unlearn(base, FORGET, method=replace(NOISE, check=refuse), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -581,7 +594,7 @@ def test_a_failure_after_the_method_undoes_what_it_did(
 
     model = tiny_model()
     before = state(model)
-    monkeypatch.setattr(*(pipeline, "judge") if fails == "judge" else (pipeline.files, "save_checkpoint"), fail)  # type: ignore[attr-defined]
+    monkeypatch.setattr(*(pipeline.run, "judge") if fails == "judge" else (pipeline.run.files, "save_checkpoint"), fail)  # type: ignore[attr-defined]
     with pytest.raises(UniEraseError, match="no room"):
         unlearn(model, FORGET, method=NOISE, tokenizer=tiny_tokenizer(), out=tmp_path / "out")
     assert not differing(model, before)
@@ -623,6 +636,33 @@ def test_a_method_goes_on_from_its_own_folders_alone(base: Path, tmp_path: Path)
     assert len(read_checkpoint(tmp_path / "two").manifest["steps"]) == 2
     with pytest.raises(CheckpointError, match=r"made by another method\. Start from its base model"):
         unlearn(tmp_path / "one", FORGET, method=replace(NOISE, name="hiss"))
+
+
+SOLVING = """
+from unierase_plugin.locate_then_edit.solvers import ridge
+@hookimpl
+def register_solvers(register):
+    register("mine", ridge)
+"""
+
+
+def test_a_run_with_a_plugin_s_solver_is_another_once_the_plugin_s_code_changed(
+    base: Path, tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a stopped run kept was solved by the code from before."""
+    shrink(monkeypatch, tmp_path / "cache")
+    work, places = pipeline.run.files.work_folder, []  # type: ignore[attr-defined]
+
+    def stopped(folder: Path, key: str) -> Any:
+        places.append(work(folder, key).root)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.run.files, "work_folder", stopped)  # type: ignore[attr-defined]
+    for code in (SOLVING, SOLVING, SOLVING + "# another version"):
+        install("mine", code)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn(base, FORGET, hparams=HPARAMS.replace(solver="mine"), out=tmp_path / "out")
+    assert places[0] == places[1] != places[2]
 
 
 def test_a_stopped_run_finds_what_its_method_kept(base: Path, tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_a_failing_removal_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise KilledError
 
-    for name in ("learn_token", "removal_of", "apply_edit"):
+    for name in ("learn_token", "removal_of", "add_updates"):
         with monkeypatch.context() as patch:
             patch.setattr(goals if name == "learn_token" else erasure, name, fail)
             with pytest.raises(KilledError):

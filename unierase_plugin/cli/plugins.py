@@ -43,8 +43,10 @@ def plugins(as_json: AsJson = False) -> None:
 
     found = registry()
     rows = [{**dataclasses.asdict(plugin), "registers": found.registered_by(plugin)} for plugin in found.plugins]
-    _show(as_json, rows, ("name", "version", "hooks", "package", "module", "error"))
+    _show(as_json, rows, ("name", "version", "hooks", "package", "module"))
     for row in () if as_json else rows:
+        if row["error"]:
+            Screen().print(f"{row['name']} cannot be used: {row['error']}", soft_wrap=True)
         if row["name"] != BUILT_IN:
             for kind, names in row["registers"].items():
                 Screen().print(f"{row['name']}: {kind} {', '.join(names)}", soft_wrap=True)
@@ -77,10 +79,9 @@ def _show(as_json: bool, rows: Sequence[Mapping[str, Any]], columns: Sequence[st
     if as_json:
         console.json(rows)
         return
-    shown = [name for name in columns if name != "error" or any(row[name] for row in rows)]
-    table = Table(*(name.replace("_", " ") for name in shown))
+    table = Table(*(name.replace("_", " ") for name in columns))
     for row in rows:
-        table.add_row(*(_text(row[name]) for name in shown))
+        table.add_row(*(_text(row[name]) for name in columns))
     console.print(table)
 
 

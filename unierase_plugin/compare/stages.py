@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..plugins.catalogue import BUILT_IN
-from ..plugins.registration import registry
+from ..plugins.registration import foreign_code
 from ..storage.atomic import write_json
 from ..storage.fingerprints import digest, plain
-from .entries import REFERENCE, UNEDITED
+from .entries import REFERENCE, UNEDITED, Entry, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +74,15 @@ class MethodRun:
 
     def key(self, facts: str) -> str:
         """The run's identity. facts: the digest of the facts' file, whose name does not count."""
-        fields = asdict(self)
+        fields, names = asdict(self), {"method": "plugin", "solver": "solver_plugin"}
         for name in ("facts", "before", "ratios", "keep_model"):
             fields.pop(name)
         if not self.metrics:  # runs of earlier versions had none
             fields.pop("metrics")
-        owner = registry().methods.owner(self.method) if self.method in registry().methods else None
-        if owner is not None and owner.name != BUILT_IN:
-            fields["plugin"] = owner.identity
+        entry = Entry(label=self.label, method=self.method, changes=self.changes)
+        settings = None if self.is_control else settings_of(entry, self.model, self.tried)
+        plugins = foreign_code(self.method, settings)
+        fields |= {names[kind]: identity for kind, identity in plugins.items()}
         # The reference had failed, so that this run is measured without its truth ratios. With them it is another run.
         if self.reference and not self.ratios and not self.is_try and self.method != REFERENCE:
             fields["without"] = "ratios"

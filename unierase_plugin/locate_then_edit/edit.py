@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import EditError
+from ..errors import EditError, PluginError, shown
 from ..hparams import UniEraseHyperParams
 from ..models.architecture import Architecture, stores_input_first
 from ..models.weights import OriginalWeights, restored
@@ -64,6 +64,11 @@ def make_solver(
     for keys, weight in ((earlier, 1.0), (kept, hparams.retain_key_weight)):
         if keys is not None and weight:
             solver = solver.protecting(math.sqrt(weight) * keys)
+            if not callable(getattr(solver, "solve", None)):
+                raise PluginError(
+                    f"`protecting` of the solver {hparams.solver!r} gave {shown(solver)}. It must give a solver. Ask "
+                    "its authors to mend it."
+                )
     return solver
 
 
@@ -90,7 +95,7 @@ def compute_edit(
         for index, layer in enumerate(layers):
             keys, states = stream.advance(layer)
             norms.append(float((wanted - states).norm(dim=0).mean()))
-            update = solvers[layer].solve(keys, (wanted - states) / (len(layers) - index))
+            update = solved(solvers[layer], keys, (wanted - states) / (len(layers) - index))
             ratios[layer] = update.norm() / float(arch.projections[layer].weight.detach().float().norm())
             _add(arch, layer, update)
             # The same layout as after reading a file: a product of another layout rounds differently.
@@ -99,6 +104,20 @@ def compute_edit(
             progress((index + 1) / len(layers))
         norms.append(float((wanted - stream.final_states()).norm(dim=0).mean()))
     return WeightEdit(updates, tuple(norms), ratios, kept)
+
+
+def solved(solver: Solver, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]) -> LowRank:
+    """The solver's update. Raises PluginError if a plugin's solver gives no update of the right sizes."""
+    found = solver.solve(keys, residual)
+    if not isinstance(found, LowRank):
+        raise PluginError(f"A solver gave {shown(found)}. It must give a LowRank. Ask its authors to mend it.")
+    sizes = (*found.up.shape, *found.down.shape)
+    if sizes != (len(residual), found.up.shape[-1], found.up.shape[-1], len(keys)):
+        raise PluginError(
+            f"A solver gave factors of the shapes {tuple(found.up.shape)} and {tuple(found.down.shape)}. They must be "
+            f"({len(residual)}, n) and (n, {len(keys)}). Ask its authors to mend it."
+        )
+    return found
 
 
 @torch.no_grad()
@@ -125,7 +144,7 @@ def expected_norm_ratio(
     squares = []
     for layer, solver in solvers.items():
         keys, states = stream.advance(layer)
-        rows = member.T @ solver.solve(keys, torch.eye(len(names))).down
+        rows = member.T @ solved(solver, keys, torch.eye(len(names))).down
         share = reach * (member.T @ states.norm(dim=0).double()) / member.sum(0) / len(solvers)
         weight = arch.projections[layer].weight.detach().float().norm()
         squares.append(float(((share[:, None] * rows).norm() / weight).square()))
@@ -137,12 +156,17 @@ def apply_edit(arch: Architecture, edit: WeightEdit) -> OriginalWeights:
     # On the CPU, since they may be kept as long as the edited model.
     originals = OriginalWeights((arch.projections[layer].weight for layer in edit.layers), device="cpu")
     try:
-        for layer, update in edit.updates.items():
-            _add(arch, layer, update)
+        add_updates(arch, edit)
     except BaseException:
         originals.restore()
         raise
     return originals
+
+
+def add_updates(arch: Architecture, edit: WeightEdit) -> None:
+    """Adds every update in place. After an error, the caller restores the weights from its own copies."""
+    for layer, update in edit.updates.items():
+        _add(arch, layer, update)
 
 
 @torch.no_grad()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,12 @@ RESTRICTION = "UNIERASE_PLUGINS"
 BUILT_IN = "built-in"
 
 T = TypeVar("T")
+
+
+def restricted() -> str:
+    """Says that plugins were left out, as the end of a message about a name that is not there."""
+    only = os.environ.get(RESTRICTION)
+    return "" if only is None else f" {RESTRICTION}={only} leaves out the other plugins."
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,16 @@ class Catalogue(Mapping[str, T]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def find(self, name: str) -> T:
-        """The thing of that name. Raises PluginError for an unknown name, and for one that two plugins claim."""
+    def find(self, name: str, among: Iterable[str] = ()) -> T:
+        """The thing of that name. Raises PluginError for an unknown name, and for one that two plugins claim.
+
+        among   the names that the message offers; empty for all
+        """
         if name not in self:
+            fit = sorted(among or self)
             raise PluginError(
-                f"There is no {self.kind} {shown(name)}.{did_you_mean(name, self)} Available: "
-                f"{', '.join(sorted(self))}."
+                f"There is no {self.kind} {shown(name)}.{did_you_mean(name, fit)} Available: "
+                f"{', '.join(fit)}.{restricted()}"
             )
         return self[name]
 

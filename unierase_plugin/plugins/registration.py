@@ -67,17 +67,31 @@ def registry() -> Registry:
 def answer_metrics(names: Sequence[str]) -> tuple[AnswerMetric, ...]:
     """The metrics of these names. Tasks, comparisons and audits measure them. Raises PluginError for any other name."""
     known = registry().metrics
-    able = [name for name, metric in known.items() if isinstance(metric, AnswerMetric)]
-    found = []
-    for name in dict.fromkeys(names):
-        metric = known.find(name)
-        if not isinstance(metric, AnswerMetric):
+    able = {name: metric for name, metric in known.items() if isinstance(metric, AnswerMetric)}
+    for name in names:
+        if name in known and name not in able:
             raise PluginError(
                 f"The metric {name!r} is a plain function and no AnswerMetric, so that nobody knows how to apply it to "
-                f"an answer. Choose one of: {', '.join(able)}."
+                f"an answer. Choose one of: {', '.join(sorted(able))}."
             )
-        found.append(metric)
-    return tuple(found)
+        if name not in able:
+            known.find(name, among=able)
+    return tuple(able[name] for name in dict.fromkeys(names))
+
+
+def foreign_code(method: str, settings: HyperParams | None) -> dict[str, list[str]]:
+    """Identities of the plugins that bring a `method` and a `solver`, by these words. Kept results depend on them.
+
+    What comes with this package is left out, and so are names that nobody registered.
+    """
+    known = registry()
+    solver = settings.solver if isinstance(settings, EngineSettings) else ""
+    named: dict[str, tuple[Catalogue[Any], str]] = {
+        "method": (known.methods, method),
+        "solver": (known.solvers, solver),
+    }
+    owners = {kind: catalogue.owner(name) for kind, (catalogue, name) in named.items() if name in catalogue}
+    return {kind: owner.identity for kind, owner in owners.items() if owner.name != BUILT_IN}
 
 
 def check_solver(settings: HyperParams) -> None:
@@ -201,7 +215,16 @@ def _register(plugin: Any, described: Plugin) -> tuple[Plugin, _Entries]:
     manager = PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(plugin, described.name)
-    manager.check_pending()
+    unknown = sorted(
+        caller.name
+        for caller in manager.get_hookcallers(plugin) or ()
+        if not caller.has_spec() and not all(each.optionalhook for each in caller.get_hookimpls())
+    )
+    if unknown:
+        raise PluginError(
+            f"{described.module} has the unknown hook {unknown[0]}.{did_you_mean(unknown[0], HOOKS)} Known: "
+            f"{', '.join(HOOKS)}."
+        )
     entries: _Entries = {hook: [] for hook in HOOKS}
     hooks = tuple(caller.name for caller in manager.get_hookcallers(plugin) or ())
     if not hooks:

@@ -16,7 +16,7 @@ from ... import checkpoint as files
 from ...evaluation.metrics import reads_as_idk
 from ...facts.resources import lines, paragraphs
 from ...hparams import UniEraseHyperParams
-from ...locate_then_edit.edit import WeightEdit, apply_edit, compute_edit, make_solver
+from ...locate_then_edit.edit import WeightEdit, add_updates, compute_edit, make_solver
 from ...locate_then_edit.protected import ProtectedKeys
 from ...locate_then_edit.solve import Ridge, Solver, protected_directions
 from ...locate_then_edit.solvers import SOLVERS
@@ -257,7 +257,7 @@ class Editing:
             moved = partial(_moved, protection, arch, protected)
             edit, solved = self._edit(arch, group, values[-1], own, solvers, moved)
             edits.append(edit)
-            apply_edit(arch, edit)
+            add_updates(arch, edit)
         joined = files.join_edits(edits)
         if len(edits) > 1:
             ratios = {layer: update.norm() / weights[layer] for layer, update in joined.updates.items()}
@@ -281,7 +281,7 @@ class Editing:
             opening = self.token_id if target.opening is None else target.opening
             instead.append(((*asked, opening, *target.continuation), len(asked)))
         removal = removal_of(self.job, arch, self.phases, self.kept, instead)
-        apply_edit(arch, removal.edit)
+        add_updates(arch, removal.edit)
         return removal.edit, {"neighbours": len(self.kept.neighbours), "removal": removal.figures}
 
     def _values(
