@@ -22,8 +22,8 @@ from unierase_plugin import pipeline, unlearn
 from unierase_plugin.audit.runner import audit
 from unierase_plugin.checkpoint import export_adapter, read_checkpoint, revert_checkpoint, take_back_requests
 from unierase_plugin.checkpoint import place as place_module
+from unierase_plugin.checkpoint.companions import LARGEST, carry_companions
 from unierase_plugin.checkpoint.contents import LIST
-from unierase_plugin.checkpoint.licences import LARGEST, carry_licences
 from unierase_plugin.cli import app
 from unierase_plugin.cli.demo import refuse_foreign_folder
 from unierase_plugin.cli.stats import stats
@@ -364,7 +364,7 @@ def test_licences_of_one_name_all_go_along(tmp_path: Path) -> None:
         (tmp_path / place).mkdir()
         (tmp_path / place / "LICENSE").write_text(text)
     (tmp_path / "out").mkdir()
-    carry_licences([*(tmp_path / place for place in texts), "no/model", ""], tmp_path / "out", tmp_path / "target")
+    carry_companions([*(tmp_path / place for place in texts), "no/model", ""], tmp_path / "out", tmp_path / "target")
     assert tree(tmp_path / "out") == {"LICENSE": b"its own", "base-LICENSE": b"the base's"}
 
 

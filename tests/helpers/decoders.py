@@ -1,7 +1,8 @@
-"""A tiny random model of every decoder that transformers maps, made from the family's own default config.
+"""A tiny random model of every decoder that transformers maps, with its vision part if it has one.
 
-Every size in the config is replaced by a small one, by its name; what decides the structure stays: kinds of layers,
-norms, multipliers, experts, caches. Lists with an entry for each layer are cut so that each kind is among them.
+It is made from the family's own default config. Every size in the config is replaced by a small one, by its name. What
+decides the structure stays: kinds of layers, norms, multipliers, experts, caches. Lists with an entry for each layer
+are cut so that each kind is among them.
 """
 
 from __future__ import annotations
@@ -171,9 +172,12 @@ def tiny_decoder(kind: str) -> Any:
     """A seeded float32 model in evaluation mode, biases and norms random as well. kind: a config type, or a release."""
     kind, settings = RELEASES.get(kind, (kind, {}))
     torch.manual_seed(0)
+    config = tiny_config(kind, **settings)
+    image = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    auto = transformers.AutoModelForImageTextToText if image else transformers.AutoModelForCausalLM
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = transformers.AutoModelForCausalLM.from_config(tiny_config(kind, **settings), dtype=torch.float32).eval()
+        model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1 and parameter.is_floating_point():

@@ -18,12 +18,13 @@ from ..errors import CheckpointError
 from ..locate_then_edit.edit import WeightEdit
 from ..models.adapters import PREFIX, adapter_base
 from ..models.architecture import stores_input_first
+from ..models.auto_class import auto_class, auto_class_name
 from ..storage.tensor_files import write_tensors
 from ..unlearning_token import UnlearningToken
+from .companions import carry_companions
 from .damage import misfits
 from .folder import bytes_of
 from .integrity import Examined, examine
-from .licences import carry_licences
 from .older_transformers import write_for_older_transformers
 from .originals import Originals
 from .place import OutputFolder, output_folder
@@ -36,9 +37,9 @@ base model's own files do not change. Use `peft` 0.18 or later, and the path of 
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
-base = AutoModelForCausalLM.from_pretrained("{model}"{untied})
+base = {auto}.from_pretrained("{model}"{untied})
 {resize}model = PeftModel.from_pretrained(base, "{folder}")
 ```
 
@@ -83,9 +84,10 @@ def _exported(found: Examined, place: OutputFolder, step: int | None) -> Path:
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
         (staging / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
         _save_tokenizer(source, staging)
-        readme = _readme(checkpoint, edit, token, place.path, steps) + _note_on_names(source, config)
+        auto = auto_class_name(skeleton.config)
+        readme = _readme(checkpoint, edit, token, place.path, steps, auto) + _note_on_names(source, config)
         (staging / "README.md").write_text(readme, encoding="utf-8")
-        carry_licences([source], staging, place.path)
+        carry_companions([source], staging, place.path)
     return place.path
 
 
@@ -114,10 +116,11 @@ def _exportable(
 
 def _skeleton(source: Path, has_token: bool) -> Any:
     """The model without its weights, for the names and kinds of its modules."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        model = auto_class(config).from_config(config)
     if has_token and getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise CheckpointError(
             f"The head of {type(model).__name__} has a bias, which PEFT's token rows leave out of the logits. Use the "
@@ -202,7 +205,9 @@ def _save_tokenizer(source: Path, staging: Path) -> None:
     write_for_older_transformers(staging)
 
 
-def _readme(checkpoint: Checkpoint, edit: WeightEdit, token: UnlearningToken | None, target: Path, steps: int) -> str:
+def _readme(
+    checkpoint: Checkpoint, edit: WeightEdit, token: UnlearningToken | None, target: Path, steps: int, auto: str
+) -> str:
     manifest = checkpoint.manifest
     resize = ""
     if token is not None and manifest["token"]["rows_added"]:
@@ -212,6 +217,7 @@ def _readme(checkpoint: Checkpoint, edit: WeightEdit, token: UnlearningToken | N
         model=manifest["model"],
         requests=sum(entry["requests"] for entry in manifest["steps"][:steps]),
         folder=target.name,
+        auto=auto,
         resize=resize,
         # Resizing must not tie a separate head to the embedding, whatever the config says.
         untied=", tie_word_embeddings=False" if token is not None and token.output_row is not None else "",

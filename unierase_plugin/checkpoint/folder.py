@@ -23,7 +23,7 @@ from ..models.stored_dtype import as_stored, stored_dtype
 from ..models.tying import is_tied, settled_config
 from ..storage.fingerprints import digest, model_fingerprint, plain
 from ..unlearning_token import UnlearningToken
-from .licences import carry_licences
+from .companions import carry_companions
 from .older_transformers import write_for_older_transformers
 from .originals import Originals
 from .place import OutputFolder, held
@@ -91,7 +91,7 @@ def save_checkpoint(
         tokenizer.save_pretrained(staging)
         write_for_older_transformers(staging)
         write_record(checkpoint, staging / RECORD)
-        carry_licences([str(manifest_extra["model"]), *_loaded_from(model)], staging, place.path)
+        carry_companions([str(manifest_extra["model"]), *_loaded_from(model)], staging, place.path)
         check_written(staging, model)
     return place.path
 
@@ -233,7 +233,7 @@ def save_plain(
         write_for_older_transformers(staging)
         for name, text in notes.items():
             (staging / name).write_text(text, encoding="utf-8")
-        carry_licences([*models, *_loaded_from(model)], staging, place.path)
+        carry_companions([*models, *_loaded_from(model)], staging, place.path)
         check_written(staging, model)
     return place.path
 

@@ -234,6 +234,9 @@ def _task_for(forget: str) -> str:
 
 def _print_next_steps(console: Screen, result: UnlearnResult, out: Path, task: str) -> None:
     # Quoted for a shell and for Python, whatever is in a name.
+    from ..models.auto_class import auto_class_name
+
+    auto = auto_class_name(result.model.config)
     folder, named = shlex.quote(str(out)), json.dumps(str(out), ensure_ascii=False)
     # Methods that train the whole model keep no originals.
     revert = "" if result.changes.originals is None else f"    unierase revert {folder} --out original\n"
@@ -244,8 +247,8 @@ def _print_next_steps(console: Screen, result: UnlearnResult, out: Path, task: s
         return
     console.print(
         f"""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained({named})
+    from transformers import {auto}, AutoTokenizer
+    model = {auto}.from_pretrained({named})
     tokenizer = AutoTokenizer.from_pretrained({named})
 
 Go on with

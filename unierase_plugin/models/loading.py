@@ -15,6 +15,7 @@ from ..hparams import EditSettings, EngineSettings, HyperParams
 from ..storage.inputs import checked_path, no_folder
 from .adapters import adapter_base, check_tokenizer, first_base, merged, refuse_without_peft
 from .architecture import check_blocks
+from .auto_class import auto_class
 from .stored_dtype import round_to_stored, set_stored_dtype
 from .tying import is_tied, says_tied, settle_config
 from .weight_files import stored_weights
@@ -56,7 +57,8 @@ def choose_dtype(name: str, device: str) -> torch.dtype | str:
 def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or hub id. Device "auto" spreads the model over all GPUs (needs accelerate).
 
-    A PEFT adapter is opened as its base model with the adapter merged into the weights. A model that is loaded in
+    A PEFT adapter is opened as its base model with the adapter merged into the weights. An image-text model is opened
+    with its vision part, which no edit changes. A model that is loaded in
     float32 without a request for it remembers the checkpoint's dtype (`stored_dtype`).
 
     Raises ArchitectureError for anything but a causal language model in plain weights, and UniEraseError if there is no
@@ -186,13 +188,13 @@ def _load_merged(name: str, base: str, device: str, dtype: str) -> tuple[Any, An
 def open_weights(name: str, kind: Any = None, *args: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
     """The model with the weights of its files, and transformers' report on the keys. Raises what transformers raises.
 
-    kind   one of transformers' Auto classes; by default the one of causal language models
+    kind   one of transformers' Auto classes; by default the one that fits the config
 
     If the files have a head of their own, the model keeps it, whatever the config says. The config is then corrected.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    kind = kind or AutoModelForCausalLM
+    kind = kind or auto_class(AutoConfig.from_pretrained(name))
     opened: Any = kind.from_pretrained(name, *args, output_loading_info=True, **options)
     if _lost_its_head(name, opened[0]):
         options["tie_word_embeddings"] = False

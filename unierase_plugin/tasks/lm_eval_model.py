@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 
 from ..errors import UniEraseError, listed, shown
 from ..models.adapters import adapter_base, check_tokenizer, first_base, merged
+from ..models.auto_class import auto_class
 from ..models.generate import decode_answer, ends_alone, pad_token_id
 from ..models.literal import Rendered, literal_ids, names_in_spans
 from ..models.loading import open_weights, refuse_drawn, tokenizer_place
@@ -96,7 +97,8 @@ class WholeHF(HFLM):  # type: ignore[misc]
 
     def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         kind: Any = self.AUTO_MODEL_CLASS
-        self.AUTO_MODEL_CLASS: Any = _Whole(kind)
+        # lm-eval opens an image-text model without its vision part, or not at all.
+        self.AUTO_MODEL_CLASS: Any = _Whole(auto_class(self.config) if self.backend == "causal" else kind)
         try:
             super()._create_model(pretrained, *args, **kwargs)
         finally:

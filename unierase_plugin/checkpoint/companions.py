@@ -1,4 +1,4 @@
-"""The files that must go along with a model's weights: licences, notices and terms of use."""
+"""The files that go along with a model's weights: licences, notices and terms of use, and an image processor's."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ _NAME = re.compile(
 _OTHER = (".py", ".json", ".jsonl", ".csv", ".parquet", ".safetensors", ".bin", ".pt")
 #: The most bytes of such a file.
 LARGEST = 1 << 20
+#: What an image-text model needs beside its tokenizer. No edit changes it.
+PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 
 
-def carry_licences(models: Iterable[str | os.PathLike[str]], staging: Path, target: Path) -> None:
-    """Copies licences from the folders of `models`, or from the hub's copies on this machine, to `staging`.
+def carry_companions(models: Iterable[str | os.PathLike[str]], staging: Path, target: Path) -> None:
+    """Copies these files from the folders of `models`, or from the hub's copies on this machine, to `staging`.
 
-    If two models have different files of one name, the name of the second begins with "base-". The folder `target`,
-    which `staging` will replace, is left out: `contents.carry_over` handles its files.
+    If two models have different licences of one name, the name of the second begins with "base-". The first one's
+    processor wins. The folder `target`, which `staging` will replace, is left out: `contents.carry_over` handles its
+    files.
     """
     for model in dict.fromkeys(os.fspath(each) for each in models if os.fspath(each)):
         try:
@@ -37,6 +45,8 @@ def carry_licences(models: Iterable[str | os.PathLike[str]], staging: Path, targ
         for path in sorted(folder.iterdir()):
             if is_licence(path):
                 _copy(path, staging)
+            elif path.name in PROCESSOR and not (staging / path.name).exists():
+                shutil.copyfile(path, staging / path.name)
 
 
 def is_licence(path: Path) -> bool:
