@@ -143,6 +143,8 @@ class Context:
     holdout: tuple[ForgetRequest, ...] = ()
     form: str = "chat"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    #: Whether the chat template lets the model think before it answers. All other attacks ask behind an empty thought.
+    thinks: bool = False
     #: The text of the unlearning token, to name it in prompts and to remove it from answers; "" if there is none.
     token: str = ""
     #: Blocks whose projections were edited, if the folder's record tells them.
@@ -219,6 +221,8 @@ class Attack:
     #: Attacks one model. It leaves every weight as it was, to the bit.
     run: Callable[[Audited, Context], AttackResult] = field(repr=False)
     needs_token: bool = False
+    #: It needs a chat template that lets the model think first.
+    needs_thinking: bool = False
     #: A model that never knew the facts may do well at it, so a result means something only beside a reference model.
     needs_reference: bool = False
     #: It also looks into the unedited model (`Context.original`).

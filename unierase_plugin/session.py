@@ -24,6 +24,7 @@ from .models.literal import tell_special_names
 from .models.loaded import LoadedModel
 from .models.loading import check_stated_blocks, load
 from .models.prompts import PLAIN_FORM, has_chat_template
+from .models.thinking import tell_thinking
 from .plugins.registration import check_solver, registry
 from .results import UnlearnResult
 from .settings.values import checked_seed
@@ -87,6 +88,8 @@ class Session:
         settings = method.settle(model, settings)
         _tell_form(name, tokenizer, settings)
         check_chat_template(tokenizer, settings.chat_template_kwargs)
+        if "chat" in settings.prompt_forms:
+            tell_thinking(tokenizer, settings.chat_template_kwargs)
         loaded = LoadedModel.of(model, tokenizer, name, settings.max_batch_tokens)
         _check_unchanged(loaded.saved_fingerprint, record, name)
         return cls(

@@ -160,7 +160,8 @@ def test_a_folder_that_cannot_be_taken_back_is_refused_before_the_first_attack(
 def test_what_was_not_run_comes_first_and_forbids_removed(folder: Path, tmp_path: Path) -> None:
     report = audited(folder, tmp_path / "out")
     named = [entry["attack"] for entry in report["not_run"]]
-    assert set(named) == {attack.name for attack in ATTACKS} - {"plain", *FEW}
+    # The chat template has no thinking part.
+    assert set(named) == {attack.name for attack in ATTACKS} - {"plain", "thinking", *FEW}
     text = (tmp_path / "out" / "audit.html").read_text(encoding="utf-8")
     assert text.index("What was not run") < text.index('class="box verdict')
     assert not report["verdict"].startswith("removed")
@@ -336,7 +337,7 @@ def test_a_folder_without_a_record_needs_its_base(folder: Path, tmp_path: Path) 
     report = audit(
         folder / "reference", FORGET, base=folder / "base", sizes=SIZES, out=tmp_path / "out", attacks=("ban",)
     )
-    assert [entry["attack"] for entry in report["does_not_apply"]] == ["token-ban", "token-rows"]
+    assert [entry["attack"] for entry in report["does_not_apply"]] == ["token-ban", "token-rows", "thinking"]
     assert not {"token-ban", "token-rows"} & {entry["attack"] for entry in report["not_run"]}
     assert "prefill" in {entry["name"] for entry in report["attacks"]}
 
@@ -481,7 +482,7 @@ def test_the_page_needs_nothing_beside_itself(whole: Path) -> None:
     assert "https:" not in text
     assert "prefers-color-scheme: dark" in text
     for attack in ATTACKS:
-        assert (f"<h3>{attack.name}" in text) == (attack.name != "paraphrases")
+        assert (f"<h3>{attack.name}" in text) == (attack.name not in ("paraphrases", "thinking"))
 
 
 def test_what_models_say_is_no_markup(whole: Path) -> None:

@@ -38,15 +38,17 @@ def generate_answers(
     *,
     samples: int = 1,
     temperature: float = 0.0,
+    room: int = 0,
     progress: Callable[[float], None] = lambda share: None,
     **settings: Any,
 ) -> list[list[str]]:
     """Returns `samples` answers to each prompt. Temperature 0 is greedy. `settings` go to `models.generate.generate`.
 
-    The samples of a prompt share its cache. Special tokens other than the end stay in the text.
+    room: the most tokens of an answer; 0 for `new_tokens`. The samples of a prompt share its cache. Special tokens
+    other than the end stay in the text.
     """
     model, tokenizer = subject.model, subject.tokenizer
-    room, pad_id = new_tokens(subject, context), pad_token_id(model, tokenizer)
+    room, pad_id = room or new_tokens(subject, context), pad_token_id(model, tokenizer)
     lengths = [[0] * (len(each.ids) + room) for each in prompts]
     out: list[list[str]] = [[] for _ in prompts]
     done = 0

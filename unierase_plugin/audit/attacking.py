@@ -10,6 +10,7 @@ from pathlib import Path
 from ..models.chat_templates import check_chat_template
 from ..models.literal import tell_special_names
 from ..models.prompts import has_chat_template
+from ..models.thinking import thinking_of
 from ..plugins.catalogue import BUILT_IN, Catalogue
 from .attacks import in_order
 from .contract import REFERENCE, UNEDITED, Attack, AttackResult, Audited, Context
@@ -51,19 +52,27 @@ def settle(context: Context, known: Catalogue[Attack], chosen: tuple[Attack, ...
         token=token,
         form="chat" if has_chat_template(tokenizer) else "plain",
         template_kwargs=settings.get("chat_template_kwargs") or {},
+        thinks=bool(thinking_of(tokenizer, settings.get("chat_template_kwargs"))),
         layers=tuple(record.manifest["layers"]) if record else (),
     )
     names = {attack.name for attack in chosen}
     missing = {attack.name: "not chosen (--attacks)" for attack in in_order(known) if attack.name not in names}
     missing.update({attack.name: attack.unfit(context) for attack in chosen if attack.unfit(context)})
-    needing = [] if token else [attack.name for attack in in_order(known) if attack.needs_token]
-    inapplicable = dict.fromkeys(needing, "the model has no unlearning token")
+    inapplicable = {
+        attack.name: why
+        for needs, has, why in (
+            ("needs_token", token, "the model has no unlearning token"),
+            ("needs_thinking", context.thinks, "the chat template has no thinking part"),
+        )
+        for attack in in_order(known)
+        if getattr(attack, needs) and not has
+    }
     check_chat_template(tokenizer, context.template_kwargs)
     return AuditState(
         context=context,
         known=known,
         attacks=chosen,
-        not_run={name: why for name, why in missing.items() if name not in needing},
+        not_run={name: why for name, why in missing.items() if name not in inapplicable},
         inapplicable=inapplicable,
     )
 

@@ -18,6 +18,7 @@ from ..errors import DependencyError, HyperParamsError, shown
 from ..facts.request import ForgetRequest
 from ..hparams import UniEraseHyperParams
 from ..models.literal import tell_special_names
+from ..models.thinking import to_answer
 from ..plugins.hookspecs import Host
 from ..settings.values import coerced
 
@@ -282,7 +283,7 @@ def _asked_in_chat_too(editor: Any, locality: Mapping[str, Any]) -> dict[str, An
         if isinstance(prompt, (list, tuple)):
             return [asked(each) for each in prompt]
         turns = [{"role": "user", "content": prompt}]
-        return prompt and editor.tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return prompt and to_answer(editor.tok, turns)
 
     both: dict[str, Any] = {}
     for name, neighbours in locality.items():

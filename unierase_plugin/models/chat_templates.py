@@ -92,16 +92,30 @@ def _asks_date(tokenizer: Any, settings: Mapping[str, Any]) -> bool:
 
 def _read(tokenizer: Any) -> tuple[list[str], str]:
     """Names that the template reads, which it may take as settings, and the format in which it wants the date."""
-    from jinja2 import Environment, TemplateError, nodes
+    from jinja2 import nodes
 
     template, form = tokenizer.get_chat_template(), "%d %b %Y"
-    try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except TemplateError:  # transformers has further tags
-        return [], form
-    for call in tree.find_all(nodes.Call):
+    tree = _parsed(template)
+    for call in tree.find_all(nodes.Call) if tree else ():
         if isinstance(call.node, nodes.Name) and call.node.name == "strftime_now" and call.args:
             form = str(getattr(call.args[0], "value", form))
-    names = dict.fromkeys(node.name for node in tree.find_all(nodes.Name))
+    return read_names(template), form
+
+
+def read_names(template: str) -> list[str]:
+    """Names that a template reads, which it may take as settings, in their order; none if Jinja cannot parse it."""
+    from jinja2 import nodes
+
+    tree = _parsed(template)
+    names = dict.fromkeys(node.name for node in tree.find_all(nodes.Name)) if tree else {}
     known = {"messages", "strftime_now", "raise_exception", "add_generation_prompt"}
-    return [name for name in names if name not in known], form
+    return [name for name in names if name not in known]
+
+
+def _parsed(template: str) -> Any:
+    from jinja2 import Environment, TemplateError
+
+    try:
+        return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except TemplateError:  # transformers has further tags
+        return None

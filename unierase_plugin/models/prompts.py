@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import RequestError
 from .chat_templates import templated
 from .literal import as_text, literal_ids, rendered
+from .thinking import to_answer
 
 PLAIN_FORM = "Question: {question}\nAnswer:"
 
@@ -17,12 +18,15 @@ def has_chat_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render(tokenizer: Any, question: str, form: str, template_kwargs: Mapping[str, Any] | None = None) -> str:
+def render(
+    tokenizer: Any, question: str, form: str, template_kwargs: Mapping[str, Any] | None = None, *, thinks: bool = False
+) -> str:
     """The text in which a question reaches the model, up to where its answer begins.
 
-    `form` is "chat", "plain", or "bare" (the question alone, as editing harnesses ask it). `encode` reads names of
-    special tokens in the question as text (`literal`). Raises UniEraseError if the template raises, or changes such a
-    question.
+    `form` is "chat", "plain", or "bare" (the question alone, as editing harnesses ask it). Where a chat template lets
+    the model think first, the text ends behind an empty thinking part (`thinking`); with `thinks` it ends where the
+    template ends, so that the model thinks. `encode` reads names of special tokens in the question as text
+    (`literal`). Raises UniEraseError if the template raises, or changes such a question.
     """
     if form == "bare":
         return as_text(tokenizer, question)
@@ -30,7 +34,8 @@ def render(tokenizer: Any, question: str, form: str, template_kwargs: Mapping[st
         return rendered(tokenizer, lambda parts: PLAIN_FORM.format(question=parts[0]), [question])
 
     def write(parts: Sequence[str]) -> str:
-        return templated(tokenizer, [{"role": "user", "content": parts[0]}], template_kwargs)
+        turns = [{"role": "user", "content": parts[0]}]
+        return (templated if thinks else to_answer)(tokenizer, turns, template_kwargs)
 
     return rendered(tokenizer, write, [question])
 

@@ -160,7 +160,7 @@ def _starts(tokenizer: Any, openings: Sequence[str]) -> list[list[int]]:
     starts = []
     for opening in openings or ("The",):
         if has_chat_template(tokenizer):
-            starts.append(encode(tokenizer, render(tokenizer, opening, "chat"), "chat"))
+            starts.append(encode(tokenizer, render(tokenizer, opening, "chat", thinks=True), "chat"))
         starts.append(begun(tokenizer, " ".join(opening.split()[:2])))
     return starts
 

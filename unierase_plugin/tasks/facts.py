@@ -19,6 +19,7 @@ from ..facts.resources import demo_facts, lines
 from ..hparams import UniEraseHyperParams
 from ..models.literal import rendered, spanned, tell_special_names
 from ..models.prompts import PLAIN_FORM
+from ..models.thinking import thinking_of, to_answer
 from ..plugins.catalogue import BUILT_IN
 from ..plugins.hookspecs import AnswerMetric
 from ..plugins.registration import answer_metrics, registry
@@ -124,7 +125,9 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
 
     def build_all_requests(self, *, chat_template: Callable[..., str] | None = None, **options: Any) -> None:
         # A method of the model renders the chat template, so the model can be read off it.
-        self.prepare(getattr(chat_template, "__self__", None), bool(options.get("apply_chat_template")))
+        model = getattr(chat_template, "__self__", None)
+        self.prepare(model, bool(options.get("apply_chat_template")))
+        chat_template = None if chat_template is None else _at_the_answer(model, chat_template)
         # lm-eval caches built requests by the name of the task alone, even if the facts come from another folder.
         options["cache_requests"] = False
         super().build_all_requests(chat_template=chat_template, **options)
@@ -210,6 +213,23 @@ class Facts(ConfigurableTask):  # type: ignore[misc]
         more = {metric.name: metric.forget if forget else metric.keep for metric in self.more}
         better = {name: None if not way or not self.role else way > 0 for name, way in more.items()}
         return {**directions, "gibberish": False, **better}
+
+
+def _at_the_answer(model: Any, chat_template: Callable[..., str]) -> Callable[..., str]:
+    """The function that renders a chat, but with an empty thinking part where the template lets the model think."""
+    tokenizer = getattr(model, "tokenizer", None)
+    # lm-eval itself gives enable_thinking to every template. Its other arguments are the user's.
+    given = getattr(model, "chat_template_args", None) or {}
+    settings = {name: value for name, value in given.items() if name != "enable_thinking"}
+    if tokenizer is None or not thinking_of(tokenizer, settings):
+        return chat_template
+
+    def write(history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        if not add_generation_prompt:
+            return chat_template(history, add_generation_prompt=False)
+        return to_answer(tokenizer, history, settings)
+
+    return write
 
 
 def _read(spec: str) -> Sequence[ForgetRequest]:

@@ -121,6 +121,14 @@ ATTACKS: tuple[Attack, ...] = (
         run=_in("rewording", "fill_in"),
     ),
     Attack(
+        name="thinking",
+        group="words",
+        asks="The question, with the model thinking first: is the fact in its thoughts, or in the answer after them?",
+        cost="one long answer a fact",
+        run=_in("thoughts"),
+        needs_thinking=True,
+    ),
+    Attack(
         name="multiple-choice",
         group="words",
         asks="Which of four answers is the true one?",

@@ -16,8 +16,9 @@ from ...locate_then_edit.value_loss import ValueTarget
 from ...models.architecture import Architecture
 from ...models.generate import token_leak
 from ...models.prompts import answer_text
+from ...models.thinking import thinking_of
 from ...statistics.second_moment import SecondMoment
-from ...storage.fingerprints import CACHE_VERSION, digest
+from ...storage.fingerprints import CACHE_VERSION, digest, plain
 from ...unlearning_token import UnlearningToken, answer_ids, choose_sentence, end_id, installed, learn_token
 from .engine import Editing, Goal, Own
 
@@ -33,6 +34,7 @@ def learned_token(editing: Editing, arch: Architecture, corpus: SecondMoment) ->
         sentences = sentences[: h.token_num_sentences]
         settings = {key: value for key, value in h.as_dict().items() if key.startswith(("token_", "unlearning_"))}
         noise = h.token_noise * _expected_size(editing, arch, corpus)
+        thinking = thinking_of(editing.tokenizer, h.chat_template_kwargs)
         key = digest(
             CACHE_VERSION,
             editing.job.fingerprint,
@@ -42,6 +44,8 @@ def learned_token(editing: Editing, arch: Architecture, corpus: SecondMoment) ->
             h.layers,
             h.seed,
             h.chat_template_kwargs,
+            # A template without a thinking part has the key of earlier versions.
+            *([plain([thinking.switches, thinking.closing])] if thinking else []),
             sentences,
             questions,
             text,
