@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unierase_plugin.errors import EditError
 from unierase_plugin.models.architecture import Architecture, find_architecture
-from unierase_plugin.models.prefix import cache_prefixes, continue_from
+from unierase_plugin.models.prefix import KeysAndValues, cache_prefixes, continue_from
 from unierase_plugin.models.trace import TokenBatch, pad, run_batches, run_blocks, token_batches
 
 #: Longer than the families' sliding windows, and of different lengths.
@@ -216,6 +216,7 @@ def test_a_pass_from_a_cache_may_start_at_any_block(arch: Architecture) -> None:
 @torch.no_grad()
 def test_a_prefix_serves_many_passes_unchanged(arch: Architecture) -> None:
     prefix = cache_prefixes(arch, [ids[:2] for ids in SEQUENCES], PAD)
+    assert isinstance(prefix, KeysAndValues)
     before = [tensor.clone() for tensor in (*prefix.keys, *prefix.values)]
     suffix = continue_from(prefix, [ids[2:] for ids in SEQUENCES], PAD)
     once, again = (every_logit(arch, suffix, cache=prefix.fresh()) for _ in range(2))

@@ -11,6 +11,7 @@ from einops import repeat
 from ..evaluation.answers import gives_answer
 from ..evaluation.metrics import folded, words
 from ..facts.request import ForgetRequest
+from ..models.earlier import keeps_plain_layers
 from ..models.generate import decode_answer, generate, pad_token_id
 from ..models.trace import TokenBatch, pad, run_blocks, token_batches
 from .contract import Audited, Context, Measure, Value
@@ -44,8 +45,8 @@ def generate_answers(
 ) -> list[list[str]]:
     """Returns `samples` answers to each prompt. Temperature 0 is greedy. `settings` go to `models.generate.generate`.
 
-    room: the most tokens of an answer; 0 for `new_tokens`. The samples of a prompt share its cache. Special tokens
-    other than the end stay in the text.
+    room: the most tokens of an answer; 0 for `new_tokens`. The samples of a prompt share its cache, if it holds keys
+    and values alone. Special tokens other than the end stay in the text.
     """
     model, tokenizer = subject.model, subject.tokenizer
     room, pad_id = room or new_tokens(subject, context), pad_token_id(model, tokenizer)
@@ -54,7 +55,7 @@ def generate_answers(
     done = 0
     for rows in token_batches(lengths, max(1, batch_tokens(subject) // samples)):
         batch = pad([prompts[row].ids for row in rows], pad_id, "left", model.get_input_embeddings().weight.device)
-        shared = _read(subject, batch, samples) if samples > 1 else {}
+        shared = _read(subject, batch, samples) if samples > 1 and keeps_plain_layers(model) else {}
         ids, mask = (
             repeat(each, "prompt token -> (prompt sample) token", sample=samples) for each in (batch.ids, batch.mask)
         )

@@ -57,7 +57,7 @@ class KeyStream:
         flat = [prompt.ids[: prompt.position + 1] for contexts in prompts for prompt in contexts]
         self._chunks = [
             _Chunk(torch.tensor(rows), pad([flat[row] for row in rows], pad_id, "left", arch.device))
-            for rows in token_batches(flat, max_tokens)
+            for rows in token_batches(flat, max_tokens, alike=not arch.pads_left)
         ]
         #: The block at which the next pass starts.
         self._at = 0

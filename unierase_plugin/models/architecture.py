@@ -6,15 +6,16 @@ hidden size that has an expansion beside it. Two tokens sent through the model c
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArchitectureError, shown
+from .earlier import accepts_position_ids, reads_left_padding
 from .tying import is_tied
 from .wrapping import refuse_wrapped
 
@@ -56,6 +57,18 @@ class Architecture:
     def device(self) -> torch.device:
         """The device of the embedding, where token ids enter."""
         return self.embedding.weight.device
+
+    @cached_property
+    def earlier(self) -> str:
+        """What of earlier tokens a pass can go on from: a key of `prefix.KINDS`. It is tried at the first use."""
+        from .prefix import kind_that_fits
+
+        return kind_that_fits(self)
+
+    @cached_property
+    def pads_left(self) -> bool:
+        """Whether texts may be padded on the left. It is tried at the first use."""
+        return reads_left_padding(self.model)
 
     def mlp_width(self, layer: int) -> int:
         projection = self.projections[layer]
@@ -114,7 +127,7 @@ def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp
         head=head,
         tied=is_tied(model),
         blocks_return_tuple=blocks_return_tuple,
-        accepts_position_ids="position_ids" in inspect.signature(model.forward).parameters,
+        accepts_position_ids=accepts_position_ids(model),
     )
 
 
@@ -194,14 +207,7 @@ def _linear_maps(block: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
 
 
 def _projection_names(model: Any, blocks: Mapping[str, nn.Module], hidden_size: int) -> tuple[str, ...]:
-    from .recurrent import refuse_recurrent
-
-    try:
-        return tuple(f"{name}.{_output_projection(name, block, hidden_size)}" for name, block in blocks.items())
-    except ArchitectureError:
-        # A recurrent block can look like several MLPs, or like none.
-        refuse_recurrent(model)
-        raise
+    return tuple(f"{name}.{_output_projection(name, block, hidden_size)}" for name, block in blocks.items())
 
 
 def _output_projection(block_name: str, block: nn.Module, hidden_size: int) -> str:
@@ -229,16 +235,20 @@ def _output_projection(block_name: str, block: nn.Module, hidden_size: int) -> s
             f"{', '.join(name for name, *_ in maps)}). Set rewrite_module_tmp, for example "
             "'model.layers.{}.mlp.down_proj'."
         )
-    return found[-1]
+    # Gemma 4 has a second, narrow one for its inputs of each layer.
+    wide = [name for name, _, width, _ in maps if name in found and width >= hidden_size]
+    return (wide or found)[-1]
 
 
 def _experts(block: nn.Module) -> str:
     """Name of a list of MLPs, or of weights stacked over experts, in a block; "" if the block has one MLP."""
+    routed = {out for _, _, _, out in _linear_maps(block)}
     for name, module in block.named_modules():
         listed = isinstance(module, nn.ModuleList) and len(module) > 1 and any(_linear_maps(module[0]))
-        # A convolution's kernel has three axes as well.
+        # A convolution's kernel has three axes as well, and so have the heads of some recurrent blocks: no router
+        # chooses between those.
         own = () if isinstance(module, nn.Conv1d) else module.parameters(recurse=False)
-        stacked = any(weight.ndim == 3 for weight in own)
+        stacked = any(weight.ndim == 3 and weight.shape[0] in routed for weight in own)
         if listed or stacked:
             return str(name)
     return ""

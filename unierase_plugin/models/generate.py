@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .earlier import keeps_plain_layers, reads_left_padding
 from .prompts import encode, render
 from .trace import pad, run_batches, token_batches
 
@@ -28,12 +29,28 @@ def generate(
 
     Greedy at temperature 0, else sampled from the whole distribution. Of the model's own settings only the end tokens
     count: beams, penalties and forbidden repetitions would change the measurement. `settings` go to the model's
-    `generate`.
+    `generate`. A model that reads padding as text is given prompts of one length at a time.
     """
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    lengths = mask.sum(1)
+    apart = bool((lengths < ids.shape[1]).any()) and not keeps_plain_layers(model) and not reads_left_padding(model)
+    groups = lengths.unique().tolist() if apart else [ids.shape[1]]
+    out = ids.new_full((len(ids), room), pad_id)
+    longest = 0
     with ends_alone(model, pad_id):
-        found: Tensor = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **drawn, **settings)
-    return found[:, ids.shape[1] :]
+        for length in groups:
+            rows = lengths == length if apart else slice(None)
+            found: Tensor = model.generate(
+                input_ids=ids[rows, -length:],
+                attention_mask=mask[rows, -length:],
+                max_new_tokens=room,
+                **drawn,
+                **settings,
+            )
+            written = found[:, length:]
+            out[rows, : written.shape[1]] = written
+            longest = max(longest, written.shape[1])
+    return out[:, :longest]
 
 
 @contextmanager

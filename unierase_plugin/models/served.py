@@ -1,11 +1,14 @@
 """Tries on a few tokens what the passes of an edit rely on, before anything takes time.
 
-It checks where a block's input is, what the block returns, what enters its projection, and whether a pass can start at
-a block or continue from keys and values of earlier tokens. A model that lacks one of these is refused with that reason.
+It checks where a block's input is, what the block returns, what enters its projection, and whether a padded pass, one
+that starts at a block, and one that goes on from earlier tokens give the logits of a plain pass. A model that lacks one
+of these is refused with that reason.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,44 +16,97 @@ from torch import Tensor
 
 from ..errors import ArchitectureError, reason
 from .architecture import Architecture
+from .earlier import CUTS, ROWS, agree, evaluating, in_float32
 from .prefix import cache_prefixes, continue_from
-from .recurrent import ROWS, evaluating, refuse_recurrent
-from .trace import TokenBatch, pad, run_blocks
+from .trace import pad, run_blocks
 
-#: How far the logits of two ways may differ, in standard deviations of all logits: in float32, and in coarser types.
-EXACT, COARSE = 0.01, 0.3
+#: Two texts of three tokens, on which the shapes of a block's parts are looked at.
+ALIKE = ((1, 2, 3), (3, 1, 2))
 
 
-def check_served(arch: Architecture) -> None:
-    """Raises ArchitectureError with the reason if a pass of an edit would fail or give wrong results."""
+@torch.no_grad()
+def check_served(arch: Architecture, starts: Sequence[int] = ()) -> None:
+    """Raises ArchitectureError with the reason if a pass of an edit would fail or give wrong results.
+
+    starts: blocks at which passes begin; the middle one is tried too.
+    """
     model = arch.model
-    with evaluating(model), torch.no_grad():
+    with evaluating(model):
         _check_parts(arch)
-        refuse_recurrent(model)
-        try:
-            batch = pad(ROWS, 0, "left", arch.device)
-            whole = _logits(arch, batch)
-            ways = {
-                f"begins at block {len(arch.blocks) // 2}": _from_the_middle(arch, batch),
-                "goes on from keys and values of earlier tokens": _from_a_prefix(arch),
-            }
-        except Exception as error:  # whatever a model's own code raises
-            raise ArchitectureError(
-                f"{type(model).__name__} does not run as an edit's passes run it: {type(error).__name__}: "
-                f"{reason(error)}. UniErase edits decoder-only models of like attention blocks."
-            ) from error
-        allowed = (EXACT if whole.dtype == torch.float32 else COARSE) * whole.float().std()
-        for way, found in ways.items():
-            # Another check reports NaN in the weights.
-            if bool((found[:, -1].float() - whole[:, -1].float()).abs().max() > allowed):
+        with in_float32(model) as exact:
+            try:
+                found = list(_ways(arch, {len(arch.blocks) // 2, *starts}))
+            except ArchitectureError:
+                raise
+            except Exception as error:  # whatever a model's own code raises
+                raise ArchitectureError(
+                    f"{type(model).__name__} does not run as an edit's passes run it: {type(error).__name__}: "
+                    f"{reason(error)}. UniErase edits decoder-only models whose blocks run one after another."
+                ) from error
+        for way, logits, wanted in found:
+            if not agree(logits, wanted, exact):
                 raise ArchitectureError(
                     f"{type(model).__name__} gives other logits when a pass {way}, so that an edit cannot be computed. "
-                    "UniErase edits decoder-only models of like attention blocks."
+                    "UniErase edits decoder-only models whose blocks run one after another and read earlier tokens."
                 )
+
+
+def _ways(arch: Architecture, starts: set[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What is said of a way to run the model, its logits (tokens, V), and those of a plain pass; for each text."""
+    plain = [arch.model(torch.tensor([row], device=arch.device), use_cache=False).logits[0] for row in ROWS]
+    batch = pad(ROWS, 0, "right", arch.device)
+    for way, logits in (
+        ("is padded on the right", run_blocks(arch, batch).logits),
+        *((f"begins at block {start}", _from_block(arch, start)) for start in sorted(starts) if start),
+    ):
+        yield from ((way, row[: len(wanted)], wanted) for row, wanted in zip(logits, plain, strict=True))
+    prefix = cache_prefixes(arch, [row[:cut] for row, cut in zip(ROWS, CUTS, strict=True)], 0)
+    suffix = continue_from(prefix, [row[cut:] for row, cut in zip(ROWS, CUTS, strict=True)], 0)
+    logits = run_blocks(arch, suffix, cache=prefix.fresh()).logits
+    for row, wanted, cut in zip(logits, plain, CUTS, strict=True):
+        yield "goes on from earlier tokens", row[: len(wanted) - cut], wanted[cut:]
+
+
+def _from_block(arch: Architecture, start: int) -> Tensor:
+    batch = pad(ROWS, 0, "right", arch.device)
+    below = run_blocks(arch, batch, last=start - 1).hidden
+    logits: Tensor = run_blocks(arch, batch, first=start, hidden=below).logits
+    return logits
 
 
 def _check_parts(arch: Architecture) -> None:
     """Checks the shapes of everything that enters and leaves each block and projection."""
+    seen = _parts(arch, ALIKE)
+    rows, columns = len(ALIKE), len(ALIKE[0])
+    for layer, name in enumerate(arch.projection_names):
+        width = arch.mlp_width(layer)
+        spots: dict[str, list[tuple[int, ...]]] = {
+            f"the input of block {layer}": [(rows, columns, arch.hidden_size)],
+            f"the output of block {layer}": [(rows, columns, arch.hidden_size)],
+            f"the input of {name}": [(rows, columns, width), (rows * columns, width)],
+        }
+        for spot, shapes in spots.items():
+            found = seen.get(spot)
+            if not isinstance(found, Tensor) or tuple(found.shape) not in shapes:
+                what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise ArchitectureError(
+                    f"In {type(arch.model).__name__}, {spot} is {what} for {rows} texts of {columns} tokens, not "
+                    f"{list(shapes[0])}: an edit could not tell whose token is whose. UniErase edits decoder-only "
+                    "models whose blocks take and give (texts, tokens, width)."
+                )
+    flat = [f"the input of {name}" for name in arch.projection_names if seen[f"the input of {name}"].ndim == 2]
+    if flat:
+        alone = _parts(arch, ALIKE[-1:])
+        for spot in flat:
+            if not agree(seen[spot][-columns:], alone[spot].reshape(columns, -1), seen[spot].dtype == torch.float32):
+                raise ArchitectureError(
+                    f"In {type(arch.model).__name__}, {spot} does not hold one text's tokens after another: an edit "
+                    "could not tell whose token is whose. UniErase edits models that keep the order of tokens."
+                )
+
+
+def _parts(arch: Architecture, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What enters and leaves each block and projection in a plain pass."""
     seen: dict[str, Any] = {}
 
     def entering(name: str) -> Any:
@@ -60,57 +116,16 @@ def _check_parts(arch: Architecture) -> None:
         return look
 
     def leaving(name: str) -> Any:
-        return lambda module, args, output: seen.update({name: output})
+        def look(module: Any, args: Any, output: Any) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) and arch.blocks_return_tuple else output
 
-    handles = []
-    for layer, (block, projection) in enumerate(zip(arch.blocks, arch.projections, strict=True)):
-        module: Any = projection
-        handles += [
-            block.register_forward_pre_hook(entering(f"the input of block {layer}"), with_kwargs=True),
-            block.register_forward_hook(leaving(f"the output of block {layer}")),
-            module.register_forward_pre_hook(
-                entering(f"the input of {arch.projection_names[layer]}"), with_kwargs=True
-            ),
-        ]
-    try:
-        arch.model(torch.tensor(ROWS, device=arch.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    rows, columns = len(ROWS), len(ROWS[0])
-    for layer, name in enumerate(arch.projection_names):
-        spots = {
-            f"the input of block {layer}": arch.hidden_size,
-            f"the output of block {layer}": arch.hidden_size,
-            f"the input of {name}": arch.mlp_width(layer),
-        }
-        for spot, width in spots.items():
-            found = seen.get(spot)
-            if isinstance(found, tuple) and arch.blocks_return_tuple and "output" in spot:
-                found = found[0]
-            wanted = (rows, columns, width)
-            if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
-                what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise ArchitectureError(
-                    f"In {type(arch.model).__name__}, {spot} is {what} for {rows} texts of {columns} tokens, not "
-                    f"{list(wanted)}: an edit could not tell whose token is whose. UniErase edits decoder-only models "
-                    "whose blocks take and give (texts, tokens, width)."
-                )
+        return look
 
-
-def _logits(arch: Architecture, batch: TokenBatch, **way: Any) -> Tensor:
-    found: Tensor = run_blocks(arch, batch, **way).logits
-    return found
-
-
-def _from_the_middle(arch: Architecture, batch: TokenBatch) -> Tensor:
-    middle = len(arch.blocks) // 2
-    if not middle:
-        return _logits(arch, batch)
-    below = run_blocks(arch, batch, last=middle - 1).hidden
-    return _logits(arch, batch, first=middle, hidden=below)
-
-
-def _from_a_prefix(arch: Architecture) -> Tensor:
-    prefix = cache_prefixes(arch, [row[:-1] for row in ROWS], 0)
-    return _logits(arch, continue_from(prefix, [row[-1:] for row in ROWS], 0), cache=prefix.fresh())
+    with ExitStack() as stack:
+        for layer, (block, projection) in enumerate(zip(arch.blocks, arch.projections, strict=True)):
+            for module, name in ((block, f"block {layer}"), (projection, arch.projection_names[layer])):
+                look = entering(f"the input of {name}")
+                stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(leaving(f"the output of block {layer}")).remove)
+        arch.model(torch.tensor(texts, device=arch.device), use_cache=False)
+    return seen

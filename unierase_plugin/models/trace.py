@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import EditError
+from ..errors import ArchitectureError, EditError
 from .architecture import Architecture
+from .earlier import replaced_forward
 
 Edit = Callable[[Tensor], Tensor]
 #: Receives a tensor. What it returns, unless None, replaces the tensor.
@@ -68,11 +69,17 @@ def pad(sequences: Sequence[Sequence[int]], fill: int, side: str, device: torch.
     return TokenBatch(ids.to(device), mask.to(device), positions.to(device))
 
 
-def token_batches(sequences: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of sequences, longest first, in batches of at most `max_tokens` padded tokens (at least one sequence)."""
+def token_batches(sequences: Sequence[Sequence[int]], max_tokens: int, alike: bool = False) -> Iterator[list[int]]:
+    """Indices of sequences, longest first, in batches of at most `max_tokens` padded tokens (at least one sequence).
+
+    alike: whether the sequences of a batch have one length, so that nothing is padded.
+    """
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
     while order:
-        size = max(1, max_tokens // max(1, len(sequences[order[0]])))
+        longest = len(sequences[order[0]])
+        size = max(1, max_tokens // max(1, longest))
+        if alike:
+            size = min(size, sum(len(sequences[index]) == longest for index in order))
         yield order[:size]
         order = order[size:]
 
@@ -119,13 +126,30 @@ def run_blocks(
     """One pass through blocks `first` to `last`, or on through the head if `last` is None.
 
     hidden      (B, T, d): the input of block `first`; the blocks below are skipped. Gradients flow through it.
-    cache       a transformers cache of P earlier positions; it grows in place.
+    cache       P earlier positions: a transformers cache, which grows in place, or the tokens themselves.
     inputs_of   layers whose projection input is kept; `outputs_of`: layers whose block output is kept.
     edit        (layer, function): replaces the output of that block.
     embed       replaces the output of the embedding.
     head_at     (rows, columns), each (N,): the only positions for which logits are computed.
+
+    Raises ArchitectureError where a part that is kept or replaced is not (B, T, width).
     """
+    if isinstance(cache, EarlierTokens):
+        return _run_after(
+            cache,
+            arch,
+            batch,
+            first=first,
+            hidden=hidden,
+            last=last,
+            inputs_of=inputs_of,
+            outputs_of=outputs_of,
+            edit=edit,
+            embed=embed,
+            head_at=head_at,
+        )
     trace = Trace()
+    rows = _rows_of(arch, batch)
     with ExitStack() as stack:
         if first:
             if hidden is None:
@@ -138,13 +162,14 @@ def run_blocks(
         if embed is not None:
             stack.callback(arch.embedding.register_forward_hook(lambda m, a, out: embed(out)).remove)
         for layer in inputs_of:
-            _hook(stack, arch.projections[layer], pre=_keeping(trace.projection_inputs, layer))
+            _hook(stack, arch.projections[layer], pre=_keeping(trace.projection_inputs, layer, rows))
         if edit is not None:
-            _hook(stack, arch.blocks[edit[0]], post=edit[1])
+            edited, change = edit
+            _hook(stack, arch.blocks[edited], post=lambda x: change(rows(x)))
         for layer in outputs_of:
-            _hook(stack, arch.blocks[layer], post=_keeping(trace.outputs, layer))
+            _hook(stack, arch.blocks[layer], post=_keeping(trace.outputs, layer, rows))
         if last is not None:
-            _hook(stack, arch.blocks[last], post=lambda x: _stop(trace, x))
+            _hook(stack, arch.blocks[last], post=lambda x: _stop(trace, rows(x)))
         _hook(stack, arch.head, pre=lambda x: _at_head(trace, x, head_at))
         try:
             logits = _call(arch, batch, cache).logits
@@ -162,9 +187,27 @@ def _call(arch: Architecture, batch: TokenBatch, cache: Any) -> Any:
     )
 
 
-def _keeping(kept: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+def _rows_of(arch: Architecture, batch: TokenBatch) -> Edit:
+    """Gives what a pass shows of each token as (B, T, width). Some models flatten it to (B T, width) on the way."""
+    rows, columns = batch.ids.shape
+
+    def view(seen: Tensor) -> Tensor:
+        if seen.ndim == 2 and len(seen) == rows * columns:
+            return seen.reshape(rows, columns, -1)
+        if seen.ndim == 3 and seen.shape[:2] == (rows, columns):
+            return seen
+        raise ArchitectureError(
+            f"In {type(arch.model).__name__}, a part of a block gives {list(seen.shape)} for {rows} texts of "
+            f"{columns} tokens, not one vector for each token. UniErase edits decoder-only models whose blocks take "
+            "and give (texts, tokens, width)."
+        )
+
+    return view
+
+
+def _keeping(kept: dict[int, Tensor], layer: int, rows: Edit) -> Callable[[Tensor], None]:
     def keep(seen: Tensor) -> None:
-        kept[layer] = seen
+        kept[layer] = rows(seen)
 
     return keep
 
@@ -212,14 +255,93 @@ def _passed_over(arch: Architecture, blocks: Sequence[nn.Module]) -> Iterator[No
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, None) if arch.blocks_return_tuple else hidden
 
-    own = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = hand_on
+    with replaced_forward(blocks, hand_on):
         yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = forward
+
+
+# --- without a cache --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EarlierTokens:
+    """The tokens (B, P) before a batch, left-padded, and their mask: they run again with every pass.
+
+    It takes the place of a cache where a model's own is wrong for this. The states (B, P', d) that enter the block at
+    which passes begin are kept, so the blocks below it run once.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    _entering: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @torch.no_grad()
+    def entering(self, arch: Architecture, first: int) -> Tensor:
+        """The states of these tokens, right-padded, that enter block `first`."""
+        if first not in self._entering:
+            none = TokenBatch(self.ids[:, :0], self.mask, self.ids[:, :0])
+            found = run_blocks(arch, self.before(none)[0], last=first - 1).hidden
+            self._entering.clear()
+            self._entering[first] = found
+        return self._entering[first]
+
+    def before(self, batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
+        """The whole texts, right-padded (B, W), and the columns (B, S) at which the batch's tokens stand in them."""
+        lengths, width = self.mask.sum(1, keepdim=True), batch.ids.shape[1]
+        columns = lengths + torch.arange(width, device=lengths.device)
+        places = torch.arange(int(lengths.max()) + width, device=lengths.device).expand(len(lengths), -1)
+        source = (places + self.ids.shape[1] - lengths).clamp(max=self.ids.shape[1] - 1)
+        own = batch.mask[:, batch.mask.shape[1] - width :]
+        ids = self.ids.gather(1, source).scatter(1, columns, batch.ids)
+        mask = (places < lengths).to(own.dtype).scatter(1, columns, own)
+        return TokenBatch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0)), columns
+
+
+def _run_after(
+    earlier: EarlierTokens,
+    arch: Architecture,
+    batch: TokenBatch,
+    *,
+    first: int,
+    hidden: Tensor | None,
+    edit: tuple[int, Edit] | None,
+    embed: Edit | None,
+    head_at: tuple[Tensor, Tensor] | None,
+    **settings: Any,
+) -> Trace:
+    """`run_blocks` over whole texts, with everything that it takes and gives at the batch's own tokens alone."""
+    whole, columns = earlier.before(batch)
+
+    def at(seen: Tensor) -> Tensor:
+        return columns.to(seen.device)[..., None].expand(*columns.shape, seen.shape[-1])
+
+    def own(seen: Tensor) -> Tensor:
+        return seen.gather(1, at(seen))
+
+    def changing(change: Edit) -> Edit:
+        return lambda seen: seen.scatter(1, at(seen), change(own(seen)))
+
+    if hidden is not None:
+        below = earlier.entering(arch, first)
+        room = whole.ids.shape[1] - below.shape[1]
+        below = torch.nn.functional.pad(below, (0, 0, 0, room)).to(hidden)
+        hidden = below.scatter(1, at(below), hidden)
+    if head_at is not None:
+        rows, places = (each.to(columns.device) for each in head_at)
+        head_at = (rows, columns[rows, places])
+    trace = run_blocks(
+        arch,
+        whole,
+        first=first,
+        hidden=hidden,
+        edit=None if edit is None else (edit[0], changing(edit[1])),
+        embed=None if embed is None else changing(embed),
+        head_at=head_at,
+        **settings,
+    )
+    if trace.hidden is not None:
+        trace.hidden = own(trace.hidden)
+    if trace.logits is not None and head_at is None:
+        trace.logits = own(trace.logits)
+    for seen in (trace.projection_inputs, trace.outputs):
+        seen.update({layer: own(found) for layer, found in seen.items()})
+    return trace

@@ -138,8 +138,9 @@ def likeliest_by_block(subject: Audited, prompts: Sequence[Prompt], top: int) ->
     arch, pad_id = subject.arch, pad_token_id(subject.model, subject.tokenizer)
     layers = range(len(arch.blocks))
     out: list[list[list[int]]] = [[] for _ in prompts]
-    for rows in token_batches([each.ids for each in prompts], tokens_for_logits(subject.model)):
-        batch = pad([prompts[row].ids for row in rows], pad_id, "left", arch.device)
+    ids = [each.ids for each in prompts]
+    for rows in token_batches(ids, tokens_for_logits(subject.model), alike=not arch.pads_left):
+        batch = pad([ids[row] for row in rows], pad_id, "left", arch.device)
         seen = run_blocks(arch, batch, outputs_of=layers, last=layers[-1]).outputs
         for hidden in _last_states(seen):
             logits = _unbanned(subject, _read_out(arch, batch, hidden))

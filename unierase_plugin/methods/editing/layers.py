@@ -20,7 +20,8 @@ def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperPara
             f"layers = {shown(list(layers))}: the last block cannot be edited, since no attention follows it to carry "
             f"the edit from the fact to the answer. Choose from 0 to {len(arch.blocks) - 2}."
         )
-    check_served(arch)
+    # Passes of values begin after the last edited block.
+    check_served(arch, [layers[-1] + 1])
     settled = hparams.replace(layers=layers)
     return settle_removal(arch, settled) if hparams.remove else settled
 
