@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ArchitectureError, shown
 from .earlier import accepts_position_ids, reads_left_padding
+from .quantised import method_of
 from .tying import is_tied
 from .wrapping import refuse_wrapped
 
@@ -142,7 +143,7 @@ def refuse_unfit(model: Any) -> None:
         raise ArchitectureError(f"{kind} is a sequence-to-sequence model. UniErase edits decoder-only language models.")
     if getattr(config, "quantization_config", None) is not None:
         raise ArchitectureError(
-            f"{kind} has quantised weights ({_quantisation(config.quantization_config)}), which a closed-form edit "
+            f"{kind} has quantised weights ({method_of(config.quantization_config)}), which a closed-form edit "
             "cannot change. Load the original bf16, fp16 or fp32 weights, edit them, and quantise the result."
         )
     if getattr(model, "_tp_plan", None) and getattr(model, "tp_size", None) not in (None, 1):
@@ -151,11 +152,6 @@ def refuse_unfit(model: Any) -> None:
         )
     if model.get_output_embeddings() is None:
         raise ArchitectureError(f"{kind} has no language-model head. Load it with AutoModelForCausalLM.")
-
-
-def _quantisation(config: Any) -> str:
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    return str(getattr(method, "value", method) or "unnamed")
 
 
 def _fill(model: nn.Module, template: str, index: int) -> str:

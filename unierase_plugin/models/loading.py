@@ -16,6 +16,7 @@ from ..storage.inputs import checked_path, no_folder
 from .adapters import adapter_base, check_tokenizer, first_base, merged, refuse_without_peft
 from .architecture import check_blocks
 from .auto_class import auto_class
+from .quantised import dequantising, dtype_of, settle_dequantised, tell_dequantised
 from .stored_dtype import round_to_stored, set_stored_dtype
 from .tying import is_tied, says_tied, settle_config
 from .weight_files import stored_weights
@@ -58,8 +59,8 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
     """(model, tokenizer) from a folder or hub id. Device "auto" spreads the model over all GPUs (needs accelerate).
 
     A PEFT adapter is opened as its base model with the adapter merged into the weights. An image-text model is opened
-    with its vision part, which no edit changes. A model that is loaded in
-    float32 without a request for it remembers the checkpoint's dtype (`stored_dtype`).
+    with its vision part, which no edit changes. Quantised weights are de-quantised where transformers can. A model
+    that is loaded in float32 without a request for it remembers the checkpoint's dtype (`stored_dtype`).
 
     Raises ArchitectureError for anything but a causal language model in plain weights, and UniEraseError if there is no
     such model.
@@ -76,8 +77,11 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
     config = read_config(name)
     _refuse_config(name, config)
     spread = {"device_map": "auto"} if place == "auto" else {}
+    plainly = dequantising(name, config)
+    if plainly and kind == "auto":
+        kind = dtype_of(config)
     try:
-        loaded, found = open_weights(name, dtype=kind, **spread)
+        loaded, found = open_weights(name, dtype=kind, **spread, **plainly)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise UniEraseError(
@@ -85,9 +89,12 @@ def load(model: str | os.PathLike[str], device: str = "", dtype: str = "") -> tu
             "weights and tokenizer beside config.json; fetch the folder again where a file is missing or damaged."
         ) from error
     refuse_drawn(name, loaded, found)
+    if plainly:
+        settle_dequantised(loaded, kind)
     _tell_differences(name, config, loaded, found)
     if not dtype and kind is torch.float32:
-        set_stored_dtype(loaded, _half(name))
+        set_stored_dtype(loaded, dtype_of(config) if plainly else _half(name))
+    tell_dequantised(name, config)
     loaded.eval()
     return (loaded if spread else loaded.to(place)), tokenizer
 
@@ -255,14 +262,7 @@ def _refuse_config(name: str, config: Any) -> None:
             f"{name!r} is a sequence-to-sequence model ({config.model_type}). "
             "UniErase edits decoder-only language models."
         )
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        described = quantised if isinstance(quantised, dict) else vars(quantised)
-        method = described.get("quant_method")
-        raise ArchitectureError(
-            f"{name!r} has quantised weights ({getattr(method, 'value', method) or 'unnamed'}), which a closed-form "
-            "edit cannot change. Load the original bf16, fp16 or fp32 weights, edit them, and quantise the result."
-        )
+    dequantising(name, config)
 
 
 def refuse_drawn(name: str, model: Any, found: Mapping[str, Any]) -> None:
