@@ -140,6 +140,54 @@ def gpt_neox() -> Any:
     return build("GPTNeoXConfig", **COMMON, tie_word_embeddings=False)
 
 
+def olmo3() -> Any:
+    return build("Olmo3Config", **COMMON, **UNGROUPED, sliding_window=WINDOW, tie_word_embeddings=False)
+
+
+def exaone4() -> Any:
+    return build("Exaone4Config", **COMMON, **GROUPED, sliding_window=WINDOW, tie_word_embeddings=False)
+
+
+def glm4() -> Any:
+    return build("Glm4Config", **COMMON, **GROUPED, head_dim=8, tie_word_embeddings=False)
+
+
+def granite() -> Any:
+    # The multipliers of Granite 3.3 8B.
+    return build(
+        "GraniteConfig",
+        **COMMON,
+        **GROUPED,
+        residual_multiplier=0.22,
+        attention_multiplier=0.3,
+        embedding_multiplier=12.0,
+        logits_scaling=8.0,
+        tie_word_embeddings=True,
+    )
+
+
+def minicpm3() -> Any:
+    sizes: dict[str, Any] = {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    return build("MiniCPM3Config", **COMMON, **UNGROUPED, **sizes, tie_word_embeddings=True)
+
+
+def hyperclovax() -> Any:
+    return build(
+        "HyperCLOVAXConfig",
+        **COMMON,
+        **GROUPED,
+        residual_multiplier=0.7,
+        use_post_norm=True,
+        tie_word_embeddings=False,
+    )
+
+
 #: Stem of the hyper-parameter file -> builder.
 FAMILIES: dict[str, Callable[[], Any]] = {
     "smollm2-135m": small_llama,
@@ -163,3 +211,16 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 #: One stem of each distinct structure, for tests that are slow.
 DISTINCT = [stem for at, stem in enumerate(FAMILIES) if FAMILIES[stem] not in list(FAMILIES.values())[:at]]
+
+#: Models whose blocks put a norm, a multiplier or both after the MLP's output projection, by family.
+CHANGING: dict[str, Callable[[], Any]] = {
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+    "olmo2": olmo2,
+    "olmo3": olmo3,
+    "exaone4": exaone4,
+    "glm4": glm4,
+    "granite": granite,
+    "minicpm3": minicpm3,
+    "hyperclovax": hyperclovax,
+}

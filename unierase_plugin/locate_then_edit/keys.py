@@ -7,7 +7,7 @@ edited block never change, so they run once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..models.architecture import Architecture
 from ..models.products import fast_linear_maps
+from ..models.response import Response
 from ..models.trace import TokenBatch, halves, pad, run_blocks, token_batches
 from .positions import Prompt
 
@@ -61,6 +62,10 @@ class KeyStream:
         ]
         #: The block at which the next pass starts.
         self._at = 0
+        #: Where the pass for the first edited block ended: what is below never changes.
+        self._bottom: tuple[list[_Chunk], int] | None = None
+        #: (m, n): keys of the bare prompts, at the block where the last pass ended.
+        self.bare_keys = torch.zeros(0, 0)
 
     @fast_linear_maps()
     @torch.no_grad()
@@ -90,13 +95,29 @@ class KeyStream:
             keys.append(trace.projection_inputs[layer][:, -1].float().cpu())
             states.append(trace.hidden[:, -1].float().cpu())
         self._chunks, self._at = done, layer
+        if self._bottom is None:
+            self._bottom = done, layer
         rows = torch.cat([chunk.rows for chunk in done])
+        self.bare_keys = self._bare_only(rows, torch.cat(keys)).T
         return self._mean(rows, torch.cat(keys)).T, self._bare_only(rows, torch.cat(states)).T
 
     @torch.no_grad()
     def final_states(self) -> Float32[Tensor, "d n"]:
         """H (d, n) after the last edit, for the remaining residual."""
         return self.advance(self.layers[-1])[1]
+
+    def rewind(self) -> None:
+        """Goes back to the first edited block, to go through all of them again."""
+        if self._bottom is not None:
+            self._chunks, self._at = self._bottom
+
+    def responses(self) -> Iterator[tuple[Tensor, Response]]:
+        """How the block of the last pass answers at the bare prompts: parts, each with the numbers of its requests."""
+        for chunk in self._chunks:
+            bare = self._bare[chunk.rows].nonzero().flatten()
+            if len(bare):
+                own = chunk.select(bare.tolist())
+                yield self._owner[own.rows], Response(self.arch, self._at, own.batch, own.hidden, -1)
 
     def _mean(self, rows: Tensor, values: Tensor) -> Tensor:
         sums = torch.zeros(self._count, values.shape[1]).index_add_(0, self._owner[rows], values)

@@ -120,6 +120,7 @@ def run_blocks(
     inputs_of: Sequence[int] = (),
     outputs_of: Sequence[int] = (),
     edit: tuple[int, Edit] | None = None,
+    edit_projection: tuple[int, Edit] | None = None,
     embed: Edit | None = None,
     head_at: tuple[Tensor, Tensor] | None = None,
 ) -> Trace:
@@ -129,6 +130,7 @@ def run_blocks(
     cache       P earlier positions: a transformers cache, which grows in place, or the tokens themselves.
     inputs_of   layers whose projection input is kept; `outputs_of`: layers whose block output is kept.
     edit        (layer, function): replaces the output of that block.
+    edit_projection  the same for the output of that block's MLP output projection.
     embed       replaces the output of the embedding.
     head_at     (rows, columns), each (N,): the only positions for which logits are computed.
 
@@ -145,6 +147,7 @@ def run_blocks(
             inputs_of=inputs_of,
             outputs_of=outputs_of,
             edit=edit,
+            edit_projection=edit_projection,
             embed=embed,
             head_at=head_at,
         )
@@ -163,6 +166,9 @@ def run_blocks(
             stack.callback(arch.embedding.register_forward_hook(lambda m, a, out: embed(out)).remove)
         for layer in inputs_of:
             _hook(stack, arch.projections[layer], pre=_keeping(trace.projection_inputs, layer, rows))
+        if edit_projection is not None:
+            moved, move = edit_projection
+            _hook(stack, arch.projections[moved], post=lambda x: move(rows(x)).reshape(x.shape))
         if edit is not None:
             edited, change = edit
             _hook(stack, arch.blocks[edited], post=lambda x: change(rows(x)))
@@ -304,6 +310,7 @@ def _run_after(
     first: int,
     hidden: Tensor | None,
     edit: tuple[int, Edit] | None,
+    edit_projection: tuple[int, Edit] | None,
     embed: Edit | None,
     head_at: tuple[Tensor, Tensor] | None,
     **settings: Any,
@@ -334,6 +341,7 @@ def _run_after(
         first=first,
         hidden=hidden,
         edit=None if edit is None else (edit[0], changing(edit[1])),
+        edit_projection=None if edit_projection is None else (edit_projection[0], changing(edit_projection[1])),
         embed=None if embed is None else changing(embed),
         head_at=head_at,
         **settings,

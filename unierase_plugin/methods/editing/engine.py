@@ -27,6 +27,7 @@ from ...models.added_token import TokenRoom, add_to_tokenizer
 from ...models.architecture import Architecture
 from ...models.generate import continue_greedily
 from ...models.prompts import encode, render
+from ...models.response import changes_on_the_way
 from ...statistics.collection import Corpus, CorpusMoment
 from ...statistics.corpus import corpus_identity
 from ...statistics.second_moment import SecondMoment
@@ -327,7 +328,9 @@ class Editing:
             return tensors, {**metadata, "solved": json.dumps({**_solve_figures(solvers(), edit), **moved(edit)})}
 
         # Beside the run's own key, the edit depends on its targets and on a corpus file's content.
-        name = digest(key, corpus_identity(self.hparams.mom2_dataset))[:32]
+        # Earlier versions took every block for one that adds its projection's output as it is.
+        changing = ["vectors"] if changes_on_the_way(arch, self.hparams.layers) else []
+        name = digest(key, corpus_identity(self.hparams.mom2_dataset), *changing)[:32]
         with self.phases.timed("edit"):
             tensors, metadata = self.phases.resumed("edit", name, compute)
         return files.unpack_edits(tensors, metadata)[0], json.loads(metadata["solved"])
