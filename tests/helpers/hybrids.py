@@ -29,6 +29,20 @@ MAMBA2: dict[str, Any] = {
     "mamba_chunk_size": 8,
 }
 MAMBA1: dict[str, Any] = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": 4}
+#: DeepSeek's: the first block dense, experts and a shared expert in the others.
+FEW_EXPERTS: dict[str, Any] = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 MIXERS = ["mamba", "attention", "mamba", "mamba"]
 
 qwen3_5 = partial(build, "Qwen3_5TextConfig", **COMMON, **GROUPED, **GATED_DELTA)
@@ -153,11 +167,6 @@ dbrx = partial(
     attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
     ffn_config={"ffn_hidden_size": WIDTH, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": HIDDEN},
 )
-deepseek_v4 = partial(
-    build,
-    "DeepseekV4Config",
-    **COMMON,
-)
 
 #: Served models, by name, with a recurrence of one kind each, whatever of it a pass can go on from.
 HYBRIDS: dict[str, Callable[[], Any]] = {
@@ -173,5 +182,6 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
     "zamba": zamba,
     "mamba": mamba,
     "falcon_mamba": falcon_mamba,
+    "nemotron_h": nemotron_h,
     "opt": opt,
 }

@@ -94,8 +94,8 @@ def close(got: Tensor, wanted: Tensor) -> None:
 
 @torch.no_grad()
 def check_partial_passes(arch: Architecture) -> None:
-    """Blocks below and above compose to the model, padded on both sides."""
-    for side in ("right", "left"):
+    """Blocks below and above compose to the model, padded on each side that the model reads as padding."""
+    for side in ("right", "left") if arch.pads_left else ("right",):
         batch = pad(SEQUENCES, 0, side, arch.device)
         rows, columns = torch.ones_like(batch.ids).nonzero(as_tuple=True)
         for first in (1, len(arch.blocks) - 1):
@@ -122,7 +122,7 @@ def check_cached_passes(arch: Architecture) -> None:
 
 def layers_of(arch: Architecture) -> tuple[int, ...]:
     """Two blocks with an MLP, neither the first nor the last where there are enough."""
-    fit = [layer for layer, projection in enumerate(arch.projections) if projection is not None]
+    fit = arch.editable
     inner = [layer for layer in fit if 0 < layer < len(arch.blocks) - 1]
     return tuple((inner if len(inner) > 1 else fit)[:2])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import hybrids
 import pytest
 import torch
 import transformers
@@ -12,7 +13,12 @@ from families import BLOCKS, FAMILIES, GROUPED, HIDDEN, VOCABULARY, WIDTH, build
 from torch import nn
 
 from unierase_plugin.errors import ArchitectureError
+from unierase_plugin.hparams import UniEraseHyperParams
+from unierase_plugin.methods.editing.layers import settle_layers
+from unierase_plugin.methods.removal.job import settle_removal
+from unierase_plugin.methods.removal.method import RemovalHyperParams
 from unierase_plugin.models.architecture import find_architecture, stores_input_first
+from unierase_plugin.models.served import check_served
 
 LLAMA_STYLE = "model.layers.{}.mlp.down_proj"
 #: Written by hand from each family's source: the projection's path, and whether the released model ties its embeddings.
@@ -205,3 +211,58 @@ def test_layers_out_of_range_are_named() -> None:
 def test_wrong_templates_are_refused(templates: dict[str, str], message: str) -> None:
     with pytest.raises(ArchitectureError, match=message):
         find_architecture(small_llama(), **templates)
+
+
+# --- blocks unlike one another ---------------------------------------------------------------------------------------
+
+
+def test_projections_are_found_among_the_blocks_that_have_an_mlp() -> None:
+    arch = find_architecture(hybrids.nemotron_h())
+    assert arch.editable == (1, 3, 5)
+    assert arch.projection_names == ("", *(f"model.layers.{n}.mixer.down_proj" if n % 2 else "" for n in range(1, 6)))
+    assert arch.check_layers([1, 3]) == (1, 3)
+    with pytest.raises(ArchitectureError, match=r"block 0, 2 of this model has no MLP.*Choose from 1, 3, 5"):
+        arch.check_layers([0, 1, 2])
+
+
+def test_layers_are_chosen_among_the_blocks_that_have_an_mlp() -> None:
+    model = hybrids.nemotron_h()
+    assert settle_layers(model, UniEraseHyperParams()).layers == (1, 3)
+    settled = settle_removal(find_architecture(model), RemovalHyperParams())
+    assert set(settled.removal_layers) | set(settled.removal_teacher_layers) == {1, 3, 5}
+
+
+def test_a_template_may_name_a_module_of_some_blocks_alone() -> None:
+    """The first block of DeepSeek and GLM has one MLP, the others have experts and one that is shared by all tokens."""
+    model = build("DeepseekV3Config", **{**TINY, "num_hidden_layers": 3}, **hybrids.FEW_EXPERTS)
+    with pytest.raises(ArchitectureError, match="mixture-of-experts"):
+        find_architecture(model)
+    for template, blocks in (("mlp.down_proj", (0,)), ("mlp.shared_experts.down_proj", (1, 2))):
+        arch = find_architecture(model, f"model.layers.{{}}.{template}")
+        assert arch.editable == blocks
+        check_served(arch)
+
+
+def test_a_projection_that_several_blocks_share_is_passed_over() -> None:
+    model = hybrids.zamba2()
+    with pytest.raises(ArchitectureError, match="serve several blocks do not count"):
+        find_architecture(model)
+    with pytest.raises(ArchitectureError, match="one weight that serves several blocks"):
+        find_architecture(model, "model.layers.{}.shared_transformer.feed_forward.down_proj")
+    # The mixers are the blocks' own, and no part of them is taken for experts.
+    assert find_architecture(hybrids.zamba()).editable == (0, 1, 2, 3)
+
+
+def test_experts_side_by_side_in_one_matrix_are_experts() -> None:
+    with pytest.raises(ArchitectureError, match=r"several MLPs in 'ffn\.experts\.mlp'"):
+        find_architecture(hybrids.dbrx())
+
+
+def test_heads_of_a_recurrent_block_are_no_experts() -> None:
+    names = find_architecture(hybrids.recurrent_gemma()).projection_names
+    assert names == tuple(f"model.layers.{layer}.mlp_block.down_proj" for layer in range(BLOCKS))
+
+
+def test_a_second_narrow_mlp_is_not_taken_for_the_mlp() -> None:
+    names = find_architecture(hybrids.gemma3n()).projection_names
+    assert names == tuple(LLAMA_STYLE.format(layer) for layer in range(BLOCKS))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import BLOCKS
 from hybrids import HYBRIDS, jamba, qwen3_5, recurrent_gemma
 from safetensors.torch import load_file
 from small import FORGET, HPARAMS, save_base, shrink
@@ -50,6 +49,11 @@ def cut(arch: Architecture, cuts: Sequence[int]) -> tuple[PrefixCache, TokenBatc
     return prefix, continue_from(prefix, [ids[at:] for ids, at in zip(SEQUENCES, cuts, strict=True)], PAD)
 
 
+def inner(arch: Architecture) -> list[int]:
+    """Two blocks with an MLP, neither the first nor the last."""
+    return [layer for layer in arch.editable if 0 < layer < len(arch.blocks) - 1][:2]
+
+
 def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
@@ -70,7 +74,7 @@ def every_logit(arch: Architecture, batch: TokenBatch, **settings: Any) -> Tenso
 
 
 def test_every_hybrid_is_served(arch: Architecture) -> None:
-    check_served(arch, range(1, BLOCKS))
+    check_served(arch, range(1, len(arch.blocks)))
 
 
 @torch.no_grad()
@@ -79,10 +83,12 @@ def test_a_prefix_and_its_suffix_make_the_whole(arch: Architecture, cuts: tuple[
     """Of any lengths, empty in some rows or in all, and from any block on; with and without a choice of positions."""
     prefix, suffix = cut(arch, cuts)
     agrees(arch, suffix, every_logit(arch, suffix, cache=prefix.fresh()), cuts)
-    for last in range(BLOCKS):
-        below = run_blocks(arch, suffix, last=last, cache=prefix.fresh(), inputs_of=[last], outputs_of=[last])
+    for last in range(len(arch.blocks)):
+        mlp = [last] if last in arch.editable else []
+        below = run_blocks(arch, suffix, last=last, cache=prefix.fresh(), inputs_of=mlp, outputs_of=[last])
         assert below.hidden.shape == (*suffix.ids.shape, arch.hidden_size)
-        assert below.projection_inputs[last].shape == (*suffix.ids.shape, arch.mlp_width(last))
+        for layer in mlp:
+            assert below.projection_inputs[layer].shape == (*suffix.ids.shape, arch.mlp_width(layer))
         close(below.outputs[last], below.hidden)
         logits = run_blocks(arch, suffix, first=last + 1, hidden=below.hidden, cache=prefix.fresh()).logits
         agrees(arch, suffix, logits, cuts)
@@ -144,10 +150,11 @@ def test_the_gradient_is_the_slope(arch: Architecture) -> None:
 @torch.no_grad()
 def test_keys_are_those_of_each_prompt_alone(arch: Architecture) -> None:
     prompts = [[Prompt(tuple(ids), len(ids) - 1)] for ids in SEQUENCES]
-    keys, states = KeyStream(arch, prompts, [1, 2], 100, PAD).advance(1)
+    layers = inner(arch)
+    keys, states = KeyStream(arch, prompts, layers, 100, PAD).advance(layers[0])
     for row, ids in enumerate(SEQUENCES):
-        alone = run_blocks(arch, pad([ids], PAD, "left", arch.device), last=2, inputs_of=[1])
-        close(keys[:, row], alone.projection_inputs[1][0, -1])
+        alone = run_blocks(arch, pad([ids], PAD, "left", arch.device), last=layers[1], inputs_of=layers[:1])
+        close(keys[:, row], alone.projection_inputs[layers[0]][0, -1])
         close(states[:, row], alone.hidden[0, -1])
 
 
@@ -193,11 +200,11 @@ def test_the_way_is_found_by_trying_whatever_the_precision(
 
 def test_an_edit_reaches_its_states_and_is_taken_back_to_the_bit(arch: Architecture) -> None:
     """Measured from outside: the state at each fact in a plain pass, before and after, against the state wanted."""
-    layers, prompts = (1, 2), [[Prompt(tuple(ids), len(ids) - 2)] for ids in SEQUENCES]
+    layers, prompts = inner(arch), [[Prompt(tuple(ids), len(ids) - 2)] for ids in SEQUENCES]
 
     def states() -> Tensor:
         seen: list[Tensor] = []
-        handle = arch.blocks[2].register_forward_hook(
+        handle = arch.blocks[layers[1]].register_forward_hook(
             lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)
         )
         for ids in SEQUENCES:

@@ -104,7 +104,8 @@ def _settle(model: Any, hparams: LUNARHyperParams) -> LUNARHyperParams:
     from ..models.architecture import find_architecture
 
     arch = find_architecture(model)
-    layer = min(round(len(arch.blocks) * 22 / 32), len(arch.blocks) - 1) if hparams.layer < 0 else hparams.layer
+    wanted = min(round(len(arch.blocks) * 22 / 32), len(arch.blocks) - 1)
+    layer = min(arch.editable, key=lambda at: abs(at - wanted)) if hparams.layer < 0 else hparams.layer
     arch.check_layers([layer])
     return hparams.replace(layer=layer)
 

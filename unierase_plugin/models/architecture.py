@@ -6,10 +6,12 @@ hidden size that has an expansion beside it. Two tokens sent through the model c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +36,9 @@ class Architecture:
 
     model: Any
     blocks: tuple[nn.Module, ...]
-    #: Names of the MLP output projections within the model, one for each block.
+    #: Names of the MLP output projections within the model, one for each block; "" for a block without one.
     projection_names: tuple[str, ...]
+    #: None for a block without one: `check_layers` refuses it.
     projections: tuple[Weighted, ...]
     embedding: Weighted
     head: Weighted
@@ -71,6 +74,11 @@ class Architecture:
         """Whether texts may be padded on the left. It is tried at the first use."""
         return reads_left_padding(self.model)
 
+    @property
+    def editable(self) -> tuple[int, ...]:
+        """The blocks that have an MLP output projection, ascending."""
+        return tuple(layer for layer, name in enumerate(self.projection_names) if name)
+
     def mlp_width(self, layer: int) -> int:
         projection = self.projections[layer]
         return projection.weight.shape[0 if stores_input_first(projection) else 1]
@@ -79,8 +87,15 @@ class Architecture:
         return self.projection_names[layer] + ".weight"
 
     def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
-        """The layers as given. Raises ArchitectureError for layers that the model does not have."""
-        return check_blocks(layers, len(self.blocks))
+        """The layers as given. Raises ArchitectureError for blocks that the model lacks, or that lack an MLP."""
+        check_blocks(layers, len(self.blocks))
+        bare = [layer for layer in layers if layer not in self.editable]
+        if bare:
+            raise ArchitectureError(
+                f"layers = {shown(list(layers))}: block {', '.join(map(str, bare))} of this model has no MLP output "
+                f"projection to edit. Choose from {', '.join(map(str, self.editable))}."
+            )
+        return tuple(layers)
 
 
 def check_blocks(layers: Sequence[int], blocks: int, setting: str = "layers") -> tuple[int, ...]:
@@ -102,6 +117,8 @@ def stores_input_first(projection: nn.Module) -> bool:
 def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp: str = "") -> Architecture:
     """Finds the model's parts. Templates such as "model.layers.{}.mlp.down_proj" replace the search.
 
+    Blocks may be unlike one another: not all of them need an MLP, or a module that a template names.
+
     Raises ArchitectureError for encoders, sequence-to-sequence and mixture-of-experts models, quantised weights, and
     models whose blocks or projections cannot be identified.
     """
@@ -113,17 +130,19 @@ def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp
     # First, so that an encoder is reported as one, whatever its projections look like.
     blocks_return_tuple = _probe(model, blocks[0])
     if rewrite_module_tmp:
-        names = tuple(_fill(model, rewrite_module_tmp, index) for index in range(len(blocks)))
+        names = _filled(model, rewrite_module_tmp, len(blocks))
     else:
-        names = _projection_names(model, dict(zip(block_names, blocks, strict=True)), hidden_size)
-    projections = tuple(model.get_submodule(name) for name in names)
+        names = _projection_names(dict(zip(block_names, blocks, strict=True)), hidden_size)
+    projections = tuple(model.get_submodule(name) if name else None for name in names)
     for name, projection in zip(names, projections, strict=True):
-        _check_weight(name, projection, hidden_size)
+        if projection is not None:
+            _check_weight(name, projection, hidden_size)
+    _refuse_shared(names, projections)
     return Architecture(
         model=model,
         blocks=blocks,
         projection_names=names,
-        projections=projections,
+        projections=cast("tuple[Weighted, ...]", projections),
         embedding=embedding,
         head=head,
         tied=is_tied(model),
@@ -171,6 +190,29 @@ def _fill(model: nn.Module, template: str, index: int) -> str:
     return name
 
 
+def _filled(model: nn.Module, template: str, blocks: int) -> tuple[str, ...]:
+    """The template's module of each block; "" for a block that has none, if others have one."""
+    present = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    names = tuple(template.format(index) if template.format(index) in present else "" for index in range(blocks))
+    if not any(names) or "{}" not in template:
+        _fill(model, template, 0)
+    return names
+
+
+def _refuse_shared(names: Sequence[str], projections: Sequence[nn.Module | None]) -> None:
+    """Raises ArchitectureError if one projection serves several blocks."""
+    owner: dict[int, str] = {}
+    for name, projection in zip(names, projections, strict=True):
+        if projection is None:
+            continue
+        other = owner.setdefault(id(projection.weight), name)
+        if other != name:
+            raise ArchitectureError(
+                f"{other} and {name} are one weight that serves several blocks: an edit at one block would act at all "
+                "of them. Set rewrite_module_tmp to projections that each block has for itself."
+            )
+
+
 def _block_names(model: Any, template: str) -> list[str]:
     """The blocks' names in order: the longest list of modules of one class that have linear maps."""
     if template:
@@ -202,18 +244,34 @@ def _linear_maps(block: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
             yield (name, module, rows, columns) if stores_input_first(module) else (name, module, columns, rows)
 
 
-def _projection_names(model: Any, blocks: Mapping[str, nn.Module], hidden_size: int) -> tuple[str, ...]:
-    return tuple(f"{name}.{_output_projection(name, block, hidden_size)}" for name, block in blocks.items())
+def _projection_names(blocks: Mapping[str, nn.Module], hidden_size: int) -> tuple[str, ...]:
+    """The projection of each block; "" for a block without one. Raises ArchitectureError if no block has one."""
+    times = Counter(id(weight) for block in blocks.values() for weight in block.parameters())
+    shared = {weight for weight, count in times.items() if count > 1}
+    found = {name: _output_projection(name, block, hidden_size, shared) for name, block in blocks.items()}
+    if not any(found.values()):
+        name, block = next(iter(blocks.items()))
+        several = " Weights that serve several blocks do not count: an edit of one would act at all of them."
+        raise ArchitectureError(
+            f"No MLP output projection was found in block {name!r} (linear maps: "
+            f"{', '.join(each for each, *_ in _linear_maps(block))}), nor in another block.{several if shared else ''} "
+            "Set rewrite_module_tmp, for example 'model.layers.{}.mlp.down_proj'."
+        )
+    return tuple(f"{name}.{each}" if each else "" for name, each in found.items())
 
 
-def _output_projection(block_name: str, block: nn.Module, hidden_size: int) -> str:
-    experts = _experts(block)
+def _output_projection(block_name: str, block: nn.Module, hidden_size: int, shared: AbstractSet[int]) -> str:
+    """The projection's name within a block, or "". Raises ArchitectureError for a mixture of experts.
+
+    shared: the ids of weights that several blocks share. They are passed over.
+    """
+    experts = _experts(block, hidden_size, shared)
     if experts:
         raise ArchitectureError(
             f"Block {block_name!r} holds several MLPs in {experts!r}: mixture-of-experts models are not supported, "
             "since a fact's key is spread over experts. Set rewrite_module_tmp to choose one projection by hand."
         )
-    maps = list(_linear_maps(block))
+    maps = [each for each in _linear_maps(block) if id(each[1].weight) not in shared]
     found = []
     for name, _, width, out in maps:
         if out != hidden_size:
@@ -226,26 +284,27 @@ def _output_projection(block_name: str, block: nn.Module, hidden_size: int) -> s
         if len(readers) in (1, 2) and readers[-1] in (width, 2 * width):
             found.append(name)
     if not found:
-        raise ArchitectureError(
-            f"No MLP output projection was found in block {block_name!r} (linear maps: "
-            f"{', '.join(name for name, *_ in maps)}). Set rewrite_module_tmp, for example "
-            "'model.layers.{}.mlp.down_proj'."
-        )
+        return ""
     # Gemma 4 has a second, narrow one for its inputs of each layer.
     wide = [name for name, _, width, _ in maps if name in found and width >= hidden_size]
     return (wide or found)[-1]
 
 
-def _experts(block: nn.Module) -> str:
+def _experts(block: nn.Module, hidden_size: int, shared: AbstractSet[int]) -> str:
     """Name of a list of MLPs, or of weights stacked over experts, in a block; "" if the block has one MLP."""
-    routed = {out for _, _, _, out in _linear_maps(block)}
+    routed = {size for _, _, *sizes in _linear_maps(block) for size in sizes}
     for name, module in block.named_modules():
+        if {id(weight) for weight in module.parameters()} <= shared:
+            continue
         listed = isinstance(module, nn.ModuleList) and len(module) > 1 and any(_linear_maps(module[0]))
         # A convolution's kernel has three axes as well, and so have the heads of some recurrent blocks: no router
         # chooses between those.
         own = () if isinstance(module, nn.Conv1d) else module.parameters(recurse=False)
         stacked = any(weight.ndim == 3 and weight.shape[0] in routed for weight in own)
-        if listed or stacked:
+        # DBRX puts the matrices of all experts side by side.
+        wide = [w for w in module.parameters(recurse=False) if w.ndim == 2 and min(w.shape) == hidden_size]
+        joined = len(wide) > 1
+        if listed or stacked or joined:
             return str(name)
     return ""
 

@@ -61,7 +61,7 @@ def model_size(model: Any, hparams: HyperParams | None = None) -> int:
         layers = hparams.removal_layers
     if isinstance(hparams, EditSettings):
         arch = find_architecture(model, hparams.rewrite_module_tmp, hparams.layer_module_tmp)
-        edited = [arch.projections[layer].weight for layer in layers if 0 <= layer < len(arch.projections)]
+        edited = [arch.projections[layer].weight for layer in layers if layer in arch.editable]
     return sum(_size(weight, stored_dtype(model)) for weight in (*model.parameters(), *edited))
 
 

@@ -79,12 +79,13 @@ def _check_parts(arch: Architecture) -> None:
     seen = _parts(arch, ALIKE)
     rows, columns = len(ALIKE), len(ALIKE[0])
     for layer, name in enumerate(arch.projection_names):
-        width = arch.mlp_width(layer)
         spots: dict[str, list[tuple[int, ...]]] = {
             f"the input of block {layer}": [(rows, columns, arch.hidden_size)],
             f"the output of block {layer}": [(rows, columns, arch.hidden_size)],
-            f"the input of {name}": [(rows, columns, width), (rows * columns, width)],
         }
+        if name:
+            width = arch.mlp_width(layer)
+            spots[f"the input of {name}"] = [(rows, columns, width), (rows * columns, width)]
         for spot, shapes in spots.items():
             found = seen.get(spot)
             if not isinstance(found, Tensor) or tuple(found.shape) not in shapes:
@@ -94,7 +95,8 @@ def _check_parts(arch: Architecture) -> None:
                     f"{list(shapes[0])}: an edit could not tell whose token is whose. UniErase edits decoder-only "
                     "models whose blocks take and give (texts, tokens, width)."
                 )
-    flat = [f"the input of {name}" for name in arch.projection_names if seen[f"the input of {name}"].ndim == 2]
+    inputs = [f"the input of {arch.projection_names[layer]}" for layer in arch.editable]
+    flat = [spot for spot in inputs if seen[spot].ndim == 2]
     if flat:
         alone = _parts(arch, ALIKE[-1:])
         for spot in flat:
@@ -122,10 +124,11 @@ def _parts(arch: Architecture, texts: Sequence[Sequence[int]]) -> dict[str, Any]
         return look
 
     with ExitStack() as stack:
-        for layer, (block, projection) in enumerate(zip(arch.blocks, arch.projections, strict=True)):
-            for module, name in ((block, f"block {layer}"), (projection, arch.projection_names[layer])):
-                look = entering(f"the input of {name}")
-                stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
-            stack.callback(block.register_forward_hook(leaving(f"the output of block {layer}")).remove)
+        watched = [(block, f"block {layer}") for layer, block in enumerate(arch.blocks)]
+        for block, name in watched:
+            stack.callback(block.register_forward_hook(leaving(f"the output of {name}")).remove)
+        for module, name in (*watched, *((arch.projections[at], arch.projection_names[at]) for at in arch.editable)):
+            look = entering(f"the input of {name}")
+            stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
         arch.model(torch.tensor(texts, device=arch.device), use_cache=False)
     return seen

@@ -95,7 +95,7 @@ def _find(
     sources: Sequence[Path], arch: Architecture, layers: Sequence[int], model_names: Sequence[str]
 ) -> dict[int, Path]:
     """The one file of each layer."""
-    modules = {arch.projection_names[layer]: layer for layer in range(len(arch.blocks))}
+    modules = {arch.projection_names[layer]: layer for layer in arch.editable}
     found: dict[int, list[Path]] = defaultdict(list)
     others: set[str] = set()
     for path in (file for source in sources for file in _npz_files(source, model_names)):

@@ -12,9 +12,12 @@ from ..removal.job import settle_removal
 
 
 def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperParams:
-    """The settings with the blocks of the edit and of a removal, chosen by the model's depth or checked against it."""
+    """The settings with the blocks of the edit and of a removal, chosen by the model's depth or checked against it.
+
+    They are chosen among the blocks that have an MLP.
+    """
     arch = architecture(model, hparams)
-    layers = arch.check_layers(hparams.layers or default_layers(len(arch.blocks)))
+    layers = arch.check_layers(hparams.layers or [arch.editable[at] for at in default_layers(len(arch.editable))])
     if layers[-1] == len(arch.blocks) - 1:
         raise HyperParamsError(
             f"layers = {shown(list(layers))}: the last block cannot be edited, since no attention follows it to carry "

@@ -55,7 +55,8 @@ def _settle_rmu(model: Any, hparams: settings.RMUHyperParams) -> settings.RMUHyp
     from ...models.architecture import find_architecture
 
     arch = find_architecture(model)
-    layer = round(len(arch.blocks) * 7 / 32) if hparams.layer < 0 else hparams.layer
+    wanted = round(len(arch.blocks) * 7 / 32)
+    layer = min(arch.editable, key=lambda at: abs(at - wanted)) if hparams.layer < 0 else hparams.layer
     arch.check_layers([layer])
     return hparams.replace(layer=layer)
 

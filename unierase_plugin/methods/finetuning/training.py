@@ -58,9 +58,9 @@ def check_trainable(job: Job[Any], forget: Term, retain: Term | None) -> None:
 
 
 def down_projections_below(arch: Architecture, hparams: Any) -> tuple[list[str], int]:
-    """RMU: the MLP output projections of the watched block and of the two below it."""
+    """RMU: the MLP output projections of the watched block and of the two below it that have one."""
     layer = int(hparams.layer)
-    return [arch.weight_name(at) for at in range(max(0, layer - 2), layer + 1)], layer
+    return [arch.weight_name(at) for at in arch.editable if at <= layer][-3:], layer
 
 
 def _everything(arch: Architecture, hparams: Any) -> tuple[list[str], int]:

@@ -35,10 +35,11 @@ S = TypeVar("S", bound=RemovalSettings)
 
 def settle_removal(arch: Architecture, settings: S) -> S:
     """The settings with the removal's blocks chosen by the model's depth, or checked against it."""
-    blocks = len(arch.blocks)
+    fit = arch.editable
     # Block 0 is left out: a change there makes the model blind to the facts' rare words.
-    layers = arch.check_layers(settings.removal_layers or range(min(1, blocks - 1), blocks))
-    teacher = arch.check_layers(settings.removal_teacher_layers or range(max(1, round(TEACHER_SHARE * blocks))))
+    layers = arch.check_layers(settings.removal_layers or [layer for layer in fit if layer] or fit)
+    below = max(1, round(TEACHER_SHARE * len(arch.blocks)))
+    teacher = arch.check_layers(settings.removal_teacher_layers or [layer for layer in fit if layer < below] or fit[:1])
     return settings.replace(removal_layers=layers, removal_teacher_layers=teacher)
 
 
