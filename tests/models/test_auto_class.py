@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from decoders import tiny_config, tiny_decoder
 from small import FORGET, HPARAMS, RETAIN, shrink
 from tiny import tiny_tokenizer
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, LlamaConfig
 from typer.testing import CliRunner
 
 from unierase_plugin import cli, unlearn
@@ -18,7 +19,9 @@ from unierase_plugin.checkpoint import export_adapter, revert_checkpoint
 from unierase_plugin.models.auto_class import CAUSAL, IMAGE_TEXT, auto_class_name
 from unierase_plugin.models.loading import load
 
-WRAPPERS = ("mistral3", "qwen3_vl")
+#: Qwen3-VL's default config is not whole in transformers 4.
+OLDER = "rope_parameters" not in inspect.signature(LlamaConfig.__init__).parameters
+WRAPPERS = ("mistral3", pytest.param("qwen3_vl", marks=pytest.mark.skipif(OLDER, reason="needs transformers 5")))
 
 
 @pytest.fixture(params=WRAPPERS)
@@ -41,10 +44,10 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
     [
         ("llama", None, CAUSAL),
         ("mistral3", None, IMAGE_TEXT),  # there is no class for its text alone
-        ("qwen3_5", "Qwen3_5ForConditionalGeneration", IMAGE_TEXT),
-        ("qwen3_5", "Qwen3_5ForCausalLM", CAUSAL),
-        ("qwen3_5", None, CAUSAL),
-        ("qwen3_5_text", "Qwen3_5ForCausalLM", CAUSAL),
+        ("llama4", "Llama4ForConditionalGeneration", IMAGE_TEXT),
+        ("llama4", "Llama4ForCausalLM", CAUSAL),
+        ("llama4", None, CAUSAL),
+        ("llama4_text", "Llama4ForCausalLM", CAUSAL),
     ],
 )
 def test_the_class_that_wrote_a_model_opens_it(kind: str, architecture: str | None, wanted: str) -> None:
