@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from decoders import tiny_decoder
 from small import FORGET, FORGET_MORE, HPARAMS, RETAIN, save_base, shrink
 
 from unierase_plugin import UniEraseHyperParams, unlearn
@@ -30,6 +31,8 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
             settings = hparams.replace(remove=name == "two", removal_rank=8)
             unlearn(model, facts, retain=RETAIN, hparams=settings, out=folder / name, keep_requests=True)
             model = folder / name
+        mixed = save_base(folder / "mixture", tiny_decoder("qwen3_moe"))
+        unlearn(mixed, FORGET, retain=RETAIN, hparams=HPARAMS, out=folder / "mixed")
     return model / "unierase"
 
 
@@ -55,8 +58,9 @@ def leaves(value: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def reports(record: Path) -> list[Any]:
-    """Of both steps: the closed form's figures are those of an edit alone."""
-    return [json.loads((folder / "report.json").read_text()) for folder in (record, record.parents[1] / "one/unierase")]
+    """Of both steps: the closed form's figures are those of an edit alone. And of a mixture of experts."""
+    others = [record.parents[1] / name / "unierase" for name in ("one", "mixed")]
+    return [json.loads((folder / "report.json").read_text()) for folder in (record, *others)]
 
 
 @pytest.mark.parametrize("file", ["report.json", "manifest.json", "ledger.jsonl", "digests.json"])

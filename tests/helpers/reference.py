@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unierase_plugin.hparams import UniEraseHyperParams
 from unierase_plugin.models.architecture import Architecture, stores_input_first
+from unierase_plugin.models.experts import Experts
 
 
 class At(NamedTuple):
@@ -167,13 +168,39 @@ def masked_probabilities(arch: Architecture, ids: Sequence[int], answer: Sequenc
 @torch.no_grad()
 def inputs(arch: Architecture, ids: Sequence[int], layer: int) -> Tensor:
     """(T, m): what the MLP output projection of a block reads over one sequence."""
+    if isinstance(arch.projections[layer], Experts):
+        return expert_keys(arch, ids, layer)
     seen: list[Tensor] = []
-    handle = arch.projections[layer].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    handle = arch.dense(layer).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         log_probabilities(arch, ids)
     finally:
         handle.remove()
     return seen[0].reshape(len(ids), -1).float()
+
+
+def expert_keys(arch: Architecture, ids: Sequence[int], layer: int) -> Tensor:
+    """(T, m): keys over all experts of a block, from gradients: that of <u, y> for D_e is u kappa_e^T."""
+    experts = arch.projections[layer]
+    assert isinstance(experts, Experts)
+    seen: list[Any] = []
+    handle = experts.module.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    try:
+        log_probabilities(arch, ids)
+    finally:
+        handle.remove()
+    weight, rows = experts.weight, []
+    before = weight.requires_grad
+    for token in range(len(ids)):
+        with torch.enable_grad():
+            weight.requires_grad_(True)
+            out = experts.module(*(each[token : token + 1].detach() for each in seen))[0]
+            u = torch.randn(out.shape, generator=torch.Generator().manual_seed(token))
+            (gradient,) = torch.autograd.grad((out * u).sum(), weight)
+        weight.requires_grad_(before)
+        of_d = gradient.transpose(1, 2) if experts.input_first else gradient  # (E, d, I)
+        rows.append(torch.einsum("d,edi->ei", u, of_d).flatten() / u.square().sum())
+    return torch.stack(rows)
 
 
 @torch.no_grad()

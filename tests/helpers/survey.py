@@ -147,7 +147,7 @@ def residual_left(arch: Architecture) -> float:
     figures = {field.name: torch.ones(len(alone)) for field in dataclasses.fields(Values)}
     values = Values(**{**figures, "states": wanted.T.contiguous(), "steps": torch.ones(3, dtype=torch.long)})
     hparams = UniEraseHyperParams(layers=layers, mom2_update_weight=1e-6)
-    moments = {layer: torch.eye(arch.mlp_width(layer)) for layer in layers}
+    moments = {layer: torch.eye(arch.moment_shape(layer)[-1]).expand(arch.moment_shape(layer)) for layer in layers}
     solvers = {layer: make_solver(hparams, moments[layer], None) for layer in layers}
     prompts = [[Prompt(*each) for each in contexts] for contexts in alone]
     edit = compute_edit(arch, prompts, values, solvers, max_tokens=4096, pad_id=0)

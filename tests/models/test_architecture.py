@@ -141,21 +141,6 @@ def test_a_sequence_to_sequence_model_is_refused() -> None:
         find_architecture(transformers.T5ForConditionalGeneration(config))
 
 
-@pytest.mark.parametrize("experts", [2, 4])
-def test_a_mixture_of_experts_is_refused(experts: int) -> None:
-    config = transformers.MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=experts)
-    with pytest.raises(ArchitectureError, match="mixture-of-experts"):
-        find_architecture(transformers.MixtralForCausalLM(config))
-
-
-def test_a_shared_expert_does_not_pass_for_the_mlp() -> None:
-    config = transformers.Qwen2MoeConfig(
-        **TINY, num_key_value_heads=2, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=48
-    )
-    with pytest.raises(ArchitectureError, match="mixture-of-experts"):
-        find_architecture(transformers.Qwen2MoeForCausalLM(config))
-
-
 @pytest.mark.parametrize("quantisation", [{"quant_method": "gptq"}, SimpleNamespace(quant_method="gptq")])
 def test_quantised_weights_are_refused_with_the_remedy(quantisation: Any) -> None:
     model = small_llama()

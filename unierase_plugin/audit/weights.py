@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..models.architecture import Architecture, stores_input_first
+from ..models.experts import Experts
 
 
 @contextmanager
@@ -30,8 +31,12 @@ def trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None
 
 
 def linear_maps(arch: Architecture) -> list[tuple[str, Any]]:
-    """(name, module) of every linear map inside the blocks. Quantisation rounds these, not embeddings and head."""
+    """(name, module) of every linear map inside the blocks. Quantisation rounds these, not embeddings and head.
+
+    Weights stacked over experts are in `expert_weights`, and routers are no linear maps.
+    """
     inside = {id(module) for block in arch.blocks for module in block.modules()}
+    routed = any(isinstance(projection, Experts) for projection in arch.projections)
     return [
         (name, module)
         for name, module in arch.model.named_modules()
@@ -39,7 +44,27 @@ def linear_maps(arch: Architecture) -> list[tuple[str, Any]]:
         and not isinstance(module, nn.Embedding)
         and isinstance(getattr(module, "weight", None), Tensor)
         and module.weight.ndim == 2
+        and (isinstance(module, nn.Linear) or not routed)
     ]
+
+
+def expert_weights(arch: Architecture) -> list[tuple[Tensor, bool]]:
+    """Every weight that is stacked over routed experts, and whether it has its inputs before its outputs."""
+    return [
+        (weight, experts.input_first)
+        for experts in arch.projections
+        if isinstance(experts, Experts)
+        for weight in experts.module.parameters(recurse=False)
+        if weight.ndim == 3
+    ]
+
+
+@torch.no_grad()
+def change_each_expert(weight: Tensor, input_first: bool, change: Any) -> None:
+    """Replaces each expert's matrix by `change(matrix)`, where the matrix is given as (out, in)."""
+    for matrix in weight:
+        turned = matrix.t() if input_first else matrix
+        turned.copy_(change(turned.float()))
 
 
 @torch.no_grad()

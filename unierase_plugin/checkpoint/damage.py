@@ -138,7 +138,7 @@ def _factors(edit: WeightEdit, step: int, entry: Mapping[str, Any], originals: O
         whole = originals.projections.get(layer) if originals is not None else None
         if update.up.ndim != 2 or update.down.ndim != 2 or update.up.shape[1] != update.down.shape[0]:
             what = f"is of shape {_shape(update.up)} and {_shape(update.down)}, which do not fit together"
-        elif originals is not None and (whole is None or sorted(whole.shape) != sorted(width)):
+        elif originals is not None and (whole is None or not _fits(whole, width)):
             what = f"changes a weight of shape {width}; the original is {'gone' if whole is None else _shape(whole)}"
         elif keys is not None and (keys.ndim != 2 or keys.shape[0] != width[1]):
             what = f"has keys of shape {_shape(keys)}, but {width[1]} inputs"
@@ -147,6 +147,13 @@ def _factors(edit: WeightEdit, step: int, entry: Mapping[str, Any], originals: O
         else:
             continue
         yield Damage(file=EDITS, place=f"block {layer} of step {step},", what=what, part="factors", step=step)
+
+
+def _fits(whole: Tensor, width: tuple[int, int]) -> bool:
+    """Whether an update (d, m) changes this weight: (d, m) or (m, d), or m = E I of E stacked experts."""
+    if whole.ndim == 3:
+        return whole.numel() == width[0] * width[1] and width[0] in whole.shape[1:]
+    return sorted(whole.shape) == sorted(width)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

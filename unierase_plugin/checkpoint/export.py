@@ -106,6 +106,16 @@ def _exportable(
             f"{str(source)!r} was made from an adapter that was merged into {base!r}. An exported adapter would be "
             "attached to that base, without the first adapter. Use the folder itself, which is a whole model."
         )
+    stacked = [
+        checkpoint.originals.names[layer]
+        for layer, weight in checkpoint.originals.projections.items()
+        if weight.ndim != 2
+    ]
+    if stacked:
+        raise CheckpointError(
+            f"{str(source)!r} edits experts ({stacked[0]}), whose matrices are stacked in one weight. An exported LoRA "
+            "adapter holds changes of single matrices. Use the folder itself, which is a whole model."
+        )
     wanted = steps if step is None else step
     if not 1 <= wanted <= steps:
         raise CheckpointError(

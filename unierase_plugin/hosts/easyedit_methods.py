@@ -341,7 +341,8 @@ def _family(arch: Architecture, name: str) -> str:
     """The model's name, with a family's name in it. EasyEdit tells the orientation of a projection by that."""
     from ..models.architecture import stores_input_first
 
-    known = ("gpt2-xl",) if stores_input_first(arch.projections[arch.editable[0]]) else ("llama", "qwen", "gpt-j-6b")
+    first = arch.dense(arch.editable[0])
+    known = ("gpt2-xl",) if stores_input_first(first) else ("llama", "qwen", "gpt-j-6b")
     return name if any(each in name.casefold() for each in known) else f"{name} {known[0]}"
 
 

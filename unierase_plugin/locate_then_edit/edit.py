@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import EditError, PluginError, shown
 from ..hparams import UniEraseHyperParams
 from ..models.architecture import Architecture, stores_input_first
+from ..models.experts import Experts
 from ..models.response import changes_on_the_way
 from ..models.weights import OriginalWeights, restored
 from .keys import KeyStream
@@ -58,8 +59,8 @@ class WeightEdit:
 
 def make_solver(
     hparams: UniEraseHyperParams,
-    corpus: Float[Tensor, "m m"],
-    retain: Float[Tensor, "m m"] | None,
+    corpus: Float[Tensor, "*experts i i"],
+    retain: Float[Tensor, "*experts i i"] | None,
     earlier: Float[Tensor, "m p"] | None = None,
     directions: Callable[[Tensor, float], Tensor] = protected_directions,
     kept: Float[Tensor, "m q"] | None = None,
@@ -67,7 +68,8 @@ def make_solver(
 ) -> Solver:
     """The solver that the hyper-parameters name, for one block.
 
-    corpus, retain: second moments; earlier: keys of earlier edits, which the new edit shall leave alone;
+    corpus, retain: second moments, of one matrix or of each expert (m = E I); earlier: keys of earlier edits, which the
+    new edit shall leave alone;
     directions: gives the directions that a moment protects, for a threshold; kept: keys of facts to keep, each with the
     weight `retain_key_weight`; solvers: functions that make a solver, by name.
     """
@@ -260,16 +262,25 @@ def add_updates(arch: Architecture, edit: WeightEdit) -> None:
 @torch.no_grad()
 def _add(arch: Architecture, layer: int, update: LowRank) -> None:
     projection = arch.projections[layer]
-    weight = projection.weight
+    if isinstance(projection, Experts):
+        inner = projection.inner
+        # The others stay as they are, to the bit.
+        for expert in update.down.any(0).reshape(-1, inner).any(1).nonzero().squeeze(1).tolist():
+            part = update.down[:, expert * inner : (expert + 1) * inner]
+            _add_to(projection.of_expert(expert), LowRank(update.up, part), f"block {layer}, expert {expert}")
+        return
+    _add_to(projection.weight.T if stores_input_first(projection) else projection.weight, update, f"block {layer}")
+
+
+def _add_to(weight: Float[Tensor, "d m"], update: LowRank, name: str) -> None:
     # float32 factors on every path, so an edit that was read from a file gives the same bytes.
     delta = update.up.float() @ update.down.float()
     if not torch.isfinite(delta).all():
-        raise EditError(f"The update of block {layer} holds NaN or infinity. Nothing was changed.")
-    delta = delta.T if stores_input_first(projection) else delta
+        raise EditError(f"The update of {name} holds NaN or infinity. Nothing was changed.")
     changed = (weight.float() + delta.to(weight.device)).to(weight.dtype)
     if not torch.isfinite(changed).all():
         raise EditError(
-            f"The edited weight of block {layer} is too large for {str(weight.dtype).removeprefix('torch.')}. Nothing "
+            f"The edited weight of {name} is too large for {str(weight.dtype).removeprefix('torch.')}. Nothing "
             "was changed. Load the model in bfloat16 or float32."
         )
     weight.copy_(changed)

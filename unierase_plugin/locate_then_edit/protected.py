@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.architecture import Architecture, stores_input_first
+from ..models.architecture import Architecture
 from ..models.products import fast_linear_maps
 from ..models.trace import pad, run_batches, run_blocks
 from .solve import LowRank
@@ -65,10 +65,8 @@ def moved(arch: Architecture, updates: Mapping[int, LowRank], protected: Protect
     """|Delta k| / |W k| of every protected key, (p,) by layer. W is the present weight."""
     out: dict[int, Tensor] = {}
     for layer, update in updates.items():
-        projection = arch.projections[layer]
-        weight = projection.weight.detach().float().cpu()
         keys = protected.keys[layer]
-        before = (weight.T if stores_input_first(projection) else weight) @ keys
+        before = arch.matrix(layer).float().cpu() @ keys
         change = update.up.float() @ (update.down.float() @ keys)
         out[layer] = change.norm(dim=0) / before.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
     return out

@@ -100,9 +100,9 @@ class Ridge:
 
     def solve(self, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]) -> LowRank:
         inside = keys.to(self.factor)
-        return _dual(inside, _woodbury(self._inverse, self.earlier, inside), residual)
+        return dual_solution(inside, woodbury(self.inverse, self.earlier, inside), residual)
 
-    def _inverse(self, right: Float64[Tensor, "m k"]) -> Float64[Tensor, "m k"]:
+    def inverse(self, right: Float64[Tensor, "m k"]) -> Float64[Tensor, "m k"]:
         """M^{-1} X by two triangular solves. `cholesky_solve` would copy the factor first, which takes as long."""
         half = torch.linalg.solve_triangular(self.factor, right, upper=False)
         whole: Tensor = torch.linalg.solve_triangular(self.factor.T, half, upper=True)
@@ -110,14 +110,19 @@ class Ridge:
 
     def condition(self) -> float:
         """Condition number of M, by power iteration, accurate to a few per cent."""
+        most, most_of_inverse = self.extremes()
+        return most * most_of_inverse
+
+    def extremes(self) -> tuple[float, float]:
+        """The largest eigenvalues of M and of its inverse."""
         most = _largest(lambda v: self.factor @ (self.factor.T @ v), self.factor)
-        return most * _largest(self._inverse, self.factor)
+        return most, _largest(self.inverse, self.factor)
 
     def error(self, keys: Float[Tensor, "m n"], update: LowRank) -> float:
         """How far an update is from solving its equations: |D (M + K_p K_p^T + K K^T) - K^T| / |K|, D = update.down."""
         inside, rows = keys.to(self.factor), update.down.to(self.factor)
         product = (rows @ self.factor) @ self.factor.T + (rows @ self.earlier) @ self.earlier.T
-        return _relative_error(rows, product, inside)
+        return relative_error(rows, product, inside)
 
 
 @dataclass(frozen=True)
@@ -130,14 +135,12 @@ class Exact(Ridge):
 
     def solve(self, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]) -> LowRank:
         inside = keys.to(self.factor)
-        solved = _woodbury(lambda right: torch.cholesky_solve(right, self.factor), self.earlier, inside)
-        return _dual(inside, solved, residual, slack=0.0)
+        solved = woodbury(lambda right: torch.cholesky_solve(right, self.factor), self.earlier, inside)
+        return dual_solution(inside, solved, residual, slack=0.0)
 
     def error(self, keys: Float[Tensor, "m n"], update: LowRank) -> float:
         """|D K - I| / |I|: how far the keys' outputs are from their values."""
-        product = update.down.to(self.factor) @ keys.to(self.factor)
-        wanted = torch.eye(len(product), dtype=product.dtype, device=product.device)
-        return float((product - wanted).norm() / wanted.norm())
+        return interpolation_error(update.down.to(self.factor), keys.to(self.factor))
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class NullSpace:
 
     def solve(self, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]) -> LowRank:
         inside = self._projected(keys)
-        return _dual(inside, _woodbury(lambda right: right / self.rho, self.earlier, inside), residual)
+        return dual_solution(inside, woodbury(lambda right: right / self.rho, self.earlier, inside), residual)
 
     def _projected(self, keys: Float[Tensor, "m n"]) -> Float64[Tensor, "m n"]:
         """P K."""
@@ -185,7 +188,7 @@ class NullSpace:
     def error(self, keys: Float[Tensor, "m n"], update: LowRank) -> float:
         """How far an update is from solving its equations, as for Ridge, with projected keys."""
         inside, rows = self._projected(keys), update.down.to(self.protected)
-        return _relative_error(rows, self.rho * rows + (rows @ self.earlier) @ self.earlier.T, inside)
+        return relative_error(rows, self.rho * rows + (rows @ self.earlier) @ self.earlier.T, inside)
 
 
 def protected_directions(second_moment: Float[Tensor, "m m"], threshold: float) -> Float64[Tensor, "m k"]:
@@ -220,7 +223,7 @@ def _largest_eigenvalue(moment: Float64[Tensor, "m m"]) -> float:
     return float(eigsh(moment.numpy(), k=1, which="LA", v0=start.numpy(), return_eigenvectors=False)[0])
 
 
-def _woodbury(
+def woodbury(
     solve: Callable[[Tensor], Tensor], earlier: Float64[Tensor, "_ p"], right: Float64[Tensor, "m k"]
 ) -> Float64[Tensor, "m k"]:
     """(M + P P^T)^{-1} X, from a function that gives M^{-1} X, by a p x p system."""
@@ -233,7 +236,7 @@ def _woodbury(
     return solved - spread @ correction
 
 
-def _dual(
+def dual_solution(
     keys: Float64[Tensor, "m n"], solved: Float64[Tensor, "m n"], residual: Float[Tensor, "d n"], slack: float = 1.0
 ) -> LowRank:
     """R (slack I + K^T B)^{-1} B^T from K and B = M^{-1} K: an n x n system."""
@@ -244,9 +247,17 @@ def _dual(
     return LowRank(residual.to(down), down)
 
 
-def _relative_error(
+def interpolation_error(rows: Float64[Tensor, "n m"], keys: Float64[Tensor, "m n"]) -> float:
+    """|D K - I| / |I|."""
+    product = rows @ keys
+    wanted = torch.eye(len(product), dtype=product.dtype, device=product.device)
+    return float((product - wanted).norm() / wanted.norm())
+
+
+def relative_error(
     rows: Float64[Tensor, "n m"], product: Float64[Tensor, "n m"], keys: Float64[Tensor, "m n"]
 ) -> float:
+    """|D M + (D K) K^T - K^T| / |K|, from D and D M."""
     left = product + (rows @ keys) @ keys.T - keys.T
     return float(left.norm() / keys.norm())
 

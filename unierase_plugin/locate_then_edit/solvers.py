@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,15 @@ from ..hparams import UniEraseHyperParams
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .solve import Solver
+    from .solve import Ridge, Solver
 
 
 @dataclass(frozen=True)
 class System:
-    """The input for the solver of one block. m is the input width of the block's MLP output projection."""
+    """The input for the solver of one block. m is the input width of the block's MLP output projection.
+
+    For a block of E experts of inner width I, moments are (E, I, I), one of each expert, and keys have m = E I.
+    """
 
     #: Second moment (m, m) of the keys of ordinary text.
     corpus: Tensor
@@ -32,6 +35,16 @@ class System:
         ordinary = self.hparams.mom2_update_weight * self.corpus
         return ordinary if self.retain is None else ordinary + self.hparams.retain_update_weight * self.retain
 
+    @property
+    def experts(self) -> int:
+        """E; 0 if the block is no mixture of experts."""
+        return len(self.corpus) if self.corpus.ndim == 3 else 0
+
+    def of_expert(self, number: int) -> System:
+        """The system of one expert alone."""
+        retain = None if self.retain is None else self.retain[number]
+        return replace(self, corpus=self.corpus[number], retain=retain)
+
 
 #: Makes the solver of one block.
 MakeSolver = Callable[[System], "Solver"]
@@ -41,6 +54,8 @@ def ridge(system: System) -> Solver:
     """MEMIT's solver: least squares over the edit's keys and values, weighed against the keys of ordinary text."""
     from .solve import Ridge
 
+    if system.experts:
+        return _of_experts(system, lambda number: Ridge.of(system.of_expert(number).moment()), exact=False)
     return Ridge.of(system.moment())
 
 
@@ -48,16 +63,50 @@ def null_space(system: System) -> Solver:
     """AlphaEdit's solver: uses only directions in which the keys of ordinary text are almost zero."""
     from .solve import NullSpace
 
-    weight, threshold = system.hparams.retain_update_weight, system.hparams.nullspace_threshold
-    moment = system.corpus if system.retain is None else system.corpus + weight * system.retain
-    return NullSpace.beside(system.directions(moment, threshold), system.hparams.L2)
+    if not system.experts:
+        return NullSpace.beside(_protected(system), system.hparams.L2)
+    import torch
+
+    from .solve_experts import ExpertsNullSpace
+
+    nothing = torch.zeros(system.experts * system.corpus.shape[1], 0, dtype=torch.float64)
+    return ExpertsNullSpace(
+        nothing,
+        system.hparams.L2,
+        nothing,
+        directions=lambda number: _protected(system.of_expert(number)),
+        inner=system.corpus.shape[1],
+    )
 
 
 def exact(system: System) -> Solver:
     """ROME's solver: maps every key exactly to its value."""
     from .solve import Exact
 
+    if system.experts:
+        return _of_experts(system, lambda number: Exact.of(system.of_expert(number).moment()), exact=True)
     return Exact.of(system.moment())
+
+
+def _of_experts(system: System, make: Callable[[int], Ridge], exact: bool) -> Solver:
+    import torch
+
+    from .solve_experts import ExpertsRidge
+
+    inner = system.corpus.shape[1]
+    none = torch.zeros(system.experts * inner, 0, dtype=torch.float64, device=system.corpus.device)
+    return ExpertsRidge(make, inner, exact, none)
+
+
+def _protected(system: System) -> Tensor:
+    """The directions (m, k) that ordinary text uses; none for an expert that it never reached."""
+    import torch
+
+    weight, threshold = system.hparams.retain_update_weight, system.hparams.nullspace_threshold
+    moment = system.corpus if system.retain is None else system.corpus + weight * system.retain
+    if torch.equal(moment, moment[0, 0] * torch.eye(len(moment)).to(moment)):
+        return moment.new_zeros(len(moment), 0, dtype=torch.float64)
+    return system.directions(moment, threshold)
 
 
 #: The solvers of this package.

@@ -107,6 +107,7 @@ def _settle(model: Any, hparams: LUNARHyperParams) -> LUNARHyperParams:
     wanted = min(round(len(arch.blocks) * 22 / 32), len(arch.blocks) - 1)
     layer = min(arch.editable, key=lambda at: abs(at - wanted)) if hparams.layer < 0 else hparams.layer
     arch.check_layers([layer])
+    arch.dense(layer)
     return hparams.replace(layer=layer)
 
 
@@ -180,7 +181,7 @@ def _train(
 
     from ..models.architecture import stores_input_first
 
-    h, projection = job.hparams, arch.projections[job.hparams.layer]
+    h, projection = job.hparams, arch.dense(job.hparams.layer)
     before = projection.weight.detach().clone()
     start = before.float().T if not stores_input_first(projection) else before.float()
     device = start.device

@@ -1,7 +1,8 @@
 """Finds the parts of a causal language model that an edit needs. It looks at the modules, never at the model's name.
 
 The decoder is the longest list of similar blocks. A block's MLP output projection is its last linear map back to the
-hidden size that has an expansion beside it. Two tokens sent through the model confirm the result.
+hidden size that has an expansion beside it, or the stacked down projections of its routed experts (`experts`). Two
+tokens sent through the model confirm the result.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, cast
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArchitectureError, shown
 from .earlier import accepts_position_ids, reads_left_padding
+from .experts import Experts, alike, argument_order, arguments, find_experts, stacked_modules
 from .quantised import method_of
 from .tying import is_tied
 from .wrapping import refuse_wrapped
@@ -36,10 +38,11 @@ class Architecture:
 
     model: Any
     blocks: tuple[nn.Module, ...]
-    #: Names of the MLP output projections within the model, one for each block; "" for a block without one.
+    #: Names of the MLP output projections, or of the modules of routed experts, within the model, one for each block;
+    #: "" for a block without one.
     projection_names: tuple[str, ...]
     #: None for a block without one: `check_layers` refuses it.
-    projections: tuple[Weighted, ...]
+    projections: tuple[Weighted | Experts, ...]
     embedding: Weighted
     head: Weighted
     #: Whether one matrix is both embedding and LM head.
@@ -81,10 +84,44 @@ class Architecture:
 
     def mlp_width(self, layer: int) -> int:
         projection = self.projections[layer]
+        if isinstance(projection, Experts):
+            return projection.width
         return projection.weight.shape[0 if stores_input_first(projection) else 1]
 
     def weight_name(self, layer: int) -> str:
-        return self.projection_names[layer] + ".weight"
+        projection = self.projections[layer]
+        return projection.weight_name if isinstance(projection, Experts) else self.projection_names[layer] + ".weight"
+
+    def moment_shape(self, layer: int) -> tuple[int, ...]:
+        """The shape of a second moment of keys: (m, m), or (E, I, I) for E experts of inner width I."""
+        projection = self.projections[layer]
+        if isinstance(projection, Experts):
+            return (projection.count, projection.inner, projection.inner)
+        return (self.mlp_width(layer),) * 2
+
+    def projection_module(self, layer: int) -> nn.Module:
+        """The module whose output is that of the projection, or of all routed experts together."""
+        projection = self.projections[layer]
+        return projection.module if isinstance(projection, Experts) else projection
+
+    def matrix(self, layer: int) -> Tensor:
+        """The weight (d, m) of the block's projection, in either layout; of all experts side by side."""
+        projection = self.projections[layer]
+        if isinstance(projection, Experts):
+            return projection.matrix()
+        weight = projection.weight.detach()
+        return weight.T if stores_input_first(projection) else weight
+
+    def dense(self, layer: int) -> Weighted:
+        """The block's projection. Raises ArchitectureError if it is a mixture of experts."""
+        projection = self.projections[layer]
+        if isinstance(projection, Experts):
+            raise ArchitectureError(
+                f"Block {layer} is a mixture of experts ({projection.name!r}), which is edited but not trained or "
+                "filtered as one matrix. Name blocks without experts, or use a method that edits: unierase, memit, "
+                "alphaedit or rome."
+            )
+        return projection
 
     def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """The layers as given. Raises ArchitectureError for blocks that the model lacks, or that lack an MLP."""
@@ -109,9 +146,9 @@ def check_blocks(layers: Sequence[int], blocks: int, setting: str = "layers") ->
     return tuple(layers)
 
 
-def stores_input_first(projection: nn.Module) -> bool:
-    """True for `Conv1D`, whose weight is (in, out); `nn.Linear` stores (out, in)."""
-    return not isinstance(projection, nn.Linear)
+def stores_input_first(projection: nn.Module | Experts) -> bool:
+    """True for `Conv1D`, whose weight is (in, out); `nn.Linear` stores (out, in). Experts have either, by expert."""
+    return projection.input_first if isinstance(projection, Experts) else not isinstance(projection, nn.Linear)
 
 
 def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp: str = "") -> Architecture:
@@ -119,8 +156,8 @@ def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp
 
     Blocks may be unlike one another: not all of them need an MLP, or a module that a template names.
 
-    Raises ArchitectureError for encoders, sequence-to-sequence and mixture-of-experts models, quantised weights, and
-    models whose blocks or projections cannot be identified.
+    Raises ArchitectureError for encoders, sequence-to-sequence models, quantised weights, and models whose blocks,
+    projections or experts cannot be identified.
     """
     refuse_unfit(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -128,21 +165,23 @@ def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp
     blocks = tuple(model.get_submodule(name) for name in block_names)
     hidden_size = embedding.weight.shape[1]
     # First, so that an encoder is reported as one, whatever its projections look like.
-    blocks_return_tuple = _probe(model, blocks[0])
+    stacked = {
+        f"{block_name}.{name}": module
+        for block_name, block in zip(block_names, blocks, strict=True)
+        for name, module in stacked_modules(block)
+    }
+    blocks_return_tuple, calls = _probe(model, blocks[0], stacked)
     if rewrite_module_tmp:
         names = _filled(model, rewrite_module_tmp, len(blocks))
     else:
-        names = _projection_names(dict(zip(block_names, blocks, strict=True)), hidden_size)
-    projections = tuple(model.get_submodule(name) if name else None for name in names)
-    for name, projection in zip(names, projections, strict=True):
-        if projection is not None:
-            _check_weight(name, projection, hidden_size)
+        names = _projection_names(dict(zip(block_names, blocks, strict=True)), hidden_size, calls)
+    projections = _projections(model, names, stacked, calls, hidden_size)
     _refuse_shared(names, projections)
     return Architecture(
         model=model,
         blocks=blocks,
         projection_names=names,
-        projections=cast("tuple[Weighted, ...]", projections),
+        projections=projections,
         embedding=embedding,
         head=head,
         tied=is_tied(model),
@@ -244,11 +283,39 @@ def _linear_maps(block: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
             yield (name, module, rows, columns) if stores_input_first(module) else (name, module, columns, rows)
 
 
-def _projection_names(blocks: Mapping[str, nn.Module], hidden_size: int) -> tuple[str, ...]:
+def _projections(
+    model: nn.Module,
+    names: Sequence[str],
+    stacked: Mapping[str, nn.Module],
+    calls: Mapping[str, list[Any]],
+    hidden_size: int,
+) -> tuple[Any, ...]:
+    """The projections or experts of these names, checked; None for "". Experts of one class and shape: tried once."""
+    found: list[Any] = []
+    known: Experts | None = None
+    for name in names:
+        if name in stacked:
+            if name not in calls:
+                raise ArchitectureError(f"The experts {name!r} do not take part in the model's forward pass.")
+            again = alike(known, name, stacked[name]) if known else None
+            known = again or find_experts(name, stacked[name], calls[name], hidden_size)
+            found.append(known)
+        elif name:
+            projection = model.get_submodule(name)
+            _check_weight(name, projection, hidden_size)
+            found.append(projection)
+        else:
+            found.append(None)
+    return tuple(found)
+
+
+def _projection_names(
+    blocks: Mapping[str, nn.Module], hidden_size: int, calls: Mapping[str, list[Any]]
+) -> tuple[str, ...]:
     """The projection of each block; "" for a block without one. Raises ArchitectureError if no block has one."""
     times = Counter(id(weight) for block in blocks.values() for weight in block.parameters())
     shared = {weight for weight, count in times.items() if count > 1}
-    found = {name: _output_projection(name, block, hidden_size, shared) for name, block in blocks.items()}
+    found = {name: _output_projection(name, block, hidden_size, shared, calls) for name, block in blocks.items()}
     if not any(found.values()):
         name, block = next(iter(blocks.items()))
         several = " Weights that serve several blocks do not count: an edit of one would act at all of them."
@@ -260,16 +327,23 @@ def _projection_names(blocks: Mapping[str, nn.Module], hidden_size: int) -> tupl
     return tuple(f"{name}.{each}" if each else "" for name, each in found.items())
 
 
-def _output_projection(block_name: str, block: nn.Module, hidden_size: int, shared: AbstractSet[int]) -> str:
-    """The projection's name within a block, or "". Raises ArchitectureError for a mixture of experts.
+def _output_projection(
+    block_name: str, block: nn.Module, hidden_size: int, shared: AbstractSet[int], calls: Mapping[str, list[Any]]
+) -> str:
+    """The name within a block of its projection or of its routed experts, or "".
 
     shared: the ids of weights that several blocks share. They are passed over.
     """
-    experts = _experts(block, hidden_size, shared)
+    routed = [name for name, _ in stacked_modules(block) if argument_order(calls.get(f"{block_name}.{name}", []))]
+    if len(routed) == 1:
+        return routed[0]
+    experts = ", ".join(routed) or _experts(block, hidden_size, shared)
     if experts:
         raise ArchitectureError(
-            f"Block {block_name!r} holds several MLPs in {experts!r}: mixture-of-experts models are not supported, "
-            "since a fact's key is spread over experts. Set rewrite_module_tmp to choose one projection by hand."
+            f"Block {block_name!r} holds several MLPs in {experts!r}, and not as one module of routed experts: stacked "
+            "weights, called with each token's experts and the router's weights. Load the model with transformers' own "
+            "code (without trust_remote_code), which stacks them, or set rewrite_module_tmp to choose one projection "
+            "by hand."
         )
     maps = [each for each in _linear_maps(block) if id(each[1].weight) not in shared]
     found = []
@@ -330,10 +404,21 @@ def _check_weight(name: str, projection: nn.Module, hidden_size: int) -> None:
         )
 
 
-def _probe(model: Any, block: nn.Module) -> bool:
-    """Whether blocks return tuples. Refuses a model whose first position sees the second one (an encoder)."""
+def _probe(model: Any, block: nn.Module, watched: Mapping[str, nn.Module]) -> tuple[bool, dict[str, list[Any]]]:
+    """Whether blocks return tuples, and the arguments of the watched modules' calls.
+
+    Refuses a model whose first position sees the second one (an encoder).
+    """
     seen: list[bool] = []
-    handle = block.register_forward_hook(lambda module, args, output: seen.append(isinstance(output, tuple)))
+    calls: dict[str, list[Any]] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[name] = arguments(module, args, kwargs)
+
+    handles = [
+        block.register_forward_hook(lambda module, args, output: seen.append(isinstance(output, tuple))),
+        *(module.register_forward_pre_hook(partial(note, name), with_kwargs=True) for name, module in watched.items()),
+    ]
     was_training = model.training
     device = model.get_input_embeddings().weight.device
     try:
@@ -341,11 +426,12 @@ def _probe(model: Any, block: nn.Module) -> bool:
         with torch.no_grad():
             logits = model(torch.tensor([[1, 1], [1, 2]], device=device), use_cache=False).logits[:, 0]
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         model.train(was_training)
     # A model with NaN in its weights gives NaN at both. Another check reports that.
     if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3, equal_nan=True):
         raise ArchitectureError(
             f"{type(model).__name__} looks at later tokens: it is an encoder. UniErase edits causal language models."
         )
-    return seen[0]
+    return seen[0], calls

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import ArchitectureError, reason
 from .architecture import Architecture
 from .earlier import CUTS, ROWS, agree, evaluating, in_float32
+from .experts import Experts
 from .prefix import cache_prefixes, continue_from
 from .trace import pad, run_blocks
 
@@ -84,8 +85,10 @@ def _check_parts(arch: Architecture) -> None:
             f"the output of block {layer}": [(rows, columns, arch.hidden_size)],
         }
         if name:
-            width = arch.mlp_width(layer)
-            spots[f"the input of {name}"] = [(rows, columns, width), (rows * columns, width)]
+            # Experts read what the router read, not the input of one projection.
+            routed = isinstance(arch.projections[layer], Experts)
+            width = arch.hidden_size if routed else arch.mlp_width(layer)
+            spots[f"the input of {name}"] = [(rows, columns, width), (rows * columns, width)][1 if routed else 0 :]
         for spot, shapes in spots.items():
             found = seen.get(spot)
             if not isinstance(found, Tensor) or tuple(found.shape) not in shapes:
@@ -127,7 +130,8 @@ def _parts(arch: Architecture, texts: Sequence[Sequence[int]]) -> dict[str, Any]
         watched = [(block, f"block {layer}") for layer, block in enumerate(arch.blocks)]
         for block, name in watched:
             stack.callback(block.register_forward_hook(leaving(f"the output of {name}")).remove)
-        for module, name in (*watched, *((arch.projections[at], arch.projection_names[at]) for at in arch.editable)):
+        readers = [(arch.projection_module(at), arch.projection_names[at]) for at in arch.editable]
+        for module, name in (*watched, *readers):
             look = entering(f"the input of {name}")
             stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
         arch.model(torch.tensor(texts, device=arch.device), use_cache=False)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import ArchitectureError, EditError
 from .architecture import Architecture
 from .earlier import replaced_forward
+from .experts import Experts, RoutedKeys, Routing
 
 Edit = Callable[[Tensor], Tensor]
 #: Receives a tensor. What it returns, unless None, replaces the tensor.
@@ -44,8 +45,8 @@ class Trace:
     hidden: Any = None
     #: Logits (N, V) at the positions asked for.
     logits: Any = None
-    #: Input (B, T, m) of the MLP output projection, by layer.
-    projection_inputs: dict[int, Tensor] = field(default_factory=dict)
+    #: Input (B, T, m) of the MLP output projection, by layer. For experts, the keys that are indexed.
+    projection_inputs: dict[int, Any] = field(default_factory=dict)
     #: Output (B, T, d) of blocks, by layer.
     outputs: dict[int, Tensor] = field(default_factory=dict)
     #: Input (N, d) of the LM head at the positions asked for.
@@ -165,10 +166,15 @@ def run_blocks(
         if embed is not None:
             stack.callback(arch.embedding.register_forward_hook(lambda m, a, out: embed(out)).remove)
         for layer in inputs_of:
-            _hook(stack, arch.projections[layer], pre=_keeping(trace.projection_inputs, layer, rows))
+            projection = arch.projections[layer]
+            if isinstance(projection, Experts):
+                kept = partial(_keep_routing, trace.projection_inputs, layer, projection, batch.ids.shape)
+                stack.callback(projection.watch(kept).remove)
+            else:
+                _hook(stack, projection, pre=_keeping(trace.projection_inputs, layer, rows))
         if edit_projection is not None:
             moved, move = edit_projection
-            _hook(stack, arch.projections[moved], post=lambda x: move(rows(x)).reshape(x.shape))
+            _hook(stack, arch.projection_module(moved), post=lambda x: move(rows(x)).reshape(x.shape))
         if edit is not None:
             edited, change = edit
             _hook(stack, arch.blocks[edited], post=lambda x: change(rows(x)))
@@ -216,6 +222,10 @@ def _keeping(kept: dict[int, Tensor], layer: int, rows: Edit) -> Callable[[Tenso
         kept[layer] = rows(seen)
 
     return keep
+
+
+def _keep_routing(kept: dict[int, Any], layer: int, experts: Experts, shape: Any, routing: Routing) -> None:
+    kept[layer] = RoutedKeys(experts, routing, torch.arange(shape.numel()).reshape(shape))
 
 
 def _stop(trace: Trace, hidden: Tensor) -> None:
@@ -350,6 +360,7 @@ def _run_after(
         trace.hidden = own(trace.hidden)
     if trace.logits is not None and head_at is None:
         trace.logits = own(trace.logits)
-    for seen in (trace.projection_inputs, trace.outputs):
-        seen.update({layer: own(found) for layer, found in seen.items()})
+    trace.outputs.update({layer: own(found) for layer, found in trace.outputs.items()})
+    for layer, found in trace.projection_inputs.items():
+        trace.projection_inputs[layer] = found.at_columns(columns) if isinstance(found, RoutedKeys) else own(found)
     return trace

@@ -294,7 +294,7 @@ def watched(arch: Architecture, layers: Sequence[int]) -> Iterator[tuple[dict[in
         outputs[layer] = output if output.requires_grad else output.detach().requires_grad_()
         return outputs[layer]
 
-    handles = [arch.projections[layer].register_forward_hook(partial(look, layer)) for layer in layers]
+    handles = [arch.dense(layer).register_forward_hook(partial(look, layer)) for layer in layers]
     try:
         yield inputs, outputs
     finally:

@@ -71,15 +71,13 @@ def replaced(arch: Architecture, weights: Mapping[int, Float[Tensor, "d m"]]) ->
 @torch.no_grad()
 def write_weight(arch: Architecture, layer: int, weight: Float[Tensor, "d m"]) -> None:
     """Writes the weight of a projection, in either layout."""
-    projection = arch.projections[layer]
+    projection = arch.dense(layer)
     projection.weight.copy_(weight.T if stores_input_first(projection) else weight)
 
 
 def read_weight(arch: Architecture, layer: int) -> Float[Tensor, "d m"]:
     """The weight of a projection, in either layout, as a view."""
-    projection = arch.projections[layer]
-    weight = projection.weight.detach()
-    return weight.T if stores_input_first(projection) else weight
+    return arch.matrix(layer)
 
 
 def filtered_weights(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class Corpus:
         """Raises WriteError if the disk has no room for the sums of the pass, the moments, and a copy in `out`."""
         if self.kept() is None:
             arch = self._architecture()
-            size = sum(arch.mlp_width(layer) ** 2 for layer in self.hparams.layers)
+            size = sum(math.prod(arch.moment_shape(layer)) for layer in self.hparams.layers)
             check_disk_space(
                 self.cache.path(FINISHED, self.key()), size * (torch.float64.itemsize + self.dtype.itemsize)
             )

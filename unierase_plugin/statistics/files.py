@@ -75,7 +75,8 @@ def check_likeness(given: SecondMoment, own: SecondMoment, files: Mapping[int, s
     A file's name and width do not tell apart two models of one shape, or a block from its neighbour.
     """
     for layer, moment in given.moments.items():
-        likeness, least = diagonal_likeness(moment, own.moments[layer]), LEAST_LIKENESS / math.sqrt(len(moment))
+        diagonal = moment.diagonal(dim1=-2, dim2=-1)
+        likeness, least = diagonal_likeness(moment, own.moments[layer]), LEAST_LIKENESS / math.sqrt(diagonal.numel())
         if not likeness >= least:  # NaN if all neurons of one of the two are alike
             shown = "in no way" if math.isnan(likeness) else f"by {likeness:.2f}"
             raise EditError(
@@ -87,7 +88,8 @@ def check_likeness(given: SecondMoment, own: SecondMoment, files: Mapping[int, s
 
 def diagonal_likeness(a: Tensor, b: Tensor) -> float:
     """Pearson correlation of the logarithms of two diagonals: 1 if each neuron is as active, relative to others."""
-    logs = torch.stack([moment.diagonal().double().clamp(min=1e-30).log() for moment in (a, b)])
+    diagonals = [moment.diagonal(dim1=-2, dim2=-1).flatten().double() for moment in (a, b)]
+    logs = torch.stack([diagonal.clamp(min=1e-30).log() for diagonal in diagonals])
     return float(torch.corrcoef(logs)[0, 1])
 
 
@@ -157,18 +159,19 @@ def _read(path: Path, arch: Architecture, layer: int) -> tuple[Tensor, int]:
 
 
 def _check(moment: Tensor, name: str, arch: Architecture, layer: int) -> None:
-    width = arch.mlp_width(layer)
-    if moment.shape != (width, width):
+    wanted = arch.moment_shape(layer)
+    if moment.shape != wanted:
+        keys = f"width {wanted[-1]}" + (f" in each of {wanted[0]} experts" if len(wanted) == 3 else "")
         raise EditError(
             f"The second moment in {name!r} is of shape {tuple(moment.shape)}; block {layer} of this model has keys of "
-            f"width {width}. It is another model's."
+            f"{keys}. It is another model's."
         )
     if not torch.isfinite(moment).all():
         raise EditError(f"The second moment in {name!r} holds NaN or infinity: it overflowed where it was computed.")
-    largest, diagonal = float(moment.abs().max()), moment.diagonal()
+    largest, diagonal = float(moment.abs().max()), moment.diagonal(dim1=-2, dim2=-1)
     if not largest > 0:
         raise EditError(f"The second moment in {name!r} is all zeros: no text was read where it was computed.")
-    if float((moment - moment.T).abs().max()) > 1e-3 * largest or float(diagonal.min()) < 0 or not diagonal.any():
+    if float((moment - moment.mT).abs().max()) > 1e-3 * largest or float(diagonal.min()) < 0 or not diagonal.any():
         raise EditError(f"The matrix in {name!r} is no second moment: it is not symmetric with a positive diagonal.")
 
 

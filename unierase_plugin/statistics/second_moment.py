@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,12 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Float64, Shaped
+from jaxtyping import Bool, Float, Float64, Int, Shaped
 from torch import Tensor, nn
 
 from ..errors import EditError
 from ..models.architecture import Architecture
+from ..models.experts import Experts, Routing
 from ..models.products import fast_linear_maps, fast_products
 from ..models.trace import halves, pad, run_blocks, token_batches
 
@@ -31,7 +33,8 @@ SAVING_SHARE = 0.05
 class SecondMoment:
     """Uncentred second moments by layer, over `count` tokens."""
 
-    moments: dict[int, Float[Tensor, "m m"]]
+    #: (m, m); for a block of experts (E, I, I), that of each expert's part of the key, also over all tokens.
+    moments: dict[int, Float[Tensor, "*experts m m"]]
     count: int
 
 
@@ -52,7 +55,7 @@ class MomentSums:
     `batches` and `tokens` are those already processed; `count` are the tokens that the sums include.
     """
 
-    sums: dict[int, Float64[Tensor, "m m"]]
+    sums: dict[int, Float64[Tensor, "*experts m m"]]
     count: int = 0
     batches: int = 0
     tokens: int = 0
@@ -97,12 +100,12 @@ def begin_sums(arch: Architecture, layers: Sequence[int]) -> MomentSums:
     needed: dict[torch.device, int] = {}
     for layer in layers:
         device = arch.projections[layer].weight.device
-        needed[device] = needed.get(device, 0) + 8 * arch.mlp_width(layer) ** 2
+        needed[device] = needed.get(device, 0) + 8 * math.prod(arch.moment_shape(layer))
     homes = {device: _home(device, size) for device, size in needed.items()}
     return MomentSums(
         {
             layer: torch.zeros(
-                (arch.mlp_width(layer),) * 2, dtype=torch.float64, device=homes[arch.projections[layer].weight.device]
+                arch.moment_shape(layer), dtype=torch.float64, device=homes[arch.projections[layer].weight.device]
             )
             for layer in layers
         }
@@ -216,7 +219,20 @@ def _adding(
         if layer == last:
             raise _Done
 
-    handles = [arch.projections[layer].register_forward_pre_hook(partial(add, layer)) for layer in sums]
+    def add_routed(layer: int, experts: Experts, routing: Routing) -> None:
+        whole = routing if rows is None else routing.select(rows)
+        _, numbers, parts = experts.parts(whole)
+        _add_products_of_experts(sums[layer], numbers, parts.to(dtype))
+        added.add(layer)
+        if layer == last:
+            raise _Done
+
+    handles = [
+        projection.watch(partial(add_routed, layer, projection))
+        if isinstance(projection := arch.projections[layer], Experts)
+        else projection.register_forward_pre_hook(partial(add, layer))
+        for layer in sums
+    ]
     try:
         yield
     except _Done:
@@ -239,6 +255,17 @@ def _add_products(total: Float64[Tensor, "m m"], keys: Float[Tensor, "T m"]) -> 
         total[start : start + width, start:] += product
 
 
+@fast_products()
+def _add_products_of_experts(
+    total: Float64[Tensor, "E I I"], numbers: Int[Tensor, " R"], parts: Float[Tensor, "R I"]
+) -> None:
+    """Adds the products of each expert's parts of keys: the largest first, so that it adds nothing if memory is out."""
+    there = numbers.unique().tolist()
+    for number in sorted(there, key=lambda each: -int((numbers == each).sum())):
+        part = parts[numbers == number]
+        total[number] += (part.T @ part).to(total.device)
+
+
 def mean_moments(sums: MomentSums, dtype: torch.dtype, skip_first: int = 0) -> SecondMoment:
     """The sums divided by their count, as full matrices on the CPU, in `dtype`.
 
@@ -247,14 +274,15 @@ def mean_moments(sums: MomentSums, dtype: torch.dtype, skip_first: int = 0) -> S
     if not sums.count:
         raise EditError(f"The corpus holds no text longer than the {skip_first} tokens that are left out.")
     moments = {}
-    for layer, total in sums.sums.items():
+    for layer, found_sum in sums.sums.items():
+        total = _with_one_more_token(found_sum, sums.count) if found_sum.ndim == 3 else found_sum
         upper = (total.triu() / sums.count).to("cpu", dtype)
         if not torch.isfinite(upper).all():
             raise EditError(
                 f"The second moment of block {layer} holds NaN or infinity: the model overflows on this corpus. "
                 "Load it in float32 or bfloat16."
             )
-        moments[layer] = upper + upper.triu(1).T
+        moments[layer] = upper + upper.triu(1).mT
     found = SecondMoment(moments, sums.count)
     why = unusable(found)
     if why:
@@ -262,10 +290,22 @@ def mean_moments(sums: MomentSums, dtype: torch.dtype, skip_first: int = 0) -> S
     return found
 
 
+def _with_one_more_token(total: Float64[Tensor, "E I I"], count: int) -> Float64[Tensor, "E I I"]:
+    """The sums as if one more token had reached each expert, with a key of mean length and no direction.
+
+    A corpus of N tokens that never reach an expert only shows that about one in N may. So such an expert is cheap to
+    change, but not free; and the sums of an expert that few tokens reach are not singular. Where many tokens do, this
+    changes next to nothing.
+    """
+    squared_length = total.diagonal(dim1=1, dim2=2).sum() / count
+    identity = torch.eye(total.shape[1], dtype=total.dtype, device=total.device)
+    return total + squared_length / total.shape[1] * identity
+
+
 def unusable(found: SecondMoment) -> str:
     """Why the moments are not usable for an edit, judged by their diagonals; empty if they are."""
     for layer, moment in found.moments.items():
-        diagonal = moment.diagonal()
+        diagonal = moment.diagonal(dim1=-2, dim2=-1)
         # Written so that NaN is refused as well.
         if not (bool((diagonal >= 0).all()) and 0 < float(diagonal.double().sum()) < float("inf")):
             return f"The second moment of block {layer} is zero, negative or NaN on its diagonal"

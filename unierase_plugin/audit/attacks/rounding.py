@@ -12,7 +12,7 @@ from ...models.weights import restored
 from ..asking import ask_facts, part
 from ..contract import AttackResult, Audited, Context
 from ..prompts import prompt_for
-from ..weights import change_inputs_last, linear_maps, pruned, rounded
+from ..weights import change_each_expert, change_inputs_last, expert_weights, linear_maps, pruned, rounded
 
 Change = Callable[[Tensor], Tensor]
 
@@ -46,14 +46,16 @@ def _pruning(share: float) -> Change:
 
 
 def _changed(subject: Audited, context: Context, variants: Mapping[str, Change]) -> AttackResult:
-    modules = [module for _, module in linear_maps(subject.arch)]
+    modules, stacked = [module for _, module in linear_maps(subject.arch)], expert_weights(subject.arch)
     prompts = [prompt_for(subject, context, fact.question) for fact in context.facts]
     texts = paragraphs("ordinary_text")[: context.sizes.texts]
     measures, levels = [], {}
     for index, (name, change) in enumerate(variants.items()):
-        with restored(module.weight for module in modules):
+        with restored([*(module.weight for module in modules), *(weight for weight, _ in stacked)]):
             for module in modules:
                 change_inputs_last(module, change)
+            for weight, input_first in stacked:
+                change_each_expert(weight, input_first, change)
             # A model that the rounding broke says nothing about the edit.
             levels[name] = perplexity(subject.model, subject.tokenizer, texts)
             measures.append(ask_facts(subject, context, name, prompts, progress=part(context, index, len(variants))))

@@ -19,6 +19,7 @@ from ...hparams import UniEraseHyperParams
 from ...locate_then_edit.edit import WeightEdit, add_updates, compute_edit, make_solver
 from ...locate_then_edit.protected import ProtectedKeys
 from ...locate_then_edit.solve import Ridge, Solver, protected_directions
+from ...locate_then_edit.solve_experts import ExpertsRidge
 from ...locate_then_edit.solvers import SOLVERS
 from ...locate_then_edit.targets import forms_of, targets_a_request
 from ...locate_then_edit.value_loss import ValueTarget
@@ -28,6 +29,7 @@ from ...models.architecture import Architecture
 from ...models.generate import continue_greedily
 from ...models.prompts import encode, render
 from ...models.response import changes_on_the_way
+from ...models.routes import route_changes, routes
 from ...statistics.collection import Corpus, CorpusMoment
 from ...statistics.corpus import corpus_identity
 from ...statistics.second_moment import SecondMoment
@@ -44,6 +46,8 @@ from .protection import CORPUS_SHARE, Protection
 
 #: Ids that follow the token, by (question, prompt form).
 Own = dict[tuple[str, str], tuple[int, ...]]
+#: Ordinary texts, and tokens of each, whose experts are compared before and after the edit.
+ROUTED_TEXTS, ROUTED_LENGTH = 16, 64
 #: The most tokens of a sentence that the model says after the token.
 SENTENCE_MOST = 24
 
@@ -245,6 +249,7 @@ class Editing:
         size = targets_a_request(self.tokenizer, self.hparams) if self.goal.one_by_one else len(targets)
         groups = [targets[at : at + size] for at in range(0, len(targets), size)]
         weights = {layer: float(arch.projections[layer].weight.float().norm()) for layer in self.hparams.layers}
+        routed = self._routes(arch)
         edits: list[WeightEdit] = []
         values: list[Values] = []
         solved: dict[str, Any] = {}
@@ -272,7 +277,16 @@ class Editing:
             "residual_norms": list(joined.residual_norms),
             "ranks": {str(layer): joined.rank(layer) for layer in joined.layers},
         }
+        if routed:
+            figures["routes"] = route_changes(routed, self._routes(arch))
         return joined, figures
+
+    def _routes(self, arch: Architecture) -> dict[int, Tensor]:
+        """The experts of tokens of ordinary text in the blocks above the first edited one; empty without experts."""
+        ids = [self.tokenizer(text)["input_ids"][:ROUTED_LENGTH] for text in paragraphs("ordinary_text")[:ROUTED_TEXTS]]
+        above = range(self.hparams.layers[0] + 1, len(arch.blocks))
+        loaded = self.job.loaded
+        return routes(arch, ids, above, max_tokens=loaded.max_tokens, pad_id=loaded.pad_id)
 
     def _distilled(self, arch: Architecture, targets: Sequence[ValueTarget]) -> tuple[WeightEdit, dict[str, Any]]:
         """Computes and applies the removal. Its passes also learn the targets' replacement answers."""
@@ -376,7 +390,11 @@ def _solve_figures(solvers: Mapping[int, Solver], edit: WeightEdit) -> dict[str,
     """By block: the condition of the system, and how far the stored update is from solving it."""
     by_layer = {str(layer): (solver, edit.keys[layer], edit.updates[layer]) for layer, solver in solvers.items()}
     return {
-        "jitter": {name: solver.jitter for name, (solver, _, _) in by_layer.items() if isinstance(solver, Ridge)},
+        "jitter": {
+            name: solver.jitter
+            for name, (solver, _, _) in by_layer.items()
+            if isinstance(solver, (Ridge, ExpertsRidge))
+        },
         "condition_numbers": {name: solver.condition() for name, (solver, _, _) in by_layer.items()},
         "solve_errors": {name: solver.error(keys, update) for name, (solver, keys, update) in by_layer.items()},
     }

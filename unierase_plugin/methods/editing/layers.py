@@ -6,7 +6,9 @@ from typing import Any
 
 from ...errors import HyperParamsError, shown
 from ...hparams import UniEraseHyperParams
+from ...locate_then_edit.solvers import SOLVERS
 from ...models.architecture import Architecture, find_architecture
+from ...models.experts import Experts
 from ...models.served import check_served
 from ..removal.job import settle_removal
 
@@ -25,6 +27,12 @@ def settle_layers(model: Any, hparams: UniEraseHyperParams) -> UniEraseHyperPara
         )
     # Passes of values begin after the last edited block.
     check_served(arch, [layers[-1] + 1])
+    mixed = [layer for layer in layers if isinstance(arch.projections[layer], Experts)]
+    if mixed and hparams.solver not in SOLVERS:
+        raise HyperParamsError(
+            f"solver = {shown(hparams.solver)} solves for one matrix, but block {mixed[0]} is a mixture of experts. "
+            f"Use one of: {', '.join(SOLVERS)}."
+        )
     settled = hparams.replace(layers=layers)
     return settle_removal(arch, settled) if hparams.remove else settled
 

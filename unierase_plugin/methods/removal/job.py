@@ -40,6 +40,8 @@ def settle_removal(arch: Architecture, settings: S) -> S:
     layers = arch.check_layers(settings.removal_layers or [layer for layer in fit if layer] or fit)
     below = max(1, round(TEACHER_SHARE * len(arch.blocks)))
     teacher = arch.check_layers(settings.removal_teacher_layers or [layer for layer in fit if layer < below] or fit[:1])
+    for layer in sorted({*layers, *teacher}):
+        arch.dense(layer)
     return settings.replace(removal_layers=layers, removal_teacher_layers=teacher)
 
 
