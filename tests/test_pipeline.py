@@ -26,6 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unierase_plugin import UniEraseError, UniEraseHyperParams, UnlearnResult, pipeline, unlearn
 from unierase_plugin.checkpoint import folder as folder_module
 from unierase_plugin.checkpoint import read_checkpoint, revert_checkpoint
+from unierase_plugin.cli.console import Screen
+from unierase_plugin.cli.run import _print_figures
 from unierase_plugin.errors import CheckpointError, HyperParamsError, TokenError
 from unierase_plugin.hparams import shipped_hparams
 from unierase_plugin.locate_then_edit import edit
@@ -169,6 +171,22 @@ def test_the_report_has_what_other_programs_read(undisturbed: Path) -> None:
     assert report["seconds"].keys() == {"token", "statistics", "values", "edit", "evaluate"}
     assert all(seconds > 0 for seconds in report["seconds"].values())
     assert report["peak_memory_bytes"] > 1e6
+
+
+@pytest.mark.parametrize(("solver", "reaches"), [("exact", True), ("ridge", False)])
+def test_an_edit_that_does_not_reach_its_values_says_so(
+    base: Path, solver: str, reaches: bool, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default weight of the corpus holds a tiny model's edit back."""
+    result = erase(base, hparams=HPARAMS.replace(solver=solver), retain=None)
+    figures = result.report.edit
+    left = figures["residual_norms"][-1] / figures["residual_norms"][0]
+    assert figures["residual_left"] == pytest.approx(left)
+    assert (left < 0.5) == reaches
+    assert ("The edit does not reach its values" in caplog.text) != reaches
+    assert reaches or f"{100 * left:.0f} % of the way is left" in caplog.text
+    _print_figures(Screen(), result)
+    assert f"{100 * left:.1f} %" in capsys.readouterr().out
 
 
 def test_the_share_of_changed_parameters_is_that_of_the_weights_that_differ(base: Path, undisturbed: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unierase_plugin.errors import EditError
 from unierase_plugin.hparams import UniEraseHyperParams
+from unierase_plugin.locate_then_edit import values
 from unierase_plugin.locate_then_edit.positions import Prompt
 from unierase_plugin.locate_then_edit.value_loss import ValueTarget
 from unierase_plugin.locate_then_edit.values import Values, optimise_values
@@ -99,11 +100,12 @@ def test_values_are_those_of_the_straight_line(arch: Architecture, changes: dict
         assert float(got.relative_norm[index]) > 0.05
 
 
-@pytest.mark.parametrize("layer", [0, 3])
-def test_the_first_and_the_last_block_can_carry_the_value(arch: Architecture, layer: int) -> None:
+@pytest.mark.parametrize(("layer", "facts"), [(0, FACTS[:2]), (3, FACTS[1:2])])
+def test_the_first_and_the_last_block_can_carry_the_value(arch: Architecture, layer: int, facts: list[Fact]) -> None:
+    """The last one only if the fact is at the prompt's last token."""
     hparams = SETTINGS.replace(layers=(layer,))
-    got = optimise(arch, FACTS[:2], hparams)
-    for index, fact in enumerate(FACTS[:2]):
+    got = optimise(arch, facts, hparams)
+    for index, fact in enumerate(facts):
         near(got.states[index], reference.value(arch, fact, TOKEN, hparams)[0])
 
 
@@ -115,14 +117,32 @@ def test_every_term_of_the_objective_is_felt(llama: Architecture, name: str) -> 
     assert float((strong - weak).norm()) > 1e-2 * float(weak.norm())
 
 
-def test_rounding_is_no_direction() -> None:
+#: On the tiny Gemma 3, the fact lies outside the one sliding window above block 2.
+FAR = Fact((At((250, 3, 4, 5, 6, 7, 8, 9, 10), 0),), At((250, 71), 0), ())
+
+
+def test_rounding_is_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing can be gained the gradient is rounding alone, which Adam must not blow up to a full step."""
     arch = find_architecture(FAMILIES["gemma3-1b"]().requires_grad_(False))
-    # The fact lies outside the one sliding window above it; its own KL term is at its least.
-    far = Fact((At((250, 3, 4, 5, 6, 7, 8, 9, 10), 0),), At((250, 71), 0), ())
-    got = optimise(arch, [far], SETTINGS.replace(v_num_grad_steps=1))
+    monkeypatch.setattr(values._Batch, "_check_reach", lambda batch, doubtful: None)
+    # Its own KL term is at its least.
+    got = optimise(arch, [FAR], SETTINGS.replace(v_num_grad_steps=1))
     assert int(got.steps[0]) == 1
     assert float(got.relative_norm[0]) < 0.01 * SETTINGS.v_lr
+
+
+@pytest.mark.parametrize("max_tokens", [4096, 20])
+def test_an_answer_that_does_not_depend_on_its_value_is_an_error(max_tokens: int) -> None:
+    """Instead of an empty edit."""
+    arch = find_architecture(FAMILIES["gemma3-1b"]().requires_grad_(False))
+    with pytest.raises(
+        EditError, match=r"requests \[1\] do not depend on the state after block 2.*fact_token to 'last'"
+    ):
+        optimise(arch, [FACTS[1], FAR, FACTS[2]], max_tokens=max_tokens)
+    # Block 2 has full attention, so that an edit of block 1 arrives.
+    assert float(optimise(arch, [FAR], SETTINGS.replace(layers=(1,))).relative_norm[0]) > 0.05
+    # Of those that share a delta, one that it reaches is enough.
+    optimise(arch, [FACTS[1], FAR], groups=["a", "a"], max_tokens=max_tokens)
 
 
 # --- requests do not see one another ----------------------------------------------------------------------------------

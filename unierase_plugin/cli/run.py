@@ -206,6 +206,9 @@ def _print_figures(console: Screen, result: UnlearnResult) -> None:
     if figures["n_retain"]:
         kept = f"facts to keep answered, of {figures['n_retain']}"
         table.add_row(kept, str(retain["answered_before"]), str(retain["answered_after"]))
+    left = figures["edit"].get("residual_left")
+    if left is not None:
+        table.add_row("way from the states to their values, still to go", "100 %", f"{100 * left:.1f} %")
     table.add_row("perplexity of ordinary text", f"{level['before']:.2f}", f"{level['after']:.2f}")
     if figures["token_leak"] is not None:
         table.add_row("token's largest probability there, unedited", "", f"{figures['token_leak']:.1e}")

@@ -303,6 +303,10 @@ class Objective:
             total.index_add_(0, part.owner[part.looks.rows[aimed]], part.looks.weight[aimed])
         return total
 
+    def goals(self, arch: Architecture, delta: Float32[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """The likelihood part of each target's loss, not divided by its weights."""
+        return torch.stack([part.losses(arch, delta) for part in self.parts])[:, :STAYS].sum((0, 1))
+
     def loss(
         self,
         arch: Architecture,

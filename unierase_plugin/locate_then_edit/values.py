@@ -29,6 +29,8 @@ CPU_TOKENS = 512
 #: Adam's epsilon, in nats per root mean square of the state. Smaller gradients are rounding errors of float32 losses
 #: and must not become full steps.
 EPSILON = 1e-6
+#: In the same unit: if no gradient is larger at the start, it may be that the answer does not depend on the state.
+SILENT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ def optimise_values(
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Values:
-    """z_i = h_i + delta_g(i) for every target. Raises EditError that names the requests whose value became NaN.
+    """z_i = h_i + delta_g(i) for every target.
 
+    Raises EditError that names the requests whose value became NaN, or whose answers do not depend on their value.
     A batch holds whole groups within `max_tokens`. If it does not fit in memory, it is processed in halves.
     """
     if arch.device.type == "cpu":
@@ -71,7 +74,7 @@ def optimise_values(
         def report(part: float, done: int = finished, size: int = len(rows)) -> None:
             progress((done + part * size) / len(targets))
 
-        batch = _Batch.of(arch, [targets[row] for row in rows], token_id, hparams, max_tokens, pad_id)
+        batch = _Batch.of(arch, [targets[row] for row in rows], token_id, hparams, max_tokens, pad_id, rows)
         parts.append((rows, batch.optimise(report)))
         finished += len(rows)
     order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
@@ -114,6 +117,8 @@ class _Batch:
     group: Tensor
     #: (n, d) float32: h of each target's bare prompt.
     start: Tensor
+    #: (n,) number of each target among all, for messages.
+    numbers: Sequence[int]
 
     @classmethod
     def of(
@@ -124,6 +129,7 @@ class _Batch:
         hparams: UniEraseHyperParams,
         max_tokens: int,
         pad_id: int,
+        numbers: Sequence[int],
     ) -> _Batch:
         # There is more than one problem only if a single group exceeds the budget.
         tokens = sum(target.cost[0] for target in targets) * max(target.cost[1] for target in targets)
@@ -141,7 +147,7 @@ class _Batch:
         number = {name: index for index, name in enumerate(dict.fromkeys(names))}
         start = torch.cat([problem.start for _, problem in problems])
         group = torch.tensor([number[name] for name in names], device=start.device)
-        return cls(arch=arch, hparams=hparams, problems=problems, group=group, start=start)
+        return cls(arch=arch, hparams=hparams, problems=problems, group=group, start=start, numbers=numbers)
 
     def optimise(self, progress: Callable[[float], None]) -> Values:
         h, start, group = self.hparams, self.start, self.group
@@ -159,6 +165,8 @@ class _Batch:
                 gradient = self._gradient(unit * moved, scale, 1 / sizes[group], nll, token_nll)
             worst = torch.full_like(scale, -torch.inf).scatter_reduce_(0, group, nll, "amax")
             going = ~(worst < h.v_stop_loss)  # NaN continues, and is reported at the end
+            if step == 0 and h.v_num_grad_steps:
+                self._check_reach(going & ((gradient * unit).abs().amax(1) < SILENT))
             if step == h.v_num_grad_steps or not bool(going.any()):
                 break
             before, moved.grad = moved.clone(), gradient * unit
@@ -202,6 +210,25 @@ class _Batch:
             done.append((rows, problem))
         self.problems = done
         return total
+
+    def _check_reach(self, doubtful: Tensor) -> None:
+        """Raises EditError for the groups among these whose delta does not move their answers at all."""
+        silent = doubtful.clone()
+        for rows, problem in self.problems:
+            at = self.group[rows]
+            if not bool(silent[at].any()):
+                continue
+            delta = torch.zeros(len(silent), self.start.shape[1], device=self.start.device, requires_grad=True)
+            goal = problem.goals(self.arch, delta[at]).sum()
+            silent &= ~torch.autograd.grad(goal, delta)[0].any(1)
+        if bool(silent.any()):
+            mute = [self.numbers[row] for row in silent[self.group].nonzero().flatten().tolist()]
+            layer = self.hparams.layers[-1]
+            raise EditError(
+                f"The answers to requests {mute} do not depend on the state after block {layer} at their fact: no "
+                "attention of a later block looks back that far. Edit lower blocks (layers), so that a block with full "
+                "attention follows, or set fact_token to 'last'."
+            )
 
     def _leave(self, going: Tensor) -> None:
         """Removes the targets of groups that have reached their goal from the problems."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -44,6 +45,10 @@ from ..removal.job import check_removal, removal_of
 from .layers import architecture, changed_layers
 from .protection import CORPUS_SHARE, Protection
 
+logger = logging.getLogger(__name__)
+
+#: From this share on, the states are nearer to where they were than to their values.
+MUCH_LEFT = 0.5
 #: Ids that follow the token, by (question, prompt form).
 Own = dict[tuple[str, str], tuple[int, ...]]
 #: Ordinary texts, and tokens of each, whose experts are compared before and after the edit.
@@ -275,6 +280,7 @@ class Editing:
             **solved,
             **_value_figures(values),
             "residual_norms": list(joined.residual_norms),
+            "residual_left": _residual_left(edits),
             "ranks": {str(layer): joined.rank(layer) for layer in joined.layers},
         }
         if routed:
@@ -398,6 +404,25 @@ def _solve_figures(solvers: Mapping[int, Solver], edit: WeightEdit) -> dict[str,
         "condition_numbers": {name: solver.condition() for name, (solver, _, _) in by_layer.items()},
         "solve_errors": {name: solver.error(keys, update) for name, (solver, keys, update) in by_layer.items()},
     }
+
+
+def _residual_left(edits: Sequence[WeightEdit]) -> float:
+    """The share of the way from the states to their values that is left, measured after each edit.
+
+    It is 0 if the states were at their values before. A large one is told.
+    """
+    before = sum(edit.residual_norms[0] * edit.rank(edit.layers[0]) for edit in edits)
+    after = sum(edit.residual_norms[-1] * edit.rank(edit.layers[0]) for edit in edits)
+    left = after / before if before else 0.0
+    if left > MUCH_LEFT:
+        logger.warning(
+            "The edit does not reach its values: %.0f %% of the way is left (edit.residual_left in the report), so the "
+            "model may go on answering. Give less weight to what holds it back (mom2_update_weight, "
+            "retain_update_weight, retain_key_weight or L2), lower clamp_norm_factor, edit more blocks (layers), or "
+            "forget fewer facts at once.",
+            100 * left,
+        )
+    return left
 
 
 def _value_figures(values: Sequence[Values]) -> dict[str, Any]:
