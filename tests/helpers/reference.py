@@ -78,9 +78,9 @@ def added(block: nn.Module, position: int, delta: Tensor) -> Iterator[None]:
     """A vector added to a block's output at one position of the only sequence."""
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden = (output[0] if isinstance(output, (tuple, list)) else output).clone()
         hidden[0, position] = hidden[0, position] + delta.to(hidden.dtype)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
 
     handle = block.register_forward_hook(add)
     try:
@@ -208,7 +208,7 @@ def state(arch: Architecture, prompt: At, layer: int) -> Tensor:
     """(d,): output of a block at the fact's position."""
     seen: list[Tensor] = []
     handle = arch.blocks[layer].register_forward_hook(
-        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        lambda module, args, output: seen.append(output[0] if isinstance(output, (tuple, list)) else output)
     )
     try:
         log_probabilities(arch, prompt.ids)

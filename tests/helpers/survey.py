@@ -27,6 +27,7 @@ from unierase_plugin.locate_then_edit.values import Values
 from unierase_plugin.models.architecture import Architecture, find_architecture
 from unierase_plugin.models.loading import load
 from unierase_plugin.models.prefix import cache_prefixes, continue_from
+from unierase_plugin.models.served import check_served
 from unierase_plugin.models.trace import pad, run_blocks
 
 #: Longer than sliding windows, and of different lengths.
@@ -61,6 +62,10 @@ def survey(model: Any, folder: Path) -> Found:
     except Exception as error:
         return Found("crash", f"finding its parts: {type(error).__name__}: {error}")
     left: list[float] = []
+    try:
+        check_served(arch, [layers_of(arch)[-1] + 1])
+    except ArchitectureError as error:
+        return Found("refused", str(error))
     checks: dict[str, Callable[[], Any]] = {
         "partial passes": lambda: check_partial_passes(arch),
         "cached passes": lambda: check_cached_passes(arch),

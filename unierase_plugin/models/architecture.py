@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArchitectureError, shown
+from ..errors import ArchitectureError, reason, shown
 from .earlier import accepts_position_ids, reads_left_padding
 from .experts import Experts, alike, argument_order, arguments, find_experts, stacked_modules
 from .quantised import method_of
@@ -318,11 +318,14 @@ def _projection_names(
     found = {name: _output_projection(name, block, hidden_size, shared, calls) for name, block in blocks.items()}
     if not any(found.values()):
         name, block = next(iter(blocks.items()))
+        # Any linear map back to the hidden size can be edited.
+        back = [each for each, _, _, out in _linear_maps(block) if out == hidden_size]
+        example = back[-1] if back else "mlp.down_proj"
         several = " Weights that serve several blocks do not count: an edit of one would act at all of them."
         raise ArchitectureError(
             f"No MLP output projection was found in block {name!r} (linear maps: "
             f"{', '.join(each for each, *_ in _linear_maps(block))}), nor in another block.{several if shared else ''} "
-            "Set rewrite_module_tmp, for example 'model.layers.{}.mlp.down_proj'."
+            f"Set rewrite_module_tmp, for example {name.rpartition('.')[0] + '.{}.' + example!r}."
         )
     return tuple(f"{name}.{each}" if each else "" for name, each in found.items())
 
@@ -374,7 +377,8 @@ def _experts(block: nn.Module, hidden_size: int, shared: AbstractSet[int]) -> st
         # A convolution's kernel has three axes as well, and so have the heads of some recurrent blocks: no router
         # chooses between those.
         own = () if isinstance(module, nn.Conv1d) else module.parameters(recurse=False)
-        stacked = any(weight.ndim == 3 and weight.shape[0] in routed for weight in own)
+        # A router has an output for each expert, and maybe some more.
+        stacked = any(w.ndim == 3 and any(len(w) <= size <= 2 * len(w) for size in routed) for w in own)
         # DBRX puts the matrices of all experts side by side.
         wide = [w for w in module.parameters(recurse=False) if w.ndim == 2 and min(w.shape) == hidden_size]
         joined = len(wide) > 1
@@ -416,7 +420,7 @@ def _probe(model: Any, block: nn.Module, watched: Mapping[str, nn.Module]) -> tu
         calls[name] = arguments(module, args, kwargs)
 
     handles = [
-        block.register_forward_hook(lambda module, args, output: seen.append(isinstance(output, tuple))),
+        block.register_forward_hook(lambda module, args, output: seen.append(isinstance(output, (tuple, list)))),
         *(module.register_forward_pre_hook(partial(note, name), with_kwargs=True) for name, module in watched.items()),
     ]
     was_training = model.training
@@ -425,6 +429,11 @@ def _probe(model: Any, block: nn.Module, watched: Mapping[str, nn.Module]) -> tu
         model.eval()
         with torch.no_grad():
             logits = model(torch.tensor([[1, 1], [1, 2]], device=device), use_cache=False).logits[:, 0]
+    except Exception as error:  # whatever a model's own code raises
+        raise ArchitectureError(
+            f"{type(model).__name__} does not run on two tokens: {type(error).__name__}: {reason(error)}. UniErase "
+            "edits models that give logits for token ids alone. Check the model's config and weights."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -122,7 +122,7 @@ def _parts(arch: Architecture, texts: Sequence[Sequence[int]]) -> dict[str, Any]
 
     def leaving(name: str) -> Any:
         def look(module: Any, args: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) and arch.blocks_return_tuple else output
+            seen[name] = output[0] if isinstance(output, (tuple, list)) else output
 
         return look
 

@@ -252,10 +252,11 @@ def _hook(stack: ExitStack, module: nn.Module, pre: Look | None = None, post: Lo
         return (args, {**kwargs, "hidden_states": new}) if named else ((new, *args[1:]), kwargs)
 
     def after(look: Look, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        new = look(output[0] if isinstance(output, tuple) else output)
+        several = isinstance(output, (tuple, list))
+        new = look(output[0] if several else output)
         if new is None:
             return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        return type(output)([new, *output[1:]]) if several else new
 
     if pre is not None:
         stack.callback(module.register_forward_pre_hook(partial(before, pre), with_kwargs=True).remove)
