@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import hybrids
 import pytest
 import torch
 from families import FAMILIES
@@ -16,6 +17,7 @@ from unierase_plugin.errors import ArchitectureError
 from unierase_plugin.hosts.in_place import edit_in_place
 from unierase_plugin.models.architecture import find_architecture
 from unierase_plugin.models.served import check_served
+from unierase_plugin.models.trace import pad, run_blocks
 
 SIZES = {
     "vocab_size": 260,
@@ -87,3 +89,37 @@ def test_a_pass_that_comes_out_otherwise_is_refused() -> None:
     block.forward = counting
     with pytest.raises(ArchitectureError, match="gives other logits when a pass"):
         check_served(arch)
+
+
+def test_several_streams_in_one_state_are_refused_with_the_shape() -> None:
+    """A block of Gemma 3n gives four streams for each token."""
+    model = hybrids.gemma3n()
+    with pytest.raises(ArchitectureError, match=r"input of block 0 is \[4, 2, 3, 32\] for 2 texts of 3 tokens"):
+        check_served(find_architecture(model))
+    with pytest.raises(ArchitectureError, match=r"gives \[4, 2, 3, 32\] for 2 texts of 3 tokens"):
+        run_blocks(find_architecture(model), pad([[1, 2, 3], [3, 1, 2]], 0, "right", torch.device("cpu")), last=1)
+
+
+def test_a_model_that_does_not_run_is_refused_with_its_reason() -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(7, 32)
+    with pytest.raises(ArchitectureError, match="does not run on two tokens: RuntimeError: mat1 and mat2"):
+        find_architecture(model)
+
+
+@torch.no_grad()
+def test_blocks_may_give_a_list() -> None:
+    config = AutoConfig.for_model("openai-gpt", vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    arch = find_architecture(AutoModelForCausalLM.from_config(config).eval())
+    check_served(arch, [1, 2])
+
+
+def test_flattened_inputs_must_keep_the_order_of_tokens() -> None:
+    """OPT flattens texts and tokens before its MLP. If they were turned round there, a key would be another token's."""
+    model = hybrids.opt()
+    check_served(find_architecture(model))
+    for layer in model.model.decoder.layers:
+        for module in (layer.fc1, layer.fc2):
+            module.register_forward_hook(lambda module, args, output: output.flip(0))
+    with pytest.raises(ArchitectureError, match="does not hold one text's tokens after another"):
+        check_served(find_architecture(model))
