@@ -195,6 +195,8 @@ def _shrunk(config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
             out[name] = {at: _shrunk(each, blocks) for at, each in value.items() if int(at) < blocks}
         elif isinstance(value, dict) and "config" in name:
             out[name] = _shrunk(value, 2 if "vision" in name or "audio" in name else blocks)
+        elif isinstance(value, dict) and "mrope_section" in value:
+            out[name] = {**value, "mrope_section": [2, 1, 1]}  # half of a head's size, in three parts
         elif isinstance(value, (list, tuple)) and depth > 2 and len(value) == depth:
             out[name] = _cut(name, list(value), blocks)
         elif name in SMALL and not isinstance(value, (list, tuple, dict)):

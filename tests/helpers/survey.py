@@ -57,6 +57,7 @@ def survey(model: Any, folder: Path) -> Found:
     """Everything that an edit needs, on one model. folder: an empty folder to save it in."""
     try:
         arch = find_architecture(model.requires_grad_(False))
+        check_served(arch)  # as every run does before it works
     except ArchitectureError as error:
         return Found("refused", str(error))
     except Exception as error:
