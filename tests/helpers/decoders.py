@@ -84,6 +84,12 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 #: These get their small size even where the default is None.
 ALWAYS = ("head_dim", "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id")
 NO_SETTINGS = ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path")
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+TURNED = {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}}}
+COMPASS = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
+}
 INDEXED = {
     "indexer_n_heads": 1,
     "indexer_kv_heads": 1,
@@ -93,12 +99,7 @@ INDEXED = {
 }
 #: What a family needs beyond the rules.
 OWN: Mapping[str, Mapping[str, Any]] = {
-    "cohere_compass_text": {
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
-        },
-    },
+    "cohere_compass_text": COMPASS,
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -109,6 +110,16 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "qwen4_exp_text": INDEXED,
     "qwen4_exp": {"text_config": INDEXED},
     "zaya": {"num_experts_per_tok": 1},
+    # Positions in three parts, which together are half of a head's size, or of the part of it that is turned.
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm_ocr", "glm46v", "glm4v", "glmga"), TURNED),
+    "glm4v_moe": {
+        "text_config": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}}
+    },
+    "glm5_next": {"text_config": {"index_topk": 16}},
+    "mistral4": {"text_config": {"num_key_value_heads": 4, "head_dim": 8, "qk_rope_head_dim": 8}},
+    "qwen2_5_omni_thinker": {"audio_config": {"encoder_attention_heads": 4}, **TURNED},
+    "qwen3_omni_moe_thinker": {"audio_config": {"encoder_attention_heads": 4}, **TURNED},
+    "cohere_compass": {"text_config": COMPASS},
 }
 #: Settings of published checkpoints that decide the structure and that the default config does not have, by name.
 RELEASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
