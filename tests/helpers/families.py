@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from decoders import tiny_decoder
 
 # On matrices this small several threads take up to twenty times as long as one.
 torch.set_num_threads(1)
@@ -208,6 +209,32 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt-j-6b": gptj,
     "pythia-6.9b": gpt_neox,
 }
+
+#: Stem of a further hyper-parameter file -> what `decoders.tiny_decoder` builds for it.
+FURTHER: dict[str, str] = {
+    "granite3.3-8b": "granite-3",
+    "olmo3-7b": "olmo3",
+    "exaone4-1.2b": "exaone4",
+    "glm4-9b": "glm4",
+    "smollm3-3b": "smollm3",
+    "mistral-small3.2-24b": "mistral3",
+    "gemma3-4b": "gemma3",
+    "gemma3-12b": "gemma3",
+    "qwen3-4b": "qwen3",
+    "qwen3-30b-a3b": "qwen3_moe",
+    "gpt-oss-20b": "gpt_oss",
+    "mixtral-8x7b": "mixtral",
+    "olmoe-7b": "olmoe",
+    "qwen3-next-80b": "qwen3_next",
+    "falcon-h1-1.5b": "falcon_h1",
+    "lfm2-1.2b": "lfm2",
+}
+
+
+def tiny(stem: str) -> Any:
+    """A tiny model of the family that a shipped hyper-parameter file is for."""
+    return FAMILIES[stem]() if stem in FAMILIES else tiny_decoder(FURTHER[stem])
+
 
 #: One stem of each distinct structure, for tests that are slow.
 DISTINCT = [stem for at, stem in enumerate(FAMILIES) if FAMILIES[stem] not in list(FAMILIES.values())[:at]]
