@@ -258,7 +258,9 @@ class EngineSettings(EditSettings):
     # --- values (z) ---------------------------------------------------------------------------------------------------
     #: The most optimiser steps. A request stops earlier when its loss is below `v_stop_loss`.
     v_num_grad_steps: int = 40
-    #: Adam's learning rate in units of the hidden state's root mean square, so it means the same on every model.
+    #: Adam's learning rate in units of the hidden state's root mean square, so it means the same on every model. If the
+    #: last edited block has a norm or a multiplier after its MLP, delta is added in front of it, divided by its gain.
+    #: Then delta is as long as the change of the hidden state to first order, here and in the next settings.
     v_lr: float = 0.1
     #: Weight of |delta| / |h|^2.
     v_weight_decay: float = 0.5

@@ -102,8 +102,11 @@ def shared_values(
 ) -> tuple[list[Tensor], int, list[float], list[list[float]]]:
     """(z each, steps taken, the token's probability each, goals each by step) of requests that share one delta."""
     layer = hparams.layers[-1]
-    block = arch.blocks[layer]
     starts = [state(arch, fact.prompts[0], layer) for fact in facts]
+    # With a norm after the MLP, delta is added in front of it, divided by the norm's gain.
+    normed = hasattr(arch.blocks[layer], "post_feedforward_layernorm")
+    block: Any = arch.projection_module(layer) if normed else arch.blocks[layer]
+    lever = 1 / (sum(gain(arch, fact.prompts[0], layer) for fact in facts) / len(facts)) if normed else 1.0
     scale = torch.stack([start.norm() for start in starts]).mean()
     rms = scale / len(starts[0]) ** 0.5
     with torch.no_grad():
@@ -119,13 +122,13 @@ def shared_values(
         for fact, reference in zip(facts, before, strict=True):
             token, rest, told, instead = torch.zeros(4).unbind()
             for prompt in fact.prompts:
-                with added(block, prompt.position, delta):
+                with added(block, prompt.position, lever * delta):
                     logs = log_probabilities(arch, [*prompt.ids, token_id, *fact.continuation])
                 end = len(prompt.ids) - 1
                 token = token - logs[end, token_id] / len(fact.prompts)
                 for index, wanted in enumerate(fact.continuation):
                     rest = rest - logs[end + 1 + index, wanted] / len(fact.continuation) / len(fact.prompts)
-                with added(block, prompt.position, delta):
+                with added(block, prompt.position, lever * delta):
                     for p in masked_probabilities(arch, prompt.ids, fact.unwanted, token_id):
                         told = told - (1 - p).log() / len(fact.unwanted) / len(fact.prompts)
                     for p in masked_probabilities(arch, prompt.ids, fact.instead, token_id):
@@ -137,13 +140,19 @@ def shared_values(
             probabilities.append(float((-token.detach()).exp()))
             loss = loss + goal / len(facts)
             if fact.kl_prompt is not None and reference is not None:
-                with added(block, fact.kl_prompt.position, delta):
+                with added(block, fact.kl_prompt.position, lever * delta):
                     after = log_probabilities(arch, fact.kl_prompt.ids)[-1]
                 kl = (reference.exp() * (reference - after)).sum()
                 loss = loss + hparams.kl_factor * kl / len(facts)
         history.append(goals)
         if max(goals) < hparams.v_stop_loss or steps == hparams.v_num_grad_steps:
-            return [(start + delta).detach() for start in starts], steps, probabilities, history
+            reached = [start + delta for start in starts]
+            if normed:
+                reached = []
+                for fact in facts:
+                    with added(block, fact.prompts[0].position, lever * delta):
+                        reached.append(state(arch, fact.prompts[0], layer))
+            return [each.detach() for each in reached], steps, probabilities, history
         (delta.grad,) = torch.autograd.grad(loss, delta)
         optimiser.step()
         steps += 1
@@ -151,6 +160,21 @@ def shared_values(
             limit = hparams.clamp_norm_factor * scale
             if delta.norm() > limit:
                 delta.mul_(limit / delta.norm())
+
+
+def gain(arch: Architecture, prompt: At, layer: int) -> float:
+    """|J^T s| / |s|, for s of 1 and -1 in turn: J is the derivative of a block's output by its projection's output."""
+    seen: list[Tensor] = []
+    handle = arch.blocks[layer].register_forward_hook(
+        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    nothing = torch.zeros(arch.hidden_size, requires_grad=True)
+    both = torch.tensor([1.0, -1.0]).repeat(arch.hidden_size // 2)
+    with added(arch.projection_module(layer), prompt.position, nothing):
+        log_probabilities(arch, prompt.ids)
+    handle.remove()
+    (found,) = torch.autograd.grad((seen[0][0, prompt.position] * both).sum(), nothing)
+    return float(found.norm() / both.norm())
 
 
 def masked_probabilities(arch: Architecture, ids: Sequence[int], answer: Sequence[int], token_id: int) -> list[Tensor]:

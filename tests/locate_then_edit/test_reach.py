@@ -19,7 +19,8 @@ from unierase_plugin.locate_then_edit import edit as editing
 from unierase_plugin.locate_then_edit.edit import WeightEdit, apply_edit, compute_edit, expected_norm_ratio, make_solver
 from unierase_plugin.locate_then_edit.positions import Prompt
 from unierase_plugin.locate_then_edit.reach import nearest, vectors_for
-from unierase_plugin.locate_then_edit.values import Values
+from unierase_plugin.locate_then_edit.value_loss import ValueTarget
+from unierase_plugin.locate_then_edit.values import Values, optimise_values
 from unierase_plugin.models.architecture import Architecture, find_architecture
 from unierase_plugin.models.response import Response, changes_on_the_way
 from unierase_plugin.models.trace import pad, run_blocks
@@ -211,6 +212,19 @@ def test_the_values_are_reached(arch: Architecture) -> None:
     assert edit.residual_norms[0] == pytest.approx(before, rel=1e-4)
     assert edit.residual_norms[-1] == pytest.approx(after, abs=1e-3 * before)
     assert {edit.rank(layer) for layer in LAYERS} == {len(PROMPTS)}, "sweeps add nothing to the rank"
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 2)])
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "glm4", "granite"])
+def test_far_values_are_reached_too(name: str, layers: tuple[int, ...]) -> None:
+    """They are made in front of the norm, so the block can make them, alone or with those below it."""
+    arch = made(CHANGING[name])
+    targets = [ValueTarget(tuple(Prompt(*prompt) for prompt in contexts), None, ()) for contexts in PROMPTS]
+    hparams = RIDGE.replace(layers=layers, v_lr=0.5, v_num_grad_steps=6, v_stop_loss=0.0, clamp_norm_factor=2.0)
+    values = optimise_values(arch, targets, VOCABULARY - 1, hparams, max_tokens=4096, pad_id=0)
+    assert float(values.relative_norm.max()) > 0.5, "control: they are far"
+    wanted = values.states.T.contiguous()
+    assert float(left(arch, compute(arch, wanted, hparams), wanted, layers[-1]).max()) < 0.01
 
 
 def test_the_sweeps_are_what_reaches_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,13 @@ conjugate gradients. Its derivatives need no pass through the block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from ..models.response import Linearised, Response, random_signs
+from ..models.response import Linearised, Response, signs
 from ..models.trace import halves
 
 #: A vector is found if at most this share of the wanted change is left.
@@ -37,15 +37,57 @@ def vectors_for(responses: Iterable[tuple[Tensor, Response]], change: Float32[Te
     responses: the block's responses, each with the numbers of the requests that are its rows. They have no cache.
     """
     found = torch.zeros_like(change)
-    waiting = list(responses)
-    while waiting:
-        (rows, response), *waiting = waiting
-        try:
-            found[:, rows] = nearest(response, change[:, rows].T.to(response.arch.device)).T.to(found)
-        except torch.OutOfMemoryError:
-            parts = [torch.tensor(part) for part in halves(range(len(rows)))]
-            waiting = [*((rows[part], response.select(part)) for part in parts), *waiting]
+    for rows, vectors in _by_parts(
+        responses, lambda response, rows: nearest(response, change[:, rows].T.to(response.arch.device))
+    ):
+        found[:, rows] = vectors.T.to(found)
     return found
+
+
+def outputs_with(responses: Iterable[tuple[Tensor, Response]], added: Float32[Tensor, "n d"]) -> Float32[Tensor, "n d"]:
+    """The block's output at each request, with a row of `added` at its projection."""
+    found = torch.empty_like(added)
+    with torch.no_grad():
+        for rows, outputs in _by_parts(
+            responses, lambda response, rows: response(added[rows.to(added.device)].to(response.arch.device))
+        ):
+            found[rows.to(found.device)] = outputs.to(found)
+    return found
+
+
+def gains(responses: Iterable[tuple[Tensor, Response]], count: int) -> Float32[Tensor, " n"]:
+    """For each of `count` requests: how much longer a small vector gets on its way to the block's output.
+
+    It is |J^T s| / |s| for a vector s of ones and minus ones in turn. For a multiplier it is the multiplier. For a norm
+    it is about the root mean square over all directions.
+    """
+    found = torch.empty(count)
+    for rows, gain in _by_parts(responses, lambda response, rows: _gain(response.linearised(response.zeros()))):
+        found[rows] = gain.cpu()
+    return found
+
+
+def _gain(near: Linearised) -> Float32[Tensor, " B"]:
+    both = signs(near.output)
+    gain: Tensor = near.backward(both).norm(dim=1) / both.norm(dim=1)
+    return gain
+
+
+def _by_parts(
+    responses: Iterable[tuple[Tensor, Response]], run: Callable[[Response, Tensor], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `run` gives for each response, with the numbers of its requests; in halves if memory runs out."""
+    for whole in responses:
+        waiting = [whole]
+        while waiting:
+            (rows, response), *waiting = waiting
+            try:
+                found = run(response, rows)
+            except torch.OutOfMemoryError:
+                parts = [torch.tensor(part) for part in halves(range(len(rows)))]
+                waiting = [*((rows[part], response.select(part)) for part in parts), *waiting]
+                continue
+            yield rows, found
 
 
 def nearest(response: Response, change: Float32[Tensor, "B d"]) -> Float32[Tensor, "B d"]:
@@ -79,7 +121,7 @@ def nearest(response: Response, change: Float32[Tensor, "B d"]) -> Float32[Tenso
 def _step(near: Linearised, left: Float32[Tensor, "B d"]) -> Float32[Tensor, "B d"]:
     """w that minimises |J w - left|^2 + mu |w|^2, row by row."""
     # The squared lengths of J's columns: exact if every coordinate of the output depends on its own input alone.
-    columns = near.backward(random_signs(left)).square()
+    columns = near.backward(signs(left)).square()
     damping = DAMPING**2 * columns.mean(dim=1, keepdim=True)
     scale = (columns + damping).clamp(min=torch.finfo(columns.dtype).tiny)
     found = torch.zeros_like(left)

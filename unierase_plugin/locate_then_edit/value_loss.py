@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..hparams import UniEraseHyperParams
 from ..models.architecture import Architecture
 from ..models.prefix import PrefixCache, cache_prefixes, continue_from, select_suffixes
+from ..models.response import add_at
 from ..models.trace import TokenBatch, run_blocks
 from .positions import Prompt
 
@@ -105,6 +107,10 @@ class _Rows:
     suffix: TokenBatch
     #: Output of the last edited block for each suffix.
     hidden: Float[Tensor, "B S d"]
+    #: Input of this block, if vectors are added to its projection; None for block 0, which starts from the token ids.
+    below: Float[Tensor, "B S d"] | None
+    #: Whether vectors are added to the block's projection, instead of to its output.
+    in_front: bool
     #: The target to which each row belongs.
     owner: Int[Tensor, " B"]
     looks: _Looks
@@ -121,16 +127,21 @@ class _Rows:
         points: Sequence[_Point],
         layer: int,
         pad_id: int,
+        in_front: bool,
     ) -> _Rows:
         prefix = cache_prefixes(arch, [ids[:at] for ids, at in prompts], pad_id)
         suffix = continue_from(prefix, [ids[at:] for ids, at in prompts], pad_id)
         with torch.no_grad():
-            hidden: Tensor = run_blocks(arch, suffix, last=layer, cache=prefix.fresh()).hidden
+            outputs_of = [layer - 1] if in_front and layer else []
+            trace = run_blocks(arch, suffix, last=layer, cache=prefix.fresh(), outputs_of=outputs_of)
+        hidden: Tensor = trace.hidden
         device = hidden.device
         rows = cls(
             prefix=prefix,
             suffix=suffix,
             hidden=hidden,
+            below=trace.outputs.get(layer - 1),
+            in_front=in_front,
             owner=torch.tensor(owner, device=device),
             looks=_Looks.of(points, device),
             layer=layer,
@@ -153,6 +164,7 @@ class _Rows:
             prefix=prefix,
             suffix=suffix,
             hidden=self.hidden[rows, : suffix.ids.shape[1]],
+            below=None if self.below is None else self.below[rows, : suffix.ids.shape[1]],
             owner=self.owner[rows],
             looks=looks.keep(rows),
             reference=self.reference[staying],
@@ -160,6 +172,18 @@ class _Rows:
 
     def logits(self, arch: Architecture, delta: Float32[Tensor, "n d"]) -> Float32[Tensor, "N V"]:
         """Logits at the looks, after each target's delta was added at the fact."""
+        if self.in_front:
+            passed = run_blocks(
+                arch,
+                self.suffix,
+                first=self.layer,
+                hidden=self.below,
+                cache=self.prefix.fresh(),
+                edit_projection=(self.layer, partial(add_at, delta[self.owner], 0)),
+                head_at=(self.looks.rows, self.looks.columns),
+            )
+            found: Tensor = passed.logits
+            return found.float()
         moved = (self.hidden[:, 0].float() + delta[self.owner]).to(self.hidden.dtype)
         hidden = torch.cat([moved[:, None], self.hidden[:, 1:]], dim=1)
         trace = run_blocks(
@@ -261,7 +285,9 @@ class Objective:
         token_id: int,
         hparams: UniEraseHyperParams,
         pad_id: int,
+        in_front: bool = False,
     ) -> Objective:
+        """in_front: whether vectors are added to the last edited block's projection, instead of to its output."""
         asked, masked, kept, bare = _Lines(), _Lines(), _Lines(), []
         for index, target in enumerate(targets):
             bare.append(len(asked.prompts))
@@ -282,7 +308,7 @@ class Objective:
             asked, kept = asked.joined(kept), _Lines()
         kinds: list[tuple[type[_Rows], _Lines]] = [(_Rows, asked), (_MaskedRows, masked), (_Rows, kept)]
         parts = tuple(
-            made.of(arch, lines.prompts, lines.owner, lines.points, hparams.layers[-1], pad_id)
+            made.of(arch, lines.prompts, lines.owner, lines.points, hparams.layers[-1], pad_id, in_front)
             for made, lines in kinds
             if lines.prompts
         )
@@ -313,9 +339,14 @@ class Objective:
         delta: Float32[Tensor, "n d"],
         scale: Float[Tensor, " n"],
         hparams: UniEraseHyperParams,
+        lever: Float[Tensor, " n"] | None = None,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """(loss, likelihood part as weighted mean, token's negative log-likelihood) of each target."""
-        losses = torch.stack([part.losses(arch, delta) for part in self.parts]).sum(0)
+        """(loss, likelihood part as weighted mean, token's negative log-likelihood) of each target.
+
+        lever: what delta is multiplied by where it is added, if it is added to the projection
+        """
+        added = delta if lever is None else delta * lever[:, None]
+        losses = torch.stack([part.losses(arch, added) for part in self.parts]).sum(0)
         # The gradient of a norm at zero is undefined, so the square root's argument stays above zero.
         norm = (delta.square().sum(1) + 1e-12).sqrt()
         nll = losses[:STAYS].sum(0)

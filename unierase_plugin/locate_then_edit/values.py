@@ -10,8 +10,9 @@ they share one delta. Its objective is the mean of their objectives, as MEMIT's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -21,7 +22,9 @@ from ..errors import EditError
 from ..hparams import UniEraseHyperParams
 from ..models.architecture import Architecture
 from ..models.products import fast_linear_maps
+from ..models.response import Response, changes_on_the_way, responses_at
 from ..models.trace import halves
+from .reach import gains, outputs_with
 from .value_loss import Objective, ValueTarget
 
 #: The most tokens of a batch on a CPU. More are not faster, and need more memory for the backward pass.
@@ -60,7 +63,10 @@ def optimise_values(
     pad_id: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Values:
-    """z_i = h_i + delta_g(i) for every target.
+    """z_i = h_i + delta_g(i) for every target, or what the last edited block can make of it.
+
+    If that block changes its projection's output on the way, delta is added to this output instead, divided by the
+    block's gain. So z can be reached, and to first order delta is as long as the change of the block's output.
 
     Raises EditError that names the requests whose value became NaN, or whose answers do not depend on their value.
     A batch holds whole groups within `max_tokens`. If it does not fit in memory, it is processed in halves.
@@ -69,12 +75,13 @@ def optimise_values(
         max_tokens = min(max_tokens, CPU_TOKENS)
     parts: list[tuple[list[int], Values]] = []
     finished = 0
+    in_front = bool(changes_on_the_way(arch, hparams.layers[-1:]))
     for rows in _batches(targets, max_tokens):
 
         def report(part: float, done: int = finished, size: int = len(rows)) -> None:
             progress((done + part * size) / len(targets))
 
-        batch = _Batch.of(arch, [targets[row] for row in rows], token_id, hparams, max_tokens, pad_id, rows)
+        batch = _Batch.of(arch, [targets[row] for row in rows], token_id, hparams, max_tokens, pad_id, rows, in_front)
         parts.append((rows, batch.optimise(report)))
         finished += len(rows)
     order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
@@ -85,6 +92,13 @@ def optimise_values(
             f"The values of requests {bad} became NaN. Lower v_lr ({hparams.v_lr}) or load the model in float32."
         )
     return Values(**joined)
+
+
+def _lever(gain: Float[Tensor, " n"], group: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """One by the mean gain of each target's group."""
+    sizes = torch.bincount(group)
+    mean = torch.zeros(len(sizes), device=gain.device).index_add_(0, group, gain) / sizes
+    return 1 / mean.clamp(min=1e-12)[group]
 
 
 def _batches(targets: Sequence[ValueTarget], max_tokens: int) -> list[list[int]]:
@@ -119,6 +133,10 @@ class _Batch:
     start: Tensor
     #: (n,) number of each target among all, for messages.
     numbers: Sequence[int]
+    #: (n,): what delta is multiplied by where it is added to the projection; None if it is added to the block's output.
+    lever: Tensor | None
+    #: Asks the block how it answers to a vector at its projection, for the bare prompts.
+    ask: Callable[[], Iterator[tuple[Tensor, Response]]]
 
     @classmethod
     def of(
@@ -130,6 +148,7 @@ class _Batch:
         max_tokens: int,
         pad_id: int,
         numbers: Sequence[int],
+        in_front: bool,
     ) -> _Batch:
         # There is more than one problem only if a single group exceeds the budget.
         tokens = sum(target.cost[0] for target in targets) * max(target.cost[1] for target in targets)
@@ -139,7 +158,7 @@ class _Batch:
         while waiting:
             rows = waiting.pop(0)
             try:
-                problem = Objective.of(arch, [targets[row] for row in rows], token_id, hparams, pad_id)
+                problem = Objective.of(arch, [targets[row] for row in rows], token_id, hparams, pad_id, in_front)
                 problems.append((torch.tensor(rows, device=problem.start.device), problem))
             except torch.OutOfMemoryError:
                 waiting = [*halves(rows), *waiting]
@@ -147,7 +166,19 @@ class _Batch:
         number = {name: index for index, name in enumerate(dict.fromkeys(names))}
         start = torch.cat([problem.start for _, problem in problems])
         group = torch.tensor([number[name] for name in names], device=start.device)
-        return cls(arch=arch, hparams=hparams, problems=problems, group=group, start=start, numbers=numbers)
+        bare = [target.prompts[0].ids[: target.prompts[0].position + 1] for target in targets] if in_front else []
+        ask = partial(responses_at, arch, hparams.layers[-1], bare, max_tokens, pad_id)
+        lever = _lever(gains(ask(), len(targets)).to(group.device), group) if in_front else None
+        return cls(
+            arch=arch,
+            hparams=hparams,
+            problems=problems,
+            group=group,
+            start=start,
+            numbers=numbers,
+            lever=lever,
+            ask=ask,
+        )
 
     def optimise(self, progress: Callable[[float], None]) -> Values:
         h, start, group = self.hparams, self.start, self.group
@@ -178,8 +209,12 @@ class _Batch:
             progress((step + 1) / h.v_num_grad_steps)
         delta = unit * moved
         progress(1.0)
-        states = start + delta[group]
-        norm = delta.norm(dim=1)[group] / start.norm(dim=1)
+        if self.lever is None:
+            states = start + delta[group]
+            norm = delta.norm(dim=1)[group] / start.norm(dim=1)
+        else:
+            states = outputs_with(self.ask(), delta[group] * self.lever[:, None])
+            norm = (states - start).norm(dim=1) / start.norm(dim=1)
         return Values(
             states=states.cpu(),
             probability=(-token_nll).exp().cpu(),
@@ -197,7 +232,11 @@ class _Batch:
             try:
                 current = delta.detach().requires_grad_(True)
                 loss, goal, token = problem.loss(
-                    self.arch, current[self.group[rows]], scale[self.group[rows]], self.hparams
+                    self.arch,
+                    current[self.group[rows]],
+                    scale[self.group[rows]],
+                    self.hparams,
+                    None if self.lever is None else self.lever[rows],
                 )
                 if torch.is_grad_enabled():
                     total += torch.autograd.grad((loss * share[rows]).sum(), current)[0]

@@ -6,7 +6,7 @@ here knows which: the block is asked, by passes through it alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from .architecture import Architecture
-from .trace import TokenBatch, run_blocks
+from .trace import TokenBatch, pad, run_blocks, token_batches
 
 #: The sequence by which a block is asked whether it adds its projection's output as it is. Its last token counts.
 PROBE = (1, 2)
@@ -119,15 +119,26 @@ def _arrives(response: Response) -> bool:
     nothing = response.zeros()
     before = response(nothing)
     # As large as the output itself, so that rounding of the sum counts little.
-    added = before.square().mean().sqrt() * random_signs(nothing)
+    added = before.square().mean().sqrt() * signs(nothing)
     error = (response(added) - before - added).norm() / added.norm()
     rounding = torch.finfo(response.arch.projections[response.layer].weight.dtype).eps
     # NaN, in a damaged model, is no sign of a norm. Other checks report it.
     return not bool(error > max(UNCHANGED * rounding, UNCHANGED_LEAST))
 
 
-def random_signs(like: Float32[Tensor, "B d"]) -> Float32[Tensor, "B d"]:
-    """1 and -1 at random, the same in each row and on every device."""
-    generator = torch.Generator().manual_seed(0)
-    signs = 2.0 * torch.randint(2, like.shape[-1:], generator=generator) - 1
-    return signs.to(like).expand_as(like)
+def signs(like: Float32[Tensor, "B d"]) -> Float32[Tensor, "B d"]:
+    """1 and -1 in turn, in each row."""
+    found = torch.ones_like(like)
+    found[:, 1::2] = -1
+    return found
+
+
+def responses_at(
+    arch: Architecture, layer: int, sequences: Sequence[Sequence[int]], max_tokens: int, pad_id: int
+) -> Iterator[tuple[Tensor, Response]]:
+    """The responses of a block at the last token of each sequence, in parts, each with the numbers of its sequences."""
+    for rows in token_batches(sequences, max_tokens, alike=not arch.pads_left):
+        batch = pad([sequences[row] for row in rows], pad_id, "left", arch.device)
+        with torch.no_grad():
+            below = run_blocks(arch, batch, last=layer - 1).hidden if layer else None
+        yield torch.tensor(rows), Response(arch, layer, batch, below, -1)

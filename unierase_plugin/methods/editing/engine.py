@@ -319,6 +319,8 @@ class Editing:
             pad_id=loaded.pad_id,
             progress=lambda part: self.job.progress("values", share(part), f"{len(targets)} requests together"),
         )
+        if changes_on_the_way(arch, self.hparams.layers[-1:]):
+            key = digest(key, "vectors")[:32]
         with self.phases.timed("values"):
             return self.phases.record(Values, "values", key, compute)
 
