@@ -47,12 +47,14 @@ SIZES: tuple[tuple[Any, str], ...] = (
     (32, "moe_shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size"),
     (32, "moe_ffn_hidden_size moe_shared_intermediate_size expert_hidden_size"),
     (1, "n_group topk_group num_expert_group n_groups n_shared_experts num_shared_experts moe_num_shared_experts"),
-    (1, "num_nextn_predict_layers index_n_heads first_k_dense_replace first_k_dense num_dense_layers"),
+    (1, "num_nextn_predict_layers first_k_dense_replace first_k_dense num_dense_layers"),
     (1, "moe_layer_start_index decoder_sparse_step hash_layers num_hash_layers num_mem_blocks num_memory_blocks"),
     (8, "mamba_d_state mamba_n_heads mamba_d_head mamba_chunk_size mamba_num_heads mamba_head_dim mamba_headdim"),
     (8, "ssm_state_size state_size mamba_dt_rank time_step_rank chunk_size hidden_size_per_layer_input laurel_rank"),
     (1, "mamba_n_groups mamba_ngroups n_mamba_heads"),
     (128, "max_position_embeddings n_positions max_seq_len n_ctx seq_length max_sequence_length"),
+    # With few heads many scores of an indexer are 0, and which of them it takes depends on the padding.
+    (16, "index_n_heads"),
     (128, "original_max_position_embeddings"),
     (2, "mamba_expand num_codebooks depth max_window_layers"),
     (4, "adapter_rank use_mem_rank altup_num_inputs"),
@@ -191,7 +193,8 @@ def tiny_decoder(kind: str) -> Any:
         model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1 and parameter.is_floating_point():
+            # Zeros as initialised would hide what is left out, and hold back what follows them.
+            if parameter.is_floating_point() and (parameter.ndim == 1 or not parameter.any()):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import transformers
 from families import BLOCKS, COMMON, GROUPED, HEADS, HIDDEN, UNGROUPED, WIDTH, build
 
 GATED_DELTA: dict[str, Any] = {
@@ -80,6 +81,7 @@ jamba = partial(
     **COMMON,
     **GROUPED,
     **MAMBA1,
+    use_mamba_kernels=False,  # transformers 4 asks for kernels by default
     num_experts=1,
     attn_layer_period=4,
     attn_layer_offset=1,
@@ -87,6 +89,7 @@ jamba = partial(
 recurrent_gemma = partial(
     build,
     "RecurrentGemmaConfig",
+    "eager",
     **COMMON,
     num_key_value_heads=1,
     lru_width=HIDDEN,
@@ -97,9 +100,11 @@ recurrent_gemma = partial(
 zamba = partial(
     build,
     "ZambaConfig",
+    "eager",
     **COMMON,
     **UNGROUPED,
     **MAMBA1,
+    use_mamba_kernels=False,
     n_mamba_heads=2,
     attention_hidden_size=2 * HIDDEN,
     attention_head_dim=16,
@@ -165,11 +170,17 @@ dbrx = partial(
     max_seq_len=128,
     initializer_range=0.2,
     attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
-    ffn_config={"ffn_hidden_size": WIDTH, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": HIDDEN},
+    ffn_config={"ffn_hidden_size": WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
 )
 
+
+def installed(builder: Any) -> bool:
+    """Whether the transformers at hand has the family."""
+    return hasattr(transformers, builder.args[0])
+
+
 #: Served models, by name, with a recurrence of one kind each, whatever of it a pass can go on from.
-HYBRIDS: dict[str, Callable[[], Any]] = {
+ALL: dict[str, Any] = {
     "qwen3_5": qwen3_5,
     "qwen3_next": qwen3_next,
     "olmo_hybrid": olmo_hybrid,
@@ -185,3 +196,6 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
     "nemotron_h": nemotron_h,
     "opt": opt,
 }
+HYBRIDS: dict[str, Callable[[], Any]] = {name: builder for name, builder in ALL.items() if installed(builder)}
+if not installed(qwen3_5):  # transformers 4 keeps RecurrentGemma's states in its modules, so passes are not independent
+    del HYBRIDS["recurrent_gemma"]

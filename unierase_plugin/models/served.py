@@ -92,11 +92,16 @@ def _check_parts(arch: Architecture) -> None:
         for spot, shapes in spots.items():
             found = seen.get(spot)
             if not isinstance(found, Tensor) or tuple(found.shape) not in shapes:
+                if spot not in seen:
+                    raise ArchitectureError(
+                        f"In {type(arch.model).__name__}, block {layer} or its projection does not run on text alone: "
+                        "no pass can begin or end there. UniErase edits models whose blocks all run on text."
+                    )
                 what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise ArchitectureError(
                     f"In {type(arch.model).__name__}, {spot} is {what} for {rows} texts of {columns} tokens, not "
                     f"{list(shapes[0])}: an edit could not tell whose token is whose. UniErase edits decoder-only "
-                    "models whose blocks take and give (texts, tokens, width)."
+                    "models whose blocks take and give (texts, tokens, width), not several streams for each token."
                 )
     inputs = [f"the input of {arch.projection_names[layer]}" for layer in arch.editable]
     flat = [spot for spot in inputs if seen[spot].ndim == 2]

@@ -211,7 +211,7 @@ def _rows_of(arch: Architecture, batch: TokenBatch) -> Edit:
         raise ArchitectureError(
             f"In {type(arch.model).__name__}, a part of a block gives {list(seen.shape)} for {rows} texts of "
             f"{columns} tokens, not one vector for each token. UniErase edits decoder-only models whose blocks take "
-            "and give (texts, tokens, width)."
+            "and give (texts, tokens, width), not several streams for each token."
         )
 
     return view
