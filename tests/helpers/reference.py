@@ -203,6 +203,10 @@ def inputs(arch: Architecture, ids: Sequence[int], layer: int) -> Tensor:
     return seen[0].reshape(len(ids), -1).float()
 
 
+def _summed(module: Any, count: int) -> Any:
+    return lambda hidden: module(hidden.movedim(0, 1).flatten(0, 1)).reshape(count, len(hidden), -1).sum(0)
+
+
 def expert_keys(arch: Architecture, ids: Sequence[int], layer: int) -> Tensor:
     """(T, m): keys over all experts of a block, from gradients: that of <u, y> for D_e is u kappa_e^T."""
     experts = arch.projections[layer]
@@ -213,17 +217,27 @@ def expert_keys(arch: Architecture, ids: Sequence[int], layer: int) -> Tensor:
         log_probabilities(arch, ids)
     finally:
         handle.remove()
+    if not experts.order:  # each expert reads its own: (E T, d), and the block adds their outputs up
+        module, seen = (
+            _summed(experts.module, experts.count),
+            [seen[0].reshape(experts.count, len(ids), -1).movedim(1, 0)],
+        )
+    else:
+        module = experts.module
     weight, rows = experts.weight, []
     before = weight.requires_grad
     for token in range(len(ids)):
         with torch.enable_grad():
             weight.requires_grad_(True)
-            out = experts.module(*(each[token : token + 1].detach() for each in seen))[0]
+            out = module(*(each[token : token + 1].detach() for each in seen))[0]
+            if not out.requires_grad:  # no expert of this token has a matrix
+                rows.append(torch.zeros(experts.width))
+                continue
             u = torch.randn(out.shape, generator=torch.Generator().manual_seed(token))
             (gradient,) = torch.autograd.grad((out * u).sum(), weight)
-        weight.requires_grad_(before)
         of_d = gradient.transpose(1, 2) if experts.input_first else gradient  # (E, d, I)
         rows.append(torch.einsum("d,edi->ei", u, of_d).flatten() / u.square().sum())
+    weight.requires_grad_(before)
     return torch.stack(rows)
 
 

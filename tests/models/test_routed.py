@@ -10,7 +10,7 @@ import reference
 import survey
 import torch
 import transformers
-from decoders import tiny_decoder
+from decoders import tiny_config, tiny_decoder
 from torch import Tensor, nn
 
 from unierase_plugin.audit.weights import change_each_expert, expert_weights, linear_maps
@@ -20,8 +20,19 @@ from unierase_plugin.models.experts import Experts, Routing, find_experts
 from unierase_plugin.models.served import check_served
 from unierase_plugin.models.trace import EarlierTokens, TokenBatch, run_blocks
 
-#: With shared experts, dense first blocks, biases, both layouts, and an inner width above the hidden size.
-KINDS = ("qwen3_moe", "mixtral", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss", "granitemoe", "qwen2_moe")
+#: With shared experts, dense first blocks, biases, both layouts, an inner width above the hidden size, and experts that
+#: each read their own inputs.
+KINDS = (
+    "qwen3_moe",
+    "mixtral",
+    "olmoe",
+    "glm4_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "granitemoe",
+    "qwen2_moe",
+    "llama4_text",
+)
 
 
 def mixed(kind: str) -> Architecture:
@@ -80,6 +91,15 @@ def test_no_expert_has_no_part_in_a_key_and_one_that_is_chosen_twice_has_both() 
     assert reached.nonzero().tolist() == [[0, 1], [1, 2], [2, 3]]
 
 
+def test_an_expert_that_hands_on_what_it_reads_has_no_part_in_a_key() -> None:
+    """LongCat sends some tokens to such experts alone. Its experts also fail where a token is sent to one only."""
+    torch.manual_seed(0)
+    config = tiny_config("longcat_flash", zero_expert_num=2)
+    arch = find_architecture(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    assert {experts.slots for experts in experts_of(arch)} == {2}
+    survey.check_keys(arch)
+
+
 def test_a_bias_that_is_zero_is_still_found() -> None:
     """Another block may have another one."""
     model = tiny_decoder("gpt_oss").requires_grad_(False)
@@ -108,7 +128,7 @@ def test_experts_that_are_not_linear_are_refused() -> None:
     module: Any = experts_of(arch)[0].module
     given = [torch.randn(4, 32), torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]]), torch.rand(4, 2)]
     assert find_experts("e", module, given, 32).parameter == "down_proj"
-    with pytest.raises(ArchitectureError, match="not linear in any of their stacked weights"):
+    with pytest.raises(ArchitectureError, match="not rebuilt from any of their stacked weights: a norm may follow"):
         find_experts("e", Normed(module), given, 32)
     with pytest.raises(ArchitectureError, match="their output is projected again"):
         find_experts("e", module, given, 64)

@@ -337,7 +337,9 @@ def _output_projection(
 
     shared: the ids of weights that several blocks share. They are passed over.
     """
-    routed = [name for name, _ in stacked_modules(block) if argument_order(calls.get(f"{block_name}.{name}", []))]
+    routed = [
+        name for name, _ in stacked_modules(block) if argument_order(calls.get(f"{block_name}.{name}", [])) is not None
+    ]
     if len(routed) == 1:
         return routed[0]
     experts = ", ".join(routed) or _experts(block, hidden_size, shared)

@@ -8,7 +8,7 @@ routed. So a mixture of experts is one projection of width m = E I, whose keys a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import ArchitectureError
+from ..errors import ArchitectureError, reason
 
 #: How far an output rebuilt from keys may differ from the module's own, relative: in float32, and in coarser types.
 EXACT, COARSE = 1e-3, 0.05
@@ -29,7 +29,8 @@ LookAtRouting = Callable[["Routing"], None]
 class Routing:
     """What the experts of one block received in a pass: N tokens, each sent to up to k experts."""
 
-    hidden: Float[Tensor, "N d"]
+    #: What the experts read; (E, N, d) if each expert reads its own (`Experts.order`).
+    hidden: Float[Tensor, "*E N d"]
     #: The experts' numbers. E or more, and less than 0, stand for no expert.
     index: Int[Tensor, "N k"]
     #: The router's weights.
@@ -37,7 +38,7 @@ class Routing:
 
     def select(self, rows: Tensor) -> Routing:
         rows = rows.to(self.hidden.device)
-        return Routing(self.hidden[rows], self.index[rows], self.weights[rows])
+        return Routing(self.hidden[..., rows, :], self.index[rows], self.weights[rows])
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,11 @@ class Experts:
     input_first: bool
     #: Name of the biases (E, d) of the down projections; empty without.
     bias_name: str
-    #: Where hidden states, index and weights stand among the arguments of its forward pass.
-    order: tuple[int, int, int]
+    #: Where hidden states, index and weights stand among the arguments of its forward pass. Empty if there is one
+    #: argument (E N, d): every expert reads all tokens, times the router's weight, and the block adds the outputs up.
+    order: tuple[int, ...]
+    #: How many experts of a token a call must name. Some modules fail with one alone; a further one gets the weight 0.
+    slots: int = 1
 
     @property
     def weight(self) -> Tensor:
@@ -94,7 +98,7 @@ class Experts:
     def keys(self, routing: Routing) -> Float[Tensor, "N m"]:
         """The keys over all experts, in the dtype of the hidden states."""
         rows, experts, parts = self.parts(routing)
-        whole = parts.new_zeros(len(routing.hidden) * self.count, self.inner)
+        whole = parts.new_zeros(len(routing.index) * self.count, self.inner)
         # A router may send a token to one expert twice.
         whole.index_add_(0, rows * self.count + experts, parts)
         return whole.reshape(-1, self.width)
@@ -105,16 +109,20 @@ class Experts:
 
         The module itself computes them, with down projections that are identities.
         """
-        slots = routing.index.shape[1]
-        rows = torch.arange(len(routing.index), device=routing.index.device).repeat_interleave(slots)
+        rows = torch.arange(len(routing.index), device=routing.index.device)
+        rows = rows.repeat_interleave(routing.index.shape[1])
         experts, weights = routing.index.flatten(), routing.weights.flatten()
         there = ((experts >= 0) & (experts < self.count)).nonzero().squeeze(1)
         rows, experts, weights = rows[there], experts[there], weights[there]
-        single = Routing(routing.hidden[rows], experts[:, None], weights[:, None])
-        size, found = routing.hidden.shape[1], []
+        single = routing
+        if self.order:
+            alone = torch.nn.functional.pad(weights[:, None], (0, self.slots - 1))
+            single = Routing(routing.hidden[rows], experts[:, None].expand(-1, self.slots), alone)
+        size, found = routing.hidden.shape[-1], []
         for start in range(0, self.inner, size):
             width = min(size, self.inner - start)
-            found.append(self.run(single, self._identity(start, width), 0)[:, :width])
+            out = self.run(single, self._identity(start, width), 0)[..., :width]
+            found.append(out if self.order else out[experts, rows])
         return rows, experts, torch.cat(found, dim=1)
 
     def _identity(self, start: int, width: int) -> Tensor:
@@ -125,14 +133,25 @@ class Experts:
         # Not a view of one matrix: fused products want every expert's own.
         return matrix.expand(self.weight.shape).contiguous()
 
-    def run(self, routing: Routing, weight: Tensor | None = None, bias: float | None = None) -> Float[Tensor, "N d"]:
+    def run(self, routing: Routing, weight: Tensor | None = None, bias: float | None = None) -> Float[Tensor, "*E N d"]:
         """The module's output with other down projections, and with all their biases equal; None: with its own."""
         swapped = {} if weight is None else {self.parameter: weight}
         if self.bias_name and bias is not None:
             swapped[self.bias_name] = torch.full_like(getattr(self.module, self.bias_name), bias)
-        given = dict(zip(self.order, (routing.hidden, routing.index, routing.weights), strict=True))
-        out: Tensor = torch.func.functional_call(self.module, swapped, tuple(given[place] for place in range(3)))
-        return out
+        given = dict(zip(self.order, (routing.hidden, routing.index, routing.weights), strict=False))
+        whole = tuple(given[place] for place in range(3)) if self.order else (routing.hidden.flatten(0, 1),)
+        out: Tensor = torch.func.functional_call(self.module, swapped, whole)
+        return out if self.order else out.reshape(routing.hidden.shape)
+
+    def routing(self, given: Sequence[Any]) -> Routing:
+        """The arguments of a call as data."""
+        if self.order:
+            return Routing(*(given[place] for place in self.order))
+        hidden = given[0].reshape(self.count, -1, given[0].shape[1])
+        numbers = torch.arange(self.count, device=hidden.device)
+        # An expert that a token is not sent to reads zeros.
+        index = torch.where(hidden.any(2).T, numbers, -1)
+        return Routing(hidden, index, hidden.new_ones(index.shape))
 
     # --- hooks --------------------------------------------------------------------------------------------------------
 
@@ -142,8 +161,7 @@ class Experts:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # First, since `look` may run the module.
             handle.remove()
-            given = arguments(module, args, kwargs)
-            look(Routing(*(given[place] for place in self.order)))
+            look(self.routing(arguments(module, args, kwargs)))
 
         handle = self.module.register_forward_pre_hook(before, with_kwargs=True)
         return handle
@@ -184,10 +202,15 @@ def stacked_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def argument_order(given: list[Any]) -> tuple[int, int, int] | None:
-    """The places of hidden states (N, d), index (N, k) and weights (N, k) among arguments; None for other arguments."""
+def argument_order(given: list[Any]) -> tuple[int, ...] | None:
+    """The places of hidden states (N, d), index (N, k) and weights (N, k) among arguments; None for other arguments.
+
+    Empty for one argument (E N, d).
+    """
     tables = [at for at, each in enumerate(given) if isinstance(each, Tensor) and each.ndim == 2]
     whole = [at for at in tables if not given[at].dtype.is_floating_point and given[at].dtype != torch.bool]
+    if len(given) == len(tables) == 1 and not whole:
+        return ()
     if len(given) != 3 or len(tables) != 3 or len(whole) != 1:
         return None
     index = whole[0]
@@ -212,21 +235,26 @@ def find_experts(name: str, module: nn.Module, given: list[Any], hidden_size: in
         )
         raise ArchitectureError(
             f"The experts {name!r} are called with {kinds}, not with (tokens, width), (tokens, k) whole numbers and "
-            "(tokens, k) weights: it is not known which token goes to which expert. Edit blocks without experts "
-            "(layers), or another model."
+            "(tokens, k) weights, nor with (experts x tokens, width) alone: it is not known which token goes to which "
+            "expert. Choose one projection by hand (rewrite_module_tmp), or another model."
         )
-    routing = Routing(*(given[place] for place in order))
-    if routing.hidden.shape[1] != hidden_size:
+    width = given[order[0] if order else 0].shape[1]
+    if width != hidden_size:
         raise ArchitectureError(
-            f"The experts {name!r} take vectors of size {routing.hidden.shape[1]}, not the hidden size {hidden_size}: "
-            "their output is projected again. Edit blocks without experts (layers), or another model."
+            f"The experts {name!r} take vectors of size {width}, not the hidden size {hidden_size}: "
+            "their output is projected again. Choose one projection by hand (rewrite_module_tmp), or another model."
         )
+    failed = ""
     for found in _candidates(name, module, order, hidden_size):
-        if _rebuilds(found, routing):
-            return found
+        try:
+            if _rebuilds(found, given):
+                return found
+        except Exception as error:  # whatever a model's own code raises
+            failed = f"{type(error).__name__}: {reason(error)}"
+    why = f"they fail where each expert runs alone ({failed})" if failed else "a norm may follow each expert"
     raise ArchitectureError(
-        f"The output of the experts {name!r} is not linear in any of their stacked weights (a norm may follow each "
-        "expert), so no closed form gives its edit. Edit blocks without experts (layers), or another model."
+        f"The output of the experts {name!r} is not rebuilt from any of their stacked weights: {why}. So no closed "
+        "form gives its edit. Choose one projection by hand (rewrite_module_tmp), or another model."
     )
 
 
@@ -240,7 +268,7 @@ def alike(known: Experts, name: str, module: nn.Module) -> Experts | None:
     return replace(known, name=name, module=module) if same else None
 
 
-def _candidates(name: str, module: nn.Module, order: tuple[int, int, int], hidden_size: int) -> Iterator[Experts]:
+def _candidates(name: str, module: nn.Module, order: tuple[int, ...], hidden_size: int) -> Iterator[Experts]:
     """Every weight with three axes that can map to the hidden size, in both layouts, with every possible bias."""
     weights = dict(module.named_parameters(recurse=False))
     for parameter, weight in weights.items():
@@ -250,19 +278,27 @@ def _candidates(name: str, module: nn.Module, order: tuple[int, int, int], hidde
         for input_first in (False, True):
             if weight.shape[2 if input_first else 1] == hidden_size:
                 for bias in (*biases, ""):
-                    yield Experts(name, module, parameter, input_first, bias, order)
+                    for slots in (1, 2):
+                        yield Experts(name, module, parameter, input_first, bias, order, slots)
 
 
-def _rebuilds(found: Experts, routing: Routing) -> bool:
+def _rebuilds(found: Experts, given: list[Any]) -> bool:
     """Whether sum_e D_e kappa_e plus the biases' part is the module's output. Another check reports NaN in weights."""
+    if not found.order and len(given[0]) % found.count:
+        return False
+    routing = found.routing(given)
+    if found.order:
+        # Numbers above E may stand for experts that do nothing, or hand on what they read.
+        routing = replace(routing, index=routing.index.clamp(0, found.count - 1))
     nothing = torch.zeros_like(found.weight)
     # Down projections of zeros give what the biases give: zeros without them, and something with them.
     if bool((found.run(routing, nothing, 0).abs() > 0).any()):
         return False
     if found.bias_name and not bool((found.run(routing, nothing, 1).abs() > 0).any()):
         return False
-    whole = found.run(routing).float()
-    rebuilt = found.run(routing, nothing).float()
+    whole, rebuilt = (
+        out if found.order else out.sum(0) for out in (found.run(routing).float(), found.run(routing, nothing).float())
+    )
     rows, experts, parts = found.parts(routing)
     for number in experts.unique().tolist():
         here = experts == number

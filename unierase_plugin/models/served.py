@@ -86,9 +86,13 @@ def _check_parts(arch: Architecture) -> None:
         }
         if name:
             # Experts read what the router read, not the input of one projection.
-            routed = isinstance(arch.projections[layer], Experts)
-            width = arch.hidden_size if routed else arch.mlp_width(layer)
-            spots[f"the input of {name}"] = [(rows, columns, width), (rows * columns, width)][1 if routed else 0 :]
+            projection = arch.projections[layer]
+            if isinstance(projection, Experts):
+                times = 1 if projection.order else projection.count
+                spots[f"the input of {name}"] = [(times * rows * columns, arch.hidden_size)]
+            else:
+                width = arch.mlp_width(layer)
+                spots[f"the input of {name}"] = [(rows, columns, width), (rows * columns, width)]
         for spot, shapes in spots.items():
             found = seen.get(spot)
             if not isinstance(found, Tensor) or tuple(found.shape) not in shapes:
@@ -108,7 +112,8 @@ def _check_parts(arch: Architecture) -> None:
     if flat:
         alone = _parts(arch, ALIKE[-1:])
         for spot in flat:
-            if not agree(seen[spot][-columns:], alone[spot].reshape(columns, -1), seen[spot].dtype == torch.float32):
+            single = alone[spot].reshape(-1, seen[spot].shape[1])[-columns:]
+            if not agree(seen[spot][-columns:], single, seen[spot].dtype == torch.float32):
                 raise ArchitectureError(
                     f"In {type(arch.model).__name__}, {spot} does not hold one text's tokens after another: an edit "
                     "could not tell whose token is whose. UniErase edits models that keep the order of tokens."

@@ -174,7 +174,7 @@ def run_blocks(
                 _hook(stack, projection, pre=_keeping(trace.projection_inputs, layer, rows))
         if edit_projection is not None:
             moved, move = edit_projection
-            _hook(stack, arch.projection_module(moved), post=lambda x: move(rows(x)).reshape(x.shape))
+            _hook(stack, arch.projection_module(moved), post=lambda x: _moved(x, move, rows, batch.ids.numel()))
         if edit is not None:
             edited, change = edit
             _hook(stack, arch.blocks[edited], post=lambda x: change(rows(x)))
@@ -226,6 +226,13 @@ def _keeping(kept: dict[int, Tensor], layer: int, rows: Edit) -> Callable[[Tenso
 
 def _keep_routing(kept: dict[int, Any], layer: int, experts: Experts, shape: Any, routing: Routing) -> None:
     kept[layer] = RoutedKeys(experts, routing, torch.arange(shape.numel()).reshape(shape))
+
+
+def _moved(output: Tensor, move: Edit, rows: Edit, tokens: int) -> Tensor:
+    """A projection's output, moved. If it holds one output of each expert, which add up, the first ones are moved."""
+    if output.ndim == 2 and len(output) > tokens:
+        return torch.cat([move(rows(output[:tokens])).reshape(tokens, -1), output[tokens:]])
+    return move(rows(output)).reshape(output.shape)
 
 
 def _stop(trace: Trace, hidden: Tensor) -> None:
