@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 from decoders import tiny_decoder
 from small import FORGET, FORGET_MORE, HPARAMS, RETAIN, save_base, shrink
 
 from unierase_plugin import UniEraseHyperParams, unlearn
 
+#: Transformers before 5 keep experts in lists, which are not edited.
+STACKED = int(transformers.__version__.split(".")[0]) >= 5
 DOCS = Path(__file__).parents[2] / "docs/reference"
 
 
@@ -31,8 +34,9 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
             settings = hparams.replace(remove=name == "two", removal_rank=8)
             unlearn(model, facts, retain=RETAIN, hparams=settings, out=folder / name, keep_requests=True)
             model = folder / name
-        mixed = save_base(folder / "mixture", tiny_decoder("qwen3_moe"))
-        unlearn(mixed, FORGET, retain=RETAIN, hparams=HPARAMS, out=folder / "mixed")
+        if STACKED:
+            mixed = save_base(folder / "mixture", tiny_decoder("qwen3_moe"))
+            unlearn(mixed, FORGET, retain=RETAIN, hparams=HPARAMS, out=folder / "mixed")
     return model / "unierase"
 
 
@@ -59,7 +63,7 @@ def leaves(value: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 def reports(record: Path) -> list[Any]:
     """Of both steps: the closed form's figures are those of an edit alone. And of a mixture of experts."""
-    others = [record.parents[1] / name / "unierase" for name in ("one", "mixed")]
+    others = [record.parents[1] / name / "unierase" for name in ("one", *(["mixed"] if STACKED else []))]
     return [json.loads((folder / "report.json").read_text()) for folder in (record, *others)]
 
 
@@ -70,7 +74,7 @@ def test_the_page_on_reports_has_every_key_of_a_file_and_no_other(record: Path, 
         if file.endswith("l")
         else [json.loads((record / file).read_text())]
     )
-    named = [row[0] for row in rows("report.md", file)]
+    named = [row[0] for row in rows("report.md", file) if STACKED or not row[0].startswith("edit.routes.")]
     assert len(named) == len(set(named))
     if file == "report.json":
         values = reports(record)

@@ -220,6 +220,7 @@ def test_layers_are_chosen_among_the_blocks_that_have_an_mlp() -> None:
     assert set(settled.removal_layers) | set(settled.removal_teacher_layers) == {1, 3, 5}
 
 
+@NEWER
 def test_a_template_may_name_a_module_of_some_blocks_alone() -> None:
     """The first block of DeepSeek and GLM has one MLP, the others have experts and one that is shared by all tokens."""
     model = build("DeepseekV3Config", **{**TINY, "num_hidden_layers": 3}, **hybrids.FEW_EXPERTS)

@@ -35,6 +35,9 @@ KINDS = (
 )
 
 
+pytestmark = pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="needs transformers 5")
+
+
 def mixed(kind: str) -> Architecture:
     """A tiny random mixture of experts, biases of experts random as well."""
     model = tiny_decoder(kind).requires_grad_(False)

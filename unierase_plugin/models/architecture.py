@@ -346,9 +346,9 @@ def _output_projection(
     if experts:
         raise ArchitectureError(
             f"Block {block_name!r} holds several MLPs in {experts!r}, and not as one module of routed experts: stacked "
-            "weights, called with each token's experts and the router's weights. Load the model with transformers' own "
-            "code (without trust_remote_code), which stacks them, or set rewrite_module_tmp to choose one projection "
-            "by hand."
+            "weights, called with each token's experts and the router's weights. Load the model with transformers 5 or "
+            "later and without trust_remote_code, which stacks the experts of most families, or set rewrite_module_tmp "
+            "to choose one projection by hand."
         )
     maps = [each for each in _linear_maps(block) if id(each[1].weight) not in shared]
     found = []
