@@ -242,6 +242,13 @@ def test_a_projection_that_several_blocks_share_is_passed_over() -> None:
     assert find_architecture(hybrids.zamba()).editable == (0, 1, 2, 3)
 
 
+def test_blocks_of_another_width_than_the_embedding_are_refused_with_both() -> None:
+    """OPT-350m projects its embedding to the width of its blocks."""
+    model = build("OPTConfig", **TINY, ffn_dim=64, word_embed_proj_dim=16, do_layer_norm_before=False)
+    with pytest.raises(ArchitectureError, match="embedding gives vectors of size 16, which no linear map of block"):
+        find_architecture(model)
+
+
 def test_experts_side_by_side_in_one_matrix_are_experts() -> None:
     with pytest.raises(ArchitectureError, match=r"several MLPs in 'ffn\.experts\.mlp'"):
         find_architecture(hybrids.dbrx())

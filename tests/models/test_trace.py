@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unierase_plugin.errors import EditError
 from unierase_plugin.models.architecture import Architecture, find_architecture
-from unierase_plugin.models.prefix import KeysAndValues, cache_prefixes, continue_from
+from unierase_plugin.models.prefix import KeysAndValues, cache_prefixes, continue_from, select_suffixes
 from unierase_plugin.models.trace import TokenBatch, pad, run_batches, run_blocks, token_batches
 
 #: Longer than the families' sliding windows, and of different lengths.
@@ -225,12 +225,17 @@ def test_a_prefix_serves_many_passes_unchanged(arch: Architecture) -> None:
 
 
 @torch.no_grad()
-def test_rows_of_a_prefix_can_be_selected(arch: Architecture) -> None:
-    prefix = cache_prefixes(arch, [ids[:2] for ids in SEQUENCES], PAD)
-    suffix = continue_from(prefix, [ids[2:] for ids in SEQUENCES], PAD)
-    stay = torch.tensor([True, False, True])
-    fewer = every_logit(arch, suffix.select(stay), cache=prefix.select(stay).fresh())
-    close(fewer, every_logit(arch, suffix, cache=prefix.fresh())[stay])
+@pytest.mark.parametrize("stay", [[True, False, True], [False, True, True]], ids=["as wide", "narrower"])
+def test_rows_of_a_prefix_can_be_selected(arch: Architecture, stay: list[bool]) -> None:
+    """Prefixes are longer than sliding windows, before the narrowing and after it."""
+    prefix = cache_prefixes(arch, [ids[:cut] for ids, cut in zip(SEQUENCES, (7, 5, 2), strict=True)], PAD)
+    suffix = continue_from(prefix, [ids[cut:] for ids, cut in zip(SEQUENCES, (7, 5, 2), strict=True)], PAD)
+    rows = torch.tensor(stay)
+    chosen = prefix.select(rows)
+    fewer = select_suffixes(chosen, suffix, rows)
+    logits = every_logit(arch, fewer, cache=chosen.fresh())
+    for got, row in zip(real(fewer, logits), rows.nonzero().flatten().tolist(), strict=True):
+        close(got, full(arch, SEQUENCES[row])[(7, 5, 2)[row] :])
 
 
 # --- looking and replacing --------------------------------------------------------------------------------------------

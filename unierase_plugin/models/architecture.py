@@ -318,6 +318,12 @@ def _projection_names(
     found = {name: _output_projection(name, block, hidden_size, shared, calls) for name, block in blocks.items()}
     if not any(found.values()):
         name, block = next(iter(blocks.items()))
+        if hidden_size not in {width for _, _, width, _ in _linear_maps(block)}:
+            raise ArchitectureError(
+                f"The embedding gives vectors of size {hidden_size}, which no linear map of block {name!r} reads: the "
+                "blocks work at another width, and a map before them changes it. UniErase edits models whose "
+                "embedding, blocks and head have one width."
+            )
         # Any linear map back to the hidden size can be edited.
         back = [each for each, _, _, out in _linear_maps(block) if out == hidden_size]
         example = back[-1] if back else "mlp.down_proj"
