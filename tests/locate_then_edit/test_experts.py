@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unierase_plugin import UniEraseHyperParams, unlearn
 from unierase_plugin.checkpoint import export_adapter, read_checkpoint, revert_checkpoint, take_back_requests
-from unierase_plugin.errors import ArchitectureError, CheckpointError, HyperParamsError
+from unierase_plugin.errors import ArchitectureError, CheckpointError, EditError, HyperParamsError
 from unierase_plugin.locate_then_edit.edit import apply_edit, compute_edit, make_solver
 from unierase_plugin.locate_then_edit.positions import Prompt
 from unierase_plugin.locate_then_edit.solve import LowRank, protected_directions
@@ -103,6 +103,12 @@ def test_a_null_space_of_an_expert_that_no_text_reached_is_everything() -> None:
     keys = sparse_keys(1, (1,), 1)
     residual = torch.ones(HIDDEN, 1, dtype=torch.float64)
     torch.testing.assert_close(made.solve(keys, residual).matrix() @ keys, residual, rtol=1e-6, atol=1e-6)
+
+
+def test_an_expert_without_a_null_space_is_named() -> None:
+    made = make_solver(BASE.replace(solver="null_space", nullspace_threshold=1e-9), second_moment(0), None)
+    with pytest.raises(EditError, match=r"Expert 2: No eigenvalue of C is below.*Raise nullspace_threshold"):
+        made.solve(sparse_keys(1, (2,), 1), torch.ones(HIDDEN, 1))
 
 
 # --- on models -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from ..errors import EditError
 from .solve import LowRank, NullSpace, Ridge, dual_solution, interpolation_error, relative_error, woodbury
 
 
@@ -97,7 +98,10 @@ class ExpertsNullSpace(NullSpace):
         out = keys.to(self.protected, copy=True)
         for expert, part in reached(out, self.inner):
             if expert not in self.made:
-                self.made[expert] = self.directions(expert).to(self.protected)
+                try:
+                    self.made[expert] = self.directions(expert).to(self.protected)
+                except EditError as error:
+                    raise EditError(f"Expert {expert}: {error}") from error
             part -= self.made[expert] @ (self.made[expert].T @ part)
         return out
 
