@@ -235,6 +235,18 @@ def test_the_sweeps_are_what_reaches_them(monkeypatch: pytest.MonkeyPatch) -> No
     assert float(left(arch, compute(arch, wanted), wanted).max()) > 0.05
 
 
+def test_an_output_that_also_depends_on_earlier_tokens_is_reached(llama: Architecture) -> None:
+    """As with a short convolution after the MLP. The update acts at every token, the vector at one."""
+    mlp: Any = llama.blocks[2].mlp
+    mlp.register_forward_hook(
+        lambda module, args, output: 0.8 * output + 0.4 * torch.nn.functional.pad(output, (0, 0, 1, 0))[:, :-1]
+    )
+    arch = find_architecture(llama.model)
+    assert changes_on_the_way(arch, LAYERS) == {2}
+    wanted = wanted_of(arch, 0.1)
+    assert float(left(arch, compute(arch, wanted), wanted).max()) < 0.01
+
+
 @pytest.mark.parametrize("hparams", [RIDGE.replace(mom2_update_weight=30.0), NULL], ids=["ridge", "null_space"])
 @pytest.mark.parametrize("stem", ["smollm2-135m", "gpt2-xl"])
 def test_on_a_plain_model_vectors_and_sweeps_change_nothing(

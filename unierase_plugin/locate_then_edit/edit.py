@@ -18,7 +18,7 @@ from ..models.response import changes_on_the_way
 from ..models.weights import OriginalWeights, restored
 from .keys import KeyStream
 from .positions import Prompt
-from .reach import vectors_for
+from .reach import outputs_with, vectors_for
 from .solve import LowRank, Solver, protected_directions
 from .solvers import SOLVERS, MakeSolver, System
 from .values import Values
@@ -101,28 +101,30 @@ def compute_edit(
 
     A block may change its projection's output on the way to its own output, by a norm or a multiplier. Then the
     projection gets the vectors that move the block's output as wanted (`projected`). The last block cannot make every
-    output. What it could not do is asked of the blocks before it, in a further sweep over all of them. A sweep begins
-    with the weights as they were, so it adds nothing to the rank.
+    output. What it could not do is asked of the blocks before it, in a further sweep over all of them. If its output
+    also depends on the projection's output at earlier tokens, what this cost is asked of the block itself. A sweep
+    begins with the weights as they were, so it adds nothing to the rank.
     """
     layers = tuple(solvers)
     stream = KeyStream(arch=arch, prompts=prompts, layers=layers, max_tokens=max_tokens, pad_id=pad_id)
     changing = changes_on_the_way(arch, layers)
     wanted = values.states.T
-    most = SWEEPS if layers[-1] in changing and len(layers) > 1 else 1
-    beyond = torch.zeros_like(wanted)
+    most = SWEEPS if layers[-1] in changing else 1
+    beyond, again = torch.zeros_like(wanted), torch.zeros_like(wanted)
     best, least = WeightEdit({}), math.inf
     for sweep in range(most):
 
         def report(part: float, done: int = sweep) -> None:
             progress((done + part) / most)
 
-        edit, missed = _sweep(arch, stream, wanted, beyond, solvers, changing, report)
-        size, before = float(missed.norm(dim=0).mean()), least
+        edit, unmade, astray = _sweep(arch, stream, wanted, beyond, again, solvers, changing, report)
+        size, before = float((unmade + astray).norm(dim=0).mean()), least
         if not size >= least:
             best, least = edit, size
         if least <= MISSED * edit.residual_norms[0] or size > WORTH_A_SWEEP * before:
             break
-        beyond += missed * len(layers) / (len(layers) - 1)
+        beyond += unmade * len(layers) / max(1, len(layers) - 1)
+        again += astray
         stream.rewind()
     progress(1.0)
     return best
@@ -133,18 +135,21 @@ def _sweep(
     stream: KeyStream,
     wanted: Float[Tensor, "d n"],
     beyond: Float[Tensor, "d n"],
+    again: Float[Tensor, "d n"],
     solvers: Mapping[int, Solver],
     changing: Collection[int],
     progress: Callable[[float], None],
-) -> tuple[WeightEdit, Float[Tensor, "d n"]]:
-    """One edit of all blocks, and what the last block's output misses of what its solver intended.
+) -> tuple[WeightEdit, Float[Tensor, "d n"], Float[Tensor, "d n"]]:
+    """One edit of all blocks, and what the last block's output misses of what its solver intended, in two parts.
 
-    beyond: what all blocks but the last move in addition
+    The first part is what no vector at the fact's token could make. The second is what was to be made and was not.
+
+    beyond: what all blocks but the last move in addition; again: the second part, summed over earlier sweeps
     """
     layers = tuple(solvers)
     updates: dict[int, LowRank] = {}
     norms, ratios, kept = [], {}, {}
-    missed = torch.zeros_like(wanted)
+    unmade, astray = torch.zeros_like(wanted), torch.zeros_like(wanted)
     with restored(arch.projections[layer].weight for layer in layers):
         for index, layer in enumerate(layers):
             keys, states = stream.advance(layer)
@@ -153,8 +158,9 @@ def _sweep(
             if layer != layers[-1]:
                 residual = residual + beyond / (len(layers) - index)
             if layer in changing:
-                residual, intended = projected(stream, solvers[layer], keys, residual)
-                missed = states + intended
+                more = again if layer == layers[-1] else torch.zeros_like(again)
+                residual, intended, made = projected(stream, solvers[layer], keys, residual, more)
+                unmade, astray = states + intended + more - made, made - more
             update = solved(solvers[layer], keys, residual)
             ratios[layer] = update.norm() / float(arch.projections[layer].weight.detach().float().norm())
             _add(arch, layer, update)
@@ -164,14 +170,20 @@ def _sweep(
             progress((index + 1) / len(layers))
         final = stream.final_states()
         norms.append(float((wanted - final).norm(dim=0).mean()))
-    missed = missed - final if layers[-1] in changing else torch.zeros_like(wanted)
-    return WeightEdit(updates, tuple(norms), ratios, kept), missed
+    astray = astray - final if layers[-1] in changing else torch.zeros_like(wanted)
+    return WeightEdit(updates, tuple(norms), ratios, kept), unmade, astray
 
 
 def projected(
-    stream: KeyStream, solver: Solver, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]
-) -> tuple[Float[Tensor, "d n"], Float[Tensor, "d n"]]:
-    """V, to be solved for in the place of the residual, and how far the block's outputs shall then move.
+    stream: KeyStream,
+    solver: Solver,
+    keys: Float[Tensor, "m n"],
+    residual: Float[Tensor, "d n"],
+    more: Float[Tensor, "d n"],
+) -> tuple[Float[Tensor, "d n"], Float[Tensor, "d n"], Float[Tensor, "d n"]]:
+    """V, to be solved for in the place of the residual; how far outputs shall move; and the outputs that V S makes.
+
+    more: how much farther they are to go, since what is solved for does not all arrive
 
     The solver gives request i a mixture R S of what is asked for all requests: the other terms of its equations hold
     it back. If the block added the projection's output as it is, its output would move by R S. So V is such that V S
@@ -180,11 +192,12 @@ def projected(
     spread = solved(solver, keys, torch.eye(keys.shape[1]))
     mixed = (spread.up @ (spread.down @ stream.bare_keys.to(spread.down))).to(residual)
     intended = residual @ mixed
-    whole = vectors_for(stream.responses(), residual)
-    missing = vectors_for(stream.responses(), intended) - whole @ mixed
+    whole = vectors_for(stream.responses(), residual + more)
+    missing = vectors_for(stream.responses(), intended + more) - whole @ mixed
     # Requests with nearly equal keys cannot move apart, so S may be nearly singular.
     gram = mixed @ mixed.T + SINGULAR * torch.eye(len(mixed)).to(mixed)
-    return whole + torch.linalg.solve(gram, mixed @ missing.T).T, intended
+    vectors = whole + torch.linalg.solve(gram, mixed @ missing.T).T
+    return vectors, intended, outputs_with(stream.responses(), (vectors @ mixed).T).T
 
 
 def solved(solver: Solver, keys: Float[Tensor, "m n"], residual: Float[Tensor, "d n"]) -> LowRank:
