@@ -148,8 +148,7 @@ def residual_left(arch: Architecture) -> float:
     before = copy.deepcopy(arch.model.state_dict())
     alone = [contexts[:1] for contexts in PROMPTS]
     start = reference.states(arch, alone, layers[-1])
-    way = torch.randn(start.shape, generator=torch.Generator().manual_seed(7))
-    wanted = start + 0.1 * way / way.norm(dim=0) * start.norm(dim=0)
+    wanted = torch.stack([pushed(arch, layers[-1], contexts[0]) for contexts in alone], dim=1)
     figures = {field.name: torch.ones(len(alone)) for field in dataclasses.fields(Values)}
     values = Values(**{**figures, "states": wanted.T.contiguous(), "steps": torch.ones(3, dtype=torch.long)})
     hparams = UniEraseHyperParams(layers=layers, mom2_update_weight=1e-6)
@@ -164,6 +163,33 @@ def residual_left(arch: Architecture) -> float:
     assert same(arch.model, before), "the way back is not exact"
     ratio = (wanted - after).norm(dim=0) / (wanted - start).norm(dim=0)
     return float(ratio.mean())
+
+
+def pushed(arch: Architecture, layer: int, prompt: At) -> Tensor:
+    """(d,): the block's output at the fact, a tenth from where it is, by a vector added to its projection's output.
+
+    Behind a norm not every state can be reached. This one can.
+    """
+    module: Any = getattr(arch.projections[layer], "module", arch.projections[layer])  # that of routed experts
+    way = torch.randn(arch.hidden_size, generator=torch.Generator().manual_seed(7 + prompt.position))
+    start = reference.state(arch, prompt, layer)
+
+    def moved(size: float) -> Tensor:
+        def add(module: Any, args: Any, output: Tensor) -> Tensor:
+            rows = output.reshape(-1, output.shape[-1]).clone()
+            rows[prompt.position] += size * way
+            return rows.reshape(output.shape)
+
+        handle = module.register_forward_hook(add)
+        try:
+            return reference.state(arch, prompt, layer)
+        finally:
+            handle.remove()
+
+    goal, size = 0.1 * float(start.norm()), 1e-2
+    for _ in range(3):
+        size *= goal / float((moved(size) - start).norm())
+    return moved(size)
 
 
 def same(model: Any, before: dict[str, Tensor]) -> bool:

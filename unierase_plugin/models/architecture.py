@@ -365,6 +365,8 @@ def _output_projection(
         readers = [
             o for other, _, i, o in maps if other != name and other.rpartition(".")[0] == parent and i == hidden_size
         ]
+        if width == hidden_size and readers == [hidden_size, hidden_size]:
+            continue  # queries, keys and values, whose output map lies elsewhere (GIT)
         # Queries, keys and values are three readers. A gated MLP has two, or one of twice the width.
         if len(readers) in (1, 2) and readers[-1] in (width, 2 * width):
             found.append(name)

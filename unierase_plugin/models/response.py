@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from ..errors import ArchitectureError
 from .architecture import Architecture
 from .trace import TokenBatch, pad, run_blocks, token_batches
 
@@ -101,10 +100,7 @@ def add_at(added: Float[Tensor, "B d"], column: int, output: Float[Tensor, "B T 
 
 @torch.no_grad()
 def changes_on_the_way(arch: Architecture, layers: Sequence[int]) -> frozenset[int]:
-    """The layers whose blocks do not add their projection's output as it is. One short pass, and one by each block.
-
-    Raises ArchitectureError for a block whose output has another width than its projection's.
-    """
+    """The layers whose blocks do not add their projection's output as it is. One short pass, and one by each block."""
     batch = TokenBatch(
         torch.tensor([PROBE], device=arch.device),
         torch.ones((1, len(PROBE)), dtype=torch.long, device=arch.device),
@@ -122,12 +118,6 @@ def changes_on_the_way(arch: Architecture, layers: Sequence[int]) -> frozenset[i
 def _arrives(response: Response) -> bool:
     nothing = response.zeros()
     before = response(nothing)
-    if before.shape != nothing.shape:
-        raise ArchitectureError(
-            f"Block {response.layer} of {type(response.arch.model).__name__} gives {before.shape[1]} numbers for each "
-            f"token, but its MLP {nothing.shape[1]}. UniErase edits models whose blocks add the MLP's output to states "
-            "of the same width."
-        )
     # As large as the output itself, so that rounding of the sum counts little.
     added = before.square().mean().sqrt() * signs(nothing)
     error = (response(added) - before - added).norm() / added.norm()
