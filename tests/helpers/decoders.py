@@ -157,6 +157,9 @@ NOT_BUILT: Mapping[str, str] = {
     "dbrx": "its default config lacks rope_theta, which the model reads",
     "gemma4_assistant": "drafts tokens for Gemma 4 and cannot run alone",
     "gemma4_unified_assistant": "drafts tokens for Gemma 4 and cannot run alone",
+    "hunyuan_vl": "its default config lacks mrope_section, which the model reads",
+    "shieldgemma2": "classifies images",
+    "step3p7": "its default config lacks sliding_window, which the model reads",
     "gemma3n": "its vision part needs timm; the text model is gemma3n_text",
 }
 

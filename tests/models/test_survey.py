@@ -38,6 +38,10 @@ REFUSED = {
 }
 
 
+#: A fact whose token goes only to experts without a matrix cannot be moved there (docs/explanation/method.md).
+PARTLY = ("longcat_flash",)
+
+
 def looked_at(kind: str, folder: Path) -> Found:
     if RELEASES.get(kind, (kind,))[0] not in CONFIG_MAPPING:
         pytest.skip(f"this release of transformers has no {kind}")
@@ -62,7 +66,7 @@ def test_a_family_that_cannot_be_edited_is_refused_with_the_true_reason(kind: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", sorted({*decoders(), *wrappers(), *RELEASES} - {*MOST_USED, *REFUSED, *NOT_BUILT}), ids=str
+    "kind", sorted({*decoders(), *wrappers(), *RELEASES} - {*MOST_USED, *REFUSED, *PARTLY, *NOT_BUILT}), ids=str
 )
 def test_no_family_is_wrong(kind: str, tmp_path: Path) -> None:
     try:

@@ -170,7 +170,13 @@ def find_architecture(model: Any, rewrite_module_tmp: str = "", layer_module_tmp
         for block_name, block in zip(block_names, blocks, strict=True)
         for name, module in stacked_modules(block)
     }
-    blocks_return_tuple, calls = _probe(model, blocks[0], stacked)
+    square = {
+        f"{name}.{each}": module
+        for name, block in zip(block_names, blocks, strict=True)
+        for each, module, width, out in _linear_maps(block)
+        if width == out == hidden_size
+    }
+    blocks_return_tuple, calls = _probe(model, blocks[0], {**stacked, **square})
     if rewrite_module_tmp:
         names = _filled(model, rewrite_module_tmp, len(blocks))
     else:
@@ -362,19 +368,29 @@ def _output_projection(
         if out != hidden_size:
             continue
         parent = name.rpartition(".")[0]
-        readers = [
-            o for other, _, i, o in maps if other != name and other.rpartition(".")[0] == parent and i == hidden_size
-        ]
-        if width == hidden_size and readers == [hidden_size, hidden_size]:
-            continue  # queries, keys and values, whose output map lies elsewhere (GIT)
+        readers = {
+            other: o
+            for other, _, i, o in maps
+            if other != name and other.rpartition(".")[0] == parent and i == hidden_size
+        }
         # Queries, keys and values are three readers. A gated MLP has two, or one of twice the width.
-        if len(readers) in (1, 2) and readers[-1] in (width, 2 * width):
+        if len(readers) not in (1, 2) or [*readers.values()][-1] not in (width, 2 * width):
+            continue
+        # Where their output map lies elsewhere (GIT), values have two readers. They read the same input as these.
+        inputs = [calls.get(f"{block_name}.{each}") for each in (name, *readers)]
+        if not (inputs[0] and any(each and _equal(each[0], inputs[0][0]) for each in inputs[1:])):
             found.append(name)
     if not found:
         return ""
     # Gemma 4 has a second, narrow one for its inputs of each layer.
     wide = [name for name, _, width, _ in maps if name in found and width >= hidden_size]
     return (wide or found)[-1]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return (
+        isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    )
 
 
 def _experts(block: nn.Module, hidden_size: int, shared: AbstractSet[int]) -> str:
