@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import attach
-from families import FAMILIES
+from families import FAMILIES, gemma3
 from small import FORGET, FORGET_MORE, HPARAMS, shrink
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,7 +54,7 @@ KINDS = {
     "untied, padding": lambda: FAMILIES["llama3-8b"](),
     "gpt2": lambda: FAMILIES["gpt2-xl"](),
     "gpt2, grown": lambda: tiny_model("gpt2", True),
-    "gemma3": lambda: FAMILIES["gemma3-1b"](),
+    "gemma3": lambda: gemma3(window=64),  # so that attention above the edit reaches the answer
     "gpt_neox": lambda: FAMILIES["pythia-6.9b"](),
 }
 

@@ -331,7 +331,7 @@ def test_an_unknown_hyper_parameter(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_an_unknown_hyper_parameter_file(refused: Refused) -> None:
-    assert "Did you mean 'smollm2-135m'? Give a YAML file, or one of: gemma2-9b" in refused(hparams="smollm-135m")
+    assert "Did you mean 'smollm2-135m'? Give a YAML file, or one of: exaone4-1.2b" in refused(hparams="smollm-135m")
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def gemma2() -> Any:
     )
 
 
-def gemma3() -> Any:
+def gemma3(window: int = 0) -> Any:
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
     return build(
         "Gemma3TextConfig",
@@ -115,7 +115,7 @@ def gemma3() -> Any:
         num_key_value_heads=1,
         head_dim=16,
         query_pre_attn_scalar=16,
-        sliding_window=WINDOW,
+        sliding_window=window or WINDOW,
         layer_types=kinds,
         tie_word_embeddings=True,
     )

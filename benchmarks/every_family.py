@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Which decoders of transformers can be edited, and how exactly, on a tiny random model of each.
 
-    python benchmarks/survey.py --out results/survey            # all of them: a quarter of an hour on one core
-    python benchmarks/survey.py gemma2 qwen3_moe --out results/survey
+    python benchmarks/every_family.py --out results/survey            # all of them: a quarter of an hour on one core
+    python benchmarks/every_family.py gemma2 qwen3_moe --out results/survey
 
 A family is a config type of AutoModelForCausalLM or AutoModelForImageTextToText that is no encoder, or a release of
 `decoders.RELEASES`. Its model has the default config with small sizes (tests/helpers/decoders.py). The checks look from
