@@ -140,7 +140,7 @@ RELEASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "falcon-old": ("falcon", {"new_decoder_architecture": False, "parallel_attn": False, "alibi": True}),
     "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "layer_types": None}),
-    "gpt2-cross": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    "gpt2-scaled": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
 }
 #: Encoders that a switch of their config makes decoders. No published checkpoint of a decoder has it set.
 ENCODERS = frozenset(
@@ -171,8 +171,9 @@ def decoders() -> list[str]:
 
 
 def wrappers() -> list[str]:
-    """The config types of image-text models that AutoModelForCausalLM does not know."""
-    return sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES} - {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES})
+    """The config types of image-text models that AutoModelForCausalLM does not know, without encoder-decoders."""
+    kinds = sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES} - {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES})
+    return [kind for kind in kinds if kind in NOT_BUILT or not CONFIG_MAPPING[kind]().is_encoder_decoder]
 
 
 def tiny_config(kind: str, **settings: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import NOT_BUILT, RELEASES, decoders, tiny_decoder, wrappers
-from survey import LEFT, Found, check_folder, check_keys, close, survey
+from survey import LEFT, Found, check_folder, check_keys, survey
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
@@ -108,4 +108,3 @@ def test_a_folder_that_says_something_else_is_noticed(monkeypatch: pytest.Monkey
     monkeypatch.setattr("survey.load", lambda folder: (other, None))
     with pytest.raises(AssertionError):
         check_folder(model, tmp_path)
-    close(torch.ones(2), torch.ones(2))
